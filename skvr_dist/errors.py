@@ -1,0 +1,31 @@
+"""The one exception that a user is meant to read, and the wrapper that prints it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something a user can put right: the message names the culprit, both values and the way out."""
+
+
+EXIT_MISSED = 1
+"""Exit code of a checking command whose figure was missed."""
+EXIT_USAGE = 2
+"""Exit code of every command that refuses its input."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command line: a `UserError` becomes one sentence on stderr and exit code 2.
+
+    Under a launcher every rank meets the same error; only rank 0 prints it.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USAGE)
+    sys.exit(code or 0)

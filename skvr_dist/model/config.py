@@ -1,0 +1,76 @@
+"""The `model:` section: the shape of a decoder, in the field names of transformers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from skvr_dist.section import Section
+
+
+class RopeScaling(Section):
+    """Scaling of the rotary frequencies, as published in Hugging Face configurations."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float = Field(gt=0)
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    @model_validator(mode="after")
+    def _llama3_is_complete(self) -> RopeScaling:
+        bands = (self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings)
+        if self.rope_type == "llama3" and None in bands:
+            raise ValueError(
+                "rope_type llama3 needs low_freq_factor, high_freq_factor and original_max_position_embeddings"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """A decoder-only transformer: enough for Qwen3, Llama 3 and Mistral."""
+
+    architecture: Literal["qwen3", "llama", "mistral"]
+    """The Hugging Face family the model is published as."""
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0)
+    rope_theta: float = Field(gt=0)
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = Field(gt=0)
+    qk_norm: bool
+    """RMSNorm over each query and key head, before the rotation (Qwen3)."""
+    attention_bias: bool = False
+    tie_word_embeddings: bool
+    initializer_range: float = Field(default=0.02, gt=0)
+    attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
+    """`auto`: flash-attn on a GPU where it is installed, else PyTorch's SDPA."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even for rotary position embeddings")
+        if self.qk_norm != (self.architecture == "qwen3"):
+            raise ValueError(
+                f"qk_norm is {self.qk_norm}, but architecture {self.architecture} is published "
+                f"{'with' if self.architecture == 'qwen3' else 'without'} query/key norms"
+            )
+        if self.attention_bias and self.architecture == "mistral":
+            raise ValueError("attention_bias is true, but architecture mistral has no attention biases; use llama")
+        return self
+
+    @property
+    def kv_size(self) -> int:
+        """Elements of one layer's keys (or values) for one token."""
+        return self.num_key_value_heads * self.head_dim

@@ -1,0 +1,17 @@
+"""Routing: policies, plans, liveness and cache strategies. Pure: no torch, no process groups."""
+
+from skvr_dist.routing.config import RoutingConfig
+from skvr_dist.routing.liveness import crossing_elements, crossing_layers, read_layers
+from skvr_dist.routing.plan import RoutingPlan, draw_plan, fixed_plan
+from skvr_dist.routing.strategy import CacheStrategy
+
+__all__ = [
+    "CacheStrategy",
+    "RoutingConfig",
+    "RoutingPlan",
+    "crossing_elements",
+    "crossing_layers",
+    "draw_plan",
+    "fixed_plan",
+    "read_layers",
+]

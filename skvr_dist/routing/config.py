@@ -1,0 +1,45 @@
+"""The `routing:` section: which donors are drawn in training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from skvr_dist.section import Section
+
+PolicyName = Literal["none", "uniform", "strategy", "window", "cla", "rd_cla"]
+
+# Which parameters each policy takes; every one of them is required, and no other is accepted.
+POLICY_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "uniform": ("cross_layer_prob",),
+    "strategy": ("cross_layer_prob",),
+    "window": ("cross_layer_prob", "window"),
+    "cla": ("group_size",),
+    "rd_cla": ("cross_layer_prob", "group_size"),
+}
+
+
+class RoutingConfig(Section):
+    """A routing policy and its parameters (`skvr_dist.routing.policies` has the rules)."""
+
+    policy: PolicyName
+    cross_layer_prob: float | None = Field(default=None, ge=0, le=1)
+    """Probability that a layer l > 0 reads a donor (the p of the paper's Table 1; 0 is standard training)."""
+    window: int | None = Field(default=None, ge=1)
+    """Layers below the reader that may be its donor (policy `window`)."""
+    group_size: int | None = Field(default=None, ge=2)
+    """Consecutive layers that share the first one's keys and values (policies `cla` and `rd_cla`)."""
+
+    @model_validator(mode="after")
+    def _parameters_fit_policy(self) -> RoutingConfig:
+        wanted = POLICY_PARAMETERS[self.policy]
+        for name in ("cross_layer_prob", "window", "group_size"):
+            value = getattr(self, name)
+            if name in wanted and value is None:
+                raise ValueError(f"policy {self.policy} needs {name}")
+            if name not in wanted and value is not None:
+                takes = " and ".join(wanted) or "no parameters"
+                raise ValueError(f"policy {self.policy} takes {takes}, but {name} is {value}; set it to null")
+        return self

@@ -1,0 +1,92 @@
+"""The routing plan of one step: which layer's keys and values each layer reads, per micro-batch.
+
+Shapes: Q micro-batches of the global batch, L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skvr_dist.errors import UserError
+from skvr_dist.routing.config import RoutingConfig
+from skvr_dist.routing.liveness import read_layers
+from skvr_dist.routing.policies import draw_donors
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """`donors[q, l]` is the layer that layer l reads in global micro-batch q; always <= l.
+
+    Row q belongs to sequences [q * micro_batch_size, (q + 1) * micro_batch_size) of the step's global batch,
+    whichever rank runs them, so the plan does not depend on the layout.
+
+    Raises:
+        UserError: a donor later than its reader, or a negative one.
+    """
+
+    donors: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if self.donors.ndim != 2:
+            raise UserError(f"a routing plan has shape [micro-batches, layers], got {self.donors.shape}")
+        layers = np.arange(self.donors.shape[1])
+        wrong = np.argwhere((self.donors > layers) | (self.donors < 0))
+        if len(wrong):
+            q, reader = (int(i) for i in wrong[0])
+            raise UserError(
+                f"routing plan, micro-batch {q}: layer {reader} cannot read layer {self.donors[q, reader]}; "
+                f"a donor must be one of the layers 0 to {reader}"
+            )
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.donors.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.donors.shape[1]
+
+    @property
+    def cross_layer_share(self) -> float:
+        """Share of the reads (over all micro-batches and layers) that go to another layer."""
+        return float((self.donors != np.arange(self.num_layers)).mean())
+
+    @property
+    def skipped_kv_share(self) -> float:
+        """Share of the key/value projections that nobody reads and nobody computes."""
+        return 1.0 - sum(int(read_layers(row).sum()) for row in self.donors) / self.donors.size
+
+    def digest(self) -> str:
+        """A short fingerprint, to compare the plan over ranks."""
+        return hashlib.sha256(np.ascontiguousarray(self.donors).tobytes()).hexdigest()[:16]
+
+
+def _uniforms(seed: int, step: int, micro_batch: int, count: int) -> NDArray[np.float64]:
+    """`count` numbers in [0, 1), a pure function of (seed, step, micro_batch).
+
+    Philox is counter-based (Salmon et al., SC 2011): the seed is its key, and step and micro-batch are words of
+    its counter, whose lowest word counts the draws. The raw 64-bit stream is fixed by the algorithm, unlike
+    the distribution methods of numpy, which may change between releases.
+    """
+    bits = np.random.Philox(key=seed, counter=[0, 0, micro_batch, step]).random_raw(count)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def draw_plan(
+    routing: RoutingConfig, *, num_layers: int, num_micro_batches: int, seed: int, step: int
+) -> RoutingPlan:
+    """Draw the plan of one optimizer step: a pure function of (seed, step), the same on any machine."""
+    rows = []
+    for q in range(num_micro_batches):
+        u = _uniforms(seed, step, q, 2 * num_layers)
+        rows.append(draw_donors(routing, coin=u[:num_layers], pick=u[num_layers:]))
+    return RoutingPlan(np.stack(rows))
+
+
+def fixed_plan(donors: tuple[int, ...] | NDArray[np.int64], num_micro_batches: int) -> RoutingPlan:
+    """The same donors in every micro-batch, as for evaluation at a cache strategy."""
+    return RoutingPlan(np.tile(np.asarray(donors, dtype=np.int64), (num_micro_batches, 1)))

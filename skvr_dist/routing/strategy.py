@@ -1,0 +1,101 @@
+"""Cache strategies: the layers that keep a key/value cache at inference.
+
+A strategy S always holds layer 0. Layer l reads mu(l) = max{j in S : j <= l} (paper, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from skvr_dist.errors import UserError
+
+_SPEC_HELP = "use full, every:G, prefix:M, a list such as 0,4,8, or a named profile"
+
+
+@dataclass(frozen=True)
+class CacheStrategy:
+    """The retained layers of a decoder with `num_layers` layers.
+
+    Raises:
+        UserError: layer 0 is missing, or a layer is repeated or out of range.
+    """
+
+    num_layers: int
+    retained: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.retained or self.retained[0] != 0:
+            raise UserError(
+                f"cache strategy {list(self.retained)} does not retain layer 0, which every layer below the "
+                f"next retained one reads; add 0"
+            )
+        if list(self.retained) != sorted(set(self.retained)):
+            raise UserError(f"cache strategy {list(self.retained)} must list its layers once each, ascending")
+        if self.retained[-1] >= self.num_layers:
+            raise UserError(
+                f"cache strategy retains layer {self.retained[-1]}, but the model has layers 0 to "
+                f"{self.num_layers - 1}"
+            )
+
+    @classmethod
+    def full(cls, num_layers: int) -> CacheStrategy:
+        """Every layer keeps its cache: the standard decoder."""
+        return cls(num_layers, tuple(range(num_layers)))
+
+    @classmethod
+    def every(cls, group: int, num_layers: int) -> CacheStrategy:
+        """Every `group`-th layer, the usual choice of the paper."""
+        if group < 1:
+            raise UserError(f"cache strategy every:{group} needs a group of at least 1 layer")
+        return cls(num_layers, tuple(range(0, num_layers, group)))
+
+    @classmethod
+    def prefix(cls, count: int, num_layers: int) -> CacheStrategy:
+        """The first `count` layers; everything above reads the last of them."""
+        if not 1 <= count <= num_layers:
+            raise UserError(f"cache strategy prefix:{count} is outside 1 to {num_layers} (the model's layers)")
+        return cls(num_layers, tuple(range(count)))
+
+    @classmethod
+    def parse(cls, spec: str, num_layers: int, profiles: Mapping[str, str] | None = None) -> CacheStrategy:
+        """Read `full`, `every:G`, `prefix:M`, `0,4,8`, or the name of one of `profiles`.
+
+        Raises:
+            UserError: the text is none of these, or the strategy is impossible for this many layers.
+        """
+        if profiles and spec in profiles:
+            return cls.parse(profiles[spec], num_layers)
+        if spec == "full":
+            return cls.full(num_layers)
+        kind, _, argument = spec.partition(":")
+        try:
+            if kind in ("every", "prefix"):
+                count = int(argument)
+                return cls.every(count, num_layers) if kind == "every" else cls.prefix(count, num_layers)
+            layers = tuple(int(part) for part in spec.split(","))
+        except UserError:
+            raise
+        except ValueError:
+            known = f" ({', '.join(profiles)})" if profiles else ""
+            raise UserError(f"cannot read cache strategy {spec!r}; {_SPEC_HELP}{known}") from None
+        return cls(num_layers, layers)
+
+    @property
+    def kv_source_layers(self) -> tuple[int, ...]:
+        """mu as a list: the layer that each layer reads (transformers' name for such a map)."""
+        sources, last = [], 0
+        kept = set(self.retained)
+        for layer in range(self.num_layers):
+            last = layer if layer in kept else last
+            sources.append(last)
+        return tuple(sources)
+
+    @property
+    def retention(self) -> float:
+        """|S| / L."""
+        return len(self.retained) / self.num_layers
+
+    def cache_bytes_per_token(self, *, kv_heads: int, head_dim: int, bytes_per_element: int) -> int:
+        """|S| * 2 * kv_heads * head_dim * bytes_per_element."""
+        return len(self.retained) * 2 * kv_heads * head_dim * bytes_per_element

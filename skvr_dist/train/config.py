@@ -1,0 +1,314 @@
+"""The configuration tree of a run: one typed source, from which everything else is derived.
+
+Read from YAML files (later ones win, `include:` pulls in others first) and dotted overrides `section.key=value`.
+Everything that can be checked without a process group is checked here, in one sentence per mistake.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from skvr_dist.data.config import DataConfig
+from skvr_dist.errors import UserError
+from skvr_dist.model.config import ModelConfig
+from skvr_dist.parallel.config import ParallelConfig
+from skvr_dist.routing import CacheStrategy, RoutingConfig
+from skvr_dist.section import Section
+
+
+class TrainConfig(Section):
+    """Optimisation: AdamW, linear warm-up, cosine decay."""
+
+    output_dir: str
+    """Folder that holds everything of the run."""
+    seed: int = Field(default=0, ge=0)
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    global_batch_size: int = Field(gt=0)
+    """Sequences per optimizer step, over all replicas and micro-batches."""
+    micro_batch_size: int = Field(gt=0)
+    """Sequences per forward pass; each micro-batch draws its own donors."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate, reached after the warm-up."""
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate of the last step as a share of the peak."""
+    warmup_steps: int = Field(default=0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decay of the matrices; norms and biases are not decayed."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+    resume: str = "auto"
+    """`auto` goes on from the run's latest checkpoint when there is one, `never` starts afresh, else a checkpoint."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written; the last step always is."""
+
+    every_steps: int = Field(default=1000, gt=0)
+
+
+class EvaluateConfig(Section):
+    """Evaluation at several retentions during training."""
+
+    every_steps: int = Field(default=500, gt=0)
+    strategies: list[str] = ["full", "every:2", "every:4"]
+    """Cache strategies: full, every:G, prefix:M, a list such as 0,4,8, or a name from `profiles`."""
+    profiles: dict[str, str] = {}
+    """Named strategies."""
+    sequences: int = Field(default=64, gt=0)
+    """Held-out sequences; rounded up to whole micro-batches over all replicas."""
+
+    def parse_strategies(self, num_layers: int) -> dict[str, CacheStrategy]:
+        """The strategies by the name the user gave them."""
+        return {spec: CacheStrategy.parse(spec, num_layers, self.profiles) for spec in self.strategies}
+
+
+class Config(Section):
+    """The tree. `deepspeed` holds further DeepSpeed options, merged into the JSON that is generated from the rest."""
+
+    model: ModelConfig
+    routing: RoutingConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        layers, stages = self.model.num_hidden_layers, self.parallel.pipeline
+        if stages > layers:
+            raise ValueError(
+                f"parallel.pipeline is {stages}, but model.num_hidden_layers is {layers}: every stage needs a layer; "
+                f"use at most {layers} stages"
+            )
+        split = self.parallel.stage_layers
+        if split is not None and (len(split) != stages or sum(split) != layers or min(split) < 1):
+            raise ValueError(
+                f"parallel.stage_layers {split} must be {stages} positive counts (parallel.pipeline) that add up to "
+                f"{layers} (model.num_hidden_layers)"
+            )
+        batch, micro = self.train.global_batch_size, self.train.micro_batch_size
+        if batch % micro:
+            raise ValueError(
+                f"train.global_batch_size {batch} is not a multiple of train.micro_batch_size {micro}; "
+                f"the nearest ones are {batch - batch % micro} and {batch - batch % micro + micro}"
+            )
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is longer than "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        if self.train.precision == "bf16" and self.parallel.zero_stage == 0:
+            raise ValueError(
+                "train.precision bf16 with parallel.zero_stage 0: DeepSpeed then accumulates gradients in bf16; "
+                "use zero_stage 1 (fp32 gradients and master weights) or precision fp32"
+            )
+        if self.train.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"train.warmup_steps {self.train.warmup_steps} exceeds train.steps {self.train.steps}"
+            )
+        for spec in self.evaluate.strategies:
+            try:
+                CacheStrategy.parse(spec, layers, self.evaluate.profiles)
+            except UserError as error:
+                raise ValueError(f"evaluate.strategies: {error}") from None
+        reserved = sorted(set(self.deepspeed) & GENERATED_DEEPSPEED_KEYS)
+        if reserved:
+            raise ValueError(
+                f"deepspeed.{reserved[0]} is generated from the rest of the configuration; "
+                f"set {GENERATED_FROM[reserved[0]]} instead"
+            )
+        return self
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Q: global micro-batches of one optimizer step."""
+        return self.train.global_batch_size // self.train.micro_batch_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas that `world_size` ranks make.
+
+        Raises:
+            UserError: the world size does not fit the layout, or the batch does not divide over the replicas.
+        """
+        stages = self.parallel.pipeline
+        if world_size % stages:
+            raise UserError(
+                f"{world_size} ranks cannot hold parallel.pipeline {stages} stages; start a multiple of {stages} ranks"
+            )
+        replicas = world_size // stages
+        if self.num_micro_batches % replicas:
+            micro = self.train.micro_batch_size
+            raise UserError(
+                f"train.global_batch_size {self.train.global_batch_size} with micro_batch_size {micro} makes "
+                f"{self.num_micro_batches} micro-batches, which {replicas} data-parallel replicas cannot share equally; "
+                f"make the batch a multiple of {micro * replicas}"
+            )
+        if self.data.lanes % (self.train.micro_batch_size * replicas):
+            raise UserError(
+                f"data.lanes {self.data.lanes} must be a multiple of train.micro_batch_size x replicas = "
+                f"{self.train.micro_batch_size} x {replicas}, so that each replica reads lanes of its own"
+            )
+        return replicas
+
+    def deepspeed_json(self, world_size: int) -> dict[str, Any]:
+        """The DeepSpeed configuration of this run."""
+        replicas = self.data_parallel_size(world_size)
+        generated: dict[str, Any] = {
+            "train_batch_size": self.train.global_batch_size,
+            "train_micro_batch_size_per_gpu": self.train.micro_batch_size,
+            "gradient_accumulation_steps": self.num_micro_batches // replicas,
+            "gradient_clipping": self.train.gradient_clipping,
+            "zero_optimization": {"stage": self.parallel.zero_stage},
+            "bf16": {"enabled": self.train.precision == "bf16"},
+        }
+        if self.train.precision == "bf16":
+            generated["data_types"] = {"grad_accum_dtype": "fp32"}
+        passed = {"steps_per_print": None, **self.deepspeed}
+        zero = {**passed.pop("zero_optimization", {}), **generated.pop("zero_optimization")}
+        return {**passed, **generated, "zero_optimization": zero}
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, which `load_config` reads back to the same tree."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+GENERATED_FROM = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.gradient_clipping",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "data_types": "train.precision",
+    "optimizer": "train.learning_rate and the other train keys",
+    "scheduler": "train.warmup_steps and train.min_learning_rate_ratio",
+}
+GENERATED_DEEPSPEED_KEYS = frozenset(GENERATED_FROM)
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Read, merge and validate a configuration.
+
+    Args:
+        files: YAML files; a later one overrides an earlier one key by key.
+        overrides: `section.key=value` texts, the value in YAML.
+
+    Raises:
+        UserError: a file is missing or unreadable, a key is unknown, a value is of the wrong type or impossible.
+    """
+    tree: dict[str, Any] = {}
+    for file in files:
+        tree = _merge(tree, _read_yaml(Path(file)))
+    for override in overrides:
+        tree = _merge(tree, _parse_override(override))
+    return validate_config(tree)
+
+
+def validate_config(tree: Mapping[str, Any]) -> Config:
+    """Validate a plain tree. Raises `UserError` with one sentence per mistake."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise UserError("; ".join(_sentences(error))) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the floats of YAML 1.2: 1e-4 is a number, not a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if file.resolve() in seen:
+        raise UserError(f"configuration {file} includes itself")
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except OSError as error:
+        raise UserError(f"cannot read configuration {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration {file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"configuration {file} must hold sections, not a {type(tree).__name__}")
+    merged: dict[str, Any] = {}
+    for name in tree.pop("include", []):
+        merged = _merge(merged, _read_yaml(file.parent / name, (*seen, file.resolve())))
+    return _merge(merged, tree)
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {text!r} must look like section.key=value")
+    try:
+        node: Any = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"override {text!r}: the value is not valid YAML") from None
+    for key in reversed(path.split(".")):
+        node = {key: node}
+    return node
+
+
+def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _sentences(error: ValidationError) -> Iterator[str]:
+    """One sentence per mistake: the path of the key, the value, what is allowed, the nearest known name."""
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        kind, value = item["type"], item["input"]
+        if kind == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            yield f"unknown key {path}; {hint}"
+        elif kind == "missing":
+            yield f"{path} is missing"
+        elif kind == "value_error":
+            prefix = f"{path}: " if path else ""
+            yield f"{prefix}{item['ctx']['error']}"
+        elif kind == "literal_error":
+            yield f"{path} is {value!r}; allowed are {item['ctx']['expected']}"
+        else:
+            yield f"{path} is {value!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section at `path`."""
+    section: Any = Config
+    for key in path:
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            break
+        section = _section_of(section.model_fields[str(key)].annotation)
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section inside `Section | None`, or the annotation itself."""
+    if get_origin(annotation) in (Union, UnionType):
+        return next((a for a in get_args(annotation) if a is not type(None)), annotation)
+    return annotation
