@@ -76,9 +76,7 @@ def _uniforms(seed: int, step: int, micro_batch: int, count: int) -> NDArray[np.
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def draw_plan(
-    routing: RoutingConfig, *, num_layers: int, num_micro_batches: int, seed: int, step: int
-) -> RoutingPlan:
+def draw_plan(routing: RoutingConfig, *, num_layers: int, num_micro_batches: int, seed: int, step: int) -> RoutingPlan:
     """Draw the plan of one optimizer step: a pure function of (seed, step), the same on any machine."""
     rows = []
     for q in range(num_micro_batches):

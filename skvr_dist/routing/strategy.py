@@ -34,8 +34,7 @@ class CacheStrategy:
             raise UserError(f"cache strategy {list(self.retained)} must list its layers once each, ascending")
         if self.retained[-1] >= self.num_layers:
             raise UserError(
-                f"cache strategy retains layer {self.retained[-1]}, but the model has layers 0 to "
-                f"{self.num_layers - 1}"
+                f"cache strategy retains layer {self.retained[-1]}, but the model has layers 0 to {self.num_layers - 1}"
             )
 
     @classmethod

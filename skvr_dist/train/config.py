@@ -63,9 +63,9 @@ class EvaluateConfig(Section):
     """Evaluation at several retentions during training."""
 
     every_steps: int = Field(default=500, gt=0)
-    strategies: list[str] = ["full", "every:2", "every:4"]
+    strategies: list[str] = Field(default=["full", "every:2", "every:4"], min_length=1)
     """Cache strategies: full, every:G, prefix:M, a list such as 0,4,8, or a name from `profiles`."""
-    profiles: dict[str, str] = {}
+    profiles: dict[str, str] = Field(default={})
     """Named strategies."""
     sequences: int = Field(default=64, gt=0)
     """Held-out sequences; rounded up to whole micro-batches over all replicas."""
@@ -85,7 +85,7 @@ class Config(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
@@ -118,9 +118,7 @@ class Config(Section):
                 "use zero_stage 1 (fp32 gradients and master weights) or precision fp32"
             )
         if self.train.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"train.warmup_steps {self.train.warmup_steps} exceeds train.steps {self.train.steps}"
-            )
+            raise ValueError(f"train.warmup_steps {self.train.warmup_steps} exceeds train.steps {self.train.steps}")
         for spec in self.evaluate.strategies:
             try:
                 CacheStrategy.parse(spec, layers, self.evaluate.profiles)
@@ -155,7 +153,7 @@ class Config(Section):
             micro = self.train.micro_batch_size
             raise UserError(
                 f"train.global_batch_size {self.train.global_batch_size} with micro_batch_size {micro} makes "
-                f"{self.num_micro_batches} micro-batches, which {replicas} data-parallel replicas cannot share equally; "
+                f"{self.num_micro_batches} micro-batches, which {replicas} replicas cannot share equally; "
                 f"make the batch a multiple of {micro * replicas}"
             )
         if self.data.lanes % (self.train.micro_batch_size * replicas):
