@@ -73,7 +73,7 @@ def _uniforms(seed: int, step: int, micro_batch: int, count: int) -> NDArray[np.
     the distribution methods of numpy, which may change between releases.
     """
     bits = np.random.Philox(key=seed, counter=[0, 0, micro_batch, step]).random_raw(count)
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def draw_plan(routing: RoutingConfig, *, num_layers: int, num_micro_batches: int, seed: int, step: int) -> RoutingPlan:

@@ -1,7 +1,7 @@
 """Routing policies: the rules that draw a donor for each layer.
 
-Every policy is a function of two uniform draws per layer, a coin and a pick, so that a row of a plan is a
-pure function of its random bits. Layer 0 always reads its own keys and values.
+Every policy is a function of two draws per layer, whether it reads a donor and which one, so that a row of a plan is
+a pure function of its random bits. Layer 0 always reads its own keys and values.
 
 Shapes: L layers.
 """
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from skvr_dist.routing.config import RoutingConfig
 
 Donors = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 Uniforms = NDArray[np.float64]
 
 
@@ -28,34 +29,33 @@ def _pick_below(pick: Uniforms, count: Donors) -> Donors:
     return np.minimum((pick * count).astype(np.int64), np.maximum(count - 1, 0))
 
 
-def _none(routing: RoutingConfig, coin: Uniforms, pick: Uniforms) -> Donors:
+def _none(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """Standard training: every layer reads its own."""
-    return _own(len(coin))
+    return _own(len(pick))
 
 
-def _uniform(routing: RoutingConfig, coin: Uniforms, pick: Uniforms) -> Donors:
+def _uniform(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """The paper's rule (section 3): with cross_layer_prob a donor uniform in {0..l-1}."""
-    own = _own(len(coin))
-    return np.where(coin < routing.cross_layer_prob, _pick_below(pick, own), own)
+    own = _own(len(pick))
+    return np.where(reads_donor, _pick_below(pick, own), own)
 
 
-def _window(routing: RoutingConfig, coin: Uniforms, pick: Uniforms) -> Donors:
+def _window(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """With cross_layer_prob a donor uniform in the `window` layers below the reader."""
-    own = _own(len(coin))
+    own = _own(len(pick))
     assert routing.window is not None
     reach = np.minimum(own, routing.window)
-    return np.where(coin < routing.cross_layer_prob, own - 1 - _pick_below(pick, reach), own)
+    return np.where(reads_donor, own - 1 - _pick_below(pick, reach), own)
 
 
-def _strategy(routing: RoutingConfig, coin: Uniforms, pick: Uniforms) -> Donors:
+def _strategy(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """Draw the retained layers, then read as inference does: mu(l) = the nearest retained layer at or below l.
 
     Each layer l > 0 is dropped with cross_layer_prob, so that is the probability of reading another layer,
     as under `uniform`; at most one layer's keys and values are read across any depth.
     """
-    own = _own(len(coin))
-    dropped = coin < routing.cross_layer_prob
-    return np.maximum.accumulate(np.where(dropped, 0, own))
+    own = _own(len(pick))
+    return np.maximum.accumulate(np.where(reads_donor, 0, own))
 
 
 def _leader(num_layers: int, group_size: int) -> Donors:
@@ -63,20 +63,20 @@ def _leader(num_layers: int, group_size: int) -> Donors:
     return own - own % group_size
 
 
-def _cla(routing: RoutingConfig, coin: Uniforms, pick: Uniforms) -> Donors:
+def _cla(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """CLA@k: groups of k consecutive layers always read the first one's keys and values."""
     assert routing.group_size is not None
-    return _leader(len(coin), routing.group_size)
+    return _leader(len(pick), routing.group_size)
 
 
-def _rd_cla(routing: RoutingConfig, coin: Uniforms, pick: Uniforms) -> Donors:
+def _rd_cla(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """RD-CLA@k: the groups of CLA, with a coin per layer between the group's leader and its own."""
     assert routing.group_size is not None
-    own = _own(len(coin))
-    return np.where(coin < routing.cross_layer_prob, _leader(len(coin), routing.group_size), own)
+    own = _own(len(pick))
+    return np.where(reads_donor, _leader(len(pick), routing.group_size), own)
 
 
-POLICIES: dict[str, Callable[[RoutingConfig, Uniforms, Uniforms], Donors]] = {
+POLICIES: dict[str, Callable[[RoutingConfig, Flags, Uniforms], Donors]] = {
     "none": _none,
     "uniform": _uniform,
     "strategy": _strategy,
@@ -96,6 +96,7 @@ def draw_donors(routing: RoutingConfig, coin: Uniforms, pick: Uniforms) -> Donor
     Returns:
         int64 [L] with donors[l] <= l and donors[0] == 0.
     """
-    donors = POLICIES[routing.policy](routing, coin, pick)
+    reads_donor = coin < (routing.cross_layer_prob or 0.0)
+    donors = POLICIES[routing.policy](routing, reads_donor, pick)
     donors[0] = 0
     return donors

@@ -1,0 +1,245 @@
+"""The routed pipeline engine: DeepSpeed's PipelineEngine with routed stages and packed boundaries.
+
+Kept from DeepSpeed: the 1F1B schedule, gradient reduction, ZeRO, mixed precision, the optimizer step, checkpoints.
+Replaced: what a stage computes and what crosses between stages. Sizes come from the routing plan, so there is no
+handshake; a stage's backward runs once per micro-batch, whatever crosses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import MethodType
+from typing import Any
+
+import deepspeed.comm as ds_comm
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.constants import PIPE_REPLICATED
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from skvr_dist.parallel.boundary import Boundary, pack
+from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.stage import StageModule
+from skvr_dist.routing import RoutingPlan, fixed_plan
+
+
+class RoutedPipelineEngine(PipelineEngine):
+    """Trains and evaluates a decoder over pipeline stages and data-parallel replicas.
+
+    Args:
+        module: this rank's stage.
+        mesh: this rank's place.
+        sequence_length: tokens per sequence; with the micro-batch size it fixes every shape that crosses.
+        deepspeed_json: DeepSpeed's configuration.
+        optimizer: builds the optimizer from parameter groups.
+        lr_scheduler: builds the learning-rate schedule from the optimizer.
+    """
+
+    def __init__(
+        self,
+        module: StageModule,
+        mesh: Mesh,
+        *,
+        sequence_length: int,
+        deepspeed_json: dict[str, Any],
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        lr_scheduler: Callable[[torch.optim.Optimizer], Any],
+    ) -> None:
+        super().__init__(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            model_parameters=parameter_groups(module),
+            lr_scheduler=lr_scheduler,
+            mpu=module.mpu(),
+            dist_init_required=False,
+            config=deepspeed_json,
+            config_class=DeepSpeedConfig(deepspeed_json, module.mpu()),
+        )
+        self.mesh = mesh
+        self.stage = module
+        shape = {"batch": self.micro_batch_size, "sequence": sequence_length}
+        config = module.decoder.config
+        self.boundary_in = None if self.is_first_stage() else Boundary(config, module.start, **shape)
+        self.boundary_out = None if self.is_last_stage() else Boundary(config, module.stop, **shape)
+        self.sent_bytes = 0
+        """Bytes of activations that this rank has sent to the next stage since it started."""
+        self.backward_passes = 0
+        """Backward passes that this stage has run since it started."""
+        self._plan: RoutingPlan | None = None
+        self._done: Counter[type] = Counter()
+        self._sends: list[tuple[Any, Tensor]] = []
+        self._grads: list[Tensor] = []
+        self.total_loss: Tensor | None = None
+
+    def train_step(self, micro_batches: Iterator[Tensor], plan: RoutingPlan) -> float:
+        """One optimizer step.
+
+        Args:
+            micro_batches: this replica's micro-batches, int [B, S + 1] each; read on the first and last stage.
+            plan: the donors of all global micro-batches of the step.
+
+        Returns:
+            the mean loss over the global batch, in nats per token, on every rank.
+        """
+        if plan.num_micro_batches != self.micro_batches * self.mesh.replicas:
+            raise ValueError(
+                f"the plan has {plan.num_micro_batches} micro-batches, the step {self.micro_batches} on each of "
+                f"{self.mesh.replicas} replicas"
+            )
+        self._plan = plan
+        return float(self.train_batch(micro_batches))
+
+    def evaluate(self, micro_batches: Sequence[Tensor], donors: Iterable[int]) -> float:
+        """Mean loss over every replica's micro-batches (equally many on each), with the same donors in all of them."""
+        self._plan = fixed_plan(tuple(donors), len(micro_batches) * self.mesh.replicas)
+        loss = self.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches))
+        return float(loss)
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        return float(self.get_global_grad_norm() or 0.0)
+
+    # The schedule. Every kind of instruction is issued in the order of the micro-batches, so counting the
+    # instructions of a kind tells which micro-batch one is for.
+
+    def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
+        self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
+        self.fwd_outputs: list[Tensor] = []
+        self._done.clear()
+        for instructions in pipe_schedule:
+            for instruction in instructions:
+                kind = type(instruction)
+                MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
+                self._done[kind] += 1
+        for work, _ in self._sends:
+            work.wait()
+        self._sends.clear()
+
+    def _donors(self, instruction: type) -> list[int]:
+        """int [L]: donors of the micro-batch that this instruction is for.
+
+        Replica r of R runs the global micro-batches r, r + R, r + 2R, ...
+        """
+        assert self._plan is not None
+        row = self.mesh.replica + self._done[instruction] * self.mesh.replicas
+        return self._plan.donors[row].tolist()
+
+    def _send(self, tensor: Tensor, stage: int) -> None:
+        """Start a send; the tensor is kept until the end of the schedule, the order is that of the schedule."""
+        self._sends.append((ds_comm.isend(tensor, self.grid.stage_to_global(stage_id=stage)), tensor))
+
+    def _receive(self, boundary: Boundary, donors: Sequence[int], stage: int) -> list[Tensor]:
+        """Receive one packed tensor; views of its parts."""
+        packed = torch.empty(boundary.elements(donors), dtype=self._boundary_dtype, device=self.device)
+        ds_comm.recv(packed, self.grid.stage_to_global(stage_id=stage))
+        return boundary.unpack(packed, donors)
+
+    @property
+    def _boundary_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bfloat16_enabled() else torch.float32
+
+    def _exec_load_micro_batch(self, buffer_id: int) -> None:
+        tokens = self._next_batch().to(self.device)
+        if self.is_first_stage():
+            self.pipe_buffers["inputs"][buffer_id] = [tokens[:, :-1]]
+        if self.is_last_stage():
+            self.pipe_buffers["labels"][buffer_id] = tokens[:, 1:]
+
+    def _exec_recv_activations(self, buffer_id: int) -> None:
+        assert self.boundary_in is not None
+        parts = self._receive(self.boundary_in, self._donors(schedule.RecvActivation), self.prev_stage)
+        # Leaves of this stage's graph: their gradients are what goes back.
+        self.pipe_buffers["inputs"][buffer_id] = [part.requires_grad_() for part in parts]
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        donors = self._donors(schedule.ForwardPass)
+        outputs = DeepSpeedEngine.forward(
+            self,
+            self.pipe_buffers["inputs"][buffer_id],
+            donors=donors,
+            crossing=self.boundary_in.crossing(donors) if self.boundary_in else (),
+            leaving=self.boundary_out.crossing(donors) if self.boundary_out else (),
+            labels=self.pipe_buffers["labels"][buffer_id] if self.is_last_stage() else None,
+        )
+        self.pipe_buffers["outputs"][buffer_id] = outputs
+        if self.is_last_stage():
+            loss = outputs.detach()
+            self.fwd_outputs.append(loss)
+            self.total_loss = loss if len(self.fwd_outputs) == 1 else self.total_loss + loss
+
+    def _exec_send_activations(self, buffer_id: int) -> None:
+        packed = pack(self.pipe_buffers["outputs"][buffer_id])
+        self.sent_bytes += packed.nbytes
+        self._send(packed, self.next_stage)
+
+    def _exec_recv_grads(self, buffer_id: int) -> None:
+        assert self.boundary_out is not None
+        self._grads = self._receive(self.boundary_out, self._donors(schedule.RecvGrad), self.next_stage)
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        self.backward_passes += 1
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        if self.is_last_stage():
+            DeepSpeedEngine.backward(self, outputs)
+        else:
+            self._backward_from_gradients(outputs, self._grads)
+        self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _backward_from_gradients(self, outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """One backward pass over all outputs, with the precision handling of DeepSpeed around it."""
+        if self.using_bf16_optimizer:
+            self.optimizer.clear_lp_grads()
+        self._running_engine_backward = True  # keeps DeepSpeed's hooks from taking this for a user's own backward
+        try:
+            torch.autograd.backward(outputs, grads)
+        finally:
+            self._running_engine_backward = False
+        if self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update:
+            self.optimizer.update_hp_grads(clear_lp_grads=False)
+
+    def _exec_send_grads(self, buffer_id: int) -> None:
+        self._send(pack([part.grad for part in self.pipe_buffers["inputs"][buffer_id]]), self.prev_stage)
+        self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if not (self.zero_optimization() or self.bfloat16_enabled()):
+            self._global_grad_norm = self._clip_by_global_norm()
+        super()._take_model_step(lr_kwargs)
+
+    def clip_fp32_gradients(self) -> None:
+        """Nothing is left to clip; DeepSpeed's own would take the norm of the first stage for that of all."""
+
+    def _clip_by_global_norm(self) -> Tensor:
+        """Norm over all stages, tied parameters counted once, for ZeRO-0 in fp32; the other optimizers have theirs."""
+        gradients = [(p.grad, getattr(p, PIPE_REPLICATED)) for p in self.module.parameters() if p.grad is not None]
+        squares = torch.stack([grad.square().sum() for grad, replicated in gradients if not replicated]).sum()
+        ds_comm.all_reduce(squares, group=self.mpu.get_model_parallel_group())
+        norm = squares.sqrt()
+        if self.gradient_clipping() > 0:
+            torch.nn.utils.clip_grads_with_norm_(list(self.module.parameters()), self.gradient_clipping(), norm)
+        return norm
+
+    _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
+        schedule.LoadMicroBatch: _exec_load_micro_batch,
+        schedule.RecvActivation: _exec_recv_activations,
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.SendActivation: _exec_send_activations,
+        schedule.RecvGrad: _exec_recv_grads,
+        schedule.BackwardPass: _exec_backward_pass,
+        schedule.SendGrad: _exec_send_grads,
+    }
+
+
+def parameter_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """Matrices are decayed, norms and biases are not (`weight_decay: 0` overrides the optimizer's)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2]},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,70 @@
+"""Ranks, their coordinates and their groups. Passed to whoever needs them; nothing here is global."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+# Launchers announce the number of ranks under different names: torchrun and deepspeed, Open MPI, MPICH, Slurm.
+_WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
+
+
+def announced_world_size() -> int:
+    """Ranks that the launcher started, known before any process group exists; 1 without a launcher."""
+    for name in _WORLD_SIZE_VARIABLES:
+        if name in os.environ:
+            return int(os.environ[name])
+    return 1
+
+
+def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Join the process group of the launcher: NCCL on GPUs, gloo on CPUs."""
+    import deepspeed
+
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False
+    )
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place: a stage of the pipeline in one data-parallel replica."""
+
+    topology: PipeDataParallelTopology
+    rank: int
+    world_size: int
+    stage: int
+    stages: int
+    replica: int
+    replicas: int
+    host_group: dist.ProcessGroup
+    """All ranks over gloo, for small tensors on the host: routing plans and counters never wait for a device."""
+
+    @classmethod
+    def build(cls, stages: int) -> Mesh:
+        """Lay the ranks of the default process group out; collective over all of them."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        replicas = world_size // stages
+        topology = PipeDataParallelTopology(num_pp=stages, num_dp=replicas)
+        place = topology.get_coord(rank)
+        return cls(
+            topology=topology,
+            rank=rank,
+            world_size=world_size,
+            stage=place.pipe,
+            stages=stages,
+            replica=place.data,
+            replicas=replicas,
+            host_group=dist.new_group(backend="gloo"),
+        )
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks, of a list of equal length on each."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
