@@ -1,0 +1,217 @@
+"""Routed training in every layout against the single-process reference: losses, every gradient, norm and weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import reference
+import torch
+from ranks import run_ranks
+
+from skvr_dist.model.config import ModelConfig
+from skvr_dist.model.decoder import Decoder, initialize
+from skvr_dist.parallel.config import ParallelConfig
+from skvr_dist.routing import RoutingConfig, crossing_elements, draw_plan
+
+SHAPE: dict[str, Any] = {
+    "architecture": "qwen3",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "qk_norm": True,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,  # large enough that every gradient is well above rounding
+}
+LLAMA = {"architecture": "llama", "qk_norm": False, "attention_bias": True}
+POLICIES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "uniform": {"cross_layer_prob": 0.6},
+    "strategy": {"cross_layer_prob": 0.5},
+    "window": {"cross_layer_prob": 0.7, "window": 2},
+    "cla": {"group_size": 2},
+    "rd_cla": {"group_size": 3, "cross_layer_prob": 0.5},
+}
+SEED, STEPS, MICRO_BATCHES, BATCH, SEQUENCE = 7, 3, 4, 2, 12
+# Adam divides a gradient by its own size: eps keeps it from blowing up the rounding of gradients that are nearly
+# zero (a bias on all keys hardly changes a softmax), so that weights can be compared as tightly as gradients.
+OPTIMIZER = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
+CLIP = 0.5  # below the norms that occur, so clipping is at work
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (MICRO_BATCHES, BATCH, SEQUENCE + 1)
+    return [torch.randint(0, SHAPE["vocab_size"], shape, generator=generator) for _ in range(STEPS)]
+
+
+def run_layout(
+    shape: dict[str, Any], routing: RoutingConfig, parallel: ParallelConfig, precision: str = "fp32"
+) -> dict[str, Any]:
+    """Train STEPS steps on this rank's place of the layout; returns what the reference returns, for this stage."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from skvr_dist.parallel.engine import RoutedPipelineEngine
+    from skvr_dist.parallel.mesh import Mesh
+    from skvr_dist.parallel.partition import stage_bounds
+    from skvr_dist.parallel.plan_stream import PlanStream
+    from skvr_dist.parallel.stage import StageModule
+
+    class RecordingEngine(RoutedPipelineEngine):
+        """Keeps the reduced gradients of the first step."""
+
+        gradients: dict[str, torch.Tensor] | None = None
+
+        def _take_model_step(self, lr_kwargs: Any) -> None:
+            if self.gradients is None:
+                named = self.stage.decoder.named_parameters()
+                self.gradients = {name: safe_get_full_grad(p).clone() for name, p in named}
+            super()._take_model_step(lr_kwargs)
+
+    model = ModelConfig.model_validate(shape)
+    mesh = Mesh.build(parallel.pipeline)
+    module = StageModule(model, stage_bounds(model, parallel), mesh, SEED)
+    initial = {name: p.detach().clone() for name, p in module.decoder.named_parameters()}
+    engine = RecordingEngine(
+        module,
+        mesh,
+        sequence_length=SEQUENCE,
+        deepspeed_json={
+            "train_batch_size": MICRO_BATCHES * BATCH,
+            "train_micro_batch_size_per_gpu": BATCH,
+            "gradient_accumulation_steps": MICRO_BATCHES // mesh.replicas,
+            "gradient_clipping": CLIP,
+            "zero_optimization": {"stage": parallel.zero_stage},
+            "steps_per_print": None,
+            **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if precision == "bf16" else {}),
+        },
+        optimizer=functools.partial(torch.optim.AdamW, **OPTIMIZER),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+    )
+    plans = PlanStream(
+        routing, mesh, num_layers=model.num_hidden_layers, num_micro_batches=MICRO_BATCHES, seed=SEED, first_step=0
+    )
+    result: dict[str, Any] = {"losses": [], "norms": [], "initial": initial, "donors": [], "stage": mesh.stage}
+    for batch in batches():
+        plan = plans.next()
+        result["donors"].append(plan.donors.tolist())
+        mine = iter(batch[mesh.replica :: mesh.replicas])
+        result["losses"].append(engine.train_step(mine, plan))
+        result["norms"].append(engine.gradient_norm)
+    plans.close()
+    result["gradients"] = engine.gradients
+    result["weights"] = {name: p.detach().clone() for name, p in module.decoder.named_parameters()}
+    result["sent_bytes"] = engine.sent_bytes
+    result["backward_passes"] = engine.backward_passes
+    return result
+
+
+@functools.cache
+def expected(family: str, tied: bool, policy: str) -> dict[str, Any]:
+    shape = family_shape(family, tied)
+    decoder = Decoder(ModelConfig.model_validate(shape))
+    initialize(decoder, SEED)
+    initial = {name: p.detach() for name, p in decoder.named_parameters()}
+    plans = [plan_of(policy, step).donors.tolist() for step in range(STEPS)]
+    trained = reference.train(initial, shape, batches(), plans, clip=CLIP, optimizer=OPTIMIZER)
+    return {**trained, "initial": initial, "donors": plans}
+
+
+def family_shape(family: str, tied: bool) -> dict[str, Any]:
+    return {**SHAPE, **(LLAMA if family == "llama" else {}), "tie_word_embeddings": tied}
+
+
+def plan_of(policy: str, step: int):
+    routing = RoutingConfig(policy=policy, **POLICIES[policy])
+    return draw_plan(
+        routing, num_layers=SHAPE["num_hidden_layers"], num_micro_batches=MICRO_BATCHES, seed=SEED, step=step
+    )
+
+
+def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the wanted tensor; 0 where both are zero."""
+    difference, scale = (actual - wanted).norm().item(), wanted.norm().item()
+    return 0.0 if difference == 0.0 else difference / scale if scale else float("inf")
+
+
+def check(results: list[dict[str, Any]], wanted: dict[str, Any], tolerance: float = 1e-5) -> None:
+    seen = set()
+    for result in results:
+        assert result["donors"] == wanted["donors"]
+        assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-6)
+        assert result["norms"] == pytest.approx(wanted["norms"], rel=tolerance)
+        for kind in ("initial", "gradients", "weights"):
+            for name, tensor in result[kind].items():
+                error = relative_error(tensor, wanted[kind][name])
+                assert error <= (0.0 if kind == "initial" else tolerance), f"{kind} of {name}: {error:.2e}"
+                seen.add((kind, name))
+    assert seen == {(kind, name) for kind in ("initial", "gradients", "weights") for name in wanted[kind]}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_stage(policy: str) -> None:
+    routing = RoutingConfig(policy=policy, **POLICIES[policy])
+    results = run_ranks(1, run_layout, family_shape("qwen3", True), routing, ParallelConfig(zero_stage=0))
+    check(results, expected("qwen3", True, policy))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_stages_two_replicas(policy: str) -> None:
+    routing = RoutingConfig(policy=policy, **POLICIES[policy])
+    results = run_ranks(4, run_layout, family_shape("qwen3", True), routing, ParallelConfig(pipeline=2, zero_stage=1))
+    check(results, expected("qwen3", True, policy))
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "world_size", "parallel"),
+    [
+        ("llama", False, 2, ParallelConfig(pipeline=2, zero_stage=0)),
+        ("qwen3", True, 2, ParallelConfig(pipeline=2, zero_stage=0)),
+        ("qwen3", True, 4, ParallelConfig(pipeline=4, stage_layers=[1, 2, 1, 1], zero_stage=1)),
+        ("qwen3", False, 4, ParallelConfig(pipeline=2, stage_layers=[1, 4], zero_stage=0)),
+        ("llama", True, 2, ParallelConfig(pipeline=1, zero_stage=1)),
+    ],
+    ids=["pp2-llama", "pp2-tied", "pp4-uneven-tied", "pp2xdp2-uneven", "dp2-zero1-llama"],
+)
+def test_other_layouts(family: str, tied: bool, world_size: int, parallel: ParallelConfig) -> None:
+    routing = RoutingConfig(policy="uniform", **POLICIES["uniform"])
+    results = run_ranks(world_size, run_layout, family_shape(family, tied), routing, parallel)
+    check(results, expected(family, tied, "uniform"))
+    check_traffic(results, parallel)
+
+
+def check_traffic(results: list[dict[str, Any]], parallel: ParallelConfig) -> None:
+    """Bytes over each boundary equal the liveness bound, and a stage runs one backward pass per micro-batch."""
+    from skvr_dist.parallel.partition import stage_bounds
+
+    model = ModelConfig.model_validate(SHAPE)
+    replicas = len(results) // parallel.pipeline
+    for stage, (_, stop) in enumerate(stage_bounds(model, parallel)):
+        sent = sum(result["sent_bytes"] for result in results if result["stage"] == stage)
+        elements = 0
+        if stage < parallel.pipeline - 1:
+            size = {"tokens": BATCH * SEQUENCE, "hidden_size": model.hidden_size, "kv_size": model.kv_size}
+            rows = [donors for step in results[0]["donors"] for donors in step]
+            elements = sum(crossing_elements(donors, stop, **size) for donors in rows)
+        assert sent == 4 * elements
+    assert {result["backward_passes"] for result in results} == {STEPS * MICRO_BATCHES // replicas}
+
+
+def test_bf16_keeps_fp32_state() -> None:
+    """bf16 follows fp32 to bf16's precision, and two stages follow one stage more closely than that."""
+    routing = RoutingConfig(policy="uniform", **POLICIES["uniform"])
+    shape = family_shape("qwen3", True)
+    one = run_ranks(1, run_layout, shape, routing, ParallelConfig(), "bf16")[0]
+    two = run_ranks(4, run_layout, shape, routing, ParallelConfig(pipeline=2), "bf16")[0]
+    wanted = expected("qwen3", True, "uniform")
+    assert one["losses"] == pytest.approx(wanted["losses"], rel=2e-2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=5e-3)
+    assert two["norms"] == pytest.approx(one["norms"], rel=2e-2)
