@@ -32,7 +32,7 @@ _context.set_forkserver_preload(
 )
 
 
-class RankFailed(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or did not finish in time."""
 
 
@@ -69,15 +69,15 @@ def _collect(connections: list[Connection], seconds: float) -> list[Any]:
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             late = [connections.index(c) for c in waiting]
-            raise RankFailed(f"ranks {late} did not finish within {seconds:.0f} s")
+            raise RankError(f"ranks {late} did not finish within {seconds:.0f} s")
         for connection in ready:
             assert isinstance(connection, Connection)
             try:
                 failed, value = torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
             except EOFError:
-                raise RankFailed(f"rank {connections.index(connection)} died without a result") from None
+                raise RankError(f"rank {connections.index(connection)} died without a result") from None
             if failed:
-                raise RankFailed(f"rank {connections.index(connection)} raised:\n{value}")
+                raise RankError(f"rank {connections.index(connection)} raised:\n{value}")
             results[connection] = value
     return [results[connection] for connection in connections]
 
@@ -94,7 +94,7 @@ def _rank(
     )
     torch.set_num_threads(1)
     try:
-        from skvr_dist.parallel.mesh import start_process_group
+        from skvr_dist.parallel.launcher import start_process_group
 
         start_process_group()
         outcome = (False, function(*args))

@@ -54,20 +54,18 @@ class WeightFiles:
         with safe_open(self._file_of[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
+    @torch.no_grad()
+    def copy_into(self, module: nn.Module) -> None:
+        """Copy every parameter of `module` from here, in the parameter's dtype.
 
-@torch.no_grad()
-def load_weights(folder: Path, module: nn.Module) -> None:
-    """Copy every parameter of `module` from the weights in `folder`.
-
-    Raises:
-        UserError: a weight is missing or has another shape.
-    """
-    files = WeightFiles(folder)
-    for name, parameter in module.named_parameters():
-        stored = files.read(name)
-        if stored.shape != parameter.shape:
-            raise UserError(
-                f"weight {name} has shape {list(stored.shape)} in {folder}, but {list(parameter.shape)} in this "
-                f"configuration; use the model section of the checkpoint's config.yaml"
-            )
-        parameter.copy_(stored)
+        Raises:
+            UserError: a weight is missing or has another shape.
+        """
+        for name, parameter in module.named_parameters():
+            stored = self.read(name)
+            if stored.shape != parameter.shape:
+                raise UserError(
+                    f"weight {name} has shape {list(stored.shape)} in {self._folder}, but {list(parameter.shape)} in "
+                    f"this configuration; use the model section of the checkpoint's config.yaml"
+                )
+            parameter.copy_(stored)

@@ -14,6 +14,8 @@ class DataConfig(Section):
     """Folder of the training data set (shards and manifest.json)."""
     validation: str
     """Folder of the held-out data set."""
+    tokenizer: str
+    """The tokenizer of both: it travels with checkpoints and exports."""
     sequence_length: int = Field(gt=0)
     """Tokens that the model reads per sequence; each sequence on disk spans one more, the last label."""
     lanes: int = Field(default=16, gt=0)

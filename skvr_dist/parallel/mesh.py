@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
-
-# Launchers announce the number of ranks under different names: torchrun and deepspeed, Open MPI, MPICH, Slurm.
-_WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
-
-
-def announced_world_size() -> int:
-    """Ranks that the launcher started, known before any process group exists; 1 without a launcher."""
-    for name in _WORLD_SIZE_VARIABLES:
-        if name in os.environ:
-            return int(os.environ[name])
-    return 1
-
-
-def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Join the process group of the launcher: NCCL on GPUs, gloo on CPUs."""
-    import deepspeed
-
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False
-    )
 
 
 @dataclass(frozen=True)

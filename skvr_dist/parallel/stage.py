@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor, nn
 
-from skvr_dist.checkpoint.weights import load_weights, save_weights
+from skvr_dist.checkpoint.weights import WeightFiles, save_weights
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder, initialize, next_token_loss
 from skvr_dist.parallel.mesh import Mesh
@@ -102,6 +101,9 @@ class StageModule(PipelineModule):
                 tied["embed_tokens"] = {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": module}
         return tied
 
+    def _synchronize_tied_weights(self) -> None:
+        """Nothing to send: both stages draw or load the same weights by name."""
+
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
@@ -113,5 +115,4 @@ class StageModule(PipelineModule):
             save_weights(Path(save_dir), self.decoder, part=self._stage, parts=len(self._bounds))
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
-        with torch.no_grad():
-            load_weights(Path(load_dir), self.decoder)
+        WeightFiles(Path(load_dir)).copy_into(self.decoder)

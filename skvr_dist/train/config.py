@@ -49,6 +49,8 @@ class TrainConfig(Section):
     """Decay of the matrices; norms and biases are not decayed."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
+    log_every_steps: int = Field(default=1, gt=0)
+    """Steps between console lines; TensorBoard and metrics.jsonl get every step."""
     resume: str = "auto"
     """`auto` goes on from the run's latest checkpoint when there is one, `never` starts afresh, else a checkpoint."""
 

@@ -1,0 +1,46 @@
+"""Decoding with a cache that holds only the retained layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skvr_dist.model.decoder import Cache, Decoder
+from skvr_dist.routing import CacheStrategy
+
+
+@torch.inference_mode()
+def generate(
+    decoder: Decoder,
+    prompt: Tensor,
+    strategy: CacheStrategy,
+    *,
+    max_new_tokens: int,
+    stop_token: int | None = None,
+) -> tuple[Tensor, Cache]:
+    """Greedy continuation of one prompt.
+
+    Args:
+        prompt: int [S].
+        strategy: the layers that keep a cache.
+        stop_token: ends the continuation, and is not part of it.
+
+    Returns:
+        the new tokens, int [at most max_new_tokens], and the cache behind them.
+    """
+    cache: Cache = {}
+    donors = strategy.kv_source_layers
+    tokens = prompt[None]
+    new: list[Tensor] = []
+    while len(new) < max_new_tokens:
+        token = decoder(tokens, donors, cache)[0, -1].argmax()
+        if stop_token is not None and int(token) == stop_token:
+            break
+        new.append(token)
+        tokens = token.reshape(1, 1)
+    return torch.stack(new) if new else prompt.new_empty(0), cache
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that a cache holds, measured."""
+    return sum(k.nbytes + v.nbytes for k, v in cache.values())

@@ -1,0 +1,116 @@
+"""The retention curve: what the loss becomes when fewer layers keep a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from skvr_dist.model.decoder import Decoder, next_token_loss
+from skvr_dist.routing import CacheStrategy
+
+CACHE_BYTES_PER_ELEMENT = 2
+"""Caches are counted in bf16, as they are served."""
+
+
+@dataclass(frozen=True)
+class RetentionPoint:
+    """The loss at one cache strategy."""
+
+    strategy: str
+    retained: int
+    """Layers that keep a cache."""
+    retention: float
+    cache_bytes_per_token: int
+    loss: float
+    """Nats per token."""
+
+
+@torch.inference_mode()
+def retention_curve(
+    decoder: Decoder, batches: Sequence[Tensor], strategies: Mapping[str, CacheStrategy]
+) -> list[RetentionPoint]:
+    """Mean loss over batches, int [B, S + 1] each and all of one shape, at each strategy.
+
+    Returns:
+        one point per strategy, in the order given.
+    """
+    points = []
+    for name, strategy in strategies.items():
+        losses = [
+            next_token_loss(decoder(tokens[:, :-1], strategy.kv_source_layers), tokens[:, 1:]) for tokens in batches
+        ]
+        points.append(
+            RetentionPoint(
+                strategy=name,
+                retained=len(strategy.retained),
+                retention=strategy.retention,
+                cache_bytes_per_token=strategy.cache_bytes_per_token(
+                    kv_heads=decoder.config.num_key_value_heads,
+                    head_dim=decoder.config.head_dim,
+                    bytes_per_element=CACHE_BYTES_PER_ELEMENT,
+                ),
+                loss=float(torch.stack(losses).mean()),
+            )
+        )
+    return points
+
+
+def as_table(curves: Mapping[str, Sequence[RetentionPoint]]) -> str:
+    """A table of curves over the same strategies, one column of losses per curve, with the rise over the first row."""
+    first = next(iter(curves.values()))
+    header = ["strategy", "retention", "cache bytes/token"]
+    for label in curves:
+        header += [f"{label} loss", "change"]
+    rows = []
+    for index, point in enumerate(first):
+        row = [point.strategy, f"{point.retention:.0%}", f"{point.cache_bytes_per_token:,}"]
+        for points in curves.values():
+            loss = points[index].loss
+            row += [f"{loss:.4f}", "" if index == 0 else f"{loss - points[0].loss:+.4f}"]
+        rows.append(row)
+    return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)
+
+
+def as_records(points: Sequence[RetentionPoint]) -> list[dict[str, Any]]:
+    return [asdict(point) for point in points]
+
+
+def plot(curves: Mapping[str, Sequence[RetentionPoint]], file: Path) -> None:
+    """Draw loss against cache bytes per token, one line per curve, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150)
+    for label, points in curves.items():
+        ordered = sorted(points, key=lambda point: point.cache_bytes_per_token)
+        axes.plot(
+            [point.cache_bytes_per_token for point in ordered], [point.loss for point in ordered], "o-", label=label
+        )
+    for point in next(iter(curves.values())):
+        axes.axvline(point.cache_bytes_per_token, color="0.9", zorder=0)
+        axes.annotate(
+            f"{point.retention:.0%}",
+            (point.cache_bytes_per_token, 1.0),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color="0.4",
+        )
+    axes.set_xlabel("cache bytes per token (bf16)")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.set_title("What a smaller key/value cache costs", pad=18)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)

@@ -1,0 +1,44 @@
+"""What the launcher told this process, and how it joins the others."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from datetime import timedelta
+
+import torch
+
+# Launchers announce the number of ranks under different names: torchrun and deepspeed, Open MPI, MPICH, Slurm.
+_WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
+
+
+_LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+
+def announced_world_size() -> int:
+    """Ranks that the launcher started, known before any process group exists; 1 without a launcher."""
+    return _first_number(_WORLD_SIZE_VARIABLES)
+
+
+def share_cores() -> None:
+    """Give each rank on a host without GPUs its share of the cores, unless OMP_NUM_THREADS says otherwise.
+
+    By default every rank would start a thread per core, and the ranks would fight for them.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // _first_number(_LOCAL_SIZE_VARIABLES)))
+
+
+def _first_number(variables: tuple[str, ...]) -> int:
+    return next((int(os.environ[name]) for name in variables if name in os.environ), 1)
+
+
+def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Join the process group of the launcher: NCCL on GPUs, gloo on CPUs."""
+    import deepspeed
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it compiled
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)

@@ -1,0 +1,67 @@
+"""What a configuration would do, worked out without starting anything."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from tabulate import tabulate
+
+from skvr_dist.model.decoder import Decoder
+from skvr_dist.parallel.partition import stage_bounds
+from skvr_dist.routing import crossing_layers, draw_plan
+from skvr_dist.train.config import Config
+from skvr_dist.train.loop import open_data
+
+_PLANS = 64  # steps whose plans are drawn for the averages
+
+
+def describe(config: Config, world_size: int) -> str:
+    """Layout, sizes, traffic and the DeepSpeed configuration, as text.
+
+    Opens the data sets and builds every stage (without storage), so it raises what a run would raise at its start.
+    """
+    replicas = config.data_parallel_size(world_size)
+    train, held_out = open_data(config)
+    bounds = stage_bounds(config.model, config.parallel)
+    layers = config.model.num_hidden_layers
+    plans = [
+        draw_plan(
+            config.routing,
+            num_layers=layers,
+            num_micro_batches=config.num_micro_batches,
+            seed=config.train.seed,
+            step=step,
+        )
+        for step in range(_PLANS)
+    ]
+    rows = []
+    for stage, (start, stop) in enumerate(bounds):
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Decoder(config.model, start, stop).parameters())
+        crossing = "-"
+        if stop < layers:
+            counts = [len(crossing_layers(donors, stop)) for plan in plans for donors in plan.donors]
+            hidden_states = 1 + 2 * config.model.kv_size / config.model.hidden_size * sum(counts) / len(counts)
+            crossing = f"{sum(counts) / len(counts):.2f} ({hidden_states:.2f})"
+        rows.append([stage, f"{start} to {stop - 1}", f"{parameters:,}", crossing])
+    tokens_per_step = config.train.global_batch_size * config.data.sequence_length
+    total_tokens = tokens_per_step * config.train.steps
+    facts = [
+        ["ranks", f"{world_size} = {len(bounds)} stages x {replicas} replicas"],
+        ["ZeRO stage, precision", f"{config.parallel.zero_stage}, {config.train.precision}"],
+        ["micro-batches per step", f"{config.num_micro_batches}, {config.num_micro_batches // replicas} per replica"],
+        ["tokens per step, in all", f"{tokens_per_step:,}, {total_tokens:,}"],
+        ["training data", f"{train.manifest.tokens:,} tokens ({total_tokens / train.manifest.tokens:.2f} epochs)"],
+        ["held-out data", f"{held_out.manifest.tokens:,} tokens"],
+        ["cross-layer reads", f"{sum(p.cross_layer_share for p in plans) / _PLANS:.1%}"],
+        ["K/V projections skipped", f"{sum(p.skipped_kv_share for p in plans) / _PLANS:.1%}"],
+    ]
+    header = ["stage", "layers", "parameters", "layers whose K/V cross to the next (hidden states sent)"]
+    return "\n\n".join(
+        [
+            tabulate(facts, tablefmt="plain"),
+            tabulate(rows, headers=header, tablefmt="github"),
+            "DeepSpeed configuration:\n" + json.dumps(config.deepspeed_json(world_size), indent=2),
+        ]
+    )

@@ -1,0 +1,231 @@
+"""Pretraining, top to bottom."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skvr_dist.checkpoint.folder import Checkpoint, latest_checkpoint, partial_folder, publish
+from skvr_dist.data.reader import MicroBatchReader, validation_sequences
+from skvr_dist.data.shards import Dataset
+from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.errors import UserError
+from skvr_dist.parallel.engine import RoutedPipelineEngine
+from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.partition import stage_bounds
+from skvr_dist.parallel.plan_stream import PlanStream
+from skvr_dist.parallel.stage import StageModule
+from skvr_dist.train.config import Config
+from skvr_dist.train.metrics import Reporter, Values
+from skvr_dist.train.optimizer import build_optimizer, build_scheduler
+from skvr_dist.train.run_folder import RunFolder, software_versions
+
+
+def pretrain(config: Config) -> None:
+    """Train as configured, on this rank of an already started process group; collective over all ranks."""
+    mesh = Mesh.build(config.parallel.pipeline)
+    config.data_parallel_size(mesh.world_size)  # refuses a batch that does not divide
+    run = RunFolder(config, mesh.rank)
+    log = run.start_log()
+    train_data, held_out_data = open_data(config)
+    resumed = checkpoint_to_resume(config, run, mesh)
+    first_step = resumed.step if resumed else 0
+
+    with run.quiet():
+        engine = build_engine(config, mesh)
+        if resumed:
+            engine.load_checkpoint(str(resumed.folder.parent), tag=resumed.folder.name)
+    plans = PlanStream(
+        config.routing,
+        mesh,
+        num_layers=config.model.num_hidden_layers,
+        num_micro_batches=config.num_micro_batches,
+        seed=config.train.seed,
+        first_step=first_step,
+    )
+    reader = MicroBatchReader(
+        train_data,
+        sequence_length=config.data.sequence_length,
+        lanes=config.data.lanes,
+        seed=config.train.seed,
+        micro_batch_size=config.train.micro_batch_size,
+        micro_batches_per_step=config.num_micro_batches,
+        replica=mesh.replica,
+        replicas=mesh.replicas,
+        start_step=first_step,
+        prefetch=config.data.prefetch,
+    )
+    if resumed and resumed.facts["data_fingerprint"] != reader.fingerprint():
+        raise UserError(
+            f"checkpoint {resumed.folder} was trained on data {resumed.facts['data_fingerprint']}, this configuration "
+            f"reads {reader.fingerprint()} (data set, seed, sequence length or lanes differ); put them back or start a "
+            f"new run with another train.output_dir"
+        )
+    held_out = held_out_batches(config, held_out_data, mesh)
+    strategies = config.evaluate.parse_strategies(config.model.num_hidden_layers)
+    reporter = Reporter(
+        mesh.rank, tensorboard=run.tensorboard, metrics=run.metrics, first_step=first_step, steps=config.train.steps
+    )
+    describe_start(config, mesh, run, reporter, resumed)
+
+    batches = TimedIterator(iter(reader))
+    for step in range(first_step + 1, config.train.steps + 1):
+        started, sent_before, waited_before = time.perf_counter(), engine.sent_bytes, batches.seconds
+        plan = plans.next()
+        learning_rate = engine.get_lr()[0]
+        loss = engine.train_step(batches, plan)
+        seconds = time.perf_counter() - started
+        values: Values = {
+            "train/loss": loss,
+            "train/learning_rate": learning_rate,
+            "train/gradient_norm": engine.gradient_norm,
+            "train/tokens_per_second": config.train.global_batch_size * config.data.sequence_length / seconds,
+            "train/data_wait_share": (batches.seconds - waited_before) / seconds,
+            "routing/cross_layer_share": plan.cross_layer_share,
+            "routing/skipped_kv_share": plan.skipped_kv_share,
+            **boundary_bytes(mesh, engine.sent_bytes - sent_before),
+        }
+        reporter.step(step, values, show=step % config.train.log_every_steps == 0 or step == config.train.steps)
+        log.info("step %d loss %.6f gradient norm %.6f", step, loss, engine.gradient_norm)
+        last = step == config.train.steps
+        if last or step % config.evaluate.every_steps == 0:
+            losses = {name: engine.evaluate(held_out, s.kv_source_layers) for name, s in strategies.items()}
+            reporter.evaluation(step, losses)
+        if last or step % config.checkpoint.every_steps == 0:
+            folder = save(config, mesh, run, engine, step, reader.fingerprint())
+            reporter.say(f"step {step}  saved {folder}")
+    plans.close()
+    reporter.close()
+
+
+def open_data(config: Config) -> tuple[Dataset, Dataset]:
+    """Training and held-out data, checked against each other, the tokenizer and the model's vocabulary."""
+    train, held_out = Dataset.open(config.data.train), Dataset.open(config.data.validation)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    train.require_same_tokenizer(held_out)
+    train.require_vocabulary(config.model.vocab_size)
+    if tokenizer.sha256 != train.manifest.tokenizer_sha256:
+        raise UserError(
+            f"data.tokenizer {config.data.tokenizer} is {tokenizer.sha256[:12]}, but data set {train.folder} was made "
+            f"with {train.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
+        )
+    return train, held_out
+
+
+def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
+    """This rank's stage, with initial weights, optimizer and schedule."""
+    bounds = stage_bounds(config.model, config.parallel)
+    return RoutedPipelineEngine(
+        StageModule(config.model, bounds, mesh, config.train.seed),
+        mesh,
+        sequence_length=config.data.sequence_length,
+        deepspeed_json=config.deepspeed_json(mesh.world_size),
+        optimizer=functools.partial(build_optimizer, config.train),
+        lr_scheduler=functools.partial(build_scheduler, config.train),
+    )
+
+
+def held_out_batches(config: Config, dataset: Dataset, mesh: Mesh) -> list[torch.Tensor]:
+    """This replica's share of the first `evaluate.sequences` held-out sequences, in whole micro-batches."""
+    per_round = config.train.micro_batch_size * mesh.replicas
+    sequences = -(-config.evaluate.sequences // per_round) * per_round
+    held_out = validation_sequences(dataset, sequence_length=config.data.sequence_length, num_sequences=sequences)
+    batches = held_out.split(config.train.micro_batch_size)
+    return list(batches[mesh.replica :: mesh.replicas])
+
+
+def boundary_bytes(mesh: Mesh, sent_bytes: int) -> Values:
+    """Bytes of activations that crossed each boundary in this step, over all replicas; collective."""
+    if mesh.stages == 1:
+        return {}
+    mine = [float(sent_bytes) if mesh.stage == boundary else 0.0 for boundary in range(mesh.stages - 1)]
+    total = mesh.sum_over_ranks(mine)
+    return {f"pipeline/crossing_bytes/boundary_{boundary}": value for boundary, value in enumerate(total)}
+
+
+def layout_of(config: Config, mesh: Mesh) -> dict[str, int]:
+    """The layout, as far as DeepSpeed's optimizer files depend on it."""
+    return {"pipeline": mesh.stages, "replicas": mesh.replicas, "zero_stage": config.parallel.zero_stage}
+
+
+def checkpoint_to_resume(config: Config, run: RunFolder, mesh: Mesh) -> Checkpoint | None:
+    """The checkpoint that `train.resume` asks for, checked against the configuration."""
+    if config.train.resume == "never":
+        if latest_checkpoint(run.checkpoints) is not None:
+            raise UserError(
+                f"train.resume is never, but {run.path} already holds checkpoints; use another train.output_dir or "
+                f"resume=auto"
+            )
+        return None
+    path = latest_checkpoint(run.checkpoints) if config.train.resume == "auto" else Path(config.train.resume)
+    if path is None:
+        return None
+    checkpoint = Checkpoint(path)
+    stored, asked = checkpoint.model_config.model_dump(), config.model.model_dump()
+    for key, value in asked.items():
+        if stored[key] != value and key != "attention":  # the kernel may change, the function does not
+            raise UserError(
+                f"checkpoint {checkpoint.folder} has model.{key} {stored[key]}, the configuration {value}; give the "
+                f"checkpoint's own model section or start a new run"
+            )
+    if checkpoint.facts["layout"] != layout_of(config, mesh):
+        raise UserError(
+            f"checkpoint {checkpoint.folder} was written by layout {checkpoint.facts['layout']}, this run has "
+            f"{layout_of(config, mesh)}; resume on the same layout"
+        )
+    return checkpoint
+
+
+def save(
+    config: Config, mesh: Mesh, run: RunFolder, engine: RoutedPipelineEngine, step: int, fingerprint: str
+) -> Path | None:
+    """Write a checkpoint and make it the latest; collective. Returns its folder on rank 0."""
+    with run.quiet():
+        engine.save_checkpoint(str(run.checkpoints), tag=partial_folder(step), save_latest=False)  # ends in a barrier
+    if mesh.rank != 0:
+        return None
+    facts = {
+        "step": step,
+        "tokens_seen": step * config.train.global_batch_size * config.data.sequence_length,
+        "layout": layout_of(config, mesh),
+        "routing": config.routing.model_dump(),
+        "data_fingerprint": fingerprint,
+        "versions": software_versions(),
+    }
+    tokenizer = Path(config.data.tokenizer)
+    return publish(run.checkpoints, step, config_text=config.to_yaml(), facts=facts, tokenizer=tokenizer)
+
+
+def describe_start(config: Config, mesh: Mesh, run: RunFolder, reporter: Reporter, resumed: Checkpoint | None) -> None:
+    layout: dict[str, Any] = {**layout_of(config, mesh), "stage_layers": stage_bounds(config.model, config.parallel)}
+    if mesh.rank == 0:
+        run.write_versions(layout)
+    reporter.say(
+        f"{mesh.world_size} ranks: {mesh.stages} stages x {mesh.replicas} replicas, ZeRO {config.parallel.zero_stage}, "
+        f"{config.train.precision}; {config.num_micro_batches} micro-batches of {config.train.micro_batch_size} x "
+        f"{config.data.sequence_length} tokens per step; routing {config.routing.policy}"
+    )
+    if resumed:
+        reporter.say(f"resumed {resumed.folder} at step {resumed.step}")
+
+
+class TimedIterator:
+    """An iterator that adds up the seconds spent waiting for it."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self.seconds = 0.0
+
+    def __iter__(self) -> TimedIterator:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        started = time.perf_counter()
+        try:
+            return next(self._source)
+        finally:
+            self.seconds += time.perf_counter() - started

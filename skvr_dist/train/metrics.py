@@ -1,0 +1,77 @@
+"""What a run reports: console lines, TensorBoard, metrics.jsonl; on rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Values = dict[str, float]
+
+# TensorBoard tag -> how the console shows it; the others are for TensorBoard and metrics.jsonl.
+_CONSOLE = {
+    "train/loss": "loss {:.4f}",
+    "train/learning_rate": "lr {:.2e}",
+    "train/gradient_norm": "grad norm {:.3f}",
+    "train/tokens_per_second": "{:,.0f} tokens/s",
+    "routing/cross_layer_share": "cross-layer {:.0%}",
+    "routing/skipped_kv_share": "K/V skipped {:.0%}",
+}
+
+
+class Reporter:
+    """Writes records of values by tag. On ranks other than 0 it does nothing."""
+
+    def __init__(self, rank: int, *, tensorboard: Path, metrics: Path, first_step: int, steps: int) -> None:
+        self._enabled = rank == 0
+        self._first_step, self._steps = first_step, steps
+        self._started = time.perf_counter()
+        if self._enabled:
+            self._writer = SummaryWriter(str(tensorboard), purge_step=first_step)
+            self._metrics = metrics.open("a", encoding="utf-8")
+            # The bar is for terminals; the lines below carry the time left everywhere else.
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the progress bar."""
+        if self._enabled:
+            self._bar.write(text)
+
+    def step(self, step: int, values: Values, *, show: bool) -> None:
+        """Record a finished step (counted from 1); `show` prints it."""
+        if not self._enabled:
+            return
+        self._record(step, values)
+        self._bar.update()
+        if show:
+            shown = "  ".join(text.format(values[tag]) for tag, text in _CONSOLE.items())
+            self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {shown}  {self._time_left(step)} left")
+
+    def evaluation(self, step: int, losses: Values) -> None:
+        """Record held-out losses by strategy."""
+        if not self._enabled:
+            return
+        self._record(step, {f"evaluate/loss/{name}": loss for name, loss in losses.items()})
+        self.say(f"step {step}  held-out loss  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+
+    def close(self) -> None:
+        if self._enabled:
+            self._bar.close()
+            self._writer.close()
+            self._metrics.close()
+
+    def _record(self, step: int, values: Values) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        seconds = round((time.perf_counter() - self._started) / done * (self._steps - step))
+        minutes, seconds = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

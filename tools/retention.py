@@ -1,0 +1,43 @@
+"""Retention curve of a checkpoint: loss for a list of cache strategies, as a table, JSON and a picture.
+
+    python tools/retention.py runs/quickstart/routed --strategies full every:2 every:4
+
+CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.errors import run_command
+from skvr_dist.evaluate.checkpoints import DEFAULT_STRATEGIES, evaluate_checkpoint
+from skvr_dist.evaluate.retention import as_records, as_table, plot
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--strategies", nargs="+", default=list(DEFAULT_STRATEGIES), metavar="S")
+    parser.add_argument("--sequences", type=int, default=256, help="held-out sequences (default: 256)")
+    parser.add_argument("--data", help="another held-out data set than the run's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: retention.json in the checkpoint")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="default: retention.png in the checkpoint")
+    options = parser.parse_args()
+
+    checkpoint = Checkpoint(options.checkpoint)
+    points = evaluate_checkpoint(checkpoint, options.strategies, sequences=options.sequences, data=options.data)
+    json_file = options.json or checkpoint.folder / "retention.json"
+    png_file = options.png or checkpoint.folder / "retention.png"
+    curves = {f"step {checkpoint.step}": points}
+    record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "points": as_records(points)}
+    json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    plot(curves, png_file)
+    print(as_table(curves))
+    print(f"written: {json_file}, {png_file}")
+
+
+if __name__ == "__main__":
+    run_command(main)
