@@ -1,0 +1,109 @@
+"""The tokenizer: exact for any text, the same for the same documents, thrifty with indentation."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import skvr_dist.data.tokenizer as tokenizer_module
+from skvr_dist.data.sources import Document, open_corpus
+from skvr_dist.data.tokenizer import ModelType, Tokenizer, train_tokenizer
+from skvr_dist.errors import UserError
+
+CODE = [document for document in open_corpus("stdlib") if document.id.startswith("json/")]
+TOKENIZERS = {kind: train_tokenizer(CODE, vocab_size=600, model_type=kind) for kind in ("bpe", "unigram")}
+
+# Any Unicode, and the characters that sentencepiece treats in a way of its own, more often than chance would.
+SPECIAL = st.sampled_from(
+    ["\n", " ", "    ", "\t", "\r\n", "\0", "\u2581", "\u2585", "<s>", "<unk>", "<0x0A>", "def x", "7"]
+)
+TEXTS = st.lists(SPECIAL | st.text(), max_size=20).map("".join)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_every_text_comes_back(kind: str, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(2 < i < tokenizer.vocab_size for i in ids)  # no <unk>, <s> or </s>, not even for their names
+
+
+@settings(deadline=None)
+@given(text=TEXTS, stretch_chars=st.integers(1, 10))
+def test_long_texts_are_encoded_in_stretches_without_a_trace(text: str, stretch_chars: int) -> None:
+    tokenizer = TOKENIZERS["bpe"]
+    whole = tokenizer.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "_STRETCH_CHARS", stretch_chars)
+        assert tokenizer.encode(text) == whole
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_indentation_costs_one_token(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    for text in ("\n", "\n    ", "\n        ", "        "):
+        assert len(tokenizer.encode(text)) == 1, text
+    assert len(tokenizer.encode("\t")) == 1
+    assert len(tokenizer.encode("123")) == 3
+
+
+def test_ids_and_special_tokens() -> None:
+    tokenizer = TOKENIZERS["bpe"]
+    assert tokenizer.vocab_size == 600
+    assert tokenizer.eos_id == 2
+    assert tokenizer.decode([1, *tokenizer.encode("text"), 2]) == "text"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_training_does_not_depend_on_the_order_of_documents(kind: ModelType) -> None:
+    again = train_tokenizer(reversed(CODE), vocab_size=600, model_type=kind)
+    assert again.model == TOKENIZERS[kind].model
+
+
+def test_a_large_corpus_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "TRAINING_CHARS", 20_000)
+    lines = [Document(str(i), line) for i, line in enumerate("".join(d.text for d in CODE).splitlines())]
+    sampled = train_tokenizer(lines, vocab_size=400)
+    assert sampled.model == train_tokenizer(reversed(lines), vocab_size=400).model
+    long_line = Document("long", "word " * 100_000)
+    assert train_tokenizer([*lines, long_line], vocab_size=400).vocab_size == 400
+
+
+def test_a_vocabulary_that_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cannot train a vocabulary of 100 pieces: .*smaller than required_chars"):
+        train_tokenizer(CODE, vocab_size=100)
+    with pytest.raises(UserError, match=r"cannot train a vocabulary of 90000 pieces: .*too high"):
+        train_tokenizer(CODE, vocab_size=90_000)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    tokenizer, file = TOKENIZERS["bpe"], tmp_path / "folder" / "tokenizer.model"
+    tokenizer.save(file)
+    tokenizer.save(file)
+    assert [path.name for path in file.parent.iterdir()] == ["tokenizer.model"]
+    assert Tokenizer.load(file).sha256 == tokenizer.sha256
+    with pytest.raises(UserError, match=r"tokenizer.model holds another tokenizer; remove it or choose another name"):
+        TOKENIZERS["unigram"].save(file)
+    assert Tokenizer.load(file).sha256 == tokenizer.sha256
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read tokenizer .*none.model: No such file"):
+        Tokenizer.load(tmp_path / "none.model")
+    (tmp_path / "text.model").write_text("not a model")
+    with pytest.raises(UserError, match=r"text.model is not a sentencepiece model"):
+        Tokenizer.load(tmp_path / "text.model")
+    usual = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(CODE[0].text.splitlines()), model_writer=usual, vocab_size=300, minloglevel=2
+    )
+    (tmp_path / "usual.model").write_bytes(usual.getvalue())
+    with pytest.raises(UserError, match=r"usual.model does not keep texts exact: it must have byte fallback"):
+        Tokenizer.load(tmp_path / "usual.model")

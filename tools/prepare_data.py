@@ -1,0 +1,97 @@
+"""Tokenise a corpus into a training and a held-out data set, or check data sets.
+
+    python tools/prepare_data.py --input stdlib --tokenizer data/stdlib/tokenizer.model --output data/stdlib \\
+        --shards 32 --validation-share 0.05
+    python tools/prepare_data.py --check data/stdlib
+
+Writes OUTPUT/train, OUTPUT/validation and OUTPUT/tokenizer.model. An output that holds these very data sets is left
+alone; one that holds others is an error. More in docs/data.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from skvr_dist.data.prepare import prepare
+from skvr_dist.data.shards import Dataset, check_dataset, find_datasets
+from skvr_dist.data.sources import INPUT_HELP, add_corpus_arguments, corpus_from
+from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.errors import EXIT_MISSED, run_command
+
+
+def main() -> int | None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--input", help=INPUT_HELP)
+    task.add_argument(
+        "--check", metavar="FOLDER", help="read the data sets there and compare them with their manifests"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="a .model file of tools/train_tokenizer.py")
+    parser.add_argument("--output", metavar="FOLDER")
+    parser.add_argument("--shards", type=int, default=32, metavar="N", help="training shards, at least data.lanes")
+    parser.add_argument("--validation-share", type=float, default=0.05, metavar="X", help="share of held-out documents")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
+    add_corpus_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.check:
+        return _check(arguments.check, arguments.json)
+    if not (arguments.tokenizer and arguments.output):
+        parser.error("--input needs --tokenizer and --output")
+    corpus = corpus_from(arguments)
+    prepared = prepare(
+        tqdm(corpus, unit=" documents", leave=False),
+        Tokenizer.load(arguments.tokenizer),
+        arguments.output,
+        num_shards=arguments.shards,
+        validation_share=arguments.validation_share,
+        workers=arguments.workers,
+    )
+    if corpus.skipped:
+        print(f"{corpus.skipped} invalid documents of {arguments.input} were skipped")
+    if not prepared.written:
+        print(f"{arguments.output} holds these data sets already; nothing was written")
+    _report([_row(name, dataset) for name, dataset in prepared.datasets.items()], arguments.json)
+    return None
+
+
+def _check(folder: str, json_file: Path | None) -> int | None:
+    rows, problems = [], []
+    for name, dataset in find_datasets(folder).items():
+        found = check_dataset(dataset)
+        rows.append(_row(name, dataset) | {"damaged_shards": len(found)})
+        problems += found
+    _report(rows, json_file)
+    for problem in problems:
+        print(problem)
+    return EXIT_MISSED if problems else None
+
+
+def _row(name: str, dataset: Dataset) -> dict[str, Any]:
+    manifest = dataset.manifest
+    return {
+        "data_set": name,
+        "documents": manifest.documents,
+        "shards": len(manifest.shards),
+        "tokens": manifest.tokens,
+        "smallest_shard": min(shard.tokens for shard in manifest.shards),
+        "largest_shard": max(shard.tokens for shard in manifest.shards),
+        "text_bytes_per_token": manifest.text_bytes / manifest.tokens,
+    }
+
+
+def _report(rows: list[dict[str, Any]], json_file: Path | None) -> None:
+    headers = {key: key.replace("_", " ") for key in rows[0]}
+    print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".3f"))
+    if json_file:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)
