@@ -14,7 +14,7 @@ from pathlib import Path
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.errors import run_command
 from skvr_dist.evaluate.checkpoints import DEFAULT_STRATEGIES, evaluate_checkpoint
-from skvr_dist.evaluate.retention import as_records, as_table, plot
+from skvr_dist.evaluate.retention import RETENTION_FILE, as_records, as_table, plot
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
 
     checkpoint = Checkpoint(options.checkpoint)
     points = evaluate_checkpoint(checkpoint, options.strategies, sequences=options.sequences, data=options.data)
-    json_file = options.json or checkpoint.folder / "retention.json"
+    json_file = options.json or checkpoint.folder / RETENTION_FILE
     png_file = options.png or checkpoint.folder / "retention.png"
     curves = {f"step {checkpoint.step}": points}
     record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "points": as_records(points)}

@@ -14,6 +14,8 @@ from torch import Tensor
 from skvr_dist.model.decoder import Decoder, next_token_loss
 from skvr_dist.routing import CacheStrategy
 
+RETENTION_FILE = "retention.json"
+"""Where a checkpoint keeps its measured curve."""
 CACHE_BYTES_PER_ELEMENT = 2
 """Caches are counted in bf16, as they are served."""
 

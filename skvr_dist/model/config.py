@@ -66,6 +66,11 @@ class ModelConfig(Section):
                 f"qk_norm is {self.qk_norm}, but architecture {self.architecture} is published "
                 f"{'with' if self.architecture == 'qwen3' else 'without'} query/key norms"
             )
+        if self.architecture == "llama" and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}: "
+                f"transformers refuses any other llama"
+            )
         if self.attention_bias and self.architecture == "mistral":
             raise ValueError("attention_bias is true, but architecture mistral has no attention biases; use llama")
         return self

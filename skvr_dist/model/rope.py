@@ -24,13 +24,13 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
     # llama3: long wavelengths are stretched by `factor`, short ones kept, those between interpolated
-    # (transformers' modeling_rope_utils defines the published form).
+    # (transformers' modeling_rope_utils defines the published form; this order of operations gives the same bits).
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     context = scaling.original_max_position_embeddings
     assert low is not None and high is not None and context is not None  # RopeScaling checked it
-    turns_in_context = context * frequencies / (2 * math.pi)
+    turns_in_context = context / (2 * math.pi / frequencies)
     keep = ((turns_in_context - low) / (high - low)).clamp(0.0, 1.0)
-    return keep * frequencies + (1.0 - keep) * frequencies / scaling.factor
+    return (1.0 - keep) * frequencies / scaling.factor + keep * frequencies
 
 
 def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,99 @@
+"""The model card: what the weights are, how they were trained, how to load them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from huggingface_hub import ModelCardData
+from tabulate import tabulate
+
+from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.evaluate.retention import RETENTION_FILE, RetentionPoint, as_table
+from skvr_dist.model.config import ModelConfig
+from skvr_dist.routing import RoutingConfig
+
+# How each policy chooses, in words for a reader of the card (`skvr_dist.routing.policies` has the rules).
+_POLICIES = {
+    "uniform": "with probability `cross_layer_prob` a layer read those of an earlier layer, each equally likely",
+    "strategy": "with probability `cross_layer_prob` a layer gave up its own and read the nearest ones kept before it",
+    "window": "with probability `cross_layer_prob` a layer read those of one of the `window` layers before it",
+    "rd_cla": "with probability `cross_layer_prob` a layer read those of the first layer of its group of `group_size`",
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the card tells about the training."""
+
+    routing: RoutingConfig
+    facts: Mapping[str, object]
+    """Rows of the table of facts, such as the step."""
+    retention_table: str | None = None
+    """Quality at several cache strategies, in Markdown, if it was measured."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Training:
+        """What a checkpoint knows, with the retention curve if `tools/retention.py` left one in it."""
+        tree = checkpoint.config_tree
+        facts = {name: value for name, value in checkpoint.facts.items() if isinstance(value, int | str)}
+        facts["sequence_length"] = tree["data"]["sequence_length"]
+        table = None
+        measured = checkpoint.folder / RETENTION_FILE
+        if measured.exists():
+            points = [RetentionPoint(**point) for point in json.loads(measured.read_text())["points"]]
+            table = as_table({f"step {checkpoint.step}": points})
+        return cls(RoutingConfig.model_validate(tree["routing"]), facts, table)
+
+
+def model_card(name: str, config: ModelConfig, parameters: int, training: Training, has_tokenizer: bool) -> str:
+    """The text of README.md, for any policy that `export_model` takes.
+
+    Args:
+        name: the folder's name, as the title and in the example.
+    """
+    header = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["stochastic-kv-routing"])
+    routing = training.routing.model_dump(exclude_none=True)
+    facts = {"parameters": f"{parameters:,}", "layers": config.num_hidden_layers, **routing, **training.facts}
+    table = tabulate(facts.items(), headers=["fact", "value"], tablefmt="github", disable_numparse=True)
+    sections = [f"---\n{header.to_yaml()}\n---", f"# {name}", _introduction(config, training.routing)]
+    sections.append(f"## Training\n\n{table}")
+    if training.retention_table:
+        sections.append(f"## Quality by retention\n\nHeld-out loss in nats per token.\n\n{training.retention_table}")
+    sections.append(f"## Loading\n\n{_example(name, has_tokenizer)}")
+    return "\n\n".join(sections) + "\n"
+
+
+def _introduction(config: ModelConfig, routing: RoutingConfig) -> str:
+    full = (
+        "This export is at **full retention**: every layer keeps its own key/value cache, as in any model of the "
+        "family, and nothing but transformers is needed."
+    )
+    if routing.policy == "none":
+        return f"A {config.architecture} decoder, trained without stochastic KV routing.\n\n{full}"
+    return (
+        f"A {config.architecture} decoder, trained with stochastic KV routing (random cross-layer attention, "
+        f"[arXiv 2604.22782](https://arxiv.org/abs/2604.22782)) under the policy `{routing.policy}`: instead of its "
+        f"own keys and values, {_POLICIES[routing.policy]}, drawn anew for each micro-batch.\n\n"
+        f"{full} It holds the key and value projections of every layer, so the same weights also serve strategies "
+        f"that cache only some of the layers."
+    )
+
+
+def _example(name: str, has_tokenizer: bool) -> str:
+    model = f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")'
+    if not has_tokenizer:
+        return f"```python\nfrom transformers import AutoModelForCausalLM\n\n{model}\n```\n\nNo tokenizer is included."
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{model}
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+prompt = tokenizer("def main():", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
+```
+
+The tokenizer adds no token to a text, as in training. Each document of the training data ended with
+`tokenizer.eos_token`, which is also what a new document is generated from. Names of special tokens within a text are
+read as text; `tokenizer(text, split_special_tokens=False)` makes tokens of them."""

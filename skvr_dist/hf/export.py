@@ -1,0 +1,131 @@
+"""Export at full retention: a plain Qwen3, Llama or Mistral checkpoint, published only if it checks out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from skvr_dist.errors import UserError
+from skvr_dist.hf.card import Training, model_card
+from skvr_dist.hf.check import TOLERANCE, CheckReport, check_export
+from skvr_dist.hf.config import hf_config, write_config
+from skvr_dist.hf.tokenizer import convert_tokenizer, special_ids, write_tokenizer
+from skvr_dist.hf.weights import WeightReader, check_names, parameter_shapes, write_weights
+from skvr_dist.model.config import ModelConfig
+from skvr_dist.routing import RoutingConfig
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An export and the figures of its check."""
+
+    file_bytes: dict[str, int]
+    parameters: int
+    dtype: torch.dtype
+    check: CheckReport
+
+    def figures(self) -> dict[str, object]:
+        """Everything as plain values."""
+        return {
+            "file_bytes": self.file_bytes,
+            "parameters": self.parameters,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **asdict(self.check),
+            "relative_logit_difference": self.check.relative_logit_difference,
+            "tolerance": TOLERANCE,
+            "failures": self.check.failures(),
+        }
+
+
+class ExportMismatchError(Exception):
+    """The reloaded export is not the trained model; nothing was published. `report` has the figures."""
+
+    def __init__(self, report: ExportReport) -> None:
+        super().__init__(f"the export does not match its checkpoint: {'; '.join(report.check.failures())}")
+        self.report = report
+
+
+def export_model(
+    config: ModelConfig,
+    names: Collection[str],
+    weight: WeightReader,
+    tokenizer_file: Path | None,
+    output: Path,
+    *,
+    training: Training,
+    dtype: torch.dtype,
+    max_shard_size: str = "5GB",
+) -> ExportReport:
+    """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
+
+    It is written and checked in a temporary folder beside `output`, and renamed at the end.
+
+    Args:
+        config: of the decoder that was trained.
+        names: canonical names of all weights there are.
+        weight: the tensor of a canonical name; called several times for each.
+        tokenizer_file: the sentencepiece model, or None for a model without one.
+        output: the folder to make; it may exist if it is empty.
+        training: what the model card tells.
+        dtype: of the stored weights.
+        max_shard_size: of a weight file, such as "5GB".
+
+    Raises:
+        UserError: `output` holds something, the training never ran at full retention, weights are missing,
+            unexpected or of another shape, or the tokenizer cannot be converted exactly.
+        ExportMismatchError: what transformers loads differs from what was trained.
+    """
+    output = output.absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} exists and is not an empty folder; choose another one, or remove it first")
+    _check_routing(training.routing)
+    tokenizer = None
+    if tokenizer_file is not None:
+        tokenizer = convert_tokenizer(tokenizer_file, config.max_position_embeddings)
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(
+                f"tokenizer {tokenizer_file} has {len(tokenizer)} tokens, but the model's vocab_size is "
+                f"{config.vocab_size}; export with the tokenizer that the model was trained with"
+            )
+    ids = special_ids(tokenizer) if tokenizer else {}
+    published_config = hf_config(config, dtype, ids)
+    shapes = parameter_shapes(published_config)
+    check_names(names, shapes, config.architecture)
+    parameters = sum(shape.numel() for shape in shapes.values())
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as temporary:
+        folder = Path(temporary) / output.name
+        folder.mkdir()
+        write_weights(folder, shapes, weight, dtype, max_shard_size)
+        write_config(folder, published_config)
+        GenerationConfig(**ids).save_pretrained(folder)
+        if tokenizer:
+            write_tokenizer(folder, tokenizer)
+        card = model_card(output.name, config, parameters, training, has_tokenizer=tokenizer is not None)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        report = ExportReport(
+            file_bytes={file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+            parameters=parameters,
+            dtype=dtype,
+            check=check_export(folder, config, weight, dtype, tokenizer_file),
+        )
+        if report.check.failures():
+            raise ExportMismatchError(report)
+        folder.replace(output)
+    return report
+
+
+def _check_routing(routing: RoutingConfig) -> None:
+    """Raises `UserError` if in training some layers never read their own keys and values, which the export reads."""
+    if routing.policy == "cla" or routing.cross_layer_prob == 1.0:
+        what = f"cross_layer_prob {routing.cross_layer_prob}" if routing.cross_layer_prob else "its fixed groups"
+        raise UserError(
+            f"a model trained by policy {routing.policy} with {what} cannot run at full retention: some layers have "
+            f"never read their own keys and values; train with a cross_layer_prob below 1"
+        )
