@@ -1,0 +1,53 @@
+# Two commands do everything: `make quickstart` and `make test`. Each creates the environment when it is missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUICKSTART := runs/quickstart
+export DS_ACCELERATOR ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
+
+.PHONY: env quickstart data test lint bench clean
+
+env: $(VENV)/installed
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+# The main job: the same small decoder trained twice on the same tokens, standard and routed, on 4 ranks
+# (2 stages x 2 replicas); their retention curves side by side; and the routed one as a Hugging Face checkpoint.
+quickstart: $(QUICKSTART)/report.md $(QUICKSTART)/hf/config.json
+
+DATA := data/stdlib/train/manifest.json
+data: $(DATA)
+data/stdlib/tokenizer.model: | env
+	$(BIN)/python tools/train_tokenizer.py --input stdlib --vocab-size 2048 --output $@
+$(DATA): data/stdlib/tokenizer.model
+	$(BIN)/python tools/prepare_data.py --input stdlib --tokenizer $< --output data/stdlib \
+	    --shards 32 --validation-share 0.05
+
+PRETRAIN := $(BIN)/deepspeed --num_gpus 4 --log_level error launch/pretrain.py --config configs/experiment/quickstart.yaml
+$(QUICKSTART)/standard/checkpoints/latest: $(DATA)
+	PATH=$(abspath $(BIN)):$$PATH $(PRETRAIN) train.output_dir=$(QUICKSTART)/standard routing.policy=none routing.cross_layer_prob=null
+$(QUICKSTART)/routed/checkpoints/latest: $(DATA)
+	PATH=$(abspath $(BIN)):$$PATH $(PRETRAIN) train.output_dir=$(QUICKSTART)/routed
+
+$(QUICKSTART)/report.md: $(QUICKSTART)/standard/checkpoints/latest $(QUICKSTART)/routed/checkpoints/latest
+	$(BIN)/python tools/report.py --standard $(QUICKSTART)/standard --routed $(QUICKSTART)/routed --output $(QUICKSTART)
+$(QUICKSTART)/hf/config.json: $(QUICKSTART)/routed/checkpoints/latest
+	$(BIN)/python tools/export_hf.py $(QUICKSTART)/routed $(QUICKSTART)/hf
+
+test: env lint
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: env
+	$(BIN)/python tools/bench.py
+
+clean:
+	rm -rf runs data/stdlib

@@ -1,0 +1,32 @@
+"""Compare a standard and a routed run: retention curves in one picture, table, continuations, speed.
+
+python tools/report.py --standard runs/quickstart/standard --routed runs/quickstart/routed --output runs/quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from skvr_dist.errors import run_command
+from skvr_dist.evaluate.checkpoints import DEFAULT_STRATEGIES
+from skvr_dist.evaluate.report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--standard", type=Path, required=True, metavar="RUN")
+    parser.add_argument("--routed", type=Path, required=True, metavar="RUN")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--strategies", nargs="+", default=list(DEFAULT_STRATEGIES), metavar="S")
+    parser.add_argument("--sequences", type=int, default=256, help="held-out sequences (default: 256)")
+    options = parser.parse_args()
+    report = write_report(
+        options.standard, options.routed, options.output, strategies=options.strategies, sequences=options.sequences
+    )
+    print(report.read_text(encoding="utf-8"))
+    print(f"written: {report}")
+
+
+if __name__ == "__main__":
+    run_command(main)
