@@ -22,7 +22,7 @@ quickstart: $(QUICKSTART)/report.md $(QUICKSTART)/hf/config.json
 DATA := data/stdlib/train/manifest.json
 data: $(DATA)
 data/stdlib/tokenizer.model: | env
-	$(BIN)/python tools/train_tokenizer.py --input stdlib --vocab-size 2048 --output $@
+	$(BIN)/python tools/train_tokenizer.py --input stdlib --vocab-size 512 --output $@
 $(DATA): data/stdlib/tokenizer.model
 	$(BIN)/python tools/prepare_data.py --input stdlib --tokenizer $< --output data/stdlib \
 	    --shards 32 --validation-share 0.05

@@ -37,11 +37,8 @@ def main() -> None:
         print(describe(config, world_size))
         return
 
-    from skvr_dist.parallel.launcher import share_cores, start_process_group
     from skvr_dist.train.loop import pretrain
 
-    share_cores()
-    start_process_group()
     pretrain(config)
 
 

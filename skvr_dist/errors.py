@@ -18,14 +18,19 @@ EXIT_USAGE = 2
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command line: a `UserError` becomes one sentence on stderr and exit code 2.
-
-    Under a launcher every rank meets the same error; only rank 0 prints it.
-    """
+    """Run a command line: a `UserError` becomes one sentence on stderr and exit code 2."""
     try:
         code = main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if not _said_by_rank_0():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USAGE)
     sys.exit(code or 0)
+
+
+def _said_by_rank_0() -> bool:
+    """Whether rank 0 meets the same mistake: under a launcher all ranks do, until they join their process group."""
+    ranks = [os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID") if name in os.environ]
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed is not None and distributed.is_initialized()
+    return bool(ranks) and ranks[0] != "0" and not joined

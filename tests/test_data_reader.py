@@ -111,16 +111,19 @@ def test_any_sequence_can_be_read_at_any_time(dataset: Dataset, in_order: list[l
 
 
 def test_positions_far_out_are_reached_at_once(dataset: Dataset) -> None:
-    (batch,) = islice(MicroBatchReader(dataset, **BATCHES, start_step=10**15), 1)
+    (batch,) = islice(reader_of(dataset, start_step=10**15), 1)
     assert batch.shape == (2, SEQUENCE_LENGTH + 1)
+
+
+def reader_of(dataset: Dataset, **options: Any) -> MicroBatchReader:
+    options = {**BATCHES, **options}
+    sequences = SequenceStream(dataset, **{key: options.pop(key) for key in SETTINGS})
+    return MicroBatchReader(sequences, **options)
 
 
 def run_of(dataset: Dataset, *, steps: int, replicas: int, **options: Any) -> list[Tensor]:
     """The micro-batches of the first steps in global order, from as many readers as there are replicas."""
-    readers = [
-        MicroBatchReader(dataset, **{**BATCHES, **options}, replica=replica, replicas=replicas)
-        for replica in range(replicas)
-    ]
+    readers = [reader_of(dataset, **options, replica=replica, replicas=replicas) for replica in range(replicas)]
     micro_batches = BATCHES["micro_batches_per_step"]
     return [next(readers[q % replicas]) for _ in range(steps) for q in range(micro_batches)]
 
@@ -153,7 +156,7 @@ def test_replicas_read_lanes_of_their_own(dataset: Dataset, monkeypatch: pytest.
     monkeypatch.setattr(Dataset, "read_shard", watched)
     for replica in range(4):
         lanes.clear()
-        for _ in islice(MicroBatchReader(dataset, **BATCHES, replica=replica, replicas=4), 100):
+        for _ in islice(reader_of(dataset, replica=replica, replicas=4), 100):
             pass
         assert lanes == {2 * replica, 2 * replica + 1}
 
@@ -163,16 +166,10 @@ def test_a_document_longer_than_a_sequence_and_an_epoch_shorter_than_one(tmp_pat
         writer.write("long", [*range(3, 103), EOS], text_bytes=1)
         writer.finish(corpus_sha256="", validation_share=0.0)
         writer.publish()
-    reader = MicroBatchReader(
-        Dataset.open(tmp_path / "data"),
-        **{**BATCHES, "sequence_length": 30, "lanes": 1, "micro_batch_size": 1},
-    )
+    reader = reader_of(Dataset.open(tmp_path / "data"), sequence_length=30, lanes=1, micro_batch_size=1)
     tokens = torch.cat([batch[0, :-1] for batch in islice(reader, 20)]).tolist()
     assert tokens == ([*range(3, 103), EOS] * 6)[:600]
-    reader = MicroBatchReader(
-        Dataset.open(tmp_path / "data"),
-        **{**BATCHES, "sequence_length": 500, "lanes": 1, "micro_batch_size": 1},
-    )
+    reader = reader_of(Dataset.open(tmp_path / "data"), sequence_length=500, lanes=1, micro_batch_size=1)
     assert next(reader)[0].tolist() == ([*range(3, 103), EOS] * 5)[:501]
 
 
@@ -186,7 +183,7 @@ def test_a_document_longer_than_a_sequence_and_an_epoch_shorter_than_one(tmp_pat
 )
 def test_what_does_not_fit_is_refused(dataset: Dataset, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        MicroBatchReader(dataset, **{**BATCHES, **options})
+        reader_of(dataset, **options)
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
@@ -195,7 +192,7 @@ def test_damage_is_reported_from_the_thread_too(dataset: Dataset, tmp_path: Path
     shutil.copytree(dataset.folder, folder)
     shard = folder / "shard-00002.tar"
     shard.write_bytes(shard.read_bytes()[::-1])
-    reader = MicroBatchReader(Dataset.open(folder), **BATCHES, prefetch=prefetch)
+    reader = reader_of(Dataset.open(folder), prefetch=prefetch)
     next(reader)  # lanes 0 and 1; the damaged shard is one of lane 2
     with pytest.raises(UserError, match=r"shard-00002.tar is damaged"):
         list(islice(reader, 100))
@@ -203,11 +200,10 @@ def test_damage_is_reported_from_the_thread_too(dataset: Dataset, tmp_path: Path
 
 def test_the_fingerprint_follows_what_decides_the_order(dataset: Dataset, tmp_path: Path) -> None:
     def fingerprint(data: Dataset = dataset, **options: Any) -> str:
-        return MicroBatchReader(data, **{**BATCHES, **options}).fingerprint()
+        order = {key: {**BATCHES, **options}[key] for key in SETTINGS}
+        return SequenceStream(data, **order).fingerprint()
 
     same = fingerprint()
-    assert same == fingerprint(replica=1, replicas=2, start_step=3, prefetch=2)
-    assert same == fingerprint(micro_batch_size=1, micro_batches_per_step=16)
     moved = Dataset.open(shutil.copytree(dataset.folder, tmp_path / "moved"))
     assert same == fingerprint(moved)
     assert len({same, fingerprint(seed=8), fingerprint(lanes=4), fingerprint(sequence_length=25)}) == 4

@@ -117,9 +117,14 @@ class SequenceStream:
         self._seed = seed
         self._lanes = [_Lane(dataset, lane, lanes, seed) for lane in range(lanes)]
 
+    @property
+    def lanes(self) -> int:
+        """V."""
+        return len(self._lanes)
+
     def read(self, number: int, out: NDArray[np.int64]) -> None:
         """Fill `out` [S + 1] with sequence `number` of the run."""
-        position, lane = divmod(number, len(self._lanes))
+        position, lane = divmod(number, self.lanes)
         self._lanes[lane].read(position * self.sequence_length, out)
 
     def fingerprint(self) -> str:
@@ -128,7 +133,7 @@ class SequenceStream:
             "order": 1,  # raise it when the rules of this file change what a number means
             "shards": [shard.sha256 for shard in self._dataset.manifest.shards],
             "sequence_length": self.sequence_length,
-            "lanes": len(self._lanes),
+            "lanes": self.lanes,
             "seed": self._seed,
         }
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
@@ -141,10 +146,10 @@ class MicroBatchReader(Iterator[Tensor]):
     R runs q = r, r + R, ... So no sequence changes with R, and each replica reads lanes of its own.
 
     The place of a run is the number of sequences that it has consumed, Q * B per step; `start_step` goes there at
-    once, and `fingerprint` tells whether the number still means the same.
+    once, and the fingerprint of the sequences tells whether the number still means the same.
 
     Args:
-        sequence_length, lanes, seed: see `SequenceStream`.
+        sequences: the sequences of the run; its lanes must suit B x R.
         micro_batch_size: B.
         micro_batches_per_step: Q, over all replicas.
         replica, replicas: r and R.
@@ -158,11 +163,8 @@ class MicroBatchReader(Iterator[Tensor]):
 
     def __init__(
         self,
-        dataset: Dataset,
+        sequences: SequenceStream,
         *,
-        sequence_length: int,
-        lanes: int,
-        seed: int,
         micro_batch_size: int,
         micro_batches_per_step: int,
         replica: int = 0,
@@ -170,25 +172,21 @@ class MicroBatchReader(Iterator[Tensor]):
         start_step: int = 0,
         prefetch: int = 0,
     ) -> None:
-        if lanes % (micro_batch_size * replicas):
+        if sequences.lanes % (micro_batch_size * replicas):
             raise UserError(
-                f"data.lanes {lanes} must be a multiple of micro-batch size x replicas = {micro_batch_size} x "
-                f"{replicas}, so that each replica reads lanes of its own"
+                f"data.lanes {sequences.lanes} must be a multiple of micro-batch size x replicas = "
+                f"{micro_batch_size} x {replicas}, so that each replica reads lanes of its own"
             )
         if micro_batches_per_step % replicas:
             raise UserError(f"{micro_batches_per_step} micro-batches of a step cannot be shared by {replicas} replicas")
-        self._stream = SequenceStream(dataset, sequence_length=sequence_length, lanes=lanes, seed=seed)
         # A step has as many micro-batches for one replica as for another, so those of replica r are r, r + R, ... of
         # the whole run too.
         numbers = count(start_step * micro_batches_per_step + replica, replicas)
-        batches = _micro_batches(self._stream, numbers, micro_batch_size)
+        batches = _micro_batches(sequences, numbers, micro_batch_size)
         self._batches = _read_ahead(batches, prefetch) if prefetch else batches
 
     def __next__(self) -> Tensor:
         return next(self._batches)
-
-    def fingerprint(self) -> str:
-        return self._stream.fingerprint()
 
 
 def _micro_batches(stream: SequenceStream, numbers: Iterable[int], size: int) -> Iterator[Tensor]:

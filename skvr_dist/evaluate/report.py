@@ -133,6 +133,7 @@ def _samples(run: RunSummary) -> list[dict[str, Any]]:
                 "retention": strategy.retention,
                 "cache_bytes": cache_bytes(cache),
                 "prompt": tokenizer.decode(prompt.tolist()),
+                "tokens": tokens.tolist(),
                 "continuation": tokenizer.decode(tokens.tolist()),
             }
         )

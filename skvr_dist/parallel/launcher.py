@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -29,6 +30,15 @@ def share_cores() -> None:
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // _first_number(_LOCAL_SIZE_VARIABLES)))
+
+
+def join_alone() -> None:
+    """Prepare a process group of this one process, for a command that was started without a launcher."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(alone)
 
 
 def _first_number(variables: tuple[str, ...]) -> int:

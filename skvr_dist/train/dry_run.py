@@ -11,7 +11,7 @@ from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.routing import crossing_layers, draw_plan
 from skvr_dist.train.config import Config
-from skvr_dist.train.loop import open_data
+from skvr_dist.train.inputs import open_inputs
 
 _PLANS = 64  # steps whose plans are drawn for the averages
 
@@ -22,7 +22,7 @@ def describe(config: Config, world_size: int) -> str:
     Opens the data sets and builds every stage (without storage), so it raises what a run would raise at its start.
     """
     replicas = config.data_parallel_size(world_size)
-    train, held_out = open_data(config)
+    inputs = open_inputs(config, world_size)
     bounds = stage_bounds(config.model, config.parallel)
     layers = config.model.num_hidden_layers
     plans = [
@@ -47,13 +47,15 @@ def describe(config: Config, world_size: int) -> str:
         rows.append([stage, f"{start} to {stop - 1}", f"{parameters:,}", crossing])
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length
     total_tokens = tokens_per_step * config.train.steps
+    tokens_on_disk = inputs.train.manifest.tokens
     facts = [
         ["ranks", f"{world_size} = {len(bounds)} stages x {replicas} replicas"],
         ["ZeRO stage, precision", f"{config.parallel.zero_stage}, {config.train.precision}"],
         ["micro-batches per step", f"{config.num_micro_batches}, {config.num_micro_batches // replicas} per replica"],
         ["tokens per step, in all", f"{tokens_per_step:,}, {total_tokens:,}"],
-        ["training data", f"{train.manifest.tokens:,} tokens ({total_tokens / train.manifest.tokens:.2f} epochs)"],
-        ["held-out data", f"{held_out.manifest.tokens:,} tokens"],
+        ["training data", f"{tokens_on_disk:,} tokens ({total_tokens / tokens_on_disk:.2f} epochs)"],
+        ["held-out data", f"{inputs.held_out.manifest.tokens:,} tokens"],
+        ["starts from", f"{inputs.resumed.folder}" if inputs.resumed else f"seed {config.train.seed}"],
         ["cross-layer reads", f"{sum(p.cross_layer_share for p in plans) / _PLANS:.1%}"],
         ["K/V projections skipped", f"{sum(p.skipped_kv_share for p in plans) / _PLANS:.1%}"],
     ]

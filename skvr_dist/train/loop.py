@@ -9,32 +9,33 @@ from typing import Any
 
 import torch
 
-from skvr_dist.checkpoint.folder import Checkpoint, latest_checkpoint, partial_folder, publish
+from skvr_dist.checkpoint.folder import Checkpoint, partial_folder, publish
 from skvr_dist.data.reader import MicroBatchReader, validation_sequences
 from skvr_dist.data.shards import Dataset
-from skvr_dist.data.tokenizer import Tokenizer
-from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine import RoutedPipelineEngine
+from skvr_dist.parallel.launcher import announced_world_size, share_cores, start_process_group
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.parallel.plan_stream import PlanStream
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.train.config import Config
+from skvr_dist.train.inputs import layout_of, open_inputs
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.optimizer import build_optimizer, build_scheduler
 from skvr_dist.train.run_folder import RunFolder, software_versions
 
 
 def pretrain(config: Config) -> None:
-    """Train as configured, on this rank of an already started process group; collective over all ranks."""
-    mesh = Mesh.build(config.parallel.pipeline)
-    config.data_parallel_size(mesh.world_size)  # refuses a batch that does not divide
-    run = RunFolder(config, mesh.rank)
-    log = run.start_log()
-    train_data, held_out_data = open_data(config)
-    resumed = checkpoint_to_resume(config, run, mesh)
+    """Train as configured, on this rank of those that the launcher started."""
+    inputs = open_inputs(config, announced_world_size())
+    resumed = inputs.resumed
     first_step = resumed.step if resumed else 0
 
+    share_cores()
+    start_process_group()
+    mesh = Mesh.build(config.parallel.pipeline)
+    run = RunFolder(config, mesh.rank)
+    log = run.start_log()
     with run.quiet():
         engine = build_engine(config, mesh)
         if resumed:
@@ -48,10 +49,7 @@ def pretrain(config: Config) -> None:
         first_step=first_step,
     )
     reader = MicroBatchReader(
-        train_data,
-        sequence_length=config.data.sequence_length,
-        lanes=config.data.lanes,
-        seed=config.train.seed,
+        inputs.sequences,
         micro_batch_size=config.train.micro_batch_size,
         micro_batches_per_step=config.num_micro_batches,
         replica=mesh.replica,
@@ -59,13 +57,7 @@ def pretrain(config: Config) -> None:
         start_step=first_step,
         prefetch=config.data.prefetch,
     )
-    if resumed and resumed.facts["data_fingerprint"] != reader.fingerprint():
-        raise UserError(
-            f"checkpoint {resumed.folder} was trained on data {resumed.facts['data_fingerprint']}, this configuration "
-            f"reads {reader.fingerprint()} (data set, seed, sequence length or lanes differ); put them back or start a "
-            f"new run with another train.output_dir"
-        )
-    held_out = held_out_batches(config, held_out_data, mesh)
+    held_out = held_out_batches(config, inputs.held_out, mesh)
     strategies = config.evaluate.parse_strategies(config.model.num_hidden_layers)
     reporter = Reporter(
         mesh.rank, tensorboard=run.tensorboard, metrics=run.metrics, first_step=first_step, steps=config.train.steps
@@ -96,24 +88,10 @@ def pretrain(config: Config) -> None:
             losses = {name: engine.evaluate(held_out, s.kv_source_layers) for name, s in strategies.items()}
             reporter.evaluation(step, losses)
         if last or step % config.checkpoint.every_steps == 0:
-            folder = save(config, mesh, run, engine, step, reader.fingerprint())
+            folder = save(config, mesh, run, engine, step, inputs.sequences.fingerprint())
             reporter.say(f"step {step}  saved {folder}")
     plans.close()
     reporter.close()
-
-
-def open_data(config: Config) -> tuple[Dataset, Dataset]:
-    """Training and held-out data, checked against each other, the tokenizer and the model's vocabulary."""
-    train, held_out = Dataset.open(config.data.train), Dataset.open(config.data.validation)
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    train.require_same_tokenizer(held_out)
-    train.require_vocabulary(config.model.vocab_size)
-    if tokenizer.sha256 != train.manifest.tokenizer_sha256:
-        raise UserError(
-            f"data.tokenizer {config.data.tokenizer} is {tokenizer.sha256[:12]}, but data set {train.folder} was made "
-            f"with {train.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
-        )
-    return train, held_out
 
 
 def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
@@ -147,39 +125,6 @@ def boundary_bytes(mesh: Mesh, sent_bytes: int) -> Values:
     return {f"pipeline/crossing_bytes/boundary_{boundary}": value for boundary, value in enumerate(total)}
 
 
-def layout_of(config: Config, mesh: Mesh) -> dict[str, int]:
-    """The layout, as far as DeepSpeed's optimizer files depend on it."""
-    return {"pipeline": mesh.stages, "replicas": mesh.replicas, "zero_stage": config.parallel.zero_stage}
-
-
-def checkpoint_to_resume(config: Config, run: RunFolder, mesh: Mesh) -> Checkpoint | None:
-    """The checkpoint that `train.resume` asks for, checked against the configuration."""
-    if config.train.resume == "never":
-        if latest_checkpoint(run.checkpoints) is not None:
-            raise UserError(
-                f"train.resume is never, but {run.path} already holds checkpoints; use another train.output_dir or "
-                f"resume=auto"
-            )
-        return None
-    path = latest_checkpoint(run.checkpoints) if config.train.resume == "auto" else Path(config.train.resume)
-    if path is None:
-        return None
-    checkpoint = Checkpoint(path)
-    stored, asked = checkpoint.model_config.model_dump(), config.model.model_dump()
-    for key, value in asked.items():
-        if stored[key] != value and key != "attention":  # the kernel may change, the function does not
-            raise UserError(
-                f"checkpoint {checkpoint.folder} has model.{key} {stored[key]}, the configuration {value}; give the "
-                f"checkpoint's own model section or start a new run"
-            )
-    if checkpoint.facts["layout"] != layout_of(config, mesh):
-        raise UserError(
-            f"checkpoint {checkpoint.folder} was written by layout {checkpoint.facts['layout']}, this run has "
-            f"{layout_of(config, mesh)}; resume on the same layout"
-        )
-    return checkpoint
-
-
 def save(
     config: Config, mesh: Mesh, run: RunFolder, engine: RoutedPipelineEngine, step: int, fingerprint: str
 ) -> Path | None:
@@ -191,7 +136,7 @@ def save(
     facts = {
         "step": step,
         "tokens_seen": step * config.train.global_batch_size * config.data.sequence_length,
-        "layout": layout_of(config, mesh),
+        "layout": layout_of(config, mesh.world_size),
         "routing": config.routing.model_dump(),
         "data_fingerprint": fingerprint,
         "versions": software_versions(),
@@ -201,9 +146,9 @@ def save(
 
 
 def describe_start(config: Config, mesh: Mesh, run: RunFolder, reporter: Reporter, resumed: Checkpoint | None) -> None:
-    layout: dict[str, Any] = {**layout_of(config, mesh), "stage_layers": stage_bounds(config.model, config.parallel)}
+    stage_layers = [stop - start for start, stop in stage_bounds(config.model, config.parallel)]
     if mesh.rank == 0:
-        run.write_versions(layout)
+        run.write_versions({**layout_of(config, mesh.world_size), "stage_layers": stage_layers})
     reporter.say(
         f"{mesh.world_size} ranks: {mesh.stages} stages x {mesh.replicas} replicas, ZeRO {config.parallel.zero_stage}, "
         f"{config.train.precision}; {config.num_micro_batches} micro-batches of {config.train.micro_batch_size} x "

@@ -1,0 +1,89 @@
+"""What a run reads: data sets and the checkpoint it goes on from, held against the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from skvr_dist.checkpoint.folder import Checkpoint, latest_checkpoint
+from skvr_dist.data.reader import SequenceStream
+from skvr_dist.data.shards import Dataset
+from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.errors import UserError
+from skvr_dist.train.config import Config
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads."""
+
+    train: Dataset
+    held_out: Dataset
+    sequences: SequenceStream
+    """The training sequences by number."""
+    resumed: Checkpoint | None
+
+
+def open_inputs(config: Config, world_size: int) -> Inputs:
+    """Open what a run reads and hold it against the configuration, before any process group exists.
+
+    Raises:
+        UserError: a data set or checkpoint is missing, damaged or does not fit.
+    """
+    config.data_parallel_size(world_size)
+    train, held_out = Dataset.open(config.data.train), Dataset.open(config.data.validation)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    train.require_same_tokenizer(held_out)
+    train.require_vocabulary(config.model.vocab_size)
+    if tokenizer.sha256 != train.manifest.tokenizer_sha256:
+        raise UserError(
+            f"data.tokenizer {config.data.tokenizer} is {tokenizer.sha256[:12]}, but data set {train.folder} was made "
+            f"with {train.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
+        )
+    sequences = SequenceStream(
+        train, sequence_length=config.data.sequence_length, lanes=config.data.lanes, seed=config.train.seed
+    )
+    resumed = checkpoint_to_resume(config, world_size)
+    if resumed and resumed.facts["data_fingerprint"] != sequences.fingerprint():
+        raise UserError(
+            f"checkpoint {resumed.folder} was trained on data {resumed.facts['data_fingerprint']}, this configuration "
+            f"reads {sequences.fingerprint()} (data set, seed, sequence length or lanes differ); put them back or "
+            f"start a new run with another train.output_dir"
+        )
+    return Inputs(train, held_out, sequences, resumed)
+
+
+def checkpoint_to_resume(config: Config, world_size: int) -> Checkpoint | None:
+    """The checkpoint that `train.resume` asks for, checked against model and layout."""
+    output = Path(config.train.output_dir)
+    latest = latest_checkpoint(output / "checkpoints")
+    if config.train.resume == "never":
+        if latest is not None:
+            raise UserError(
+                f"train.resume is never, but {output} already holds checkpoints; use another train.output_dir or "
+                f"resume=auto"
+            )
+        return None
+    path = latest if config.train.resume == "auto" else Path(config.train.resume)
+    if path is None:
+        return None
+    checkpoint = Checkpoint(path)
+    stored, asked = checkpoint.model_config.model_dump(), config.model.model_dump()
+    for key, value in asked.items():
+        if stored[key] != value and key != "attention":  # the kernel may change, the function does not
+            raise UserError(
+                f"checkpoint {checkpoint.folder} has model.{key} {stored[key]}, the configuration {value}; give the "
+                f"checkpoint's own model section or start a new run"
+            )
+    if checkpoint.facts["layout"] != layout_of(config, world_size):
+        raise UserError(
+            f"checkpoint {checkpoint.folder} was written by layout {checkpoint.facts['layout']}, this run has "
+            f"{layout_of(config, world_size)}; resume on the same layout"
+        )
+    return checkpoint
+
+
+def layout_of(config: Config, world_size: int) -> dict[str, int]:
+    """The layout, as far as DeepSpeed's optimizer files depend on it."""
+    stages = config.parallel.pipeline
+    return {"pipeline": stages, "replicas": world_size // stages, "zero_stage": config.parallel.zero_stage}
