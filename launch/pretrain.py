@@ -26,15 +26,13 @@ def main() -> None:
     options = parser.parse_args()
 
     config = load_config(options.config, options.overrides)
-    world_size = options.world_size or announced_world_size()
-    config.data_parallel_size(world_size)
     if options.print_config:
         print(config.to_yaml(), end="")
         return
     if options.dry_run:
         from skvr_dist.train.dry_run import describe
 
-        print(describe(config, world_size))
+        print(describe(config, options.world_size or announced_world_size()))
         return
 
     from skvr_dist.train.loop import pretrain

@@ -30,7 +30,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 def _said_by_rank_0() -> bool:
     """Whether rank 0 meets the same mistake: under a launcher all ranks do, until they join their process group."""
-    ranks = [os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID") if name in os.environ]
+    ranks = [os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK") if name in os.environ]
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
     return bool(ranks) and ranks[0] != "0" and not joined

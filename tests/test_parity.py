@@ -12,8 +12,9 @@ from ranks import run_ranks
 
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder, initialize
-from skvr_dist.parallel.config import ParallelConfig
-from skvr_dist.routing import RoutingConfig, crossing_elements, draw_plan
+from skvr_dist.parallel.partition import stage_bounds
+from skvr_dist.routing import RoutingConfig, RoutingPlan, crossing_elements, draw_plan
+from skvr_dist.train.config import Config, validate_config
 
 SHAPE: dict[str, Any] = {
     "architecture": "qwen3",
@@ -43,7 +44,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 SEED, STEPS, MICRO_BATCHES, BATCH, SEQUENCE = 7, 3, 4, 2, 12
 # Adam divides a gradient by its own size: eps keeps it from blowing up the rounding of gradients that are nearly
 # zero (a bias on all keys hardly changes a softmax), so that weights can be compared as tightly as gradients.
-OPTIMIZER = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
+OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
 CLIP = 0.5  # below the norms that occur, so clipping is at work
 
 
@@ -53,62 +54,68 @@ def batches() -> list[torch.Tensor]:
     return [torch.randint(0, SHAPE["vocab_size"], shape, generator=generator) for _ in range(STEPS)]
 
 
-def run_layout(
-    shape: dict[str, Any], routing: RoutingConfig, parallel: ParallelConfig, precision: str = "fp32"
-) -> dict[str, Any]:
+def config_of(shape: dict[str, Any], policy: str, parallel: dict[str, Any], precision: str = "fp32") -> Config:
+    """A configuration as a run would have it; its data sets are not opened."""
+    return validate_config(
+        {
+            "model": shape,
+            "routing": {"policy": policy, **POLICIES[policy]},
+            "parallel": parallel,
+            "data": {"train": "", "validation": "", "tokenizer": "", "sequence_length": SEQUENCE},
+            "train": {
+                "output_dir": "",
+                "seed": SEED,
+                "steps": STEPS,
+                "global_batch_size": MICRO_BATCHES * BATCH,
+                "micro_batch_size": BATCH,
+                "precision": precision,
+                "learning_rate": OPTIMIZER["lr"],
+                "min_learning_rate_ratio": 1.0,
+                "adam_beta1": OPTIMIZER["betas"][0],
+                "adam_beta2": OPTIMIZER["betas"][1],
+                "adam_eps": OPTIMIZER["eps"],
+                "weight_decay": OPTIMIZER["weight_decay"],
+                "gradient_clipping": CLIP,
+            },
+        }
+    )
+
+
+def run_layout(config: Config) -> dict[str, Any]:
     """Train STEPS steps on this rank's place of the layout; returns what the reference returns, for this stage."""
     from deepspeed.utils import safe_get_full_grad
 
-    from skvr_dist.parallel.engine import RoutedPipelineEngine
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.parallel.partition import stage_bounds
     from skvr_dist.parallel.plan_stream import PlanStream
-    from skvr_dist.parallel.stage import StageModule
+    from skvr_dist.train.loop import build_engine
 
-    class RecordingEngine(RoutedPipelineEngine):
-        """Keeps the reduced gradients of the first step."""
+    mesh = Mesh.build(config.parallel.pipeline)
+    engine = build_engine(config, mesh)
+    decoder, take_model_step = engine.stage.decoder, engine._take_model_step
+    result: dict[str, Any] = {"losses": [], "norms": [], "donors": [], "stage": mesh.stage}
+    result["initial"] = {name: p.detach().clone() for name, p in decoder.named_parameters()}
 
-        gradients: dict[str, torch.Tensor] | None = None
+    def record_gradients_and_step(lr_kwargs: Any) -> None:
+        if "gradients" not in result:
+            result["gradients"] = {name: safe_get_full_grad(p).clone() for name, p in decoder.named_parameters()}
+        take_model_step(lr_kwargs)
 
-        def _take_model_step(self, lr_kwargs: Any) -> None:
-            if self.gradients is None:
-                named = self.stage.decoder.named_parameters()
-                self.gradients = {name: safe_get_full_grad(p).clone() for name, p in named}
-            super()._take_model_step(lr_kwargs)
-
-    model = ModelConfig.model_validate(shape)
-    mesh = Mesh.build(parallel.pipeline)
-    module = StageModule(model, stage_bounds(model, parallel), mesh, SEED)
-    initial = {name: p.detach().clone() for name, p in module.decoder.named_parameters()}
-    engine = RecordingEngine(
-        module,
-        mesh,
-        sequence_length=SEQUENCE,
-        deepspeed_json={
-            "train_batch_size": MICRO_BATCHES * BATCH,
-            "train_micro_batch_size_per_gpu": BATCH,
-            "gradient_accumulation_steps": MICRO_BATCHES // mesh.replicas,
-            "gradient_clipping": CLIP,
-            "zero_optimization": {"stage": parallel.zero_stage},
-            "steps_per_print": None,
-            **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if precision == "bf16" else {}),
-        },
-        optimizer=functools.partial(torch.optim.AdamW, **OPTIMIZER),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
-    )
+    engine._take_model_step = record_gradients_and_step
     plans = PlanStream(
-        routing, mesh, num_layers=model.num_hidden_layers, num_micro_batches=MICRO_BATCHES, seed=SEED, first_step=0
+        config.routing,
+        mesh,
+        num_layers=config.model.num_hidden_layers,
+        num_micro_batches=config.num_micro_batches,
+        seed=config.train.seed,
+        first_step=0,
     )
-    result: dict[str, Any] = {"losses": [], "norms": [], "initial": initial, "donors": [], "stage": mesh.stage}
     for batch in batches():
         plan = plans.next()
         result["donors"].append(plan.donors.tolist())
-        mine = iter(batch[mesh.replica :: mesh.replicas])
-        result["losses"].append(engine.train_step(mine, plan))
+        result["losses"].append(engine.train_step(iter(batch[mesh.replica :: mesh.replicas]), plan))
         result["norms"].append(engine.gradient_norm)
     plans.close()
-    result["gradients"] = engine.gradients
-    result["weights"] = {name: p.detach().clone() for name, p in module.decoder.named_parameters()}
+    result["weights"] = {name: p.detach().clone() for name, p in decoder.named_parameters()}
     result["sent_bytes"] = engine.sent_bytes
     result["backward_passes"] = engine.backward_passes
     return result
@@ -129,7 +136,7 @@ def family_shape(family: str, tied: bool) -> dict[str, Any]:
     return {**SHAPE, **(LLAMA if family == "llama" else {}), "tie_word_embeddings": tied}
 
 
-def plan_of(policy: str, step: int):
+def plan_of(policy: str, step: int) -> RoutingPlan:
     routing = RoutingConfig(policy=policy, **POLICIES[policy])
     return draw_plan(
         routing, num_layers=SHAPE["num_hidden_layers"], num_micro_batches=MICRO_BATCHES, seed=SEED, step=step
@@ -158,59 +165,53 @@ def check(results: list[dict[str, Any]], wanted: dict[str, Any], tolerance: floa
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_stage(policy: str) -> None:
-    routing = RoutingConfig(policy=policy, **POLICIES[policy])
-    results = run_ranks(1, run_layout, family_shape("qwen3", True), routing, ParallelConfig(zero_stage=0))
+    results = run_ranks(1, run_layout, config_of(family_shape("qwen3", True), policy, {"zero_stage": 0}))
     check(results, expected("qwen3", True, policy))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_two_stages_two_replicas(policy: str) -> None:
-    routing = RoutingConfig(policy=policy, **POLICIES[policy])
-    results = run_ranks(4, run_layout, family_shape("qwen3", True), routing, ParallelConfig(pipeline=2, zero_stage=1))
+    parallel = {"pipeline": 2, "zero_stage": 1}
+    results = run_ranks(4, run_layout, config_of(family_shape("qwen3", True), policy, parallel))
     check(results, expected("qwen3", True, policy))
 
 
 @pytest.mark.parametrize(
     ("family", "tied", "world_size", "parallel"),
     [
-        ("llama", False, 2, ParallelConfig(pipeline=2, zero_stage=0)),
-        ("qwen3", True, 2, ParallelConfig(pipeline=2, zero_stage=0)),
-        ("qwen3", True, 4, ParallelConfig(pipeline=4, stage_layers=[1, 2, 1, 1], zero_stage=1)),
-        ("qwen3", False, 4, ParallelConfig(pipeline=2, stage_layers=[1, 4], zero_stage=0)),
-        ("llama", True, 2, ParallelConfig(pipeline=1, zero_stage=1)),
+        ("llama", False, 2, {"pipeline": 2, "zero_stage": 0}),
+        ("qwen3", True, 2, {"pipeline": 2, "zero_stage": 0}),
+        ("qwen3", True, 4, {"pipeline": 4, "stage_layers": [1, 2, 1, 1], "zero_stage": 1}),
+        ("qwen3", False, 4, {"pipeline": 2, "stage_layers": [1, 4], "zero_stage": 0}),
+        ("llama", True, 2, {"pipeline": 1, "zero_stage": 1}),
     ],
     ids=["pp2-llama", "pp2-tied", "pp4-uneven-tied", "pp2xdp2-uneven", "dp2-zero1-llama"],
 )
-def test_other_layouts(family: str, tied: bool, world_size: int, parallel: ParallelConfig) -> None:
-    routing = RoutingConfig(policy="uniform", **POLICIES["uniform"])
-    results = run_ranks(world_size, run_layout, family_shape(family, tied), routing, parallel)
+def test_other_layouts(family: str, tied: bool, world_size: int, parallel: dict[str, Any]) -> None:
+    config = config_of(family_shape(family, tied), "uniform", parallel)
+    results = run_ranks(world_size, run_layout, config)
     check(results, expected(family, tied, "uniform"))
-    check_traffic(results, parallel)
+    check_traffic(results, config)
 
 
-def check_traffic(results: list[dict[str, Any]], parallel: ParallelConfig) -> None:
+def check_traffic(results: list[dict[str, Any]], config: Config) -> None:
     """Bytes over each boundary equal the liveness bound, and a stage runs one backward pass per micro-batch."""
-    from skvr_dist.parallel.partition import stage_bounds
-
-    model = ModelConfig.model_validate(SHAPE)
-    replicas = len(results) // parallel.pipeline
-    for stage, (_, stop) in enumerate(stage_bounds(model, parallel)):
+    model, stages = config.model, config.parallel.pipeline
+    size = {"tokens": BATCH * SEQUENCE, "hidden_size": model.hidden_size, "kv_size": model.kv_size}
+    rows = [donors for step in results[0]["donors"] for donors in step]
+    for stage, (_, stop) in enumerate(stage_bounds(model, config.parallel)):
         sent = sum(result["sent_bytes"] for result in results if result["stage"] == stage)
-        elements = 0
-        if stage < parallel.pipeline - 1:
-            size = {"tokens": BATCH * SEQUENCE, "hidden_size": model.hidden_size, "kv_size": model.kv_size}
-            rows = [donors for step in results[0]["donors"] for donors in step]
-            elements = sum(crossing_elements(donors, stop, **size) for donors in rows)
-        assert sent == 4 * elements
+        last = stage == stages - 1
+        assert sent == (0 if last else 4 * sum(crossing_elements(donors, stop, **size) for donors in rows))
+    replicas = len(results) // stages
     assert {result["backward_passes"] for result in results} == {STEPS * MICRO_BATCHES // replicas}
 
 
 def test_bf16_keeps_fp32_state() -> None:
     """bf16 follows fp32 to bf16's precision, and two stages follow one stage more closely than that."""
-    routing = RoutingConfig(policy="uniform", **POLICIES["uniform"])
     shape = family_shape("qwen3", True)
-    one = run_ranks(1, run_layout, shape, routing, ParallelConfig(), "bf16")[0]
-    two = run_ranks(4, run_layout, shape, routing, ParallelConfig(pipeline=2), "bf16")[0]
+    one = run_ranks(1, run_layout, config_of(shape, "uniform", {}, "bf16"))[0]
+    two = run_ranks(4, run_layout, config_of(shape, "uniform", {"pipeline": 2}, "bf16"))[0]
     wanted = expected("qwen3", True, "uniform")
     assert one["losses"] == pytest.approx(wanted["losses"], rel=2e-2)
     assert two["losses"] == pytest.approx(one["losses"], rel=5e-3)

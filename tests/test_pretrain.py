@@ -252,6 +252,6 @@ def test_retention_export_and_report(routed: Path, data: Path, tmp_path: Path) -
         ("routed", 1.0),
         ("routed", 0.5),
     ]
-    by_place = {(s["run"], s["retention"]): s["cache_bytes"] / (64 + len(s["tokens"]) - 1) for s in record["samples"]}
+    by_place = {(s["run"], s["retention"]): s["cache_bytes"] / (128 + len(s["tokens"]) - 1) for s in record["samples"]}
     assert by_place["routed", 1.0] == by_place["standard", 1.0] == 2 * by_place["routed", 0.5]
     assert record["runs"]["standard"]["skipped_kv_share"] == 0 < record["runs"]["routed"]["skipped_kv_share"]

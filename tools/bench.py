@@ -17,7 +17,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from skvr_dist.errors import EXIT_MISSED, run_command
-from skvr_dist.parallel.launcher import announced_world_size, join_alone, share_cores, start_process_group
+from skvr_dist.parallel.launcher import announced_world_size, start_process_group
 from skvr_dist.routing import RoutingConfig
 from skvr_dist.train.config import load_config
 
@@ -35,16 +35,12 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     config = load_config([options.config], options.overrides)
-    world_size = announced_world_size()
-    config.data_parallel_size(world_size)
+    config.data_parallel_size(announced_world_size())
 
     from skvr_dist.parallel.mesh import Mesh
     from skvr_dist.train.benchmark import Ratio, interleaved_step_times
     from skvr_dist.train.loop import build_engine
 
-    share_cores()
-    if world_size == 1:
-        join_alone()
     start_process_group()
     mesh = Mesh.build(config.parallel.pipeline)
     engine = build_engine(config, mesh)

@@ -10,7 +10,7 @@ from skvr_dist.data.shards import Dataset
 from skvr_dist.evaluate.retention import RetentionPoint, retention_curve
 from skvr_dist.routing import CacheStrategy
 
-DEFAULT_STRATEGIES = ("full", "every:2", "every:3", "every:4", "every:6")
+DEFAULT_STRATEGIES = ("full", "every:2", "every:3", "every:4", "every:8")
 _BATCH_SIZE = 8
 
 

@@ -22,7 +22,7 @@ from skvr_dist.evaluate.retention import RetentionPoint, as_records, as_table, p
 from skvr_dist.routing import CacheStrategy
 
 PICTURE, REPORT, RECORD = "retention.png", "report.md", "report.json"
-_PROMPT_TOKENS, _NEW_TOKENS = 64, 48
+_PROMPT_TOKENS, _NEW_TOKENS = 128, 64
 _SAMPLE_STRATEGIES = ("full", "every:2")
 
 
@@ -120,7 +120,7 @@ def _samples(run: RunSummary) -> list[dict[str, Any]]:
     checkpoint = run.checkpoint
     tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
     dataset = Dataset.open(checkpoint.config_tree["data"]["validation"])
-    prompt = validation_sequences(dataset, sequence_length=_PROMPT_TOKENS, num_sequences=2)[1, :-1]
+    prompt = validation_sequences(dataset, sequence_length=_PROMPT_TOKENS, num_sequences=3)[2, :-1]
     decoder = checkpoint.load_decoder()
     samples = []
     for spec in _SAMPLE_STRATEGIES:

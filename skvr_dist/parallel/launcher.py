@@ -10,10 +10,8 @@ from datetime import timedelta
 
 import torch
 
-# Launchers announce the number of ranks under different names: torchrun and deepspeed, Open MPI, MPICH, Slurm.
-_WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
-
-
+# Launchers announce the number of ranks under different names: torchrun and deepspeed, Open MPI, MPICH.
+_WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
@@ -22,7 +20,23 @@ def announced_world_size() -> int:
     return _first_number(_WORLD_SIZE_VARIABLES)
 
 
-def share_cores() -> None:
+def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Join the process group of the launcher, or make one of this process alone: NCCL on GPUs, gloo on CPUs."""
+    import deepspeed
+
+    _share_cores()
+    if not any(name in os.environ for name in _WORLD_SIZE_VARIABLES):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it compiled
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def _share_cores() -> None:
     """Give each rank on a host without GPUs its share of the cores, unless OMP_NUM_THREADS says otherwise.
 
     By default every rank would start a thread per core, and the ranks would fight for them.
@@ -32,23 +46,5 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, cores // _first_number(_LOCAL_SIZE_VARIABLES)))
 
 
-def join_alone() -> None:
-    """Prepare a process group of this one process, for a command that was started without a launcher."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update(alone)
-
-
 def _first_number(variables: tuple[str, ...]) -> int:
     return next((int(os.environ[name]) for name in variables if name in os.environ), 1)
-
-
-def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Join the process group of the launcher: NCCL on GPUs, gloo on CPUs."""
-    import deepspeed
-
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it compiled
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)

@@ -13,7 +13,7 @@ from skvr_dist.checkpoint.folder import Checkpoint, partial_folder, publish
 from skvr_dist.data.reader import MicroBatchReader, validation_sequences
 from skvr_dist.data.shards import Dataset
 from skvr_dist.parallel.engine import RoutedPipelineEngine
-from skvr_dist.parallel.launcher import announced_world_size, share_cores, start_process_group
+from skvr_dist.parallel.launcher import announced_world_size, start_process_group
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.parallel.plan_stream import PlanStream
@@ -31,7 +31,6 @@ def pretrain(config: Config) -> None:
     resumed = inputs.resumed
     first_step = resumed.step if resumed else 0
 
-    share_cores()
     start_process_group()
     mesh = Mesh.build(config.parallel.pipeline)
     run = RunFolder(config, mesh.rank)

@@ -1,0 +1,59 @@
+"""The documents: their links lead somewhere, and every command in them names files and options that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from skvr_dist.train.config import load_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+@cache
+def options_of(script: str) -> set[str]:
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[a-z][a-z_-]*", shown.stdout))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Lines of code blocks that start one of our scripts, continuation lines joined."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.M | re.S) + re.findall(r"(?:^    .*\n)+", text, re.M)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if re.search(r"\b(tools|launch)/\w+\.py\b", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_commands_name_what_exists(page: Path) -> None:
+    for words in commands(page):
+        at = next(i for i, word in enumerate(words) if re.fullmatch(r"(tools|launch)/\w+\.py", word))
+        script, arguments = words[at], words[at + 1 :]
+        known = options_of(script)
+        assert {word.split("=")[0] for word in arguments if word.startswith("--")} <= known, shlex.join(words)
+        configs = [Path(word) for word in arguments if word.startswith("configs/")]
+        assert all((ROOT / config).exists() for config in configs), shlex.join(words)
+        if script == "launch/pretrain.py" and configs:
+            overrides = [word for word in arguments if re.match(r"[a-z]+\.[\w.]+=", word)]
+            load_config([ROOT / config for config in configs], overrides)
+
+
+def test_the_pages_hold_commands() -> None:
+    """Guards the search above against a change of form."""
+    assert len(commands(ROOT / "README.md")) >= 5
+    assert len(commands(ROOT / "docs/data.md")) >= 2
