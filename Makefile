@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart
-export DS_ACCELERATOR ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
+# Quickstart and tests run on the CPU wherever they are: 4 ranks need no GPUs.
+export DS_ACCELERATOR := cpu
 
 .PHONY: env quickstart data test lint bench clean
 
@@ -27,16 +28,19 @@ $(DATA): data/stdlib/tokenizer.model
 	$(BIN)/python tools/prepare_data.py --input stdlib --tokenizer $< --output data/stdlib \
 	    --shards 32 --validation-share 0.05
 
-PRETRAIN := $(BIN)/deepspeed --num_gpus 4 --log_level error launch/pretrain.py --config configs/experiment/quickstart.yaml
-$(QUICKSTART)/standard/checkpoints/latest: $(DATA)
-	PATH=$(abspath $(BIN)):$$PATH $(PRETRAIN) train.output_dir=$(QUICKSTART)/standard routing.policy=none routing.cross_layer_prob=null
-$(QUICKSTART)/routed/checkpoints/latest: $(DATA)
-	PATH=$(abspath $(BIN)):$$PATH $(PRETRAIN) train.output_dir=$(QUICKSTART)/routed
+# A run that was interrupted goes on from its latest checkpoint; `finished` appears when it is through.
+PRETRAIN := PATH=$(abspath $(BIN)):$$PATH deepspeed --num_gpus 4 --log_level error launch/pretrain.py \
+    --config configs/experiment/quickstart.yaml
+$(QUICKSTART)/standard/finished: $(DATA)
+	$(PRETRAIN) train.output_dir=$(@D) routing.policy=none routing.cross_layer_prob=null && touch $@
+$(QUICKSTART)/routed/finished: $(DATA)
+	$(PRETRAIN) train.output_dir=$(@D) && touch $@
 
-$(QUICKSTART)/report.md: $(QUICKSTART)/standard/checkpoints/latest $(QUICKSTART)/routed/checkpoints/latest
+$(QUICKSTART)/report.md: $(QUICKSTART)/standard/finished $(QUICKSTART)/routed/finished
 	$(BIN)/python tools/report.py --standard $(QUICKSTART)/standard --routed $(QUICKSTART)/routed --output $(QUICKSTART)
-$(QUICKSTART)/hf/config.json: $(QUICKSTART)/routed/checkpoints/latest
-	$(BIN)/python tools/export_hf.py $(QUICKSTART)/routed $(QUICKSTART)/hf
+$(QUICKSTART)/hf/config.json: $(QUICKSTART)/routed/finished
+	rm -rf $(@D)
+	$(BIN)/python tools/export_hf.py $(QUICKSTART)/routed $(@D)
 
 test: env lint
 	$(BIN)/python -m pytest

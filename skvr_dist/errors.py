@@ -22,15 +22,16 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        if not _said_by_rank_0():
+        if not _said_by_another_rank():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USAGE)
     sys.exit(code or 0)
 
 
-def _said_by_rank_0() -> bool:
-    """Whether rank 0 meets the same mistake: under a launcher all ranks do, until they join their process group."""
-    ranks = [os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK") if name in os.environ]
+def _said_by_another_rank() -> bool:
+    """Whether another rank of this host says it: all meet the same mistake until they join their process group."""
+    variables = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+    local_ranks = [os.environ[name] for name in variables if name in os.environ]
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
-    return bool(ranks) and ranks[0] != "0" and not joined
+    return bool(local_ranks) and local_ranks[0] != "0" and not joined

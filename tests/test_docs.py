@@ -51,6 +51,8 @@ def test_commands_name_what_exists(page: Path) -> None:
         if script == "launch/pretrain.py" and configs:
             overrides = [word for word in arguments if re.match(r"[a-z]+\.[\w.]+=", word)]
             load_config([ROOT / config for config in configs], overrides)
+        if "--print-config" in arguments:
+            subprocess.run([sys.executable, script, *arguments], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_the_pages_hold_commands() -> None:

@@ -9,8 +9,9 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import LlamaConfig
 
+from skvr_dist.errors import UserError
 from skvr_dist.evaluate.generate import cache_bytes, generate
-from skvr_dist.model.attention import attend, resolve_backend
+from skvr_dist.model.attention import attend, flash_is_installed, require_backend, resolve_backend
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder, initialize, next_token_loss
 from skvr_dist.model.rope import inverse_frequencies, rope_tables, rotate
@@ -61,8 +62,12 @@ def test_backends_agree(queries: int, keys: int, kv_heads: int) -> None:
 
 
 def test_backend_names() -> None:
-    assert resolve_backend("auto", torch.device("cpu")) == "sdpa"
-    assert resolve_backend("eager", torch.device("cuda")) == "eager"
+    assert resolve_backend("auto", torch.device("cpu"), torch.bfloat16) == "sdpa"
+    assert resolve_backend("auto", torch.device("cuda"), torch.float32) == "sdpa"
+    assert resolve_backend("eager", torch.device("cuda"), torch.bfloat16) == "eager"
+    if not flash_is_installed():
+        with pytest.raises(UserError, match="flash-attn is not installed"):
+            require_backend("flash")
     with pytest.raises(ValueError, match="'fsah' is not one of"):
         attend(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), "fsah")
 

@@ -116,6 +116,9 @@ def run_layout(config: Config) -> dict[str, Any]:
         result["norms"].append(engine.gradient_norm)
     plans.close()
     result["weights"] = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    states = (value for state in engine.basic_optimizer.state.values() for value in state.values())
+    masters = (p for group in engine.basic_optimizer.param_groups for p in group["params"])
+    result["state_dtypes"] = {tensor.dtype for tensor in (*states, *masters)}
     result["sent_bytes"] = engine.sent_bytes
     result["backward_passes"] = engine.backward_passes
     return result
@@ -207,12 +210,17 @@ def check_traffic(results: list[dict[str, Any]], config: Config) -> None:
     assert {result["backward_passes"] for result in results} == {STEPS * MICRO_BATCHES // replicas}
 
 
-def test_bf16_keeps_fp32_state() -> None:
-    """bf16 follows fp32 to bf16's precision, and two stages follow one stage more closely than that."""
+@pytest.mark.parametrize(("world_size", "pipeline"), [(1, 1), (4, 2)])
+def test_bf16_follows_fp32_and_keeps_its_state_in_fp32(world_size: int, pipeline: int) -> None:
     shape = family_shape("qwen3", True)
-    one = run_ranks(1, run_layout, config_of(shape, "uniform", {}, "bf16"))[0]
-    two = run_ranks(4, run_layout, config_of(shape, "uniform", {"pipeline": 2}, "bf16"))[0]
+    results = run_ranks(world_size, run_layout, config_of(shape, "uniform", {"pipeline": pipeline}, "bf16"))
     wanted = expected("qwen3", True, "uniform")
-    assert one["losses"] == pytest.approx(wanted["losses"], rel=2e-2)
-    assert two["losses"] == pytest.approx(one["losses"], rel=5e-3)
-    assert two["norms"] == pytest.approx(one["norms"], rel=2e-2)
+    for result in results:
+        assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-3)
+        assert result["norms"] == pytest.approx(wanted["norms"], rel=5e-3)
+        # bf16 has 8 bits of mantissa. Measured: losses within 1.2e-4, norms 1.4e-3, any gradient 4.2e-2.
+        errors = {name: relative_error(g.float(), wanted["gradients"][name]) for name, g in result["gradients"].items()}
+        assert max(errors.values()) <= 6e-2, errors
+        assert {p.dtype for p in result["weights"].values()} == {torch.bfloat16}
+        assert {g.dtype for g in result["gradients"].values()} == {torch.float32}
+        assert result["state_dtypes"] == {torch.float32}

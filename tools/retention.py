@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.errors import run_command
 from skvr_dist.evaluate.checkpoints import DEFAULT_STRATEGIES, evaluate_checkpoint
@@ -23,17 +25,36 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=list(DEFAULT_STRATEGIES), metavar="S")
     parser.add_argument("--sequences", type=int, default=256, help="held-out sequences (default: 256)")
     parser.add_argument("--data", help="another held-out data set than the run's")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: retention.json in the checkpoint")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="default: retention.png in the checkpoint")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="default: beside the JSON")
     options = parser.parse_args()
+    if options.data and not options.json:
+        parser.error("--data needs --json: the checkpoint keeps the curve over its own held-out data")
 
     checkpoint = Checkpoint(options.checkpoint)
-    points = evaluate_checkpoint(checkpoint, options.strategies, sequences=options.sequences, data=options.data)
+    points = evaluate_checkpoint(
+        checkpoint,
+        options.strategies,
+        sequences=options.sequences,
+        data=options.data,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
     json_file = options.json or checkpoint.folder / RETENTION_FILE
-    png_file = options.png or checkpoint.folder / "retention.png"
+    png_file = options.png or json_file.with_suffix(".png")
     curves = {f"step {checkpoint.step}": points}
-    record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "points": as_records(points)}
-    json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record = {
+        "checkpoint": str(checkpoint.folder),
+        "step": checkpoint.step,
+        "data": options.data or checkpoint.config_tree["data"]["validation"],
+        "sequences": options.sequences,
+        "points": as_records(points),
+    }
+    partial = json_file.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.replace(json_file)
     plot(curves, png_file)
     print(as_table(curves))
     print(f"written: {json_file}, {png_file}")

@@ -3,7 +3,7 @@
 A checkpoint `step-00000100/` holds
 
     config.yaml          the resolved configuration of the run
-    checkpoint.json      step, tokens seen, layout, routing, versions, position of the data reader
+    checkpoint.json      step, tokens seen, layout, routing, versions, fingerprint of the data, sizes of the files
     tokenizer.model      the tokenizer of its data
     model-*.safetensors  weights under canonical names
     *.pt                 DeepSpeed's optimizer states, for resuming on the same layout
@@ -41,15 +41,23 @@ def partial_folder(step: int) -> str:
     return f"{step_folder(step)}.partial"
 
 
+def clear_partial(checkpoints: Path, step: int) -> None:
+    """Remove what an interrupted save of that step left; on one rank, before any writes."""
+    shutil.rmtree(checkpoints / partial_folder(step), ignore_errors=True)
+
+
 def publish(checkpoints: Path, step: int, *, config_text: str, facts: dict[str, Any], tokenizer: Path) -> Path:
     """Complete the partial folder of `step` and make it the latest checkpoint; on one rank, after all have written."""
     partial, final = checkpoints / partial_folder(step), checkpoints / step_folder(step)
     (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-    (partial / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
-    if final.exists():  # left by a run that died before `latest` moved
-        shutil.rmtree(final)
+    files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+    (partial / FACTS_FILE).write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")
+    replaced = checkpoints / f"{final.name}.replaced"
+    if final.exists():  # the run came by this step before
+        final.rename(replaced)
     partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     pointer = checkpoints / f"{LATEST_FILE}.partial"
     pointer.write_text(final.name + "\n", encoding="utf-8")
     pointer.replace(checkpoints / LATEST_FILE)
@@ -85,10 +93,16 @@ class Checkpoint:
         try:
             self.config_text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
             self.facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+            files: dict[str, int] = self.facts["files"]
             self.config_tree: dict[str, Any] = yaml.safe_load(self.config_text)
             self.model_config = ModelConfig.model_validate(self.config_tree["model"])
         except (OSError, ValueError, KeyError, yaml.YAMLError, ValidationError) as error:
             raise UserError(f"checkpoint {folder} is damaged ({' '.join(str(error).split())}); use another") from None
+        for name, size in files.items():
+            file = folder / name
+            if not file.exists() or file.stat().st_size != size:
+                found = f"has {file.stat().st_size} bytes" if file.exists() else "is missing"
+                raise UserError(f"checkpoint {folder} is damaged: {name} {found}, not {size}; use another checkpoint")
         self._weights = WeightFiles(folder)
 
     @property

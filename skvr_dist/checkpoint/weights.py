@@ -35,7 +35,11 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file_of: dict[str, Path] = {}
-        for file in sorted(folder.glob(_PATTERN)):
+        files = sorted(folder.glob(_PATTERN))
+        parts = {file.stem.rpartition("-of-")[2] for file in files}
+        if len(parts) > 1 or (parts and len(files) != int(parts.pop())):
+            raise UserError(f"weights in {folder} are not one complete set: {', '.join(file.name for file in files)}")
+        for file in files:
             try:
                 with safe_open(file, framework="pt") as opened:
                     self._file_of.update(dict.fromkeys(opened.keys(), file))

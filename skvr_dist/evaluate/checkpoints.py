@@ -11,11 +11,16 @@ from skvr_dist.evaluate.retention import RetentionPoint, retention_curve
 from skvr_dist.routing import CacheStrategy
 
 DEFAULT_STRATEGIES = ("full", "every:2", "every:3", "every:4", "every:8")
-_BATCH_SIZE = 8
 
 
 def evaluate_checkpoint(
-    checkpoint: Checkpoint, strategies: Sequence[str], *, sequences: int, data: str | None = None
+    checkpoint: Checkpoint,
+    strategies: Sequence[str],
+    *,
+    sequences: int,
+    data: str | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
 ) -> list[RetentionPoint]:
     """The retention curve of a checkpoint over its first held-out sequences.
 
@@ -23,6 +28,8 @@ def evaluate_checkpoint(
         strategies: as `CacheStrategy.parse` reads them; names refer to the run's `evaluate.profiles`.
         sequences: held-out sequences, rounded up to whole batches.
         data: folder of another held-out data set.
+        batch_size: sequences at a time.
+        device: where the decoder runs, in float32.
     """
     tree = checkpoint.config_tree
     layers, profiles = checkpoint.model_config.num_hidden_layers, tree["evaluate"]["profiles"]
@@ -32,6 +39,7 @@ def evaluate_checkpoint(
     held_out = validation_sequences(
         dataset,
         sequence_length=tree["data"]["sequence_length"],
-        num_sequences=-(-sequences // _BATCH_SIZE) * _BATCH_SIZE,
+        num_sequences=-(-sequences // batch_size) * batch_size,
     )
-    return retention_curve(checkpoint.load_decoder(), held_out.split(_BATCH_SIZE), parsed)
+    batches = held_out.to(device).split(batch_size)
+    return retention_curve(checkpoint.load_decoder().to(device), batches, parsed)

@@ -42,8 +42,10 @@ class Training:
         table = None
         measured = checkpoint.folder / RETENTION_FILE
         if measured.exists():
-            points = [RetentionPoint(**point) for point in json.loads(measured.read_text())["points"]]
+            record = json.loads(measured.read_text())
+            points = [RetentionPoint(**point) for point in record["points"]]
             table = as_table({f"step {checkpoint.step}": points})
+            table += f"\n\nOver {record['sequences']} held-out sequences of {tree['data']['sequence_length']} tokens."
         return cls(RoutingConfig.model_validate(tree["routing"]), facts, table)
 
 

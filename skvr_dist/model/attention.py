@@ -6,6 +6,7 @@ K key/value heads, E head_dim. A query at position i (of T) sees keys 0..i.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 
@@ -13,12 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skvr_dist.errors import UserError
 
-def resolve_backend(name: str, device: torch.device) -> str:
-    """`auto` is flash-attn on a GPU that has it, else SDPA; any other name is taken as it is."""
+
+@functools.cache
+def flash_is_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def require_backend(name: str) -> None:
+    """Raises `UserError` if that backend is not available here."""
+    if name == "flash" and not flash_is_installed():
+        raise UserError("model.attention is flash, but the package flash-attn is not installed; use sdpa or auto")
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`auto` is flash-attn where it is installed and takes the dtype, else SDPA; other names are taken as they are."""
     if name != "auto":
         return name
-    return "flash" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+    suits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return "flash" if suits and flash_is_installed() else "sdpa"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:

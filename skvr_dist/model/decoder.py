@@ -66,7 +66,7 @@ class Attention(nn.Module):
         q = self._heads(self.q_proj(x))
         if self.config.qk_norm:
             q = self.q_norm(q)
-        out = attend(rotate(q, *rope), *kv, backend=resolve_backend(self.config.attention, x.device))
+        out = attend(rotate(q, *rope), *kv, backend=resolve_backend(self.config.attention, x.device, x.dtype))
         return self.o_proj(out.flatten(2))
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from skvr_dist.model.config import ModelConfig, RopeScaling
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
+def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """float32 [E / 2]: radians per position of each rotated pair."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     return frequencies if config.rope_scaling is None else _scaled(frequencies, config.rope_scaling)
 
@@ -41,7 +41,7 @@ def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]
     Args:
         positions: integer [S].
     """
-    angles = torch.outer(positions.float(), inverse_frequencies(config).to(positions.device))
+    angles = torch.outer(positions.float(), inverse_frequencies(config, positions.device))
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

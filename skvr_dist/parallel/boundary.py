@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skvr_dist.model.config import ModelConfig
-from skvr_dist.routing import crossing_layers
+from skvr_dist.routing import crossing_elements, crossing_layers
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,14 @@ class Boundary:
         return [hidden_shape, *([head_shape] * (2 * len(self.crossing(donors))))]
 
     def elements(self, donors: Sequence[int]) -> int:
-        """N."""
-        return sum(math.prod(shape) for shape in self.shapes(donors))
+        """N, the liveness bound."""
+        return crossing_elements(
+            donors,
+            self.layer,
+            tokens=self.batch * self.sequence,
+            hidden_size=self.model.hidden_size,
+            kv_size=self.model.kv_size,
+        )
 
     def unpack(self, packed: Tensor, donors: Sequence[int]) -> list[Tensor]:
         """Views of the parts of a packed tensor [N]."""

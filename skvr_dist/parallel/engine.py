@@ -7,7 +7,7 @@ handshake; a stage's backward runs once per micro-batch, whatever crosses.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
@@ -18,13 +18,16 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
 from skvr_dist.parallel.boundary import Boundary, pack
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.routing import RoutingPlan, fixed_plan
+
+# One activation and one gradient on their way while the stage computes; more would only hold memory.
+_SENDS_IN_FLIGHT = 2
 
 
 class RoutedPipelineEngine(PipelineEngine):
@@ -72,7 +75,7 @@ class RoutedPipelineEngine(PipelineEngine):
         """Backward passes that this stage has run since it started."""
         self._plan: RoutingPlan | None = None
         self._done: Counter[type] = Counter()
-        self._sends: list[tuple[Any, Tensor]] = []
+        self._sends: deque[tuple[Any, Tensor]] = deque()
         self._grads: list[Tensor] = []
         self.total_loss: Tensor | None = None
 
@@ -92,6 +95,7 @@ class RoutedPipelineEngine(PipelineEngine):
                 f"{self.mesh.replicas} replicas"
             )
         self._plan = plan
+        self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed empties it only when it prints
         return float(self.train_batch(micro_batches))
 
     def evaluate(self, micro_batches: Sequence[Tensor], donors: Iterable[int]) -> float:
@@ -117,9 +121,7 @@ class RoutedPipelineEngine(PipelineEngine):
                 kind = type(instruction)
                 MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
                 self._done[kind] += 1
-        for work, _ in self._sends:
-            work.wait()
-        self._sends.clear()
+        self._finish_sends(leave=0)
 
     def _donors(self, instruction: type) -> list[int]:
         """int [L]: donors of the micro-batch that this instruction is for.
@@ -131,8 +133,18 @@ class RoutedPipelineEngine(PipelineEngine):
         return self._plan.donors[row].tolist()
 
     def _send(self, tensor: Tensor, stage: int) -> None:
-        """Start a send; the tensor is kept until the end of the schedule, the order is that of the schedule."""
+        """Start a send, in the order of the schedule; it goes on while this stage computes."""
         self._sends.append((ds_comm.isend(tensor, self.grid.stage_to_global(stage_id=stage)), tensor))
+        self._finish_sends(leave=_SENDS_IN_FLIGHT)
+
+    def _finish_sends(self, leave: int) -> None:
+        """Wait for the oldest sends, and free their tensors, until at most `leave` are in flight.
+
+        This cannot deadlock: DeepSpeed's schedule is one in which every send may block.
+        """
+        while len(self._sends) > leave:
+            work, _ = self._sends.popleft()
+            work.wait()
 
     def _receive(self, boundary: Boundary, donors: Sequence[int], stage: int) -> list[Tensor]:
         """Receive one packed tensor; views of its parts."""
@@ -189,6 +201,7 @@ class RoutedPipelineEngine(PipelineEngine):
             DeepSpeedEngine.backward(self, outputs)
         else:
             self._backward_from_gradients(outputs, self._grads)
+            self._grads = []
         self.pipe_buffers["outputs"][buffer_id] = None
 
     def _backward_from_gradients(self, outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -10,6 +10,8 @@ from datetime import timedelta
 
 import torch
 
+from skvr_dist.errors import UserError
+
 # Launchers announce the number of ranks under different names: torchrun and deepspeed, Open MPI, MPICH.
 _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
@@ -23,25 +25,33 @@ def announced_world_size() -> int:
 def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
     """Join the process group of the launcher, or make one of this process alone: NCCL on GPUs, gloo on CPUs."""
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
-    _share_cores()
+    on_gpu = get_accelerator().device_name() == "cuda"
+    if not on_gpu:
+        _share_cores()
     if not any(name in os.environ for name in _WORLD_SIZE_VARIABLES):
+        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+            raise UserError(
+                f"Slurm started {os.environ['SLURM_NTASKS']} tasks, but no launcher announced their ranks; start one "
+                f"task per node that runs deepspeed or torchrun, or use mpirun"
+            )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if on_gpu else "gloo"
     with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it compiled
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 def _share_cores() -> None:
-    """Give each rank on a host without GPUs its share of the cores, unless OMP_NUM_THREADS says otherwise.
+    """Give each rank of this host its share of the cores, unless OMP_NUM_THREADS says otherwise.
 
     By default every rank would start a thread per core, and the ranks would fight for them.
     """
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+    if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // _first_number(_LOCAL_SIZE_VARIABLES)))
 

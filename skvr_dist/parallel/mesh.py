@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+from skvr_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,22 @@ class Mesh:
             replicas=replicas,
             host_group=dist.new_group(backend="gloo"),
         )
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Compare facts over all ranks; collective.
+
+        Raises:
+            UserError: a rank differs, on every rank. Left unnoticed, ranks would train different things or hang.
+        """
+        gathered: list[dict[str, Any]] = [{}] * self.world_size
+        dist.all_gather_object(gathered, facts, group=self.host_group)
+        for rank, theirs in enumerate(gathered):
+            for name, value in gathered[0].items():
+                if theirs[name] != value:
+                    raise UserError(
+                        f"ranks 0 and {rank} disagree on the {name}: {value!r} and {theirs[name]!r}; do all hosts see "
+                        f"the same configuration, data and output folder?"
+                    )
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Element-wise sum over all ranks, of a list of equal length on each."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -32,7 +35,8 @@ class StageModule(PipelineModule):
         self._bounds = list(bounds)
         self._stage = mesh.stage
         self._seed = seed
-        super().__init__(layers=[], topology=mesh.topology)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds and the topology
+            super().__init__(layers=[], topology=mesh.topology)
 
     @property
     def start(self) -> int:
@@ -80,7 +84,9 @@ class StageModule(PipelineModule):
         self._set_bounds(start=self.start, stop=self.stop)
 
     def _build(self) -> None:
-        self.decoder = Decoder(self._model_config, self.start, self.stop)
+        with torch.device("meta"):  # torch's own initial weights are never drawn
+            decoder = Decoder(self._model_config, self.start, self.stop)
+        self.decoder = decoder.to_empty(device="cpu")
         initialize(self.decoder, self._seed)
         for parameter in self.parameters():
             # Read by DeepSpeed's gradient norms: a replicated parameter is counted on one stage only.

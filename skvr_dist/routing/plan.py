@@ -5,7 +5,6 @@ Shapes: Q micro-batches of the global batch, L layers.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,10 +58,6 @@ class RoutingPlan:
     def skipped_kv_share(self) -> float:
         """Share of the key/value projections that nobody reads and nobody computes."""
         return 1.0 - sum(int(read_layers(row).sum()) for row in self.donors) / self.donors.size
-
-    def digest(self) -> str:
-        """A short fingerprint, to compare the plan over ranks."""
-        return hashlib.sha256(np.ascontiguousarray(self.donors).tobytes()).hexdigest()[:16]
 
 
 def _uniforms(seed: int, step: int, micro_batch: int, count: int) -> NDArray[np.float64]:

@@ -25,13 +25,13 @@ class CacheStrategy:
     retained: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if list(self.retained) != sorted(set(self.retained)):
+            raise UserError(f"cache strategy {list(self.retained)} must list its layers once each, ascending")
         if not self.retained or self.retained[0] != 0:
             raise UserError(
                 f"cache strategy {list(self.retained)} does not retain layer 0, which every layer below the "
                 f"next retained one reads; add 0"
             )
-        if list(self.retained) != sorted(set(self.retained)):
-            raise UserError(f"cache strategy {list(self.retained)} must list its layers once each, ascending")
         if self.retained[-1] >= self.num_layers:
             raise UserError(
                 f"cache strategy retains layer {self.retained[-1]}, but the model has layers 0 to {self.num_layers - 1}"

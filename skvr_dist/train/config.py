@@ -119,6 +119,8 @@ class Config(Section):
                 "train.precision bf16 with parallel.zero_stage 0: DeepSpeed then accumulates gradients in bf16; "
                 "use zero_stage 1 (fp32 gradients and master weights) or precision fp32"
             )
+        if self.train.precision == "fp32" and self.model.attention == "flash":
+            raise ValueError("model.attention flash works in bf16 only, but train.precision is fp32; use sdpa or auto")
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(f"train.warmup_steps {self.train.warmup_steps} exceeds train.steps {self.train.steps}")
         for spec in self.evaluate.strategies:
@@ -126,12 +128,10 @@ class Config(Section):
                 CacheStrategy.parse(spec, layers, self.evaluate.profiles)
             except UserError as error:
                 raise ValueError(f"evaluate.strategies: {error}") from None
-        reserved = sorted(set(self.deepspeed) & GENERATED_DEEPSPEED_KEYS)
-        if reserved:
-            raise ValueError(
-                f"deepspeed.{reserved[0]} is generated from the rest of the configuration; "
-                f"set {GENERATED_FROM[reserved[0]]} instead"
-            )
+        for path, instead in GENERATED_FROM.items():
+            section, _, key = path.partition(".")
+            if section in self.deepspeed and (not key or key in self.deepspeed[section]):
+                raise ValueError(f"deepspeed.{path} cannot be passed through; {instead}")
         return self
 
     @property
@@ -178,7 +178,9 @@ class Config(Section):
         }
         if self.train.precision == "bf16":
             generated["data_types"] = {"grad_accum_dtype": "fp32"}
-        passed = {"steps_per_print": None, **self.deepspeed}
+        # DeepSpeed prints nothing of its own unless its timers are asked for.
+        timed = self.deepspeed.get("wall_clock_breakdown", False)
+        passed = {"steps_per_print": self.train.log_every_steps if timed else None, **self.deepspeed}
         zero = {**passed.pop("zero_optimization", {}), **generated.pop("zero_optimization")}
         return {**passed, **generated, "zero_optimization": zero}
 
@@ -187,18 +189,21 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
+# Keys of DeepSpeed that another key of ours decides, or that would be without effect.
 GENERATED_FROM = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "train.gradient_clipping",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "data_types": "train.precision",
-    "optimizer": "train.learning_rate and the other train keys",
-    "scheduler": "train.warmup_steps and train.min_learning_rate_ratio",
+    "train_batch_size": "set train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "set train.micro_batch_size",
+    "gradient_accumulation_steps": "set train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "set train.gradient_clipping",
+    "zero_optimization.stage": "set parallel.zero_stage",
+    "bf16": "set train.precision",
+    "fp16": "set train.precision",
+    "data_types": "set train.precision",
+    "optimizer": "set train.learning_rate and the keys beside it",
+    "scheduler": "set train.warmup_steps and train.min_learning_rate_ratio",
+    "pipeline": "the routed engine does not use it",
+    "activation_checkpointing": "the routed engine does not use it",
 }
-GENERATED_DEEPSPEED_KEYS = frozenset(GENERATED_FROM)
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -248,7 +253,8 @@ def _read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"configuration {file} must hold sections, not a {type(tree).__name__}")
     merged: dict[str, Any] = {}
-    for name in tree.pop("include", []):
+    included = tree.pop("include", [])
+    for name in [included] if isinstance(included, str) else included:
         merged = _merge(merged, _read_yaml(file.parent / name, (*seen, file.resolve())))
     return _merge(merged, tree)
 

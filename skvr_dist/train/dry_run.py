@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from statistics import mean
 
 import torch
 from tabulate import tabulate
 
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.partition import stage_bounds
-from skvr_dist.routing import crossing_layers, draw_plan
+from skvr_dist.routing import crossing_elements, crossing_layers, draw_plan
 from skvr_dist.train.config import Config
 from skvr_dist.train.inputs import open_inputs
 
@@ -41,9 +42,15 @@ def describe(config: Config, world_size: int) -> str:
             parameters = sum(p.numel() for p in Decoder(config.model, start, stop).parameters())
         crossing = "-"
         if stop < layers:
-            counts = [len(crossing_layers(donors, stop)) for plan in plans for donors in plan.donors]
-            hidden_states = 1 + 2 * config.model.kv_size / config.model.hidden_size * sum(counts) / len(counts)
-            crossing = f"{sum(counts) / len(counts):.2f} ({hidden_states:.2f})"
+            rows_of_plans = [donors for plan in plans for donors in plan.donors]
+            layers_crossing = mean(len(crossing_layers(donors, stop)) for donors in rows_of_plans)
+            per_token = mean(
+                crossing_elements(
+                    donors, stop, tokens=1, hidden_size=config.model.hidden_size, kv_size=config.model.kv_size
+                )
+                for donors in rows_of_plans
+            )
+            crossing = f"{layers_crossing:.2f} ({per_token / config.model.hidden_size:.2f})"
         rows.append([stage, f"{start} to {stop - 1}", f"{parameters:,}", crossing])
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length
     total_tokens = tokens_per_step * config.train.steps

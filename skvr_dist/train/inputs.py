@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from skvr_dist.checkpoint.folder import Checkpoint, latest_checkpoint
 from skvr_dist.data.reader import SequenceStream
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
+from skvr_dist.model.attention import require_backend
+from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.train.config import Config
 
 
@@ -31,6 +34,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         UserError: a data set or checkpoint is missing, damaged or does not fit.
     """
     config.data_parallel_size(world_size)
+    require_backend(config.model.attention)
     train, held_out = Dataset.open(config.data.train), Dataset.open(config.data.validation)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     train.require_same_tokenizer(held_out)
@@ -68,22 +72,40 @@ def checkpoint_to_resume(config: Config, world_size: int) -> Checkpoint | None:
     if path is None:
         return None
     checkpoint = Checkpoint(path)
-    stored, asked = checkpoint.model_config.model_dump(), config.model.model_dump()
-    for key, value in asked.items():
-        if stored[key] != value and key != "attention":  # the kernel may change, the function does not
-            raise UserError(
-                f"checkpoint {checkpoint.folder} has model.{key} {stored[key]}, the configuration {value}; give the "
-                f"checkpoint's own model section or start a new run"
-            )
+    _require_same(checkpoint, "model", config.model.model_dump(exclude={"attention"}))  # the kernel may change
+    _require_same(checkpoint, "routing", config.routing.model_dump())
     if checkpoint.facts["layout"] != layout_of(config, world_size):
         raise UserError(
             f"checkpoint {checkpoint.folder} was written by layout {checkpoint.facts['layout']}, this run has "
             f"{layout_of(config, world_size)}; resume on the same layout"
         )
+    if checkpoint.step > config.train.steps:
+        raise UserError(
+            f"checkpoint {checkpoint.folder} is at step {checkpoint.step}, but train.steps is {config.train.steps}; "
+            f"raise it to go on"
+        )
     return checkpoint
 
 
-def layout_of(config: Config, world_size: int) -> dict[str, int]:
-    """The layout, as far as DeepSpeed's optimizer files depend on it."""
+def _require_same(checkpoint: Checkpoint, section: str, asked: dict[str, Any]) -> None:
+    stored = checkpoint.config_tree[section]
+    for key, value in asked.items():
+        if stored[key] != value:
+            raise UserError(
+                f"checkpoint {checkpoint.folder} has {section}.{key} {stored[key]}, the configuration {value}; give "
+                f"the checkpoint's own {section} section or start a new run"
+            )
+
+
+def layout_of(config: Config, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed's optimizer files and the place in the data depend on."""
     stages = config.parallel.pipeline
-    return {"pipeline": stages, "replicas": world_size // stages, "zero_stage": config.parallel.zero_stage}
+    return {
+        "pipeline": stages,
+        "stage_layers": [stop - start for start, stop in stage_bounds(config.model, config.parallel)],
+        "replicas": world_size // stages,
+        "zero_stage": config.parallel.zero_stage,
+        "precision": config.train.precision,
+        "global_batch_size": config.train.global_batch_size,
+        "micro_batch_size": config.train.micro_batch_size,
+    }

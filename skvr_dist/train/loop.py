@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from skvr_dist.checkpoint.folder import Checkpoint, partial_folder, publish
-from skvr_dist.data.reader import MicroBatchReader, validation_sequences
+from skvr_dist.checkpoint.folder import Checkpoint, clear_partial, partial_folder, publish
+from skvr_dist.data.reader import MicroBatchReader, SequenceStream, validation_sequences
 from skvr_dist.data.shards import Dataset
+from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.launcher import announced_world_size, start_process_group
 from skvr_dist.parallel.mesh import Mesh
@@ -21,7 +23,7 @@ from skvr_dist.parallel.stage import StageModule
 from skvr_dist.train.config import Config
 from skvr_dist.train.inputs import layout_of, open_inputs
 from skvr_dist.train.metrics import Reporter, Values
-from skvr_dist.train.optimizer import build_optimizer, build_scheduler
+from skvr_dist.train.optimizer import build_optimizer, build_scheduler, keep_settings
 from skvr_dist.train.run_folder import RunFolder, software_versions
 
 
@@ -33,12 +35,14 @@ def pretrain(config: Config) -> None:
 
     start_process_group()
     mesh = Mesh.build(config.parallel.pipeline)
+    sections = {f"section {name}": section for name, section in config.model_dump().items()}
+    mesh.require_same({"first step": first_step, "data": inputs.sequences.fingerprint(), **sections})
     run = RunFolder(config, mesh.rank)
     log = run.start_log()
     with run.quiet():
         engine = build_engine(config, mesh)
         if resumed:
-            engine.load_checkpoint(str(resumed.folder.parent), tag=resumed.folder.name)
+            load_state(engine, resumed)
     plans = PlanStream(
         config.routing,
         mesh,
@@ -47,15 +51,7 @@ def pretrain(config: Config) -> None:
         seed=config.train.seed,
         first_step=first_step,
     )
-    reader = MicroBatchReader(
-        inputs.sequences,
-        micro_batch_size=config.train.micro_batch_size,
-        micro_batches_per_step=config.num_micro_batches,
-        replica=mesh.replica,
-        replicas=mesh.replicas,
-        start_step=first_step,
-        prefetch=config.data.prefetch,
-    )
+    batches = TimedIterator(training_batches(config, inputs.sequences, mesh, engine, first_step))
     held_out = held_out_batches(config, inputs.held_out, mesh)
     strategies = config.evaluate.parse_strategies(config.model.num_hidden_layers)
     reporter = Reporter(
@@ -63,7 +59,6 @@ def pretrain(config: Config) -> None:
     )
     describe_start(config, mesh, run, reporter, resumed)
 
-    batches = TimedIterator(iter(reader))
     for step in range(first_step + 1, config.train.steps + 1):
         started, sent_before, waited_before = time.perf_counter(), engine.sent_bytes, batches.seconds
         plan = plans.next()
@@ -91,6 +86,7 @@ def pretrain(config: Config) -> None:
             reporter.say(f"step {step}  saved {folder}")
     plans.close()
     reporter.close()
+    dist.destroy_process_group()
 
 
 def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
@@ -103,6 +99,31 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
         deepspeed_json=config.deepspeed_json(mesh.world_size),
         optimizer=functools.partial(build_optimizer, config.train),
         lr_scheduler=functools.partial(build_scheduler, config.train),
+    )
+
+
+def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
+    """Weights, optimizer state and schedule from a checkpoint of the same layout; collective."""
+    with keep_settings(engine.basic_optimizer, engine.lr_scheduler):
+        loaded, _ = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
+    if loaded is None:
+        raise UserError(f"DeepSpeed found no state for this rank in {checkpoint.folder}; use another checkpoint")
+
+
+def training_batches(
+    config: Config, sequences: SequenceStream, mesh: Mesh, engine: RoutedPipelineEngine, first_step: int
+) -> Iterator[torch.Tensor]:
+    """This replica's micro-batches from step `first_step` on; nothing on stages that read no tokens."""
+    if not (engine.is_first_stage() or engine.is_last_stage()):
+        return iter(())
+    return MicroBatchReader(
+        sequences,
+        micro_batch_size=config.train.micro_batch_size,
+        micro_batches_per_step=config.num_micro_batches,
+        replica=mesh.replica,
+        replicas=mesh.replicas,
+        start_step=first_step,
+        prefetch=config.data.prefetch,
     )
 
 
@@ -128,6 +149,8 @@ def save(
     config: Config, mesh: Mesh, run: RunFolder, engine: RoutedPipelineEngine, step: int, fingerprint: str
 ) -> Path | None:
     """Write a checkpoint and make it the latest; collective. Returns its folder on rank 0."""
+    if mesh.rank == 0:
+        clear_partial(run.checkpoints, step)  # the others write after a barrier in save_checkpoint
     with run.quiet():
         engine.save_checkpoint(str(run.checkpoints), tag=partial_folder(step), save_latest=False)  # ends in a barrier
     if mesh.rank != 0:
@@ -145,9 +168,8 @@ def save(
 
 
 def describe_start(config: Config, mesh: Mesh, run: RunFolder, reporter: Reporter, resumed: Checkpoint | None) -> None:
-    stage_layers = [stop - start for start, stop in stage_bounds(config.model, config.parallel)]
     if mesh.rank == 0:
-        run.write_versions({**layout_of(config, mesh.world_size), "stage_layers": stage_layers})
+        run.write_versions(layout_of(config, mesh.world_size))
     reporter.say(
         f"{mesh.world_size} ranks: {mesh.stages} stages x {mesh.replicas} replicas, ZeRO {config.parallel.zero_stage}, "
         f"{config.train.precision}; {config.num_micro_batches} micro-batches of {config.train.micro_batch_size} x "
@@ -160,7 +182,7 @@ def describe_start(config: Config, mesh: Mesh, run: RunFolder, reporter: Reporte
 class TimedIterator:
     """An iterator that adds up the seconds spent waiting for it."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Iterator[torch.Tensor]) -> None:
         self._source = source
         self.seconds = 0.0
 

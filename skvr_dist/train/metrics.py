@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -30,8 +31,8 @@ class Reporter:
         self._first_step, self._steps = first_step, steps
         self._started = time.perf_counter()
         if self._enabled:
-            self._writer = SummaryWriter(str(tensorboard), purge_step=first_step)
-            self._metrics = metrics.open("a", encoding="utf-8")
+            self._writer = SummaryWriter(str(tensorboard), purge_step=first_step + 1)
+            self._metrics = _reopen(metrics, first_step)
             # The bar is for terminals; the lines below carry the time left everywhere else.
             self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
 
@@ -75,3 +76,11 @@ class Reporter:
         minutes, seconds = divmod(seconds, 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _reopen(metrics: Path, last_step: int) -> TextIO:
+    """metrics.jsonl for appending, without the records of steps that a resumed run does again."""
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    metrics.write_text("".join(kept), encoding="utf-8")
+    return metrics.open("a", encoding="utf-8")
