@@ -90,7 +90,11 @@ def test_missing_section_and_missing_file(tmp_path: Path) -> None:
     [
         (3, [], "3 ranks cannot hold parallel.pipeline 2 stages; start a multiple of 2"),
         (12, [], "replicas cannot share equally; make the batch a multiple of"),
-        (4, ["data.lanes=12", "train.micro_batch_size=4", "train.global_batch_size=16"], "data.lanes 12 must be a multiple of"),
+        (
+            4,
+            ["data.lanes=12", "train.micro_batch_size=4", "train.global_batch_size=16"],
+            "data.lanes 12 must be a multiple of",
+        ),
     ],
 )
 def test_world_sizes_that_do_not_fit(ranks: int, overrides: list[str], message: str) -> None:

@@ -143,6 +143,13 @@ def test_crossing_bytes_in_the_log_are_the_liveness_bound(routed: Path) -> None:
             assert record["pipeline/crossing_bytes/boundary_0"] == bound
 
 
+def test_mpirun_trains_the_same(routed: Path, data: Path, tmp_path: Path) -> None:
+    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "4", sys.executable]
+    run(*mpirun, "launch/pretrain.py", *SMALL, *data_keys(data), f"train.output_dir={tmp_path / 'mpi'}")
+    losses = [[record.get("train/loss") for record in records(folder)] for folder in (routed, tmp_path / "mpi")]
+    assert losses[0] == losses[1]
+
+
 def test_resuming_is_as_if_never_stopped(routed: Path, data: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     shutil.copytree(routed, stopped)

@@ -44,6 +44,9 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
     backend = "nccl" if on_gpu else "gloo"
     with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it compiled
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        # DeepSpeed numbers the ranks of a host by world rank. Open MPI need not, and DeepSpeed's engine then refuses.
+        os.environ["LOCAL_RANK"] = os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
 
 
 def _share_cores() -> None:
