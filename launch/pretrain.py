@@ -12,7 +12,7 @@ import argparse
 
 from skvr_dist.errors import run_command
 from skvr_dist.parallel.launcher import announced_world_size
-from skvr_dist.train.config import load_config
+from skvr_dist.train.load_config import load_config
 
 
 def main() -> None:

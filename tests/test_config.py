@@ -8,7 +8,8 @@ import pytest
 
 from skvr_dist.errors import UserError
 from skvr_dist.model.config import ModelConfig
-from skvr_dist.train.config import Config, load_config
+from skvr_dist.train.config import Config
+from skvr_dist.train.load_config import load_config
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs/experiment/quickstart.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from skvr_dist.train.config import load_config
+from skvr_dist.train.load_config import load_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -14,7 +14,8 @@ from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder, initialize
 from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.routing import RoutingConfig, RoutingPlan, crossing_elements, draw_plan
-from skvr_dist.train.config import Config, validate_config
+from skvr_dist.train.config import Config
+from skvr_dist.train.load_config import validate_config
 
 SHAPE: dict[str, Any] = {
     "architecture": "qwen3",

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy
-from skvr_dist.train.config import load_config
 from skvr_dist.train.inputs import open_inputs
+from skvr_dist.train.load_config import load_config
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH, SEQUENCE = 4, 8, 64
@@ -129,7 +129,7 @@ def test_metrics_and_tensorboard(routed: Path) -> None:
 def test_crossing_bytes_in_the_log_are_the_liveness_bound(routed: Path) -> None:
     from skvr_dist.parallel.partition import stage_bounds
     from skvr_dist.routing import crossing_elements, draw_plan
-    from skvr_dist.train.config import load_config
+    from skvr_dist.train.load_config import load_config
 
     config = load_config([routed / "config.yaml"])
     boundary = stage_bounds(config.model, config.parallel)[0][1]

@@ -19,7 +19,7 @@ from tabulate import tabulate
 from skvr_dist.errors import EXIT_MISSED, run_command
 from skvr_dist.parallel.launcher import announced_world_size, start_process_group
 from skvr_dist.routing import RoutingConfig
-from skvr_dist.train.config import load_config
+from skvr_dist.train.load_config import load_config
 
 STANDARD = RoutingConfig(policy="none")
 ROUTED = RoutingConfig(policy="uniform", cross_layer_prob=0.5)
