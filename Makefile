@@ -37,7 +37,8 @@ $(QUICKSTART)/routed/finished: $(DATA)
 	$(PRETRAIN) train.output_dir=$(@D) && touch $@
 
 $(QUICKSTART)/report.md: $(QUICKSTART)/standard/finished $(QUICKSTART)/routed/finished
-	$(BIN)/python tools/report.py --standard $(QUICKSTART)/standard --routed $(QUICKSTART)/routed --output $(QUICKSTART)
+	$(BIN)/python tools/report.py --standard $(QUICKSTART)/standard --routed $(QUICKSTART)/routed --output $(QUICKSTART) \
+	    --prompt "def __init__(self, name, value=None):"
 $(QUICKSTART)/hf/config.json: $(QUICKSTART)/routed/finished
 	rm -rf $(@D)
 	$(BIN)/python tools/export_hf.py $(QUICKSTART)/routed $(@D)

@@ -152,6 +152,10 @@ def test_greedy_continuation(decoder: Decoder) -> None:
             text = torch.cat([text, decoder(text[None], strategy.kv_source_layers)[0, -1:].argmax(-1)])
     assert new.tolist() == text[5:].tolist()
     assert cache[0][0].shape[1] == 5 + 6 - 1  # the last token was not read yet
+    sampled = [
+        generate(decoder, prompt, strategy, max_new_tokens=6, temperature=5.0, seed=s)[0].tolist() for s in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
     stopped, _ = generate(decoder, prompt, strategy, max_new_tokens=6, stop_token=int(new[2]))
     assert stopped.tolist() == new[: new.tolist().index(int(new[2]))].tolist()
 

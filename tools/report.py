@@ -20,9 +20,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--strategies", nargs="+", default=list(DEFAULT_STRATEGIES), metavar="S")
     parser.add_argument("--sequences", type=int, default=256, help="held-out sequences (default: 256)")
+    parser.add_argument("--prompt", help="text to continue (default: the beginning of the held-out data)")
     options = parser.parse_args()
     report = write_report(
-        options.standard, options.routed, options.output, strategies=options.strategies, sequences=options.sequences
+        options.standard,
+        options.routed,
+        options.output,
+        strategies=options.strategies,
+        sequences=options.sequences,
+        prompt=options.prompt,
     )
     print(report.read_text(encoding="utf-8"))
     print(f"written: {report}")

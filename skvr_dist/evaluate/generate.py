@@ -16,13 +16,17 @@ def generate(
     strategy: CacheStrategy,
     *,
     max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
     stop_token: int | None = None,
 ) -> tuple[Tensor, Cache]:
-    """Greedy continuation of one prompt.
+    """Continue one prompt.
 
     Args:
         prompt: int [S].
         strategy: the layers that keep a cache.
+        temperature: of the sampling; 0 takes the likeliest token.
+        seed: of the sampling.
         stop_token: ends the continuation, and is not part of it.
 
     Returns:
@@ -32,8 +36,13 @@ def generate(
     donors = strategy.kv_source_layers
     tokens = prompt[None]
     new: list[Tensor] = []
+    generator = torch.Generator(prompt.device).manual_seed(seed)
     while len(new) < max_new_tokens:
-        token = decoder(tokens, donors, cache)[0, -1].argmax()
+        logits = decoder(tokens, donors, cache)[0, -1].float()
+        if temperature > 0:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[0]
+        else:
+            token = logits.argmax()
         if stop_token is not None and int(token) == stop_token:
             break
         new.append(token)

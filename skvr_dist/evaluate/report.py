@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from skvr_dist.checkpoint.folder import Checkpoint
@@ -18,11 +19,11 @@ from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.checkpoints import evaluate_checkpoint
 from skvr_dist.evaluate.generate import cache_bytes, generate
-from skvr_dist.evaluate.retention import RetentionPoint, as_records, as_table, plot
+from skvr_dist.evaluate.retention import RetentionPoint, as_records, as_table, percent, plot
 from skvr_dist.routing import CacheStrategy
 
 PICTURE, REPORT, RECORD = "retention.png", "report.md", "report.json"
-_PROMPT_TOKENS, _NEW_TOKENS = 128, 64
+_PROMPT_TOKENS, _NEW_TOKENS, _TEMPERATURE = 128, 96, 0.7
 _SAMPLE_STRATEGIES = ("full", "every:2")
 
 
@@ -60,12 +61,15 @@ class RunSummary:
         return " ".join([routing["policy"], *(f"{k} {v}" for k, v in routing.items() if k != "policy" and v)])
 
 
-def write_report(standard: Path, routed: Path, output: Path, *, strategies: Sequence[str], sequences: int) -> Path:
+def write_report(
+    standard: Path, routed: Path, output: Path, *, strategies: Sequence[str], sequences: int, prompt: str | None = None
+) -> Path:
     """Evaluate the latest checkpoints of two runs and write report.md, report.json and retention.png to `output`.
 
     Args:
         strategies: the first one is the reference that the others are compared with.
         sequences: held-out sequences.
+        prompt: the text that is continued; None takes the beginning of the held-out data.
 
     Returns:
         the path of report.md.
@@ -77,7 +81,7 @@ def write_report(standard: Path, routed: Path, output: Path, *, strategies: Sequ
         RunSummary.of(name, run, strategies, sequences) for name, run in (("standard", standard), ("routed", routed))
     ]
     _require_comparable(*(run.checkpoint for run in runs))
-    samples = [sample for run in runs for sample in _samples(run)]
+    samples = [sample for run in runs for sample in _samples(run, prompt)]
     output.mkdir(parents=True, exist_ok=True)
     plot({run.label: run.curve for run in runs}, output / PICTURE)
     record = {
@@ -115,17 +119,22 @@ def _require_comparable(a: Checkpoint, b: Checkpoint) -> None:
             )
 
 
-def _samples(run: RunSummary) -> list[dict[str, Any]]:
-    """Greedy continuations of one held-out text at several strategies, with the cache that was measured."""
+def _samples(run: RunSummary, text: str | None) -> list[dict[str, Any]]:
+    """Continuations of one text at several strategies, with the size of the cache that was measured."""
     checkpoint = run.checkpoint
     tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
-    dataset = Dataset.open(checkpoint.config_tree["data"]["validation"])
-    prompt = validation_sequences(dataset, sequence_length=_PROMPT_TOKENS, num_sequences=3)[2, :-1]
+    if text is None:
+        dataset = Dataset.open(checkpoint.config_tree["data"]["validation"])
+        prompt = validation_sequences(dataset, sequence_length=_PROMPT_TOKENS, num_sequences=1)[0, :-1]
+    else:
+        prompt = torch.tensor(tokenizer.encode(text))
     decoder = checkpoint.load_decoder()
     samples = []
     for spec in _SAMPLE_STRATEGIES:
         strategy = CacheStrategy.parse(spec, checkpoint.model_config.num_hidden_layers)
-        tokens, cache = generate(decoder, prompt, strategy, max_new_tokens=_NEW_TOKENS, stop_token=tokenizer.eos_id)
+        tokens, cache = generate(
+            decoder, prompt, strategy, max_new_tokens=_NEW_TOKENS, temperature=_TEMPERATURE, stop_token=tokenizer.eos_id
+        )
         samples.append(
             {
                 "run": run.label,
@@ -167,7 +176,7 @@ def _markdown(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> 
         f"{facts['tokens_seen']:,} tokens: once as usual, once with stochastic KV routing. Then both were run with "
         f"fewer and fewer layers keeping a key/value cache; the others read the nearest retained layer below.",
         "",
-        f"With {standard.curve[smallest].retention:.0%} of the cache, the loss of the standard model changes by "
+        f"With {percent(standard.curve[smallest].retention)} of the cache, the loss of the standard model changes by "
         f"**{rise[0]:+.2f}** nats per token, that of the routed one by **{rise[1]:+.2f}**.",
         "",
         f"![Held-out loss against cache bytes per token]({PICTURE})",
@@ -178,12 +187,12 @@ def _markdown(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> 
         "",
         "## Continuations",
         "",
-        "Greedy, of one held-out text, with a cache that holds only the retained layers.",
+        f"Sampled at temperature {_TEMPERATURE} with one seed, with a cache that holds only the retained layers.",
         "",
-        *_fenced("The text", samples[0]["prompt"]),
+        *_fenced("The prompt", samples[0]["prompt"]),
     ]
     for sample in samples:
-        title = f"{sample['run']}, {sample['retention']:.0%} retention ({sample['cache_bytes']:,} bytes of cache)"
+        title = f"{sample['run']}, {percent(sample['retention'])} retention ({sample['cache_bytes']:,} bytes of cache)"
         lines += _fenced(title, sample["continuation"])
     return "\n".join(lines)
 

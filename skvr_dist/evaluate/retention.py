@@ -63,6 +63,11 @@ def retention_curve(
     return points
 
 
+def percent(share: float) -> str:
+    """A share as a percentage with three digits at most: 12.5%, 50%."""
+    return f"{100 * share:.3g}%"
+
+
 def as_table(curves: Mapping[str, Sequence[RetentionPoint]]) -> str:
     """A table of curves over the same strategies, one column of losses per curve, with the rise over the first row."""
     first = next(iter(curves.values()))
@@ -71,7 +76,7 @@ def as_table(curves: Mapping[str, Sequence[RetentionPoint]]) -> str:
         header += [f"{label} loss", "change"]
     rows = []
     for index, point in enumerate(first):
-        row = [point.strategy, f"{point.retention:.0%}", f"{point.cache_bytes_per_token:,}"]
+        row = [point.strategy, percent(point.retention), f"{point.cache_bytes_per_token:,}"]
         for points in curves.values():
             loss = points[index].loss
             row += [f"{loss:.4f}", "" if index == 0 else f"{loss - points[0].loss:+.4f}"]
@@ -99,7 +104,7 @@ def plot(curves: Mapping[str, Sequence[RetentionPoint]], file: Path) -> None:
     for point in next(iter(curves.values())):
         axes.axvline(point.cache_bytes_per_token, color="0.9", zorder=0)
         axes.annotate(
-            f"{point.retention:.0%}",
+            percent(point.retention),
             (point.cache_bytes_per_token, 1.0),
             xycoords=("data", "axes fraction"),
             ha="center",
