@@ -315,7 +315,7 @@ def run(tokenizer_file: Path, tmp_path: Path) -> Path:
     facts = {"step": 40, "tokens_seen": 12345, "layout": {"pipeline": 2}}
     folder = publish(checkpoints, 40, config_text=yaml.safe_dump(tree), facts=facts, tokenizer=tokenizer_file)
     points = [RetentionPoint("full", 3, 1.0, 384, 2.371), RetentionPoint("prefix:1", 1, 1 / 3, 128, 2.402)]
-    (folder / "retention.json").write_text(json.dumps({"points": as_records(points)}))
+    (folder / "retention.json").write_text(json.dumps({"sequences": 64, "points": as_records(points)}))
     return tmp_path / "run"
 
 
