@@ -8,6 +8,7 @@ QUICKSTART := runs/quickstart
 export DS_ACCELERATOR := cpu
 
 .PHONY: env quickstart data test lint bench clean
+.NOTPARALLEL: # the runs would share the cores and the launcher's port
 
 env: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
@@ -55,4 +56,4 @@ bench: env
 	$(BIN)/python tools/bench.py
 
 clean:
-	rm -rf runs data/stdlib
+	rm -rf $(QUICKSTART) data/stdlib

@@ -190,6 +190,7 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
         (["train.global_batch_size=16"], "'global_batch_size': 16.*resume on the same layout"),
         (["train.precision=bf16"], "'precision': 'bf16'.*resume on the same layout"),
         (["parallel.stage_layers=[1, 3]"], r"'stage_layers': \[1, 3\].*resume on the same layout"),
+        (["evaluate.sequences=10000"], "sequences of 64 tokens, but 10000 are asked for"),
         (["train.steps=3"], "is at step 4, but train.steps is 3; raise it to go on"),
         (["parallel.pipeline=4"], "'pipeline': 4.*resume on the same layout"),
         (["train.seed=5"], "was trained on data"),

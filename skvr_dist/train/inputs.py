@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from skvr_dist.checkpoint.folder import Checkpoint, latest_checkpoint
-from skvr_dist.data.reader import SequenceStream
+from skvr_dist.data.reader import SequenceStream, validation_sequences
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
@@ -21,9 +23,10 @@ class Inputs:
     """What a run reads."""
 
     train: Dataset
-    held_out: Dataset
     sequences: SequenceStream
     """The training sequences by number."""
+    held_out: Tensor
+    """The held-out sequences of each evaluation, int64 [N, S + 1]: whole micro-batches for every replica."""
     resumed: Checkpoint | None
 
 
@@ -33,7 +36,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     Raises:
         UserError: a data set or checkpoint is missing, damaged or does not fit.
     """
-    config.data_parallel_size(world_size)
+    replicas = config.data_parallel_size(world_size)
     require_backend(config.model.attention)
     train, held_out = Dataset.open(config.data.train), Dataset.open(config.data.validation)
     tokenizer = Tokenizer.load(config.data.tokenizer)
@@ -54,7 +57,13 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
             f"reads {sequences.fingerprint()} (data set, seed, sequence length or lanes differ); put them back or "
             f"start a new run with another train.output_dir"
         )
-    return Inputs(train, held_out, sequences, resumed)
+    round_size = config.train.micro_batch_size * replicas
+    held_out_sequences = validation_sequences(
+        held_out,
+        sequence_length=config.data.sequence_length,
+        num_sequences=-(-config.evaluate.sequences // round_size) * round_size,
+    )
+    return Inputs(train, sequences, held_out_sequences, resumed)
 
 
 def checkpoint_to_resume(config: Config, world_size: int) -> Checkpoint | None:

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from skvr_dist.checkpoint.folder import Checkpoint, clear_partial, partial_folder, publish
-from skvr_dist.data.reader import MicroBatchReader, SequenceStream, validation_sequences
-from skvr_dist.data.shards import Dataset
+from skvr_dist.data.reader import MicroBatchReader, SequenceStream
 from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.launcher import announced_world_size, start_process_group
@@ -52,7 +51,7 @@ def pretrain(config: Config) -> None:
         first_step=first_step,
     )
     batches = TimedIterator(training_batches(config, inputs.sequences, mesh, engine, first_step))
-    held_out = held_out_batches(config, inputs.held_out, mesh)
+    held_out = inputs.held_out.split(config.train.micro_batch_size)[mesh.replica :: mesh.replicas]
     strategies = config.evaluate.parse_strategies(config.model.num_hidden_layers)
     reporter = Reporter(
         mesh.rank, tensorboard=run.tensorboard, metrics=run.metrics, first_step=first_step, steps=config.train.steps
@@ -125,15 +124,6 @@ def training_batches(
         start_step=first_step,
         prefetch=config.data.prefetch,
     )
-
-
-def held_out_batches(config: Config, dataset: Dataset, mesh: Mesh) -> list[torch.Tensor]:
-    """This replica's share of the first `evaluate.sequences` held-out sequences, in whole micro-batches."""
-    per_round = config.train.micro_batch_size * mesh.replicas
-    sequences = -(-config.evaluate.sequences // per_round) * per_round
-    held_out = validation_sequences(dataset, sequence_length=config.data.sequence_length, num_sequences=sequences)
-    batches = held_out.split(config.train.micro_batch_size)
-    return list(batches[mesh.replica :: mesh.replicas])
 
 
 def boundary_bytes(mesh: Mesh, sent_bytes: int) -> Values:
