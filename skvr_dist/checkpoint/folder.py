@@ -19,6 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import ValidationError
 from torch import Tensor
@@ -124,6 +125,8 @@ class Checkpoint:
 
     def load_decoder(self) -> Decoder:
         """The whole trained decoder, in float32 on the CPU, for evaluation."""
-        decoder = Decoder(self.model_config)
+        with torch.device("meta"):  # no initial weights are drawn
+            decoder = Decoder(self.model_config)
+        decoder.to_empty(device="cpu")
         self._weights.copy_into(decoder)
         return decoder.eval()
