@@ -10,21 +10,31 @@ from collections.abc import Callable
 class UserError(ValueError):
     """Something a user can put right: the message names the culprit, both values and the way out."""
 
+    exit_code = 2
+
+
+class RunInterrupted(UserError):
+    """A run that cannot go on here but can be started again as it is: a rank died, or the job was preempted."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
 
 EXIT_MISSED = 1
 """Exit code of a checking command whose figure was missed."""
-EXIT_USAGE = 2
+EXIT_USAGE = UserError.exit_code
 """Exit code of every command that refuses its input."""
+EXIT_AGAIN = RunInterrupted.exit_code
+"""Exit code of a run that a launcher or a batch system may simply start again."""
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command line: a `UserError` becomes one sentence on stderr and exit code 2."""
+    """Run a command line: a `UserError` becomes one sentence on stderr and its exit code."""
     try:
         code = main()
     except UserError as error:
         if not _said_by_another_rank():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USAGE)
+        sys.exit(error.exit_code)
     sys.exit(code or 0)
 
 

@@ -52,7 +52,10 @@ def test_later_files_win(tmp_path: Path) -> None:
         ("routing.policy=window", "policy window needs window"),
         ("parallel.pipeline=9", "parallel.pipeline is 9, but model.num_hidden_layers is 8"),
         ("parallel.stage_layers=[6, 5]", r"\[6, 5\] must be 2 positive counts .* add up to 8"),
-        ("parallel.zero_stage=3", "zero_stage is 3; allowed are 0 or 1"),
+        ("parallel.zero_stage=4", "zero_stage is 4; allowed are 0, 1, 2 or 3"),
+        ("parallel.zero_stage=2", "zero_stage 2 under a pipeline: .* use zero_stage 1 or 3, or parallel.pipeline 1"),
+        ("parallel.tensor=3", "num_attention_heads 4 cannot be split over parallel.tensor 3 ranks; use a divisor of 4"),
+        ("parallel.sequence_parallel=true", "needs parallel.tensor of at least 2, got 1"),
         ("train.micro_batch_size=3", "is not a multiple of train.micro_batch_size 3; the nearest ones are"),
         ("data.sequence_length=4096", "longer than model.max_position_embeddings 2048"),
         ("train.warmup_steps=100000", "warmup_steps 100000 exceeds train.steps"),
@@ -89,7 +92,7 @@ def test_missing_section_and_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "overrides", "message"),
     [
-        (3, [], "3 ranks cannot hold parallel.pipeline 2 stages; start a multiple of 2"),
+        (3, [], "3 ranks cannot hold parallel.pipeline 2 stages x .* 1 ranks; start a multiple of 2 ranks"),
         (12, [], "replicas cannot share equally; make the batch a multiple of"),
         (
             4,

@@ -151,7 +151,7 @@ def test_greedy_continuation(decoder: Decoder) -> None:
         for _ in range(6):  # without a cache, all over again for each token
             text = torch.cat([text, decoder(text[None], strategy.kv_source_layers)[0, -1:].argmax(-1)])
     assert new.tolist() == text[5:].tolist()
-    assert cache[0][0].shape[1] == 5 + 6 - 1  # the last token was not read yet
+    assert cache[0].k.shape[1] == 5 + 6 - 1  # the last token was not read yet
     sampled = [
         generate(decoder, prompt, strategy, max_new_tokens=6, temperature=5.0, seed=s)[0].tolist() for s in (1, 1, 2)
     ]

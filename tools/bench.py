@@ -42,7 +42,7 @@ def main() -> int:
     from skvr_dist.train.loop import build_engine
 
     start_process_group()
-    mesh = Mesh.build(config.parallel.pipeline)
+    mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
     standard, routed = interleaved_step_times(config, engine, mesh, [STANDARD, ROUTED], options.rounds)
     ratio = Ratio.of(routed, standard)

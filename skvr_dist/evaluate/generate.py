@@ -52,4 +52,4 @@ def generate(
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes that a cache holds, measured."""
-    return sum(k.nbytes + v.nbytes for k, v in cache.values())
+    return sum(kv.k.nbytes + kv.v.nbytes for kv in cache.values())

@@ -4,6 +4,9 @@ What a donor hands over is what a cache would store: keys after norm and rotatio
 its query. Keys and values that nobody reads are not computed, yet their parameters get exact zero gradients, so
 that the graph looks the same to every engine in every micro-batch.
 
+Linear layers, norms and vocabulary come from `Parts`. Tensor-parallel parts split the heads, the intermediate size
+and the vocabulary over ranks, and perhaps the sequence between layers; H, K and V below are then this rank's share.
+
 Parameter names are those of transformers without the leading `model.`; they are the canonical names of
 checkpoints, exports and initial draws.
 
@@ -14,18 +17,38 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from skvr_dist.model import recompute
 from skvr_dist.model.attention import attend, resolve_backend
 from skvr_dist.model.config import ModelConfig
+from skvr_dist.model.parts import IGNORED, Parts, shards_of
+from skvr_dist.model.recompute import ActivationCheckpointing
 from skvr_dist.model.rope import rope_tables, rotate
 
-KV = tuple[Tensor, Tensor]
-"""Keys (after norm and rotation) and values of one layer, each [B, S, K, E]."""
+
+@dataclass(frozen=True, eq=False)
+class KV:
+    """Keys (after norm and rotation) and values of one layer, each [B, S, K, E].
+
+    Not a tuple: ZeRO-3 looks for tensors in what a module takes and returns, and counts them to know when to fetch the
+    module's parameters. With keys and values among them the count would depend on the routing, and the replicas would
+    fetch in different orders.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    def after(self, past: KV | None) -> KV:
+        """These behind those of earlier positions."""
+        return self if past is None else KV(torch.cat((past.k, self.k), dim=1), torch.cat((past.v, self.v), dim=1))
+
+
 Cache = dict[int, KV]
 """The keys and values of the retained layers, by layer."""
 
@@ -33,18 +56,17 @@ Cache = dict[int, KV]
 class Attention(nn.Module):
     """Grouped-query attention that reads its own keys and values or a donor's."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
         self.config = config
         query_size = config.num_attention_heads * config.head_dim
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.kv_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.kv_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+        self.q_proj = parts.column(config.hidden_size, query_size, config.attention_bias)
+        self.k_proj = parts.kv_column(config)
+        self.v_proj = parts.kv_column(config)
+        self.o_proj = parts.row(query_size, config.hidden_size, config.attention_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.q_norm = parts.head_norm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = parts.head_norm(config.head_dim, config.rms_norm_eps)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim))
@@ -54,7 +76,7 @@ class Attention(nn.Module):
         k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
         if self.config.qk_norm:
             k = self.k_norm(k)
-        return rotate(k, *rope), v
+        return KV(rotate(k, *rope), v)
 
     def kv_parameters(self) -> list[nn.Parameter]:
         """The parameters that only keys and values depend on."""
@@ -66,18 +88,18 @@ class Attention(nn.Module):
         q = self._heads(self.q_proj(x))
         if self.config.qk_norm:
             q = self.q_norm(q)
-        out = attend(rotate(q, *rope), *kv, backend=resolve_backend(self.config.attention, x.device, x.dtype))
+        out = attend(rotate(q, *rope), kv.k, kv.v, backend=resolve_backend(self.config.attention, x.device, x.dtype))
         return self.o_proj(out.flatten(2))
 
 
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = parts.column(config.hidden_size, config.intermediate_size, False)
+        self.up_proj = parts.column(config.hidden_size, config.intermediate_size, False)
+        self.down_proj = parts.row(config.intermediate_size, config.hidden_size, False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -86,12 +108,14 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each with a residual connection."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts, recompute_attention: bool = False) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.parts = parts
+        self.recompute_attention = recompute_attention
+        self.input_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, parts)
+        self.post_attention_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, parts)
 
     def forward(
         self,
@@ -116,17 +140,16 @@ class DecoderLayer(nn.Module):
         Returns:
             hidden states [B, S, D], and this layer's own keys and values if they are read.
         """
-        x = self.input_layernorm(hidden)
+        x = self.parts.enter(self.input_layernorm(hidden))
         own: KV | None = None
         if own_is_read:
-            k, v = self.self_attn.project_kv(x, rope)
-            own = (k, v) if past is None else (torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1))
+            own = self.self_attn.project_kv(x, rope).after(past)
         elif torch.is_grad_enabled():
             x = zero_gradients(x, self.self_attn.kv_parameters())
         source = own if donor is None else donor
         assert source is not None, "a layer that reads its own keys and values must compute them"
-        hidden = hidden + self.self_attn(x, rope, source)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), own
+        hidden = hidden + recompute.run(self.self_attn, x, rope, source, again=self.recompute_attention)
+        return hidden + self.mlp(self.parts.enter(self.post_attention_layernorm(hidden))), own
 
 
 class Decoder(nn.Module):
@@ -134,21 +157,40 @@ class Decoder(nn.Module):
 
     With tied embeddings the stage of the head holds the embedding matrix too (under the same name), and the head
     has no parameter of its own.
+
+    Args:
+        parts: what the layers are made of.
+        checkpointing: what is computed again in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, start: int = 0, stop: int | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        parts: Parts | None = None,
+        checkpointing: ActivationCheckpointing | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.start = start
         self.stop = config.num_hidden_layers if stop is None else stop
+        self.parts = parts or Parts()
+        self.checkpointing = checkpointing or ActivationCheckpointing()
         if self.has_embedding or (self.has_head and config.tie_word_embeddings):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.embed_tokens = self.parts.vocabulary(config)
         # Keyed by the layer's number in the whole decoder, so that names do not depend on the split.
-        self.layers = nn.ModuleDict({str(i): DecoderLayer(config) for i in range(self.start, self.stop)})
+        self.layers = nn.ModuleDict(
+            {
+                str(i): DecoderLayer(config, self.parts, self.checkpointing.covers("attention", i))
+                for i in range(self.start, self.stop)
+            }
+        )
         if self.has_head:
-            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm = self.parts.norm(config.hidden_size, config.rms_norm_eps)
             if not config.tie_word_embeddings:
-                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+                self.lm_head = self.parts.vocabulary(config)
 
     @property
     def has_embedding(self) -> bool:
@@ -189,14 +231,23 @@ class Decoder(nn.Module):
             hidden states [B, S, D], and the keys and values that are known after the last layer, by layer.
         """
         cache = {} if cache is None else cache
-        past = cache[0][0].shape[1] if cache else 0
-        rope = rope_tables(self.config, torch.arange(past, past + hidden.shape[1], device=hidden.device))
+        past = cache[0].k.shape[1] if cache else 0
+        new = hidden.shape[1] * self.parts.sequence_shards
+        rope = rope_tables(self.config, torch.arange(past, past + new, device=hidden.device))
         read = set(donors)
         known = dict(crossing)
         for name, layer in self.layers.items():
             number = int(name)
             donor = None if donors[number] == number else known[donors[number]]
-            hidden, own = layer(hidden, rope, donor, number in read, cache.get(number))
+            hidden, own = recompute.run(
+                layer,
+                hidden,
+                rope,
+                donor,
+                number in read,
+                cache.get(number),
+                again=self.checkpointing.covers("layer", number),
+            )
             if own is not None:
                 known[number] = own
         cache.update(known)
@@ -204,13 +255,26 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, S, V] of the last layer's hidden states [B, S, D]."""
-        weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(self.norm(hidden), weight)
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head(self.parts.enter(self.norm(hidden)), predict=True)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy in nats per token, in float32, from the last layer's hidden states [B, S, D].
+
+        Args:
+            labels: int [B, S], the token that follows each; those that are `IGNORED` do not count.
+        """
+        return mean_over_labels(self.parts.cross_entropy(self.logits(hidden), labels), labels)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy in nats per token, in float32: logits [B, S, V] against labels, int [B, S]."""
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+    """Mean cross entropy in nats per token, in float32: whole logits [B, S, V] against labels, int [B, S]."""
+    return mean_over_labels(Parts().cross_entropy(logits, labels), labels)
+
+
+def mean_over_labels(losses: Tensor, labels: Tensor) -> Tensor:
+    """Mean of the losses [B * S] of the labels [B, S] that are not `IGNORED`; 0 where all are."""
+    return losses.sum() / (labels != IGNORED).sum().clamp(min=1)
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -218,13 +282,14 @@ class _ZeroGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = parameters  # type: ignore[attr-defined]
+        # Not the parameters themselves: ZeRO-3 may have taken their contents away by the backward pass.
+        ctx.like = [(p.new_zeros(()), p.shape) for p in parameters]  # type: ignore[attr-defined]
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
         # A zero expanded to the parameter's shape costs no memory; accumulating it costs one addition.
-        zeros = (p.new_zeros(()).expand_as(p) for p in ctx.parameters)  # type: ignore[attr-defined]
+        zeros = (zero.expand(shape) for zero, shape in ctx.like)  # type: ignore[attr-defined]
         return (grads[0], *zeros)
 
 
@@ -241,9 +306,10 @@ def zero_gradients(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def initialize(decoder: Decoder, seed: int) -> None:
     """Draw the initial weights: normal(0, initializer_range) matrices, unit norms, zero biases.
 
-    Each parameter is drawn on its own, in float32 on the CPU, from a generator keyed by (seed, canonical name), so
-    that any split of the decoder over ranks starts from the same weights.
+    Each weight is drawn on its own and whole, in float32 on the CPU, from a generator keyed by (seed, canonical name),
+    and then cut, so that any split of the decoder over ranks starts from the same weights.
     """
+    shards = shards_of(decoder)
     for name, parameter in decoder.named_parameters():
         if name.endswith(".bias"):
             parameter.zero_()
@@ -252,5 +318,7 @@ def initialize(decoder: Decoder, seed: int) -> None:
         else:
             key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-            drawn = torch.empty(parameter.shape).normal_(0.0, decoder.config.initializer_range, generator=generator)
-            parameter.copy_(drawn)
+            shard = shards[name]
+            drawn = torch.empty(shard.shape).normal_(0.0, decoder.config.initializer_range, generator=generator)
+            parameter.zero_()  # what pads a shard
+            shard.unpadded(parameter).copy_(shard.cut(drawn))

@@ -7,7 +7,7 @@ handshake; a stage's backward runs once per micro-batch, whatever crosses.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
@@ -21,17 +21,16 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
-from skvr_dist.parallel.boundary import Boundary, pack
+from skvr_dist.parallel.boundary import Handover, MicroBatchShape, connect
+from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.stage import StageModule
+from skvr_dist.parallel.zero import ZeroUnderPipeline, compare_module_order_within, reduce_layer_by_layer
 from skvr_dist.routing import RoutingPlan, fixed_plan
 
-# One activation and one gradient on their way while the stage computes; more would only hold memory.
-_SENDS_IN_FLIGHT = 2
 
-
-class RoutedPipelineEngine(PipelineEngine):
-    """Trains and evaluates a decoder over pipeline stages and data-parallel replicas.
+class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
+    """Trains and evaluates a decoder over pipeline stages, tensor-parallel ranks and data-parallel replicas.
 
     Args:
         module: this rank's stage.
@@ -52,6 +51,7 @@ class RoutedPipelineEngine(PipelineEngine):
         optimizer: Callable[[Any], torch.optim.Optimizer],
         lr_scheduler: Callable[[torch.optim.Optimizer], Any],
     ) -> None:
+        compare_module_order_within(mesh.replica_group)
         super().__init__(
             args=None,
             model=module,
@@ -63,21 +63,22 @@ class RoutedPipelineEngine(PipelineEngine):
             config=deepspeed_json,
             config_class=DeepSpeedConfig(deepspeed_json, module.mpu()),
         )
+        self._in_pipeline_init = False
+        if self.zero_optimization_stage() == 2:
+            reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
         self.mesh = mesh
         self.stage = module
-        shape = {"batch": self.micro_batch_size, "sequence": sequence_length}
-        config = module.decoder.config
-        self.boundary_in = None if self.is_first_stage() else Boundary(config, module.start, **shape)
-        self.boundary_out = None if self.is_last_stage() else Boundary(config, module.stop, **shape)
         self.sent_bytes = 0
         """Bytes of activations that this rank has sent to the next stage since it started."""
         self.backward_passes = 0
         """Backward passes that this stage has run since it started."""
         self._plan: RoutingPlan | None = None
         self._done: Counter[type] = Counter()
-        self._sends: deque[tuple[Any, Tensor]] = deque()
-        self._grads: list[Tensor] = []
+        self._gradients: Handover | None = None
         self.total_loss: Tensor | None = None
+        dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
+        shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
+        self.before, self.after = connect(module.model_config, mesh, module.starts, shape, dtype, self.device)
 
     def train_step(self, micro_batches: Iterator[Tensor], plan: RoutingPlan) -> float:
         """One optimizer step.
@@ -96,13 +97,14 @@ class RoutedPipelineEngine(PipelineEngine):
             )
         self._plan = plan
         self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed empties it only when it prints
-        return float(self.train_batch(micro_batches))
+        with naming_the_operation(self.mesh, "the training step"):
+            return float(self.train_batch(micro_batches))
 
     def evaluate(self, micro_batches: Sequence[Tensor], donors: Iterable[int]) -> float:
         """Mean loss over every replica's micro-batches (equally many on each), with the same donors in all of them."""
         self._plan = fixed_plan(tuple(donors), len(micro_batches) * self.mesh.replicas)
-        loss = self.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches))
-        return float(loss)
+        with naming_the_operation(self.mesh, "the evaluation"):
+            return float(self.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches)))
 
     @property
     def gradient_norm(self) -> float:
@@ -116,12 +118,26 @@ class RoutedPipelineEngine(PipelineEngine):
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         self.fwd_outputs: list[Tensor] = []
         self._done.clear()
+        self._expect_tensors(training=isinstance(pipe_schedule, schedule.TrainSchedule))
         for instructions in pipe_schedule:
             for instruction in instructions:
                 kind = type(instruction)
-                MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
+                with naming_the_operation(self.mesh, kind.__name__, self._done[kind]):
+                    MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
                 self._done[kind] += 1
-        self._finish_sends(leave=0)
+        if self.before:
+            self.before.gradients.finish_sends()
+        if self.after:
+            self.after.activations.finish_sends()
+
+    def _expect_tensors(self, training: bool) -> None:
+        """Tell the channels what this schedule will bring; its sizes follow from the plan."""
+        assert self._plan is not None
+        rows = self._plan.donors[self.mesh.replica :: self.mesh.replicas].tolist()
+        if self.before:
+            self.before.activations.expect([self.before.boundary.elements(donors) for donors in rows])
+        if self.after and training:
+            self.after.gradients.expect([self.after.boundary.elements(donors) for donors in rows])
 
     def _donors(self, instruction: type) -> list[int]:
         """int [L]: donors of the micro-batch that this instruction is for.
@@ -132,51 +148,28 @@ class RoutedPipelineEngine(PipelineEngine):
         row = self.mesh.replica + self._done[instruction] * self.mesh.replicas
         return self._plan.donors[row].tolist()
 
-    def _send(self, tensor: Tensor, stage: int) -> None:
-        """Start a send, in the order of the schedule; it goes on while this stage computes."""
-        self._sends.append((ds_comm.isend(tensor, self.grid.stage_to_global(stage_id=stage)), tensor))
-        self._finish_sends(leave=_SENDS_IN_FLIGHT)
-
-    def _finish_sends(self, leave: int) -> None:
-        """Wait for the oldest sends, and free their tensors, until at most `leave` are in flight.
-
-        This cannot deadlock: DeepSpeed's schedule is one in which every send may block.
-        """
-        while len(self._sends) > leave:
-            work, _ = self._sends.popleft()
-            work.wait()
-
-    def _receive(self, boundary: Boundary, donors: Sequence[int], stage: int) -> list[Tensor]:
-        """Receive one packed tensor; views of its parts."""
-        packed = torch.empty(boundary.elements(donors), dtype=self._boundary_dtype, device=self.device)
-        ds_comm.recv(packed, self.grid.stage_to_global(stage_id=stage))
-        return boundary.unpack(packed, donors)
-
-    @property
-    def _boundary_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bfloat16_enabled() else torch.float32
-
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         tokens = self._next_batch().to(self.device)
         if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer_id] = [tokens[:, :-1]]
+            self.pipe_buffers["inputs"][buffer_id] = tokens[:, :-1]
         if self.is_last_stage():
             self.pipe_buffers["labels"][buffer_id] = tokens[:, 1:]
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
-        assert self.boundary_in is not None
-        parts = self._receive(self.boundary_in, self._donors(schedule.RecvActivation), self.prev_stage)
-        # Leaves of this stage's graph: their gradients are what goes back.
-        self.pipe_buffers["inputs"][buffer_id] = [part.requires_grad_() for part in parts]
+        assert self.before is not None
+        packed = self.before.activations.receive()
+        handover = self.before.boundary.unpack(packed, self._donors(schedule.RecvActivation))
+        for tensor in handover.tensors():
+            tensor.requires_grad_()  # leaves of this stage's graph: their gradients are what goes back
+        self.pipe_buffers["inputs"][buffer_id] = handover
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         donors = self._donors(schedule.ForwardPass)
         outputs = DeepSpeedEngine.forward(
             self,
-            self.pipe_buffers["inputs"][buffer_id],
+            inputs=self.pipe_buffers["inputs"][buffer_id],
             donors=donors,
-            crossing=self.boundary_in.crossing(donors) if self.boundary_in else (),
-            leaving=self.boundary_out.crossing(donors) if self.boundary_out else (),
+            leaving=self.after.boundary.crossing(donors) if self.after else (),
             labels=self.pipe_buffers["labels"][buffer_id] if self.is_last_stage() else None,
         )
         self.pipe_buffers["outputs"][buffer_id] = outputs
@@ -186,39 +179,55 @@ class RoutedPipelineEngine(PipelineEngine):
             self.total_loss = loss if len(self.fwd_outputs) == 1 else self.total_loss + loss
 
     def _exec_send_activations(self, buffer_id: int) -> None:
-        packed = pack(self.pipe_buffers["outputs"][buffer_id])
+        assert self.after is not None
+        packed = self.after.boundary.pack(self.pipe_buffers["outputs"][buffer_id].tensors())
         self.sent_bytes += packed.nbytes
-        self._send(packed, self.next_stage)
+        self.after.activations.send(packed)
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
-        assert self.boundary_out is not None
-        self._grads = self._receive(self.boundary_out, self._donors(schedule.RecvGrad), self.next_stage)
+        assert self.after is not None
+        packed = self.after.gradients.receive()
+        self._gradients = self.after.boundary.unpack(packed, self._donors(schedule.RecvGrad))
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         self.backward_passes += 1
+        micro_batch = self._done[schedule.BackwardPass]
         outputs = self.pipe_buffers["outputs"][buffer_id]
+        self.begin_backward(micro_batch, last=micro_batch == self.micro_batches - 1)
         if self.is_last_stage():
             DeepSpeedEngine.backward(self, outputs)
         else:
-            self._backward_from_gradients(outputs, self._grads)
-            self._grads = []
+            assert self._gradients is not None
+            self._backward_from_gradients(outputs, self._gradients)
+            self._gradients = None
+        self.end_backward()
         self.pipe_buffers["outputs"][buffer_id] = None
 
-    def _backward_from_gradients(self, outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """One backward pass over all outputs, with the precision handling of DeepSpeed around it."""
-        if self.using_bf16_optimizer:
-            self.optimizer.clear_lp_grads()
+    def _backward_from_gradients(self, outputs: Handover, gradients: Handover) -> None:
+        """One backward pass over all outputs, between what DeepSpeed does before and after one."""
         self._running_engine_backward = True  # keeps DeepSpeed's hooks from taking this for a user's own backward
         try:
-            torch.autograd.backward(outputs, grads)
+            self._backward_prologue()
+            torch.autograd.backward(outputs.tensors(), gradients.tensors())
+            self._backward_epilogue()
         finally:
             self._running_engine_backward = False
-        if self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update:
-            self.optimizer.update_hp_grads(clear_lp_grads=False)
 
     def _exec_send_grads(self, buffer_id: int) -> None:
-        self._send(pack([part.grad for part in self.pipe_buffers["inputs"][buffer_id]]), self.prev_stage)
+        assert self.before is not None
+        gradients = [tensor.grad for tensor in self.pipe_buffers["inputs"][buffer_id].tensors()]
+        self.before.gradients.send(self.before.boundary.pack(gradients))
         self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _exec_reduce_tied_grads(self) -> None:
+        if self.reduces_in_backward:
+            self.sum_tied_partitions(self.module.get_tied_weights_and_groups())
+        else:
+            super()._exec_reduce_tied_grads()
+
+    def _exec_reduce_grads(self) -> None:
+        if not self.reduces_in_backward:
+            super()._exec_reduce_grads()
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if not (self.zero_optimization() or self.bfloat16_enabled()):
@@ -229,7 +238,7 @@ class RoutedPipelineEngine(PipelineEngine):
         """Nothing is left to clip; DeepSpeed's own would take the norm of the first stage for that of all."""
 
     def _clip_by_global_norm(self) -> Tensor:
-        """Norm over all stages, tied parameters counted once, for ZeRO-0 in fp32; the other optimizers have theirs."""
+        """Norm over all stages and shards, shared ones counted once: for ZeRO-0, the others have theirs."""
         gradients = [(p.grad, getattr(p, PIPE_REPLICATED)) for p in self.module.parameters() if p.grad is not None]
         squares = torch.stack([grad.square().sum() for grad, replicated in gradients if not replicated]).sum()
         ds_comm.all_reduce(squares, group=self.mpu.get_model_parallel_group())
@@ -246,6 +255,8 @@ class RoutedPipelineEngine(PipelineEngine):
         schedule.RecvGrad: _exec_recv_grads,
         schedule.BackwardPass: _exec_backward_pass,
         schedule.SendGrad: _exec_send_grads,
+        schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
+        schedule.ReduceGrads: _exec_reduce_grads,
     }
 
 

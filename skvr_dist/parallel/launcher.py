@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import socket
 from datetime import timedelta
 
 import torch
+from torch.distributed import distributed_c10d
 
 from skvr_dist.errors import UserError
 
@@ -23,7 +25,11 @@ def announced_world_size() -> int:
 
 
 def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Join the process group of the launcher, or make one of this process alone: NCCL on GPUs, gloo on CPUs."""
+    """Join the process group of the launcher, or make one of this process alone: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        timeout: the longest wait for another rank, in this group and those made later.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -42,11 +48,19 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
     backend = "nccl" if on_gpu else "gloo"
-    with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it compiled
+    # A shared-memory sum for inference on CPUs, which DeepSpeed would compile here, for a minute and with a compiler.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    use_timeout(timeout)
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         # DeepSpeed numbers the ranks of a host by world rank. Open MPI need not, and DeepSpeed's engine then refuses.
         os.environ["LOCAL_RANK"] = os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
+
+
+def use_timeout(timeout: timedelta) -> None:
+    """Let groups that are made from now on, by DeepSpeed too, wait no longer; by default some wait for half an hour."""
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def _share_cores() -> None:

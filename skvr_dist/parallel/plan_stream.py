@@ -1,12 +1,20 @@
-"""The routing plan of each step, drawn once and broadcast a step ahead."""
+"""The routing plan of each step, drawn once, broadcast a step ahead, and compared over all ranks."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from skvr_dist.errors import UserError
+from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.routing import RoutingConfig, RoutingPlan, draw_plan
+from skvr_dist.routing import RoutingPlan
+
+_FIRST_STEPS_COMPARED = 3
 
 
 class PlanStream:
@@ -14,41 +22,69 @@ class PlanStream:
 
     Global rank 0 draws the plan of step t + 1 while step t runs, and broadcasts it as one small integer tensor over
     the host group, so that nobody waits for it and no device is synchronised.
+
+    Args:
+        draw: the plan of a step (counted from 0); used on rank 0 only.
+        shape: micro-batches of the global batch, and layers.
+        first_step: the step of the first plan.
+        compare_every_steps: how often all ranks compare what they received, besides the first steps.
     """
 
     def __init__(
-        self, routing: RoutingConfig, mesh: Mesh, *, num_layers: int, num_micro_batches: int, seed: int, first_step: int
+        self,
+        draw: Callable[[int], RoutingPlan],
+        mesh: Mesh,
+        *,
+        shape: tuple[int, int],
+        first_step: int,
+        compare_every_steps: int,
     ) -> None:
-        self._routing = routing
+        self._draw = draw
         self._mesh = mesh
-        self._num_layers = num_layers
-        self._num_micro_batches = num_micro_batches
-        self._seed = seed
-        self._step = first_step
+        self._shape = shape
+        self._first_step = self._step = first_step
+        self._compare_every_steps = compare_every_steps
         self._send_ahead()
 
     def _send_ahead(self) -> None:
-        shape = (self._num_micro_batches, self._num_layers)
-        if self._mesh.rank == 0:
-            plan = draw_plan(
-                self._routing,
-                num_layers=self._num_layers,
-                num_micro_batches=self._num_micro_batches,
-                seed=self._seed,
-                step=self._step,
-            )
-            self._donors = torch.from_numpy(plan.donors)
-        else:
-            self._donors = torch.empty(shape, dtype=torch.int64)
+        drawn = self._mesh.rank == 0
+        self._donors = torch.from_numpy(self._draw(self._step).donors) if drawn else torch.empty(self._shape).long()
         self._work = dist.broadcast(self._donors, src=0, group=self._mesh.host_group, async_op=True)
 
     def next(self) -> RoutingPlan:
-        """The plan of the next step; the one after it is on its way when this returns."""
-        self._work.wait()
+        """The plan of the next step; the one after it is on its way when this returns.
+
+        Raises:
+            UserError: a rank holds another plan than rank 0.
+            RunInterrupted: a rank did not take part in time.
+        """
+        with naming_the_operation(self._mesh, f"the broadcast of the routing plan of step {self._step + 1}"):
+            self._work.wait()
+            first = self._step - self._first_step < _FIRST_STEPS_COMPARED
+            if first or self._step % self._compare_every_steps == 0:
+                self._compare(self._donors)
         plan = RoutingPlan(self._donors.numpy())
         self._step += 1
         self._send_ahead()
         return plan
+
+    def _compare(self, donors: Tensor) -> None:
+        """Compare a hash of the plan over all ranks, and the plans themselves only if it differs; collective."""
+        digest = hashlib.sha256(donors.numpy().tobytes()).digest()
+        number = torch.tensor([int.from_bytes(digest[:7], "little")])
+        extremes = torch.cat((number, -number))
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._mesh.host_group)
+        if extremes[0] == -extremes[1]:
+            return
+        plans = [torch.empty_like(donors) for _ in range(self._mesh.world_size)]
+        dist.all_gather(plans, donors, group=self._mesh.host_group)
+        rank = next(rank for rank, plan in enumerate(plans) if not torch.equal(plan, plans[0]))
+        micro_batch, layer = (plans[rank] != plans[0]).nonzero()[0].tolist()
+        raise UserError(
+            f"routing plan of step {self._step + 1}, micro-batch {micro_batch}: on rank {rank} layer {layer} reads "
+            f"layer {plans[rank][micro_batch, layer]}, on rank 0 layer {plans[0][micro_batch, layer]}; its memory or "
+            f"network is not to be trusted, take that host out and start again"
+        )
 
     def close(self) -> None:
         """Take the plan that is on its way and will not be used, so that no rank leaves another waiting."""

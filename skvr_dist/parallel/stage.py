@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,18 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from skvr_dist.checkpoint.weights import WeightFiles, save_weights
 from skvr_dist.model.config import ModelConfig
-from skvr_dist.model.decoder import Decoder, initialize, next_token_loss
-from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.parallel.partition import Bounds
+from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize
+from skvr_dist.model.parts import Shard, shards_of
+from skvr_dist.parallel.boundary import Handover
+from skvr_dist.parallel.config import ParallelConfig
+from skvr_dist.parallel.mesh import Mesh, new_groups
+from skvr_dist.parallel.partition import stage_bounds
+from skvr_dist.parallel.tensor import TensorParts
 
 
 class StageModule(PipelineModule):
@@ -29,83 +35,94 @@ class StageModule(PipelineModule):
     """
 
     decoder: Decoder
+    shards: dict[str, Shard]
+    """The shard that each parameter of the decoder holds, by canonical name."""
 
-    def __init__(self, model: ModelConfig, bounds: Sequence[Bounds], mesh: Mesh, seed: int) -> None:
-        self._model_config = model
-        self._bounds = list(bounds)
-        self._stage = mesh.stage
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, seed: int) -> None:
+        self.model_config = model
+        self.sequence_parallel = parallel.sequence_parallel
+        self._parallel = parallel
+        self._mesh = mesh
+        self._bounds = stage_bounds(model, parallel)
         self._seed = seed
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds and the topology
             super().__init__(layers=[], topology=mesh.topology)
 
     @property
+    def starts(self) -> list[int]:
+        """The first layer of every stage."""
+        return [start for start, _ in self._bounds]
+
+    @property
     def start(self) -> int:
         """This stage's first layer."""
-        return self._bounds[self._stage][0]
+        return self._bounds[self._mesh.stage][0]
 
     @property
     def stop(self) -> int:
         """The first layer after this stage."""
-        return self._bounds[self._stage][1]
+        return self._bounds[self._mesh.stage][1]
 
     def forward(
-        self,
-        inputs: Sequence[Tensor],
-        donors: Sequence[int],
-        crossing: Sequence[int],
-        leaving: Sequence[int],
-        labels: Tensor | None,
-    ) -> tuple[Tensor, ...] | Tensor:
+        self, *, inputs: Tensor | Handover, donors: Sequence[int], leaving: Sequence[int], labels: Tensor | None
+    ) -> Handover | Tensor:
         """Run the slice.
 
         Args:
-            inputs: on the first stage [tokens]; else hidden states and the keys and values of `crossing`, in order.
+            inputs: on the first stage tokens, int [B, S]; else what the stage before hands over.
             donors: int [L], the donors of this micro-batch.
-            crossing: layers whose keys and values come in.
             leaving: layers whose keys and values go out, received ones among them.
             labels: int [B, S], on the last stage.
 
         Returns:
-            on the last stage the mean cross entropy; else hidden states [B, S, D], then keys and values of `leaving`,
-            in order.
+            on the last stage the mean cross entropy; else what the next stage gets.
         """
-        head, *kv = inputs
-        hidden = self.decoder.embed(head) if self.decoder.has_embedding else head
-        received = dict(zip(crossing, zip(kv[0::2], kv[1::2], strict=True), strict=True))
+        if isinstance(inputs, Handover):
+            hidden, received = inputs.hidden, inputs.kv
+        else:
+            hidden, received = self.decoder.embed(inputs), {}
         hidden, known = self.decoder.run_layers(hidden, donors, received)
         if labels is not None:
-            return next_token_loss(self.decoder.logits(hidden), labels)
-        return (hidden, *(tensor for layer in leaving for tensor in known[layer]))
+            return self.decoder.loss(hidden, labels)
+        return Handover(hidden, {layer: known[layer] for layer in leaving})
 
     # What PipelineModule calls while it is built.
 
     def _partition_layers(self, method: str = "uniform") -> None:
-        self.parts = [start for start, _ in self._bounds] + [self._bounds[-1][1]]
+        self.parts = [*self.starts, self._bounds[-1][1]]
         self._set_bounds(start=self.start, stop=self.stop)
 
     def _build(self) -> None:
+        parts = None
+        if self._mesh.tensors > 1:
+            parts = TensorParts(self.model_config, self._mesh, self.sequence_parallel)
+        checkpointing = self._parallel.activation_checkpointing
         with torch.device("meta"):  # torch's own initial weights are never drawn
-            decoder = Decoder(self._model_config, self.start, self.stop)
+            decoder = Decoder(self.model_config, self.start, self.stop, parts=parts, checkpointing=checkpointing)
         self.decoder = decoder.to_empty(device="cpu")
         initialize(self.decoder, self._seed)
-        for parameter in self.parameters():
-            # Read by DeepSpeed's gradient norms: a replicated parameter is counted on one stage only.
-            setattr(parameter, PIPE_REPLICATED, False)
+        self.shards = shards_of(self.decoder)
+        for name, parameter in self.decoder.named_parameters():
+            _count_in_norm(parameter, self.shards[name].primary)
+        # ZeRO-3 fetches and reduces a layer as one: which of its parameters take part depends on the routing, and
+        # differs between replicas.
+        set_z3_leaf_modules(self, [DecoderLayer], raise_if_not_found=False)
 
     def _index_tied_modules(self) -> dict[str, dict[str, Any]]:
         """The embedding that first and last stage share when embeddings are tied, with the group that sums it."""
-        stages = len(self._bounds)
-        if not self._model_config.tie_word_embeddings or stages == 1:
+        last = len(self._bounds) - 1
+        if not self.model_config.tie_word_embeddings or last == 0:
             return {}
-        tied: dict[str, dict[str, Any]] = {}
-        for replica in range(self._topo.get_dim("data")):
-            ranks = [self._topo.get_rank(pipe=stage, data=replica) for stage in (0, stages - 1)]
-            group = dist.new_group(ranks)  # every rank creates every group, in the same order
-            if self.global_rank in ranks:
-                module = self.decoder.embed_tokens
-                setattr(module.weight, PIPE_REPLICATED, self.global_rank != ranks[0])
-                tied["embed_tokens"] = {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": module}
-        return tied
+        pairs = [[pipe[0], pipe[-1]] for pipe in self._topo.get_axis_comm_lists("pipe")]
+        groups = new_groups(pairs)
+        if self._mesh.stage not in (0, last):
+            return {}
+        module, name = self.decoder.embed_tokens, "embed_tokens.weight"
+        if self._mesh.stage == last:  # the first stage stands for both
+            self.shards[name] = dataclasses.replace(self.shards[name], primary=False)
+            _count_in_norm(self.decoder.get_parameter(name), False)
+        ranks, group = next((ranks, group) for ranks, group in zip(pairs, groups, strict=True) if group is not None)
+        return {"embed_tokens": {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": module}}
 
     def _synchronize_tied_weights(self) -> None:
         """Nothing to send: both stages draw or load the same weights by name."""
@@ -118,7 +135,17 @@ class StageModule(PipelineModule):
 
     def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
         if self._grid.data_parallel_id == 0:
-            save_weights(Path(save_dir), self.decoder, part=self._stage, parts=len(self._bounds))
+            save_weights(Path(save_dir), self.decoder, part=self._mesh.stage, parts=len(self._bounds))
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
         WeightFiles(Path(load_dir)).copy_into(self.decoder)
+
+
+def _count_in_norm(parameter: nn.Parameter, counted: bool) -> None:
+    """Tell DeepSpeed's gradient norms whether to count a parameter on this rank.
+
+    ZeRO-0, ZeRO-1 and ZeRO-2 leave out what is marked as replicated; ZeRO-3 counts what is marked as model-parallel,
+    and everything on the first rank of a model-parallel group, where everything is counted anyway.
+    """
+    setattr(parameter, PIPE_REPLICATED, not counted)
+    parameter.model_parallel = counted  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.routing import RoutingConfig, draw_plan
+from skvr_dist.routing import RoutingConfig
 from skvr_dist.train.config import Config
 
 
@@ -59,13 +59,7 @@ def interleaved_step_times(
     for number in range(rounds + 1):
         for offset in range(len(routings)):
             kind = (number + offset) % len(routings)
-            plan = draw_plan(
-                routings[kind],
-                num_layers=config.model.num_hidden_layers,
-                num_micro_batches=config.num_micro_batches,
-                seed=config.train.seed,
-                step=number,
-            )
+            plan = config.plan(number, routings[kind])
             mesh.sum_over_ranks([0.0])  # all ranks start together
             started = time.perf_counter()
             engine.train_step(batches, plan)

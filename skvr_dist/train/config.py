@@ -15,7 +15,8 @@ from skvr_dist.data.config import DataConfig
 from skvr_dist.errors import UserError
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.parallel.config import ParallelConfig
-from skvr_dist.routing import CacheStrategy, RoutingConfig
+from skvr_dist.parallel.support import require_possible
+from skvr_dist.routing import CacheStrategy, RoutingConfig, RoutingPlan, draw_plan
 from skvr_dist.section import Section
 
 
@@ -86,18 +87,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        layers, stages = self.model.num_hidden_layers, self.parallel.pipeline
-        if stages > layers:
-            raise ValueError(
-                f"parallel.pipeline is {stages}, but model.num_hidden_layers is {layers}: every stage needs a layer; "
-                f"use at most {layers} stages"
-            )
-        split = self.parallel.stage_layers
-        if split is not None and (len(split) != stages or sum(split) != layers or min(split) < 1):
-            raise ValueError(
-                f"parallel.stage_layers {split} must be {stages} positive counts (parallel.pipeline) that add up to "
-                f"{layers} (model.num_hidden_layers)"
-            )
+        layers = self.model.num_hidden_layers
+        require_possible(self.parallel, self.model, self.data.sequence_length, self.train.precision)
         batch, micro = self.train.global_batch_size, self.train.micro_batch_size
         if batch % micro:
             raise ValueError(
@@ -108,11 +99,6 @@ class Config(Section):
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is longer than "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
-            )
-        if self.train.precision == "bf16" and self.parallel.zero_stage == 0:
-            raise ValueError(
-                "train.precision bf16 with parallel.zero_stage 0: DeepSpeed then accumulates gradients in bf16; "
-                "use zero_stage 1 (fp32 gradients and master weights) or precision fp32"
             )
         if self.train.precision == "fp32" and self.model.attention == "flash":
             raise ValueError("model.attention flash works in bf16 only, but train.precision is fp32; use sdpa or auto")
@@ -134,18 +120,29 @@ class Config(Section):
         """Q: global micro-batches of one optimizer step."""
         return self.train.global_batch_size // self.train.micro_batch_size
 
+    def plan(self, step: int, routing: RoutingConfig | None = None) -> RoutingPlan:
+        """The routing plan of a step (the first is 0), under this configuration's routing or another."""
+        return draw_plan(
+            routing or self.routing,
+            num_layers=self.model.num_hidden_layers,
+            num_micro_batches=self.num_micro_batches,
+            seed=self.train.seed,
+            step=step,
+        )
+
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas that `world_size` ranks make.
 
         Raises:
             UserError: the world size does not fit the layout, or the batch does not divide over the replicas.
         """
-        stages = self.parallel.pipeline
-        if world_size % stages:
+        stages, tensors = self.parallel.pipeline, self.parallel.tensor
+        if world_size % (stages * tensors):
             raise UserError(
-                f"{world_size} ranks cannot hold parallel.pipeline {stages} stages; start a multiple of {stages} ranks"
+                f"{world_size} ranks cannot hold parallel.pipeline {stages} stages x parallel.tensor {tensors} ranks; "
+                f"start a multiple of {stages * tensors} ranks"
             )
-        replicas = world_size // stages
+        replicas = world_size // (stages * tensors)
         if self.num_micro_batches % replicas:
             micro = self.train.micro_batch_size
             raise UserError(

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.partition import stage_bounds
-from skvr_dist.routing import crossing_elements, crossing_layers, draw_plan
+from skvr_dist.routing import crossing_elements, crossing_layers
 from skvr_dist.train.config import Config
 from skvr_dist.train.inputs import open_inputs
 
@@ -26,16 +26,7 @@ def describe(config: Config, world_size: int) -> str:
     inputs = open_inputs(config, world_size)
     bounds = stage_bounds(config.model, config.parallel)
     layers = config.model.num_hidden_layers
-    plans = [
-        draw_plan(
-            config.routing,
-            num_layers=layers,
-            num_micro_batches=config.num_micro_batches,
-            seed=config.train.seed,
-            step=step,
-        )
-        for step in range(_PLANS)
-    ]
+    plans = [config.plan(step) for step in range(_PLANS)]
     rows = []
     for stage, (start, stop) in enumerate(bounds):
         with torch.device("meta"):

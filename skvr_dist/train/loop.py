@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.launcher import announced_world_size, start_process_group
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.parallel.plan_stream import PlanStream
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.train.config import Config
@@ -32,8 +32,8 @@ def pretrain(config: Config) -> None:
     resumed = inputs.resumed
     first_step = resumed.step if resumed else 0
 
-    start_process_group()
-    mesh = Mesh.build(config.parallel.pipeline)
+    start_process_group(timedelta(seconds=config.parallel.timeout_seconds))
+    mesh = Mesh.build(config.parallel, config.model)
     sections = {f"section {name}": section for name, section in config.model_dump().items()}
     mesh.require_same({"first step": first_step, "data": inputs.sequences.fingerprint(), **sections})
     run = RunFolder(config, mesh.rank)
@@ -42,14 +42,7 @@ def pretrain(config: Config) -> None:
         engine = build_engine(config, mesh)
         if resumed:
             load_state(engine, resumed)
-    plans = PlanStream(
-        config.routing,
-        mesh,
-        num_layers=config.model.num_hidden_layers,
-        num_micro_batches=config.num_micro_batches,
-        seed=config.train.seed,
-        first_step=first_step,
-    )
+    plans = plan_stream(config, mesh, first_step)
     batches = TimedIterator(training_batches(config, inputs.sequences, mesh, engine, first_step))
     held_out = inputs.held_out.split(config.train.micro_batch_size)[mesh.replica :: mesh.replicas]
     strategies = config.evaluate.parse_strategies(config.model.num_hidden_layers)
@@ -90,14 +83,24 @@ def pretrain(config: Config) -> None:
 
 def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
     """This rank's stage, with initial weights, optimizer and schedule."""
-    bounds = stage_bounds(config.model, config.parallel)
     return RoutedPipelineEngine(
-        StageModule(config.model, bounds, mesh, config.train.seed),
+        StageModule(config.model, config.parallel, mesh, config.train.seed),
         mesh,
         sequence_length=config.data.sequence_length,
         deepspeed_json=config.deepspeed_json(mesh.world_size),
         optimizer=functools.partial(build_optimizer, config.train),
         lr_scheduler=functools.partial(build_scheduler, config.train),
+    )
+
+
+def plan_stream(config: Config, mesh: Mesh, first_step: int) -> PlanStream:
+    """The routing plans from step `first_step` on; collective."""
+    return PlanStream(
+        config.plan,
+        mesh,
+        shape=(config.num_micro_batches, config.model.num_hidden_layers),
+        first_step=first_step,
+        compare_every_steps=config.parallel.verify_plan_every_steps,
     )
 
 
@@ -161,9 +164,10 @@ def describe_start(config: Config, mesh: Mesh, run: RunFolder, reporter: Reporte
     if mesh.rank == 0:
         run.write_versions(layout_of(config, mesh.world_size))
     reporter.say(
-        f"{mesh.world_size} ranks: {mesh.stages} stages x {mesh.replicas} replicas, ZeRO {config.parallel.zero_stage}, "
-        f"{config.train.precision}; {config.num_micro_batches} micro-batches of {config.train.micro_batch_size} x "
-        f"{config.data.sequence_length} tokens per step; routing {config.routing.policy}"
+        f"{mesh.world_size} ranks: {mesh.stages} stages x {mesh.replicas} replicas x {mesh.tensors} tensor-parallel, "
+        f"ZeRO {config.parallel.zero_stage}, {config.train.precision}; {config.num_micro_batches} micro-batches of "
+        f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
+        f"{config.routing.policy}"
     )
     if resumed:
         reporter.say(f"resumed {resumed.folder} at step {resumed.step}")

@@ -1,0 +1,69 @@
+"""What a rank says when another one has died or is stuck.
+
+A collective that fails or times out knows neither which rank is missing nor what it was for. The engine names the
+operation (`naming_the_operation`); then every rank that is still there leaves a sign of life in the store of the
+process group, and the ranks without one are named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from skvr_dist.errors import RunInterrupted
+from skvr_dist.parallel.mesh import Mesh
+
+_ROLL_CALL_SECONDS = 5.0  # for reporting, once a rank has noticed
+
+
+@contextlib.contextmanager
+def naming_the_operation(mesh: Mesh, operation: str, micro_batch: int | None = None) -> Iterator[None]:
+    """Turn the failure of a collective within into a sentence.
+
+    Raises:
+        RunInterrupted: names this rank, the operation and the ranks that gave no sign of life.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistError is one, and gloo raises plain ones
+        if not _is_of_a_collective(error):
+            raise
+        of = "" if micro_batch is None else f" of micro-batch {micro_batch}"
+        missing = _missing_ranks(mesh)
+        silent = f"no sign of life from rank {', '.join(map(str, missing))}" if missing else "all ranks are alive"
+        reason = " ".join(str(error).split())[:200]
+        raise RunInterrupted(
+            f"{mesh.place} failed in {operation}{of}: {silent} ({reason}); start the run again, it goes on from the "
+            f"latest checkpoint"
+        ) from error
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "nccl", "timed out", "connection closed", "connection reset", "broken pipe")
+    )
+
+
+def _missing_ranks(mesh: Mesh) -> list[int]:
+    """Ranks that do not report.
+
+    A rank whose neighbour died notices at once, one further away when its own operation times out: the roll call lasts
+    longer than that. The store lives on rank 0, which may end first or be the one that died.
+    """
+    missing = set(range(mesh.world_size)) - {mesh.rank}
+    deadline = time.monotonic() + distributed_c10d.default_pg_timeout.total_seconds() + _ROLL_CALL_SECONDS
+    try:
+        store = distributed_c10d._get_default_store()
+        store.set(f"skvr/alive/{mesh.rank}", "yes")
+    except RuntimeError:
+        return [0]
+    with contextlib.suppress(RuntimeError):
+        while missing and time.monotonic() < deadline:
+            missing = {rank for rank in missing if not store.check([f"skvr/alive/{rank}"])}
+            time.sleep(0.1)
+    return sorted(missing)

@@ -1,0 +1,286 @@
+"""Tensor parallelism: a decoder's linear layers and vocabulary split over ranks (Megatron-LM, arXiv 1909.08053).
+
+Queries, keys, values, gate and up projections are split by their outputs, the projections that follow them by their
+inputs, so each of attention and MLP costs one sum over the ranks. Keys and values stay on the rank of their head: a
+donor inside a stage costs no communication. With fewer key/value heads than ranks, neighbouring ranks hold the same
+head.
+
+With sequence parallelism (arXiv 2205.05198) the hidden states between those regions are split by position: the sum
+becomes a reduce-scatter and an all-gather, which together move the same bytes, and norms run on 1/T of the tokens.
+
+A weight that several ranks hold, while each sees only part of its gradient, sums its gradient in the backward pass
+itself. So every engine and every ZeRO stage gets whole gradients.
+
+Shapes: B batch, S sequence, D hidden, V vocabulary, T tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skvr_dist.model.config import ModelConfig
+from skvr_dist.model.parts import IGNORED, Parts, Shard
+from skvr_dist.parallel.mesh import Mesh
+
+
+class TensorParts(Parts):
+    """The parts that this rank of a tensor-parallel group holds."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, sequence_parallel: bool) -> None:
+        self.mesh = mesh
+        rows = -(-model.vocab_size // mesh.tensors)
+        self.tokens = range(mesh.tensor * rows, min((mesh.tensor + 1) * rows, model.vocab_size))
+        """The tokens whose rows of the vocabulary matrices this rank holds."""
+        self.vocabulary_rows = rows
+        """Rows of such a matrix on every rank; the last rank's may be more than it has tokens."""
+        self.sequence_parallel = sequence_parallel
+        self.sequence_shards = mesh.tensors if sequence_parallel else 1
+
+    def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        share = outputs // self.mesh.tensors
+        return ColumnLinear(inputs, outputs, self.mesh.tensor * share, share, bias)
+
+    def kv_column(self, config: ModelConfig) -> nn.Module:
+        heads, ranks, rank = config.num_key_value_heads, self.mesh.tensors, self.mesh.tensor
+        start, count = rank * heads // ranks, max(heads // ranks, 1)
+        return ColumnLinear(
+            config.hidden_size,
+            config.kv_size,
+            start * config.head_dim,
+            count * config.head_dim,
+            config.attention_bias,
+            copies=self.mesh.kv_group,
+            primary=rank % max(ranks // heads, 1) == 0,
+        )
+
+    def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        return RowLinear(inputs, outputs, bias, self)
+
+    def norm(self, size: int, eps: float) -> nn.Module:
+        # With whole sequences every rank sees the whole gradient already.
+        return PartialNorm(size, eps, self) if self.sequence_parallel else WholeNorm(size, eps, self)
+
+    def head_norm(self, size: int, eps: float) -> nn.Module:
+        return PartialNorm(size, eps, self)
+
+    def vocabulary(self, config: ModelConfig) -> nn.Module:
+        return VocabularyShard(config, self)
+
+    def enter(self, x: Tensor) -> Tensor:
+        group = self.mesh.tensor_group
+        return _GatherSequence.apply(x, group) if self.sequence_parallel else _SumGradient.apply(x, group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Sum partial hidden states [B, S, D] over the ranks; with sequence parallelism each gets its positions."""
+        group = self.mesh.tensor_group
+        return _ScatterSequence.apply(x, group) if self.sequence_parallel else _Sum.apply(x, group)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        flat = logits.float().flatten(0, 1)
+        return _CrossEntropy.apply(flat, labels.flatten(), self.tokens, self.mesh.tensor_group)
+
+
+class ColumnLinear(nn.Linear):
+    """The outputs `start` to `start + share` of a linear layer.
+
+    Args:
+        copies: the ranks that hold the same outputs, when there are several.
+        primary: whether this rank is the first of them.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        start: int,
+        share: int,
+        bias: bool,
+        copies: dist.ProcessGroup | None = None,
+        primary: bool = True,
+    ) -> None:
+        super().__init__(inputs, share, bias=bias)
+        self.copies = copies
+        self.shards = {
+            "weight": Shard((outputs, inputs), 0, start, share, primary),
+            "bias": Shard((outputs,), 0, start, share, primary),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.copies is None:
+            return F.linear(x, self.weight, self.bias)
+        # Each copy serves the query heads of its own rank, and so sees only their share of the gradient.
+        bias = None if self.bias is None else _SumGradient.apply(self.bias, self.copies)
+        return F.linear(x, _SumGradient.apply(self.weight, self.copies), bias)
+
+
+class RowLinear(nn.Linear):
+    """This rank's inputs of a linear layer; the partial outputs are summed over the ranks."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, parts: TensorParts) -> None:
+        share = inputs // parts.mesh.tensors
+        super().__init__(share, outputs, bias=bias)
+        self.parts = parts
+        self.shards = {
+            "weight": Shard((outputs, inputs), 1, parts.mesh.tensor * share, share),
+            "bias": Shard((outputs,), 0, 0, outputs, primary=parts.mesh.tensor == 0),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.parts.leave(F.linear(x, self.weight))
+        if self.bias is None:
+            return out
+        partial = self.parts.sequence_parallel  # each rank then adds the bias to its own positions only
+        return out + (_SumGradient.apply(self.bias, self.parts.mesh.tensor_group) if partial else self.bias)
+
+
+class WholeNorm(nn.RMSNorm):
+    """A norm that every rank computes on the same inputs."""
+
+    def __init__(self, size: int, eps: float, parts: TensorParts) -> None:
+        super().__init__(size, eps=eps)
+        self.parts = parts
+        self.shards = {"weight": Shard((size,), 0, 0, size, primary=parts.mesh.tensor == 0)}
+
+
+class PartialNorm(WholeNorm):
+    """A norm that every rank computes on its own positions or heads; their gradients are summed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = _SumGradient.apply(self.weight, self.parts.mesh.tensor_group)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class VocabularyShard(nn.Module):
+    """This rank's rows of the matrix [V, D] between tokens and hidden states.
+
+    Every rank holds ceil(V / T) rows; the last ones of the last rank may be padding, which no token selects and no
+    logit uses.
+    """
+
+    def __init__(self, config: ModelConfig, parts: TensorParts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.tokens = parts.tokens
+        self.weight = nn.Parameter(torch.empty(parts.vocabulary_rows, config.hidden_size))
+        whole = (config.vocab_size, config.hidden_size)
+        self.shards = {"weight": Shard(whole, 0, self.tokens.start, len(self.tokens))}
+
+    def forward(self, x: Tensor, predict: bool = False) -> Tensor:
+        """As `skvr_dist.model.parts.Vocabulary`; the logits are those of this rank's tokens."""
+        if predict:
+            return F.linear(x, self.weight[: len(self.tokens)])
+        local, elsewhere = _local_rows(x, self.tokens)
+        embedded = F.embedding(local, self.weight)
+        return self.parts.leave(embedded.masked_fill(elsewhere[..., None], 0.0))
+
+
+def _local_rows(tokens: Tensor, held: range) -> tuple[Tensor, Tensor]:
+    """The row of each token among those held here, 0 for the others; and, as bool, which the others are."""
+    local = tokens - held.start
+    elsewhere = (local < 0) | (local >= len(held))
+    return local.masked_fill(elsewhere, 0), elsewhere
+
+
+# Each of these is a collective over the tensor-parallel group in its forward pass, its backward pass, or both.
+
+
+class _SumGradient(torch.autograd.Function):
+    """Identity; the gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum(grads[0], ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks; every rank's gradient is that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _GatherSequence(torch.autograd.Function):
+    """[B, S / T, D] of every rank to [B, S, D]; the gradient is summed over the ranks, and each keeps its positions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gather(x, group, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter_sequence(grads[0], ctx.group), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    """The sum over the ranks of [B, S, D], of which each keeps its positions [B, S / T, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return gather(grads[0], ctx.group, dim=1), None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross entropy over logits [N, V / T] that are split by token; no rank ever holds all of a position's logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, held: range, group: dist.ProcessGroup) -> Tensor:
+        highest = logits.amax(dim=-1)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        shifted = logits - highest[:, None]
+        rows, elsewhere = _local_rows(labels, held)
+        exponentials = shifted.exp()
+        label_logit = shifted.gather(-1, rows[:, None]).squeeze(-1).masked_fill(elsewhere, 0.0)
+        sums = torch.stack((exponentials.sum(dim=-1), label_logit))
+        dist.all_reduce(sums, group=group)
+        total, label_logit = sums
+        ignored = labels == IGNORED
+        ctx.save_for_backward(exponentials.div_(total[:, None]), rows, elsewhere, ignored)
+        return (total.log() - label_logit).masked_fill(ignored, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        probability, rows, elsewhere, ignored = ctx.saved_tensors
+        at_label = torch.where(elsewhere, 0.0, -1.0).to(probability.dtype)
+        gradient = probability.scatter_add(-1, rows[:, None], at_label[:, None])
+        return gradient * grads[0].masked_fill(ignored, 0.0)[:, None], None, None, None
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.contiguous().clone()  # what autograd hands in may be used elsewhere
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """Every rank's x, concatenated along `dim` in the order of the ranks."""
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def _reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts = [part.contiguous() for part in x.chunk(group.size(), dim=1)]
+    mine = torch.empty_like(parts[0])
+    dist.reduce_scatter(mine, parts, group=group)
+    return mine

@@ -1,0 +1,107 @@
+"""ZeRO-2 and ZeRO-3 with routing, in DeepSpeed's PipelineEngine, which refuses both.
+
+Nothing in their optimizers forbids it. What is missing is done here:
+
+* they reduce gradients in every backward pass, and must be told which one it is in the step, and which is the last;
+* ZeRO-2 fills its buckets in the order in which gradients appear. That order depends on the routing, which differs
+  between replicas: they would add gradients of different parameters;
+* ZeRO-3 compares the order of its modules over all ranks of the world, but stages hold different modules;
+* the gradient of a tied embedding is a partition by the time the stages that share it add theirs up;
+* a parameter is in the gradient norm if it is marked, or if its rank is the first of its model-parallel group, which
+  under a pipeline is true of the first stage only (see `StageModule`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partitioned_param_coordinator
+
+_FIRST_REFUSED_STAGE = 2
+
+
+class ZeroUnderPipeline(DeepSpeedEngine):
+    """Stands between PipelineEngine and DeepSpeedEngine in the order of classes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._in_pipeline_init = False
+        super().__init__(*args, **kwargs)
+        # From here to the end of PipelineEngine's own constructor, which refuses stages 2 and 3.
+        self._in_pipeline_init = True
+
+    def zero_optimization_stage(self) -> int:
+        stage = super().zero_optimization_stage()
+        return min(stage, _FIRST_REFUSED_STAGE - 1) if self._in_pipeline_init else stage
+
+    @property
+    def reduces_in_backward(self) -> bool:
+        """Whether each backward pass reduces its gradients over the replicas."""
+        return bool(self.zero_optimization_partition_gradients())
+
+    def begin_backward(self, micro_batch: int, last: bool) -> None:
+        """Before the backward pass of one of a step's micro-batches, counted from 0 on this rank."""
+        if self.reduces_in_backward:
+            self.enable_backward_allreduce = True  # PipelineEngine turns it off, and reduces at the end of the step
+            self._force_grad_boundary = last
+            self.optimizer.micro_step_id = micro_batch
+
+    def end_backward(self) -> None:
+        """After it."""
+        self._force_grad_boundary = False
+
+    def sum_tied_partitions(self, weights: list[tuple[torch.nn.Parameter, dist.ProcessGroup]]) -> None:
+        """Add the gradient partitions of tied weights up over the stages that share them (ZeRO-3).
+
+        The stages hold the same partition: the same weight over equally many replicas.
+        """
+        for weight, group in weights:
+            gradient = self.optimizer.get_local_fp32_grad_for_param(weight)
+            dist.all_reduce(gradient, group=group)
+            self.optimizer.set_local_grad_for_param(gradient, weight)
+
+
+def compare_module_order_within(group: dist.ProcessGroup) -> None:
+    """Let ZeRO-3 compare its order of modules with the replicas of this stage only.
+
+    DeepSpeed broadcasts it from rank 0 to all ranks; over a pipeline that would compare different stages.
+    """
+
+    def require_same(numbers: list[int]) -> None:
+        digest = hashlib.sha256(repr(numbers).encode()).digest()
+        number = int.from_bytes(digest[:7], "little")
+        extremes = torch.tensor([number, -number])
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+        if extremes[0] != -extremes[1]:
+            raise RuntimeError(f"the replicas of this stage run their modules in different orders: {numbers}")
+
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = require_same
+
+
+def reduce_layer_by_layer(optimizer: Any, layers: Iterable[torch.nn.Module]) -> None:
+    """Let ZeRO-2 reduce the gradients of each layer together and in a fixed order.
+
+    A layer's last gradient appears before the first of the layer below it, whatever the routing, so between layers the
+    order is fixed already.
+    """
+    layer_of = {parameter: layer for layer in layers for parameter in layer.parameters()}
+    reduce = optimizer.reduce_ready_partitions_and_remove_grads
+    waiting: dict[torch.nn.Module, dict[torch.nn.Parameter, int]] = defaultdict(dict)
+
+    def reduce_when_the_layer_is_complete(parameter: torch.nn.Parameter, group: int) -> None:
+        layer = layer_of.get(parameter)
+        if layer is None:
+            reduce(parameter, group)
+            return
+        waiting[layer][parameter] = group
+        if len(waiting[layer]) == sum(1 for _ in layer.parameters()):
+            arrived = waiting.pop(layer)
+            for each in layer.parameters():
+                reduce(each, arrived[each])
+
+    optimizer.reduce_ready_partitions_and_remove_grads = reduce_when_the_layer_is_complete
