@@ -10,18 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from ranks import RankError, run_ranks
-from test_parity import STEPS, batches, config_of, family_shape, plan_of
 
 from skvr_dist.checkpoint.folder import Checkpoint, clear_partial, latest_checkpoint, partial_folder, publish
 from skvr_dist.checkpoint.weights import WeightFiles, save_weights
 from skvr_dist.errors import UserError
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder, initialize
+from skvr_dist.parity.cases import LAYOUTS, Case, batches
+from skvr_dist.parity.ranks import run_ranks
 from skvr_dist.train.config import Config
 
-SHAPE = family_shape("qwen3", True)
+SHAPE = Case("single", tied=True).shape
 MODEL = ModelConfig.model_validate(SHAPE)
+STEPS = 3
 
 
 def stop_and_go_on(config: Config, changed: Config, folder: str) -> dict[str, Any]:
@@ -29,19 +30,19 @@ def stop_and_go_on(config: Config, changed: Config, folder: str) -> dict[str, An
     from skvr_dist.parallel.mesh import Mesh
     from skvr_dist.train.loop import build_engine, load_state
 
-    mesh = Mesh.build(config.parallel.pipeline)
+    mesh = Mesh.build(config.parallel, config.model)
 
     def train(engine: Any, steps: range) -> list[tuple[float, float, float]]:
         done = []
         for step in steps:
             learning_rate = engine.get_lr()[0]
-            mine = iter(batches()[step][mesh.replica :: mesh.replicas])
-            done.append((learning_rate, engine.train_step(mine, plan_of("uniform", step)), engine.gradient_norm))
+            mine = iter(batches(STEPS)[step][mesh.replica :: mesh.replicas])
+            done.append((learning_rate, engine.train_step(mine, config.plan(step)), engine.gradient_norm))
         return done
 
     engine = build_engine(config, mesh)
     train(engine, range(1))
-    engine.evaluate(list(batches()[0][mesh.replica :: mesh.replicas]), [0, 0, 0, 3, 3])
+    engine.evaluate(list(batches(STEPS)[0][mesh.replica :: mesh.replicas]), [0, 0, 0, 3, 3])
     engine.save_checkpoint(folder, tag=partial_folder(1), save_latest=False)
     if mesh.rank == 0:
         tokenizer = Path(folder) / "any.model"
@@ -58,20 +59,16 @@ def stop_and_go_on(config: Config, changed: Config, folder: str) -> dict[str, An
     return {"straight": straight, "again": again, "same_weights": same}
 
 
-@pytest.mark.parametrize(
-    ("world_size", "parallel", "precision"),
-    [(2, {"pipeline": 2, "zero_stage": 0}, "fp32"), (4, {"pipeline": 2}, "bf16"), (1, {}, "fp32")],
-    ids=["pp2-zero0-fp32", "pp2xdp2-zero1-bf16", "one-fp32"],
-)
-def test_resume_is_exact(tmp_path: Path, world_size: int, parallel: dict[str, Any], precision: str) -> None:
-    config = config_of(SHAPE, "uniform", parallel, precision)
-    for result in run_ranks(world_size, stop_and_go_on, config, config, str(tmp_path)):
+@pytest.mark.parametrize(("layout", "precision"), [("PP2", "fp32"), ("PP2xDP2 ZeRO-1", "bf16"), ("single", "fp32")])
+def test_resume_is_exact(tmp_path: Path, layout: str, precision: str) -> None:
+    config = Case(layout, tied=True, precision=precision).config()
+    for result in run_ranks(LAYOUTS[layout].ranks, stop_and_go_on, config, config, str(tmp_path)):
         assert result["again"] == result["straight"]
         assert result["same_weights"]
 
 
 def test_a_resumed_run_has_the_configured_learning_rate(tmp_path: Path) -> None:
-    config = config_of(SHAPE, "uniform", {})
+    config = Case("DP2 ZeRO-1", tied=True).config()
     train = config.train.model_copy(update={"learning_rate": 0.125})
     changed = config.model_copy(update={"train": train})
     (result,) = run_ranks(1, stop_and_go_on, config, changed, str(tmp_path))
@@ -79,19 +76,6 @@ def test_a_resumed_run_has_the_configured_learning_rate(tmp_path: Path) -> None:
     assert [learning_rate for learning_rate, *_ in result["again"]] == [0.125] * (STEPS - 1)
     assert result["again"][0][1] == result["straight"][0][1]  # the first loss is that of the loaded weights
     assert not result["same_weights"]
-
-
-def disagree() -> None:
-    from skvr_dist.parallel.mesh import Mesh
-
-    mesh = Mesh.build(1)
-    mesh.require_same({"first step": 4})
-    mesh.require_same({"first step": 4 if mesh.rank < 2 else 0})
-
-
-def test_ranks_that_disagree_stop() -> None:
-    with pytest.raises(RankError, match="ranks 0 and 2 disagree on the first step: 4 and 0"):
-        run_ranks(3, disagree)
 
 
 @pytest.fixture

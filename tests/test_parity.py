@@ -1,227 +1,113 @@
-"""Routed training in every layout against the single-process reference: losses, every gradient, norm and weights."""
+"""Every layout against the single-process reference: losses, every gradient, norm, weights, bytes."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import reference
 import torch
-from ranks import run_ranks
 
-from skvr_dist.model.config import ModelConfig
-from skvr_dist.model.decoder import Decoder, initialize
-from skvr_dist.parallel.partition import stage_bounds
-from skvr_dist.routing import RoutingConfig, RoutingPlan, crossing_elements, draw_plan
-from skvr_dist.train.config import Config
-from skvr_dist.train.load_config import validate_config
+from skvr_dist.parity.cases import CHECKPOINTING, LAYOUTS, POLICIES, Case, full_matrix, quick_matrix
+from skvr_dist.parity.compare import Outcome, compare, expected
+from skvr_dist.parity.matrix import run_matrix
+from skvr_dist.parity.measure import run_case
+from skvr_dist.parity.ranks import run_ranks
 
-SHAPE: dict[str, Any] = {
-    "architecture": "qwen3",
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "qk_norm": True,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.1,  # large enough that every gradient is well above rounding
-}
-LLAMA = {"architecture": "llama", "qk_norm": False, "attention_bias": True}
-POLICIES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "uniform": {"cross_layer_prob": 0.6},
-    "strategy": {"cross_layer_prob": 0.5},
-    "window": {"cross_layer_prob": 0.7, "window": 2},
-    "cla": {"group_size": 2},
-    "rd_cla": {"group_size": 3, "cross_layer_prob": 0.5},
-}
-SEED, STEPS, MICRO_BATCHES, BATCH, SEQUENCE = 7, 3, 4, 2, 12
-# Adam divides a gradient by its own size: eps keeps it from blowing up the rounding of gradients that are nearly
-# zero (a bias on all keys hardly changes a softmax), so that weights can be compared as tightly as gradients.
-OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
-CLIP = 0.5  # below the norms that occur, so clipping is at work
+ROOT = Path(__file__).parent.parent
 
 
-def batches() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shape = (MICRO_BATCHES, BATCH, SEQUENCE + 1)
-    return [torch.randint(0, SHAPE["vocab_size"], shape, generator=generator) for _ in range(STEPS)]
+def by_layout(cases: list[Case]) -> dict[str, list[Case]]:
+    return {layout: [case for case in cases if case.layout == layout] for layout in LAYOUTS}
 
 
-def config_of(shape: dict[str, Any], policy: str, parallel: dict[str, Any], precision: str = "fp32") -> Config:
-    """A configuration as a run would have it; its data sets are not opened."""
-    return validate_config(
-        {
-            "model": shape,
-            "routing": {"policy": policy, **POLICIES[policy]},
-            "parallel": parallel,
-            "data": {"train": "", "validation": "", "tokenizer": "", "sequence_length": SEQUENCE},
-            "train": {
-                "output_dir": "",
-                "seed": SEED,
-                "steps": STEPS,
-                "global_batch_size": MICRO_BATCHES * BATCH,
-                "micro_batch_size": BATCH,
-                "precision": precision,
-                "learning_rate": OPTIMIZER["lr"],
-                "min_learning_rate_ratio": 1.0,
-                "adam_beta1": OPTIMIZER["betas"][0],
-                "adam_beta2": OPTIMIZER["betas"][1],
-                "adam_eps": OPTIMIZER["eps"],
-                "weight_decay": OPTIMIZER["weight_decay"],
-                "gradient_clipping": CLIP,
-            },
-        }
-    )
+def require_ok(outcomes: list[Outcome]) -> None:
+    for outcome in outcomes:
+        assert not outcome.misses, outcome
 
 
-def run_layout(config: Config) -> dict[str, Any]:
-    """Train STEPS steps on this rank's place of the layout; returns what the reference returns, for this stage."""
-    from deepspeed.utils import safe_get_full_grad
-
-    from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.parallel.plan_stream import PlanStream
-    from skvr_dist.train.loop import build_engine
-
-    mesh = Mesh.build(config.parallel.pipeline)
-    engine = build_engine(config, mesh)
-    decoder, take_model_step = engine.stage.decoder, engine._take_model_step
-    result: dict[str, Any] = {"losses": [], "norms": [], "donors": [], "stage": mesh.stage}
-    result["initial"] = {name: p.detach().clone() for name, p in decoder.named_parameters()}
-
-    def record_gradients_and_step(lr_kwargs: Any) -> None:
-        if "gradients" not in result:
-            result["gradients"] = {name: safe_get_full_grad(p).clone() for name, p in decoder.named_parameters()}
-        take_model_step(lr_kwargs)
-
-    engine._take_model_step = record_gradients_and_step
-    plans = PlanStream(
-        config.routing,
-        mesh,
-        num_layers=config.model.num_hidden_layers,
-        num_micro_batches=config.num_micro_batches,
-        seed=config.train.seed,
-        first_step=0,
-    )
-    for batch in batches():
-        plan = plans.next()
-        result["donors"].append(plan.donors.tolist())
-        result["losses"].append(engine.train_step(iter(batch[mesh.replica :: mesh.replicas]), plan))
-        result["norms"].append(engine.gradient_norm)
-    plans.close()
-    result["weights"] = {name: p.detach().clone() for name, p in decoder.named_parameters()}
-    states = (value for state in engine.basic_optimizer.state.values() for value in state.values())
-    masters = (p for group in engine.basic_optimizer.param_groups for p in group["params"])
-    result["state_dtypes"] = {tensor.dtype for tensor in (*states, *masters)}
-    result["sent_bytes"] = engine.sent_bytes
-    result["backward_passes"] = engine.backward_passes
-    return result
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_quick_matrix(layout: str) -> None:
+    cases = by_layout(quick_matrix())[layout]
+    outcomes = list(run_matrix(cases))
+    assert len(outcomes) == len(cases) == 2
+    require_ok(outcomes)
 
 
-@functools.cache
-def expected(family: str, tied: bool, policy: str) -> dict[str, Any]:
-    shape = family_shape(family, tied)
-    decoder = Decoder(ModelConfig.model_validate(shape))
-    initialize(decoder, SEED)
-    initial = {name: p.detach() for name, p in decoder.named_parameters()}
-    plans = [plan_of(policy, step).donors.tolist() for step in range(STEPS)]
-    trained = reference.train(initial, shape, batches(), plans, clip=CLIP, optimizer=OPTIMIZER)
-    return {**trained, "initial": initial, "donors": plans}
+def test_every_policy_on_one_rank_and_on_four() -> None:
+    names = ("single", "PP2xDP2 ZeRO-1")
+    require_ok(list(run_matrix(Case(layout, policy, tied=True) for layout in names for policy in POLICIES)))
 
 
-def family_shape(family: str, tied: bool) -> dict[str, Any]:
-    return {**SHAPE, **(LLAMA if family == "llama" else {}), "tie_word_embeddings": tied}
+@pytest.mark.parametrize("layout", ["TP2xPP2", "PP2", "TP4 SP"])
+def test_llama_with_biases(layout: str) -> None:
+    require_ok(list(run_matrix([Case(layout, family="llama", tied=layout == "PP2")])))
 
 
-def plan_of(policy: str, step: int) -> RoutingPlan:
-    routing = RoutingConfig(policy=policy, **POLICIES[policy])
-    return draw_plan(
-        routing, num_layers=SHAPE["num_hidden_layers"], num_micro_batches=MICRO_BATCHES, seed=SEED, step=step
-    )
-
-
-def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the wanted tensor; 0 where both are zero."""
-    difference, scale = (actual - wanted).norm().item(), wanted.norm().item()
-    return 0.0 if difference == 0.0 else difference / scale if scale else float("inf")
-
-
-def check(results: list[dict[str, Any]], wanted: dict[str, Any], tolerance: float = 1e-5) -> None:
-    seen = set()
+@pytest.mark.parametrize("layout", ["DP2 ZeRO-1", "PP2xDP2 ZeRO-1", "DP2 ZeRO-2", "PP2xDP2 ZeRO-3", "TP2 SP"])
+def test_bf16_follows_fp32_and_keeps_its_state_in_fp32(layout: str) -> None:
+    case = Case(layout, tied=True, precision="bf16")
+    results = run_ranks(LAYOUTS[layout].ranks, run_case, case)
     for result in results:
-        assert result["donors"] == wanted["donors"]
-        assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-6)
-        assert result["norms"] == pytest.approx(wanted["norms"], rel=tolerance)
-        for kind in ("initial", "gradients", "weights"):
-            for name, tensor in result[kind].items():
-                error = relative_error(tensor, wanted[kind][name])
-                assert error <= (0.0 if kind == "initial" else tolerance), f"{kind} of {name}: {error:.2e}"
-                seen.add((kind, name))
-    assert seen == {(kind, name) for kind in ("initial", "gradients", "weights") for name in wanted[kind]}
+        assert {tensor.dtype for _, tensor in result.weights.values()} == {torch.bfloat16}
+        assert {tensor.dtype for _, tensor in result.gradients.values()} == {torch.float32}
+        assert result.state_dtypes == {torch.float32}
+    require_ok([compare(case, results)])
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_one_stage(policy: str) -> None:
-    results = run_ranks(1, run_layout, config_of(family_shape("qwen3", True), policy, {"zero_stage": 0}))
-    check(results, expected("qwen3", True, policy))
+def test_the_comparison_sees_a_wrong_gradient() -> None:
+    """A relative error of 1e-4 in one gradient of one rank, and a rank that holds a byte too much for its share."""
+    case = Case("DP2 ZeRO-1")
+    results = run_ranks(2, run_case, case)
+    assert not compare(case, results).misses
+    results[1].gradients["layers.2.self_attn.k_proj.weight"][1].mul_(1 + 1e-4)
+    results[1].bytes["optimizer"] *= 2
+    outcome = compare(case, results)
+    assert outcome.misses == ["gradient", "bytes of optimizer"]
+    assert outcome.worst_gradient == "layers.2.self_attn.k_proj.weight"
+    assert outcome.bytes_ratio["optimizer"] == pytest.approx(2.0, rel=0.05)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_two_stages_two_replicas(policy: str) -> None:
-    parallel = {"pipeline": 2, "zero_stage": 1}
-    results = run_ranks(4, run_layout, config_of(family_shape("qwen3", True), policy, parallel))
-    check(results, expected("qwen3", True, policy))
+def test_the_reference_is_that_of_a_plain_decoder() -> None:
+    """Without routing the policies agree with one another; with it they do not."""
+    none, uniform = (expected("qwen3", False, policy, 2)["losses"] for policy in ("none", "uniform"))
+    assert none[0] != uniform[0]
 
 
-@pytest.mark.parametrize(
-    ("family", "tied", "world_size", "parallel"),
-    [
-        ("llama", False, 2, {"pipeline": 2, "zero_stage": 0}),
-        ("qwen3", True, 2, {"pipeline": 2, "zero_stage": 0}),
-        ("qwen3", True, 4, {"pipeline": 4, "stage_layers": [1, 2, 1, 1], "zero_stage": 1}),
-        ("qwen3", False, 4, {"pipeline": 2, "stage_layers": [1, 4], "zero_stage": 0}),
-        ("llama", True, 2, {"pipeline": 1, "zero_stage": 1}),
-    ],
-    ids=["pp2-llama", "pp2-tied", "pp4-uneven-tied", "pp2xdp2-uneven", "dp2-zero1-llama"],
-)
-def test_other_layouts(family: str, tied: bool, world_size: int, parallel: dict[str, Any]) -> None:
-    config = config_of(family_shape(family, tied), "uniform", parallel)
-    results = run_ranks(world_size, run_layout, config)
-    check(results, expected(family, tied, "uniform"))
-    check_traffic(results, config)
+def test_the_full_matrix_has_every_combination() -> None:
+    cases = full_matrix()
+    assert len(set(cases)) == len(cases)
+    seen = {(case.layout, case.policy, case.checkpointing) for case in cases}
+    assert seen == {
+        (layout, policy, kind)
+        for layout in LAYOUTS
+        for policy in ("none", "uniform", "strategy")
+        for kind in CHECKPOINTING
+    }
+    assert {(case.layout, case.tied) for case in cases} == {
+        (layout, tied) for layout in LAYOUTS for tied in (True, False)
+    }
+    assert {case.steps for case in cases} == {20}
 
 
-def check_traffic(results: list[dict[str, Any]], config: Config) -> None:
-    """Bytes over each boundary equal the liveness bound, and a stage runs one backward pass per micro-batch."""
-    model, stages = config.model, config.parallel.pipeline
-    size = {"tokens": BATCH * SEQUENCE, "hidden_size": model.hidden_size, "kv_size": model.kv_size}
-    rows = [donors for step in results[0]["donors"] for donors in step]
-    for stage, (_, stop) in enumerate(stage_bounds(model, config.parallel)):
-        sent = sum(result["sent_bytes"] for result in results if result["stage"] == stage)
-        last = stage == stages - 1
-        assert sent == (0 if last else 4 * sum(crossing_elements(donors, stop, **size) for donors in rows))
-    replicas = len(results) // stages
-    assert {result["backward_passes"] for result in results} == {STEPS * MICRO_BATCHES // replicas}
+def parity(*arguments: str, code: int = 0) -> str:
+    command = [sys.executable, "tools/parity.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("world_size", "pipeline"), [(1, 1), (4, 2)])
-def test_bf16_follows_fp32_and_keeps_its_state_in_fp32(world_size: int, pipeline: int) -> None:
-    shape = family_shape("qwen3", True)
-    results = run_ranks(world_size, run_layout, config_of(shape, "uniform", {"pipeline": pipeline}, "bf16"))
-    wanted = expected("qwen3", True, "uniform")
-    for result in results:
-        assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-3)
-        assert result["norms"] == pytest.approx(wanted["norms"], rel=5e-3)
-        # bf16 has 8 bits of mantissa. Measured: losses within 1.2e-4, norms 1.4e-3, any gradient 4.2e-2.
-        errors = {name: relative_error(g.float(), wanted["gradients"][name]) for name, g in result["gradients"].items()}
-        assert max(errors.values()) <= 6e-2, errors
-        assert {p.dtype for p in result["weights"].values()} == {torch.bfloat16}
-        assert {g.dtype for g in result["gradients"].values()} == {torch.float32}
-        assert result["state_dtypes"] == {torch.float32}
+def test_the_command(tmp_path: Path) -> None:
+    output = parity("--layout", "single", "--json", str(tmp_path / "parity.json"))
+    assert "2 cases of 3 steps" in output and "0 out of tolerance" in output
+    outcomes = json.loads((tmp_path / "parity.json").read_text())
+    assert [outcome["case"]["layout"] for outcome in outcomes] == ["single", "single"]
+    assert "no layout of the quick matrix has 'TP3' in its name" in parity("--layout", "TP3", code=2)
+
+
+def test_the_support_matrix_is_printed() -> None:
+    output = parity("--support")
+    assert "|      2 | yes                 | yes                 | no               | no               |" in output
+    assert "parallel.zero_stage 2 under a pipeline" in output

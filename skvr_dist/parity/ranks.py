@@ -1,11 +1,12 @@
-"""Run a function on several ranks over gloo, each a real process.
+"""Run a function on several ranks of this machine over gloo, each a real process.
 
-A fork server imports torch and DeepSpeed once per test run; every rank is a fork of it, so a test starts with a clean
-process group and clean module state, in a fraction of a second.
+A fork server imports torch and DeepSpeed once; every rank is a fork of it, so a run starts with a clean process group
+and clean module state, in a fraction of a second.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import multiprocessing
 import os
@@ -14,46 +15,59 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
 
-os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the fork server, whose imports read it
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-_context = multiprocessing.get_context("forkserver")
-# The last two are what DeepSpeed's engine and torch's optimizers would import on every rank, for seconds.
-_context.set_forkserver_preload(
-    [
-        "skvr_dist.parallel.engine",
-        "skvr_dist.parallel.plan_stream",
-        "torch._dynamo",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-    ]
-)
+
+@functools.cache
+def _fork_server() -> ForkServerContext:
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the fork server, whose imports read it
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context = multiprocessing.get_context("forkserver")
+    # The last two are what DeepSpeed's engine and torch's optimizers would import on every rank, for seconds.
+    context.set_forkserver_preload(
+        [
+            "skvr_dist.train.loop",
+            "skvr_dist.parity.measure",
+            "torch._dynamo",
+            "deepspeed.runtime.zero.stage3",
+            "deepspeed.runtime.zero.muon.muon_optimizer",
+        ]
+    )
+    return context
 
 
-class RankError(AssertionError):
+class RankError(Exception):
     """A rank raised, died or did not finish in time."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 120.0) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 120.0, may_die: bool = False
+) -> list[Any]:
     """Call `function(*args)` on every rank of a fresh process group; returns what each returned, by rank.
 
-    `function` must be importable (defined at the top of a test module); results must be picklable.
+    `function` must be importable (defined at the top of a module); results must be picklable. With `may_die`, a rank
+    that ends without a result returns None.
+
+    Raises:
+        RankError: a rank raised, died or took longer than `seconds`; the others are killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    context = _fork_server()
     processes, connections = [], []
     for rank in range(world_size):
-        receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(rank, world_size, port, sender, function, args), daemon=True)
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, world_size, port, sender, function, args), daemon=True)
         process.start()
         sender.close()
         processes.append(process)
         connections.append(receiver)
     try:
-        return _collect(connections, seconds)
+        return _collect(connections, seconds, may_die)
     finally:
         for process in processes:
             process.join(timeout=5)
@@ -61,7 +75,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, seconds
                 process.kill()
 
 
-def _collect(connections: list[Connection], seconds: float) -> list[Any]:
+def _collect(connections: list[Connection], seconds: float, may_die: bool) -> list[Any]:
     results: dict[Connection, Any] = {}
     deadline = time.monotonic() + seconds
     while len(results) < len(connections):
@@ -75,6 +89,9 @@ def _collect(connections: list[Connection], seconds: float) -> list[Any]:
             try:
                 failed, value = torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
             except EOFError:
+                if may_die:
+                    results[connection] = None
+                    continue
                 raise RankError(f"rank {connections.index(connection)} died without a result") from None
             if failed:
                 raise RankError(f"rank {connections.index(connection)} raised:\n{value}")

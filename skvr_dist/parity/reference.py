@@ -1,8 +1,8 @@
 """A plain single-process reference of routed training, as literal as possible.
 
-It shares no code with `skvr_dist`: parameters are a dictionary by canonical name, every layer's keys and values are
-computed and kept, attention is the formula, and a reader looks its donor up in the list. Everything else in the
-project is held against it.
+It shares no code with the rest of `skvr_dist`: parameters are a dictionary by canonical name, every layer's keys and
+values are computed and kept, attention is the formula, and a reader looks its donor up in the list. Everything else
+in the project is held against it.
 """
 
 from __future__ import annotations
@@ -97,20 +97,18 @@ def train(
     w = {name: value.clone().requires_grad_() for name, value in weights.items()}
     decayed = [p for p in w.values() if p.dim() >= 2]
     plain = [p for p in w.values() if p.dim() < 2]
-    adamw = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], **optimizer)
+    groups: list[dict] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, **optimizer)
     result: dict = {"losses": [], "norms": []}
     for batch, plan in zip(batches, plans, strict=True):
-        total = sum(loss(w, shape, tokens, donors) for tokens, donors in zip(batch, plan, strict=True)) / len(batch)
-        adamw.zero_grad()
-        total.backward()
-        for parameter in w.values():
-            # A parameter that no micro-batch used has a gradient of zero, not none: AdamW must still decay it.
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        result.setdefault("gradients", {name: p.grad.clone() for name, p in w.items()})
-        norm = torch.sqrt(sum((p.grad**2).sum() for p in w.values()))
-        if norm > clip:
-            for parameter in w.values():
-                parameter.grad *= clip / (norm + 1e-6)
+        losses = [loss(w, shape, tokens, donors) for tokens, donors in zip(batch, plan, strict=True)]
+        total = torch.stack(losses).mean()
+        # A weight that no micro-batch used has a gradient of zero, not none: AdamW must still decay it.
+        gradients = torch.autograd.grad(total, list(w.values()), allow_unused=True, materialize_grads=True)
+        result.setdefault("gradients", {name: grad.clone() for name, grad in zip(w, gradients, strict=True)})
+        norm = torch.stack([(grad**2).sum() for grad in gradients]).sum().sqrt()
+        for parameter, grad in zip(w.values(), gradients, strict=True):
+            parameter.grad = grad * (clip / (norm + 1e-6)) if norm > clip else grad
         adamw.step()
         result["losses"].append(total.item())
         result["norms"].append(norm.item())

@@ -1,0 +1,53 @@
+"""Run the parity matrix and show it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from tabulate import tabulate
+
+from skvr_dist.parity.cases import LAYOUTS, Case
+from skvr_dist.parity.compare import Outcome, compare
+from skvr_dist.parity.measure import run_cases
+from skvr_dist.parity.ranks import run_ranks
+
+_SECONDS_PER_CASE = 120.0
+
+
+def run_matrix(cases: Iterable[Case]) -> Iterator[Outcome]:
+    """The outcome of every case; neighbouring cases of one layout share their processes."""
+    for layout, group in itertools.groupby(cases, key=lambda case: case.layout):
+        together = list(group)
+        by_rank = run_ranks(LAYOUTS[layout].ranks, run_cases, together, seconds=_SECONDS_PER_CASE * len(together))
+        for case, *results in zip(together, *by_rank, strict=True):
+            yield compare(case, results)
+
+
+def as_table(outcomes: Iterable[Outcome]) -> str:
+    """A line per case, in Markdown."""
+    header = ["layout", "policy", "checkpointing", "tied", "initial", "loss", "gradient", "norm", "weights"]
+    header += ["bytes: parameters", "gradients", "optimizer", "sent / bound", "verdict"]
+    return tabulate([_row(outcome) for outcome in outcomes], headers=header, tablefmt="github", disable_numparse=True)
+
+
+def _row(outcome: Outcome) -> list[str]:
+    case = outcome.case
+    errors = [outcome.initial, outcome.loss, outcome.gradient, outcome.norm, outcome.weights]
+    return [
+        case.layout,
+        case.policy,
+        case.checkpointing,
+        "yes" if case.tied else "no",
+        *(f"{error:.0e}" if error else "0" for error in errors),
+        *(f"{ratio:.3f}" for ratio in outcome.bytes_ratio.values()),
+        f"{outcome.crossing_ratio:.3f}" if LAYOUTS[case.layout].parallel.get("pipeline", 1) > 1 else "-",
+        ", ".join(outcome.misses) or "ok",
+    ]
+
+
+def as_json(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """A dictionary per case."""
+    return [{**asdict(outcome), "misses": outcome.misses} for outcome in outcomes]
