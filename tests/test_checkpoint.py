@@ -1,192 +1,260 @@
-"""Checkpoints: exact resume in each precision, what is refused, and what an interruption cannot leave behind."""
+"""Checkpoints: any layout goes on in any other, in any precision; damage is seen; nothing unfinished counts."""
 
 from __future__ import annotations
 
-import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
-import torch.distributed as dist
-import yaml
+from hypothesis import given
 
-from skvr_dist.checkpoint.folder import Checkpoint, clear_partial, latest_checkpoint, partial_folder, publish
-from skvr_dist.checkpoint.weights import WeightFiles, save_weights
+from skvr_dist.checkpoint.folder import FORMAT, Checkpoint, candidates, forget_old, publish, sha256_of, step_folder
+from skvr_dist.checkpoint.pieces import pieces_of
 from skvr_dist.errors import UserError
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder, initialize
-from skvr_dist.parity.cases import LAYOUTS, Case, batches
+from skvr_dist.model.parts import Shard
+from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parity.cases import LAYOUTS, SEED, Case
 from skvr_dist.parity.ranks import run_ranks
-from skvr_dist.train.config import Config
+from skvr_dist.parity.reshard import Trainer, reshard
+from skvr_dist.train.resume import choose, load_state, load_weights
 
-SHAPE = Case("single", tied=True).shape
-MODEL = ModelConfig.model_validate(SHAPE)
-STEPS = 3
-
-
-def stop_and_go_on(config: Config, changed: Config, folder: str) -> dict[str, Any]:
-    """Train on; evaluate and save after the first step; load that into a new engine and train again."""
-    from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.loop import build_engine, load_state
-
-    mesh = Mesh.build(config.parallel, config.model)
-
-    def train(engine: Any, steps: range) -> list[tuple[float, float, float]]:
-        done = []
-        for step in steps:
-            learning_rate = engine.get_lr()[0]
-            mine = iter(batches(STEPS)[step][mesh.replica :: mesh.replicas])
-            done.append((learning_rate, engine.train_step(mine, config.plan(step)), engine.gradient_norm))
-        return done
-
-    engine = build_engine(config, mesh)
-    train(engine, range(1))
-    engine.evaluate(list(batches(STEPS)[0][mesh.replica :: mesh.replicas]), [0, 0, 0, 3, 3])
-    engine.save_checkpoint(folder, tag=partial_folder(1), save_latest=False)
-    if mesh.rank == 0:
-        tokenizer = Path(folder) / "any.model"
-        tokenizer.write_bytes(b"")
-        publish(Path(folder), 1, config_text=config.to_yaml(), facts={"step": 1}, tokenizer=tokenizer)
-    dist.barrier()
-    straight = train(engine, range(1, STEPS))
-    weights = {name: p.detach().clone() for name, p in engine.stage.decoder.named_parameters()}
-
-    resumed = build_engine(changed, mesh)
-    load_state(resumed, Checkpoint(Path(folder) / "step-00000001"))
-    again = train(resumed, range(1, STEPS))
-    same = all(torch.equal(p, weights[name]) for name, p in resumed.stage.decoder.named_parameters())
-    return {"straight": straight, "again": again, "same_weights": same}
+ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("layout", "precision"), [("PP2", "fp32"), ("PP2xDP2 ZeRO-1", "bf16"), ("single", "fp32")])
-def test_resume_is_exact(tmp_path: Path, layout: str, precision: str) -> None:
-    config = Case(layout, tied=True, precision=precision).config()
-    for result in run_ranks(LAYOUTS[layout].ranks, stop_and_go_on, config, config, str(tmp_path)):
-        assert result["again"] == result["straight"]
-        assert result["same_weights"]
+@given(st.data())
+def test_pieces_cover_a_flat_slice_exactly(data: st.DataObject) -> None:
+    """However a matrix is sharded and its shards are cut, their pieces make the matrix, each element once."""
+    rows, columns, parts = (data.draw(st.integers(1, most)) for most in (7, 7, 3))
+    dim = data.draw(st.sampled_from([0, 1]))
+    whole = torch.arange(rows * columns).view(rows, columns)
+    rebuilt = torch.full_like(whole, -1)
+    share = -(-whole.shape[dim] // parts)
+    for first in range(0, whole.shape[dim], share):
+        length = min(share, whole.shape[dim] - first)
+        shard = Shard((rows, columns), dim, first, length)
+        local = shard.cut(whole).contiguous()
+        if dim == 0:  # padded below, as the vocabulary is
+            local = torch.cat((local, torch.full((share - length, columns), -2)))
+        cuts = sorted(data.draw(st.lists(st.integers(0, local.numel()), max_size=3)))
+        for start, stop in zip([0, *cuts], [*cuts, local.numel()], strict=True):
+            found = pieces_of(shard, tuple(local.shape), local.flatten()[start:stop], start)
+            assert len(found) <= 3
+            for piece in found:
+                (y, x), (height, width) = piece.offsets, piece.tensor.shape
+                assert (rebuilt[y : y + height, x : x + width] == -1).all()
+                rebuilt[y : y + height, x : x + width] = piece.tensor
+    assert torch.equal(rebuilt, whole)
 
 
-def test_a_resumed_run_has_the_configured_learning_rate(tmp_path: Path) -> None:
-    config = Case("DP2 ZeRO-1", tied=True).config()
-    train = config.train.model_copy(update={"learning_rate": 0.125})
-    changed = config.model_copy(update={"train": train})
-    (result,) = run_ranks(1, stop_and_go_on, config, changed, str(tmp_path))
-    assert [learning_rate for learning_rate, *_ in result["straight"]] == [config.train.learning_rate] * (STEPS - 1)
-    assert [learning_rate for learning_rate, *_ in result["again"]] == [0.125] * (STEPS - 1)
-    assert result["again"][0][1] == result["straight"][0][1]  # the first loss is that of the loaded weights
-    assert not result["same_weights"]
+@pytest.mark.parametrize("layouts", [["single", "PP2xDP2 ZeRO-1"], ["TP2xDP2 ZeRO-3", "DP2 ZeRO-2"]], ids=" ".join)
+def test_any_layout_goes_on_in_any_other(tmp_path: Path, layouts: list[str]) -> None:
+    outcomes = list(reshard(layouts, tmp_path))
+    assert len(outcomes) == 4
+    for outcome in outcomes:
+        assert not outcome.missed, outcome
+        if outcome.source == outcome.target:
+            assert (outcome.loss, outcome.state) == (0.0, 0.0)
 
 
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> Path:
-    """A run's checkpoints, with one of step 5 by two stages."""
-    folder = tmp_path / "run/checkpoints"
-    write(folder, step=5)
+def train_and_save(case: Case, folder: str, step: int) -> None:
+    trainer = Trainer(case, folder)
+    trainer.train(range(step))
+    trainer.save(step)
+
+
+def go_on(case: Case, saved: str, folder: str) -> list[float]:
+    trainer = Trainer(case, folder)
+    load_state(trainer.engine, Checkpoint(saved))
+    return trainer.train(range(2, 4))
+
+
+def test_bf16_goes_on_exactly(tmp_path: Path) -> None:
+    """On the same layout bit for bit; on another as close as bf16 gradients are."""
+    case = Case("PP2xDP2 ZeRO-1", tied=True, precision="bf16")
+    run_ranks(4, train_and_save, case, str(tmp_path / "a"), 2)
+    saved = str(tmp_path / "a/checkpoints" / step_folder(2))
+    again = [run_ranks(4, go_on, case, saved, str(tmp_path / name))[0] for name in ("b", "c")]
+    assert again[0] == again[1]
+    other = run_ranks(2, go_on, Case("DP2 ZeRO-3", tied=True, precision="bf16"), saved, str(tmp_path / "d"))[0]
+    assert other == pytest.approx(again[0], rel=1e-3)
+    checkpoint = Checkpoint(saved)
+    assert checkpoint.index.dtype("weights.norm.weight") == torch.float32  # the master
+    assert checkpoint.weight("norm.weight").dtype == torch.bfloat16  # what was trained
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with one checkpoint, of step 1, by two stages."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_ranks(2, train_and_save, Case("PP2", tied=True), str(folder), 1)
     return folder
 
 
-def write(folder: Path, step: int, parts: int = 2) -> Path:
-    bounds = [(0, 2), (2, 5)] if parts == 2 else [(0, 5)]
-    for part, (start, stop) in enumerate(bounds):
-        decoder = Decoder(MODEL, start, stop)
-        initialize(decoder, seed=step)
-        save_weights(folder / partial_folder(step), decoder, part=part, parts=parts)
-    (folder / partial_folder(step) / "optimizer.pt").write_bytes(b"state")
-    tokenizer = folder / "tokenizer"
-    tokenizer.write_bytes(b"pieces")
-    config_text = yaml.safe_dump({"model": MODEL.model_dump()})
-    return publish(folder, step, config_text=config_text, facts={"step": step}, tokenizer=tokenizer)
+@pytest.fixture
+def run_folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
-def test_a_checkpoint_is_read_in_one_process(checkpoints: Path) -> None:
-    whole = Decoder(MODEL)
-    initialize(whole, seed=5)
-    for path in (checkpoints.parent, checkpoints / "step-00000005"):
-        checkpoint = Checkpoint(path)
-        assert (checkpoint.step, checkpoint.model_config) == (5, MODEL)
+def test_a_checkpoint_is_read_in_one_process(run_folder: Path) -> None:
+    for path in (run_folder, run_folder / "checkpoints/step-00000001"):
+        checkpoint = Checkpoint(path, verify=True)
+        assert (checkpoint.step, checkpoint.model_config) == (1, Case("PP2", tied=True).config().model)
         loaded = dict(checkpoint.load_decoder().named_parameters())
-        assert all(torch.equal(loaded[name], parameter) for name, parameter in whole.named_parameters())
         assert checkpoint.weight_names() == sorted(loaded)
+        assert all(torch.equal(checkpoint.weight(name), parameter) for name, parameter in loaded.items())
+    assert (run_folder / "checkpoints/latest").read_text() == "step-00000001\n"
 
 
-def test_nothing_partial_counts(checkpoints: Path) -> None:
-    """A save that was interrupted, then done again by fewer stages, leaves only the new one's files."""
-    decoder = Decoder(MODEL, 2, 5)
-    save_weights(checkpoints / partial_folder(6), decoder, part=1, parts=2)
-    assert latest_checkpoint(checkpoints) == checkpoints / "step-00000005"
-    clear_partial(checkpoints, 6)
-    final = write(checkpoints, step=6, parts=1)
-    assert sorted(file.name for file in final.glob("model-*")) == ["model-00000-of-00001.safetensors"]
-    assert Checkpoint(checkpoints.parent).step == 6
-    assert not list(checkpoints.glob("*.partial"))
+def start_from_weights(case: Case, path: str) -> list[float]:
+    trainer = Trainer(case, path + "-new")
+    load_weights(trainer.engine, Checkpoint(path))
+    return trainer.train(range(2))
 
 
-def test_a_step_that_is_saved_again_replaces_the_first(checkpoints: Path) -> None:
-    (checkpoints / "step-00000005/optimizer.pt").write_bytes(b"old")
-    final = write(checkpoints, step=5)
-    assert (final / "optimizer.pt").read_bytes() == b"state"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000005", "tokenizer"]
+@pytest.mark.parametrize("layout", ["TP2xDP2 ZeRO-3", "DP2 ZeRO-1"])
+def test_a_new_run_starts_from_weights_alone(tmp_path: Path, layout: str) -> None:
+    """From a checkpoint of the initial weights it is the run that drew them."""
+    case = Case("single", tied=True)
+    run_ranks(1, train_and_save, case, str(tmp_path / "zero"), 0)
+    (drawn,) = run_ranks(1, go_on_from_nothing, case, str(tmp_path / "drawn"))
+    other = Case(layout, tied=True)
+    for losses in run_ranks(LAYOUTS[layout].ranks, start_from_weights, other, str(tmp_path / "zero")):
+        assert losses == pytest.approx(drawn, rel=1e-6)
 
 
-def damage_size(folder: Path) -> None:
-    (folder / "optimizer.pt").write_bytes(b"sta")
+def go_on_from_nothing(case: Case, folder: str) -> list[float]:
+    return Trainer(case, folder).train(range(2))
 
 
-def damage_absent(folder: Path) -> None:
-    (folder / "model-00001-of-00002.safetensors").unlink()
+def test_every_flipped_byte_is_seen(run_folder: Path) -> None:
+    """In 50 positions across all files, the manifest and its digest among them."""
+    folder = run_folder / "checkpoints/step-00000001"
+    files = sorted(folder.iterdir())
+    draw = random.Random(0)
+    for number in range(50):
+        file = files[number % len(files)]
+        content = bytearray(file.read_bytes())
+        position = draw.randrange(len(content))
+        content[position] ^= 1 << draw.randrange(8)
+        whole = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"is damaged|is incomplete"):
+            Checkpoint(folder, verify=True)
+        file.write_bytes(whole)
+    Checkpoint(folder, verify=True)
 
 
-def damage_header(folder: Path) -> None:
-    file = folder / "model-00000-of-00002.safetensors"
-    file.write_bytes(b"\xff" * file.stat().st_size)
+def choose_here(case: Case, folder: str) -> Any:
+    config = case.config()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"output_dir": folder})})
+    try:
+        chosen, left_out = choose(config, Mesh.build(config.parallel, config.model))
+    except UserError as error:
+        return str(error)
+    return chosen and chosen.step, left_out
 
 
-def damage_facts(folder: Path) -> None:
-    (folder / "checkpoint.json").write_text('{"step": 5')
+def test_a_damaged_checkpoint_is_left_out_for_the_one_before(run_folder: Path) -> None:
+    case, checkpoints = Case("DP2 ZeRO-1", tied=True), run_folder / "checkpoints"
+    for step in (2, 3):
+        shutil.copytree(checkpoints / "step-00000001", checkpoints / step_folder(step))
+    (checkpoints / "step-00000004.partial").mkdir()
+    tensors = next((checkpoints / "step-00000003").glob("*.distcp"))
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    (checkpoints / "step-00000002/index.json").unlink()
+    for step, left_out in run_ranks(2, choose_here, case, str(run_folder)):
+        assert step == 1
+        assert "step-00000003 is damaged: " in left_out[0] and "changed since it was written" in left_out[0]
+        assert "step-00000002 is damaged: index.json is missing" in left_out[1]
+    (checkpoints / "step-00000001/manifest.json").unlink()
+    for message in run_ranks(2, choose_here, case, str(run_folder)):
+        assert message.startswith("no checkpoint is left to go on from: ")
+        assert "step-00000001 is incomplete (No such file or directory" in message
 
 
-def damage_config(folder: Path) -> None:
-    (folder / "config.yaml").write_text("model: {}")
+def test_old_checkpoints_are_forgotten(tmp_path: Path) -> None:
+    for step in range(100, 700, 100):
+        (tmp_path / step_folder(step)).mkdir()
+    (tmp_path / "step-00000700.partial").mkdir()
+    forget_old(tmp_path, keep_last=2, keep_every_steps=300)
+    assert [path.name[-3:] for path in candidates(tmp_path)] == ["600", "500", "300"]
+    forget_old(tmp_path, keep_last=1, keep_every_steps=None)
+    assert [path.name[-3:] for path in candidates(tmp_path)] == ["600"]
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (damage_size, "optimizer.pt has 3 bytes, not 5"),
-        (damage_absent, "model-00001-of-00002.safetensors is missing"),
-        (damage_header, "model-00000-of-00002.safetensors are damaged"),
-        (damage_facts, "is damaged"),
-        (damage_config, "is damaged"),
-    ],
-)
-def test_damage_is_named(checkpoints: Path, damage: Any, message: str) -> None:
-    damage(checkpoints / "step-00000005")
-    with pytest.raises(UserError, match=message):
-        Checkpoint(checkpoints.parent)
+def save_where_nothing_fits(case: Case, folder: str) -> str:
+    trainer = Trainer(case, folder)
+    trainer.save(0)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # a file grows no further, as on a full disk
+    with pytest.raises(UserError) as raised:
+        trainer.save(1)
+    return str(raised.value)
 
 
-def test_weights_of_two_saves_do_not_mix(tmp_path: Path) -> None:
-    decoder = Decoder(MODEL)
-    save_weights(tmp_path, decoder, part=0, parts=1)
-    save_weights(tmp_path, decoder, part=1, parts=2)
-    with pytest.raises(UserError, match="are not one complete set"):
-        WeightFiles(tmp_path)
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    for message in run_ranks(2, save_where_nothing_fits, Case("PP2", tied=True), str(tmp_path)):
+        assert "step-00000001.partial could not be written" in message
+    assert [path.name for path in candidates(tmp_path / "checkpoints")] == ["step-00000000"]
+    Checkpoint(tmp_path, verify=True)
 
 
-def test_weights_of_another_architecture_are_refused(checkpoints: Path) -> None:
-    files = WeightFiles(checkpoints / "step-00000005")
-    with pytest.raises(UserError, match=r"has no weight lm_head.weight; it is a checkpoint of another architecture"):
-        files.copy_into(Decoder(ModelConfig.model_validate({**SHAPE, "tie_word_embeddings": False})))
-    wider = ModelConfig.model_validate({**SHAPE, "vocab_size": 128})
-    with pytest.raises(UserError, match=r"embed_tokens.weight has shape \[97, 32\] in .*, but \[128, 32\]"):
-        files.copy_into(Decoder(wider))
+def load_into_another(case: Case, folder: str) -> str:
+    trainer = Trainer(case, folder + "-new")
+    with pytest.raises(UserError) as raised:
+        load_weights(trainer.engine, Checkpoint(folder))
+    return str(raised.value)
 
 
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(run_folder: Path) -> None:
+    (message,) = run_ranks(1, load_into_another, Case("single", tied=False), str(run_folder))
+    assert "has no tensor weights.lm_head.weight; it is one of another architecture" in message
+
+
+def test_a_newer_format_and_a_folder_without_a_checkpoint_are_refused(run_folder: Path, tmp_path: Path) -> None:
+    folder = run_folder / "checkpoints/step-00000001"
+    facts = folder / "checkpoint.json"
+    facts.write_text(facts.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
+    names = [file.name for file in folder.iterdir() if not file.name.startswith("manifest")]
+    publish(folder, folder.with_name("step-00000009"), {name: sha256_of(folder / name) for name in names})
+    with pytest.raises(UserError, match=rf"has format {FORMAT + 1}, newer than this release's {FORMAT}"):
+        Checkpoint(folder.with_name("step-00000009"))
     with pytest.raises(UserError, match="is neither a checkpoint"):
-        Checkpoint(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/latest").write_text(json.dumps("step-00000001"))
-    with pytest.raises(UserError, match="damaged"):
-        Checkpoint(tmp_path)
+        Checkpoint(tmp_path / "nothing")
+
+
+def test_inspect(run_folder: Path) -> None:
+    def inspect(code: int) -> str:
+        command = [sys.executable, "tools/inspect_checkpoint.py", str(run_folder), "--tensors"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    output = inspect(0)
+    assert "| exp_avg.layers.4.mlp.up_proj.weight" in output and "all whole" in output
+    tensors = next((run_folder / "checkpoints/step-00000001").glob("*.distcp"))
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    tensors.write_bytes(content)
+    assert f"damaged: {tensors.name}" in inspect(1)
+
+
+def test_initial_weights_do_not_depend_on_the_split() -> None:
+    config = ModelConfig.model_validate(Case("single").shape)
+    whole, part = Decoder(config), Decoder(config, 2, 4)
+    for decoder in (whole, part):
+        initialize(decoder, SEED)
+    drawn = dict(whole.named_parameters())
+    assert all(torch.equal(parameter, drawn[name]) for name, parameter in part.named_parameters())

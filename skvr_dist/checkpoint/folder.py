@@ -1,21 +1,23 @@
-"""Checkpoints of a run: complete folders, and one file that names the latest.
+"""A checkpoint on disk, and the checkpoints of a run.
 
-A checkpoint `step-00000100/` holds
+    config.yaml        the resolved configuration of the run
+    checkpoint.json    step, tokens seen, layout, routing, data fingerprint, software versions
+    index.json         which tensors there are, whole, and in which file which part of them is
+    *.distcp           the parts: weights (fp32 masters where there are any) and Adam's moments
+    tokenizer.model    the tokenizer the data was made with, where there is one
+    manifest.json      size and SHA-256 of every file above
+    manifest.sha256    SHA-256 of the manifest
 
-    config.yaml          the resolved configuration of the run
-    checkpoint.json      step, tokens seen, layout, routing, versions, fingerprint of the data, sizes of the files
-    tokenizer.model      the tokenizer of its data
-    model-*.safetensors  weights under canonical names
-    *.pt                 DeepSpeed's optimizer states, for resuming on the same layout
-
-It is written under a temporary name and renamed when every rank has finished, and `latest` moves after that: a folder
-with a final name is complete.
+It is written under a temporary name and renamed when every file is on disk, and `latest` moves after that. A folder
+with a final name whose manifest holds is complete and undamaged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,17 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from skvr_dist.checkpoint.weights import WeightFiles
+from skvr_dist.checkpoint.pieces import WEIGHTS
+from skvr_dist.checkpoint.storage import Index
 from skvr_dist.errors import UserError
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder
 
 CONFIG_FILE, FACTS_FILE, TOKENIZER_FILE, LATEST_FILE = "config.yaml", "checkpoint.json", "tokenizer.model", "latest"
+MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
+FORMAT = 1
+"""Version of this layout of files; a newer one is refused."""
+_READ_BYTES = 1 << 22
 
 
 def step_folder(step: int) -> str:
@@ -42,69 +49,122 @@ def partial_folder(step: int) -> str:
     return f"{step_folder(step)}.partial"
 
 
-def clear_partial(checkpoints: Path, step: int) -> None:
-    """Remove what an interrupted save of that step left; on one rank, before any writes."""
-    shutil.rmtree(checkpoints / partial_folder(step), ignore_errors=True)
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def publish(checkpoints: Path, step: int, *, config_text: str, facts: dict[str, Any], tokenizer: Path) -> Path:
-    """Complete the partial folder of `step` and make it the latest checkpoint; on one rank, after all have written."""
-    partial, final = checkpoints / partial_folder(step), checkpoints / step_folder(step)
+def write_facts(partial: Path, *, config_text: str, facts: dict[str, Any], tokenizer: Path | None) -> None:
+    """Put what describes a checkpoint beside its tensors; on one rank."""
     (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-    shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
-    files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    (partial / FACTS_FILE).write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")
-    replaced = checkpoints / f"{final.name}.replaced"
-    if final.exists():  # the run came by this step before
-        final.rename(replaced)
+    (partial / FACTS_FILE).write_text(json.dumps({"format": FORMAT, **facts}, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+
+
+def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
+    """Complete a partial folder under its final name; on one rank, after all files were written.
+
+    Args:
+        digests: SHA-256 of every file, by name.
+    """
+    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]} for name in sorted(digests)}
+    manifest = json.dumps({"files": files}, indent=1).encode()
+    (partial / MANIFEST_FILE).write_bytes(manifest)
+    (partial / DIGEST_FILE).write_bytes(hashlib.sha256(manifest).hexdigest().encode())
+    if final.exists():  # the run came by this step before; what is there is damaged, or it would have gone on from it
+        shutil.rmtree(final)
     partial.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    pointer = checkpoints / f"{LATEST_FILE}.partial"
+    pointer = final.parent / f"{LATEST_FILE}.partial"
     pointer.write_text(final.name + "\n", encoding="utf-8")
-    pointer.replace(checkpoints / LATEST_FILE)
-    return final
+    pointer.replace(final.parent / LATEST_FILE)
 
 
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None when nothing has been saved."""
-    pointer = checkpoints / LATEST_FILE
-    return checkpoints / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+def candidates(checkpoints: Path) -> list[Path]:
+    """The finished checkpoints of a run, the newest first."""
+    return sorted((path for path in checkpoints.glob("step-????????") if path.is_dir()), reverse=True)
+
+
+def forget_old(checkpoints: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints and those of every n-th step; returns what was deleted."""
+    old = candidates(checkpoints)[keep_last:]
+    deleted = [p for p in old if keep_every_steps is None or int(p.name.removeprefix("step-")) % keep_every_steps]
+    for path in deleted:
+        shutil.rmtree(path)
+    return deleted
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a checkpoint, by name, after a check of the manifest itself and of the sizes.
+
+    Raises:
+        UserError: a file is missing or has another size, or the manifest is damaged.
+    """
+    try:
+        manifest, digest = (folder / MANIFEST_FILE).read_bytes(), (folder / DIGEST_FILE).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {folder} is incomplete ({error.strerror}: {error.filename}); use another"
+        ) from None
+    if hashlib.sha256(manifest).hexdigest().encode() != digest:
+        raise UserError(f"checkpoint {folder} is damaged: {DIGEST_FILE} does not fit {MANIFEST_FILE}; use another")
+    files: dict[str, dict[str, Any]] = json.loads(manifest)["files"]
+    for name, facts in files.items():
+        file = folder / name
+        found = f"has {file.stat().st_size} bytes" if file.exists() else "is missing"
+        if found != f"has {facts['bytes']} bytes":
+            raise UserError(f"checkpoint {folder} is damaged: {name} {found}, not {facts['bytes']} bytes; use another")
+    return files
+
+
+def damaged_files(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> list[str]:
+    """Those of the named files whose content is not what the manifest says."""
+    return [name for name in names if sha256_of(folder / name) != files[name]["sha256"]]
 
 
 class Checkpoint:
     """A finished checkpoint, read in one process without a process group.
 
     Args:
-        path: the checkpoint's folder, or that of its run, which stands for the run's latest checkpoint.
+        path: the checkpoint's folder, or that of its run, which stands for the run's newest whole checkpoint.
+        verify: also compare the SHA-256 of every file.
 
     Raises:
         UserError: nothing complete is there, or it is damaged.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, verify: bool = False) -> None:
         folder = Path(path)
         if not (folder / FACTS_FILE).exists():
-            latest = latest_checkpoint(folder / "checkpoints")
-            if latest is None:
+            found = candidates(folder / "checkpoints")
+            if not found:
                 raise UserError(
                     f"{folder} is neither a checkpoint (it has no {FACTS_FILE}) nor the folder of a run that saved one"
                 )
-            folder = latest
+            folder = found[0]
         self.folder = folder
+        self.files = read_manifest(folder)
+        if verify and (damaged := damaged_files(folder, self.files, self.files)):
+            raise UserError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed since it was written")
         try:
             self.config_text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
             self.facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-            files: dict[str, int] = self.facts["files"]
+            if self.facts["format"] > FORMAT:
+                raise UserError(
+                    f"checkpoint {folder} has format {self.facts['format']}, newer than this release's {FORMAT}; "
+                    f"update skvr_dist"
+                )
             self.config_tree: dict[str, Any] = yaml.safe_load(self.config_text)
             self.model_config = ModelConfig.model_validate(self.config_tree["model"])
+            self.index = Index(folder)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, yaml.YAMLError, ValidationError) as error:
             raise UserError(f"checkpoint {folder} is damaged ({' '.join(str(error).split())}); use another") from None
-        for name, size in files.items():
-            file = folder / name
-            if not file.exists() or file.stat().st_size != size:
-                found = f"has {file.stat().st_size} bytes" if file.exists() else "is missing"
-                raise UserError(f"checkpoint {folder} is damaged: {name} {found}, not {size}; use another checkpoint")
-        self._weights = WeightFiles(folder)
 
     @property
     def step(self) -> int:
@@ -115,18 +175,33 @@ class Checkpoint:
     def tokenizer_file(self) -> Path:
         return self.folder / TOKENIZER_FILE
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether training can go on from it; a weights-only checkpoint is a start."""
+        return any(not name.startswith(WEIGHTS) for name in self.index.names())
+
     def weight_names(self) -> list[str]:
         """Canonical names of all weights."""
-        return self._weights.names()
+        return [name.removeprefix(WEIGHTS) for name in self.index.names() if name.startswith(WEIGHTS)]
 
     def weight(self, name: str) -> Tensor:
-        """One weight, on the host, in its stored dtype."""
-        return self._weights.read(name)
+        """One whole weight, on the host, in the precision it was trained in."""
+        tensor = self.index.read(WEIGHTS + name)
+        trained_in = self.config_tree.get("train", {}).get("precision")
+        return tensor.bfloat16() if trained_in == "bf16" else tensor
 
+    @torch.no_grad()
     def load_decoder(self) -> Decoder:
         """The whole trained decoder, in float32 on the CPU, for evaluation."""
         with torch.device("meta"):  # no initial weights are drawn
             decoder = Decoder(self.model_config)
         decoder.to_empty(device="cpu")
-        self._weights.copy_into(decoder)
+        for name, parameter in decoder.named_parameters():
+            stored = self.weight(name)
+            if stored.shape != parameter.shape:
+                raise UserError(
+                    f"weight {name} has shape {list(stored.shape)} in {self.folder}, but its configuration makes it "
+                    f"{list(parameter.shape)}; the checkpoint does not fit together"
+                )
+            parameter.copy_(stored)
         return decoder.eval()

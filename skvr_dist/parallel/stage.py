@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from skvr_dist.checkpoint.weights import WeightFiles, save_weights
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize
 from skvr_dist.model.parts import Shard, shards_of
@@ -28,7 +26,7 @@ from skvr_dist.parallel.tensor import TensorParts
 
 
 class StageModule(PipelineModule):
-    """Holds this rank's slice of the decoder; overrides how PipelineModule splits, builds, ties and stores layers.
+    """Holds this rank's slice of the decoder; overrides how PipelineModule splits, builds and ties layers.
 
     PipelineModule expects a list of layers that map one value to one value. A routed stage maps hidden states and
     any number of keys and values, chosen per micro-batch by the plan, so the slice is one module here.
@@ -129,16 +127,6 @@ class StageModule(PipelineModule):
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
-
-    # What DeepSpeed's save_checkpoint and load_checkpoint call: weights go to safetensors under canonical names,
-    # which any number of stages, or one process without any, can read.
-
-    def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
-        if self._grid.data_parallel_id == 0:
-            save_weights(Path(save_dir), self.decoder, part=self._mesh.stage, parts=len(self._bounds))
-
-    def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
-        WeightFiles(Path(load_dir)).copy_into(self.decoder)
 
 
 def _count_in_norm(parameter: nn.Parameter, counted: bool) -> None:

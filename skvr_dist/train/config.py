@@ -48,13 +48,19 @@ class TrainConfig(Section):
     log_every_steps: int = Field(default=1, gt=0)
     """Steps between console lines; TensorBoard and metrics.jsonl get every step."""
     resume: str = "auto"
-    """`auto` goes on from the run's latest checkpoint when there is one, `never` starts afresh, else a checkpoint."""
+    """`auto` goes on from the run's newest whole checkpoint if it has one, `never` starts afresh; else a checkpoint."""
+    initial_weights: str | None = None
+    """A checkpoint (or an imported model) whose weights a new run starts from; null draws them."""
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written; the last step always is."""
+    """When checkpoints are written, and which are kept; the last step always is written."""
 
     every_steps: int = Field(default=1000, gt=0)
+    keep_last: int = Field(default=3, gt=0)
+    """Newest checkpoints to keep; with more than one, a damaged one does not end a run."""
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    """Keep those of every n-th step as well; null keeps none."""
 
 
 class EvaluateConfig(Section):

@@ -1,20 +1,16 @@
-"""What a run reads: data sets and the checkpoint it goes on from, held against the configuration."""
+"""The data sets that a run reads, held against the configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from skvr_dist.checkpoint.folder import Checkpoint, latest_checkpoint
 from skvr_dist.data.reader import SequenceStream, validation_sequences
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.model.attention import require_backend
-from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.train.config import Config
 
 
@@ -27,14 +23,13 @@ class Inputs:
     """The training sequences by number."""
     held_out: Tensor
     """The held-out sequences of each evaluation, int64 [N, S + 1]: whole micro-batches for every replica."""
-    resumed: Checkpoint | None
 
 
 def open_inputs(config: Config, world_size: int) -> Inputs:
     """Open what a run reads and hold it against the configuration, before any process group exists.
 
     Raises:
-        UserError: a data set or checkpoint is missing, damaged or does not fit.
+        UserError: a data set is missing, damaged or does not fit.
     """
     replicas = config.data_parallel_size(world_size)
     require_backend(config.model.attention)
@@ -50,71 +45,10 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     sequences = SequenceStream(
         train, sequence_length=config.data.sequence_length, lanes=config.data.lanes, seed=config.train.seed
     )
-    resumed = checkpoint_to_resume(config, world_size)
-    if resumed and resumed.facts["data_fingerprint"] != sequences.fingerprint():
-        raise UserError(
-            f"checkpoint {resumed.folder} was trained on data {resumed.facts['data_fingerprint']}, this configuration "
-            f"reads {sequences.fingerprint()} (data set, seed, sequence length or lanes differ); put them back or "
-            f"start a new run with another train.output_dir"
-        )
     round_size = config.train.micro_batch_size * replicas
     held_out_sequences = validation_sequences(
         held_out,
         sequence_length=config.data.sequence_length,
         num_sequences=-(-config.evaluate.sequences // round_size) * round_size,
     )
-    return Inputs(train, sequences, held_out_sequences, resumed)
-
-
-def checkpoint_to_resume(config: Config, world_size: int) -> Checkpoint | None:
-    """The checkpoint that `train.resume` asks for, checked against model and layout."""
-    output = Path(config.train.output_dir)
-    latest = latest_checkpoint(output / "checkpoints")
-    if config.train.resume == "never":
-        if latest is not None:
-            raise UserError(
-                f"train.resume is never, but {output} already holds checkpoints; use another train.output_dir or "
-                f"resume=auto"
-            )
-        return None
-    path = latest if config.train.resume == "auto" else Path(config.train.resume)
-    if path is None:
-        return None
-    checkpoint = Checkpoint(path)
-    _require_same(checkpoint, "model", config.model.model_dump(exclude={"attention"}))  # the kernel may change
-    _require_same(checkpoint, "routing", config.routing.model_dump())
-    if checkpoint.facts["layout"] != layout_of(config, world_size):
-        raise UserError(
-            f"checkpoint {checkpoint.folder} was written by layout {checkpoint.facts['layout']}, this run has "
-            f"{layout_of(config, world_size)}; resume on the same layout"
-        )
-    if checkpoint.step > config.train.steps:
-        raise UserError(
-            f"checkpoint {checkpoint.folder} is at step {checkpoint.step}, but train.steps is {config.train.steps}; "
-            f"raise it to go on"
-        )
-    return checkpoint
-
-
-def _require_same(checkpoint: Checkpoint, section: str, asked: dict[str, Any]) -> None:
-    stored = checkpoint.config_tree[section]
-    for key, value in asked.items():
-        if stored[key] != value:
-            raise UserError(
-                f"checkpoint {checkpoint.folder} has {section}.{key} {stored[key]}, the configuration {value}; give "
-                f"the checkpoint's own {section} section or start a new run"
-            )
-
-
-def layout_of(config: Config, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed's optimizer files and the place in the data depend on."""
-    stages = config.parallel.pipeline
-    return {
-        "pipeline": stages,
-        "stage_layers": [stop - start for start, stop in stage_bounds(config.model, config.parallel)],
-        "replicas": world_size // stages,
-        "zero_stage": config.parallel.zero_stage,
-        "precision": config.train.precision,
-        "global_batch_size": config.train.global_batch_size,
-        "micro_batch_size": config.train.micro_batch_size,
-    }
+    return Inputs(train, sequences, held_out_sequences)

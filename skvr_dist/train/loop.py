@@ -7,41 +7,51 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from skvr_dist.checkpoint.folder import Checkpoint, clear_partial, partial_folder, publish
+from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
-from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine import RoutedPipelineEngine
+from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.launcher import announced_world_size, start_process_group
 from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.partition import stage_bounds
+from skvr_dist.parallel.partitions import adam_steps, state_to_save
 from skvr_dist.parallel.plan_stream import PlanStream
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.train.config import Config
-from skvr_dist.train.inputs import layout_of, open_inputs
+from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.metrics import Reporter, Values
-from skvr_dist.train.optimizer import build_optimizer, build_scheduler, keep_settings
+from skvr_dist.train.optimizer import build_optimizer, build_scheduler
+from skvr_dist.train.resume import choose, load_state, load_weights, require_fits
 from skvr_dist.train.run_folder import RunFolder, software_versions
 
 
 def pretrain(config: Config) -> None:
     """Train as configured, on this rank of those that the launcher started."""
     inputs = open_inputs(config, announced_world_size())
-    resumed = inputs.resumed
-    first_step = resumed.step if resumed else 0
-
+    fingerprint = inputs.sequences.fingerprint()
     start_process_group(timedelta(seconds=config.parallel.timeout_seconds))
     mesh = Mesh.build(config.parallel, config.model)
     sections = {f"section {name}": section for name, section in config.model_dump().items()}
-    mesh.require_same({"first step": first_step, "data": inputs.sequences.fingerprint(), **sections})
+    mesh.require_same({"data": fingerprint, **sections})
     run = RunFolder(config, mesh.rank)
     log = run.start_log()
+    resumed, left_out = choose(config, mesh)
+    if resumed:
+        require_fits(resumed, config, fingerprint)
+    first_step = resumed.step if resumed else 0
     with run.quiet():
         engine = build_engine(config, mesh)
         if resumed:
             load_state(engine, resumed)
+        elif config.train.initial_weights:
+            load_weights(engine, Checkpoint(config.train.initial_weights))
+    saver = build_saver(config, run)
     plans = plan_stream(config, mesh, first_step)
     batches = TimedIterator(training_batches(config, inputs.sequences, mesh, engine, first_step))
     held_out = inputs.held_out.split(config.train.micro_batch_size)[mesh.replica :: mesh.replicas]
@@ -50,6 +60,8 @@ def pretrain(config: Config) -> None:
         mesh.rank, tensorboard=run.tensorboard, metrics=run.metrics, first_step=first_step, steps=config.train.steps
     )
     describe_start(config, mesh, run, reporter, resumed)
+    for problem in left_out:
+        reporter.say(f"{problem} (left out)")
 
     for step in range(first_step + 1, config.train.steps + 1):
         started, sent_before, waited_before = time.perf_counter(), engine.sent_bytes, batches.seconds
@@ -74,8 +86,8 @@ def pretrain(config: Config) -> None:
             losses = {name: engine.evaluate(held_out, s.kv_source_layers) for name, s in strategies.items()}
             reporter.evaluation(step, losses)
         if last or step % config.checkpoint.every_steps == 0:
-            folder = save(config, mesh, run, engine, step, inputs.sequences.fingerprint())
-            reporter.say(f"step {step}  saved {folder}")
+            save(config, mesh, saver, engine, step, fingerprint, reporter)
+    saver.finish()
     plans.close()
     reporter.close()
     dist.destroy_process_group()
@@ -104,14 +116,6 @@ def plan_stream(config: Config, mesh: Mesh, first_step: int) -> PlanStream:
     )
 
 
-def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
-    """Weights, optimizer state and schedule from a checkpoint of the same layout; collective."""
-    with keep_settings(engine.basic_optimizer, engine.lr_scheduler):
-        loaded, _ = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
-    if loaded is None:
-        raise UserError(f"DeepSpeed found no state for this rank in {checkpoint.folder}; use another checkpoint")
-
-
 def training_batches(
     config: Config, sequences: SequenceStream, mesh: Mesh, engine: RoutedPipelineEngine, first_step: int
 ) -> Iterator[torch.Tensor]:
@@ -138,26 +142,49 @@ def boundary_bytes(mesh: Mesh, sent_bytes: int) -> Values:
     return {f"pipeline/crossing_bytes/boundary_{boundary}": value for boundary, value in enumerate(total)}
 
 
+def build_saver(config: Config, run: RunFolder) -> Saver:
+    """What writes this run's checkpoints; collective."""
+    return Saver(
+        run.checkpoints,
+        config_text=config.to_yaml(),
+        tokenizer=Path(config.data.tokenizer),
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+    )
+
+
 def save(
-    config: Config, mesh: Mesh, run: RunFolder, engine: RoutedPipelineEngine, step: int, fingerprint: str
-) -> Path | None:
-    """Write a checkpoint and make it the latest; collective. Returns its folder on rank 0."""
-    if mesh.rank == 0:
-        clear_partial(run.checkpoints, step)  # the others write after a barrier in save_checkpoint
-    with run.quiet():
-        engine.save_checkpoint(str(run.checkpoints), tag=partial_folder(step), save_latest=False)  # ends in a barrier
-    if mesh.rank != 0:
-        return None
+    config: Config,
+    mesh: Mesh,
+    saver: Saver,
+    engine: RoutedPipelineEngine,
+    step: int,
+    fingerprint: str,
+    reporter: Reporter,
+) -> None:
+    """Start to write a checkpoint, which goes on while the next steps run; collective."""
     facts = {
         "step": step,
         "tokens_seen": step * config.train.global_batch_size * config.data.sequence_length,
+        "adam_steps": adam_steps(engine),
         "layout": layout_of(config, mesh.world_size),
         "routing": config.routing.model_dump(),
         "data_fingerprint": fingerprint,
         "versions": software_versions(),
     }
-    tokenizer = Path(config.data.tokenizer)
-    return publish(run.checkpoints, step, config_text=config.to_yaml(), facts=facts, tokenizer=tokenizer)
+    with naming_the_operation(mesh, f"the checkpoint of step {step}"):
+        saver.save(step, state_to_save(engine), facts, lambda folder: reporter.say(f"step {step}  saved {folder}"))
+
+
+def layout_of(config: Config, world_size: int) -> dict[str, Any]:
+    """How the run is laid out, for the record; any other layout can go on from its checkpoints."""
+    return {
+        "pipeline": [stop - start for start, stop in stage_bounds(config.model, config.parallel)],
+        "tensor": config.parallel.tensor,
+        "replicas": config.data_parallel_size(world_size),
+        "zero_stage": config.parallel.zero_stage,
+        "precision": config.train.precision,
+    }
 
 
 def describe_start(config: Config, mesh: Mesh, run: RunFolder, reporter: Reporter, resumed: Checkpoint | None) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -37,21 +35,14 @@ def build_optimizer(train: TrainConfig, groups: list[dict[str, object]]) -> torc
     )
 
 
-@contextlib.contextmanager
-def keep_settings(optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> Iterator[None]:
-    """Load a checkpoint's optimizer state within this, and keep the configured settings instead of its own.
-
-    Moments and step come from the checkpoint. Learning rate, betas, eps and weight decay stay as configured, so a
-    resumed run goes on with the learning rate that the configuration gives that step.
-    """
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    base_lrs = list(scheduler.base_lrs)
-    yield
-    scheduler.base_lrs = base_lrs
-    for group, configured, factor in zip(optimizer.param_groups, settings, scheduler.lr_lambdas, strict=True):
-        group.update(configured)
-        group["lr"] = configured["initial_lr"] * factor(scheduler.last_epoch)
-
-
 def build_scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: learning_rate_factor(train, step))
+
+
+def go_on_from(scheduler: LambdaLR, step: int) -> None:
+    """Set the learning rate that the configuration gives after `step` steps."""
+    scheduler.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

@@ -1,0 +1,118 @@
+"""Writes the checkpoints of a run, while the run goes on."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from skvr_dist.checkpoint.folder import (
+    forget_old,
+    partial_folder,
+    publish,
+    sha256_of,
+    step_folder,
+    write_facts,
+)
+from skvr_dist.checkpoint.pieces import Pieces
+from skvr_dist.checkpoint.storage import write_pieces
+from skvr_dist.errors import UserError
+
+
+class Saver:
+    """Saves a copy of the state in a thread of its own; at most one save is under way.
+
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        config_text: the resolved configuration.
+        tokenizer: copied into each checkpoint.
+        keep_last: newest checkpoints to keep.
+        keep_every_steps: older ones to keep too; null keeps none.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        config_text: str,
+        tokenizer: Path | None,
+        keep_last: int,
+        keep_every_steps: int | None,
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._config_text = config_text
+        self._tokenizer = tokenizer
+        self._keep: dict[str, Any] = {"keep_last": keep_last, "keep_every_steps": keep_every_steps}
+        # The thread talks to those of the other ranks while the ranks themselves train.
+        self._group = dist.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, state: Pieces, facts: dict[str, Any], done: Callable[[Path], None]) -> None:
+        """Copy the state of a step and start to write it; collective. Waits for the save before.
+
+        Args:
+            facts: what checkpoint.json says besides.
+            done: called with the finished folder, on rank 0, from the thread.
+
+        Raises:
+            UserError: the save before failed.
+        """
+        self.finish()
+        copied = {name: [piece.copy() for piece in pieces] for name, pieces in state.items()}
+
+        def write() -> None:
+            try:
+                self._write(step, copied, facts, done)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name=f"save step {step}")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the save that is under way.
+
+        Raises:
+            UserError: it failed; nothing was published, and earlier checkpoints stand.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, step: int, state: Pieces, facts: dict[str, Any], done: Callable[[Path], None]) -> None:
+        partial, first = self._checkpoints / partial_folder(step), dist.get_rank() == 0
+        failed = None
+        if first:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)  # what an interrupted save left
+                partial.mkdir(parents=True)
+                write_facts(partial, config_text=self._config_text, facts=facts, tokenizer=self._tokenizer)
+            except OSError as error:
+                failed = f"{error.strerror}: {error.filename}"
+        said: list[str | None] = [failed]
+        dist.broadcast_object_list(said, src=0, group=self._group)
+        if said[0]:
+            raise UserError(
+                f"checkpoint {partial} could not be written ({said[0]}); give train.output_dir space or rights"
+            )
+        write_pieces(partial, state, self._group)
+        # Each rank reads a share of the files back.
+        names = sorted(file.name for file in partial.iterdir())
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        mine = {name: sha256_of(partial / name) for name in names[rank::ranks]}
+        gathered: list[dict[str, str]] = [{}] * ranks
+        dist.all_gather_object(gathered, mine, group=self._group)
+        if first:
+            final = self._checkpoints / step_folder(step)
+            publish(partial, final, {name: digest for part in gathered for name, digest in part.items()})
+            forget_old(self._checkpoints, **self._keep)
+            done(final)
+        dist.barrier(group=self._group)

@@ -1,0 +1,250 @@
+"""Tensors on disk: torch.distributed.checkpoint, with its index as JSON.
+
+Every tensor is stored whole, cut into the rectangles that the ranks held; any other set of rectangles can be read back
+from it. torch keeps the index of a checkpoint as a pickle, which could run anything when it is opened. Here it is JSON,
+and the tensors themselves are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import CheckpointException
+
+from skvr_dist.checkpoint.pieces import Piece, Pieces
+from skvr_dist.errors import UserError
+
+INDEX_FILE = "index.json"
+
+
+def write_pieces(folder: Path, pieces: Pieces, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
+    """Store what all ranks hold; collective over `group`, or `alone` in a process without any.
+
+    No two ranks may hold overlapping pieces of a tensor, unless they are the same.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    try:
+        dcp.save(
+            dict(pieces),
+            storage_writer=_Writer(folder),
+            planner=_PieceSavePlanner(),
+            process_group=group,
+            no_dist=alone,
+        )
+    except (CheckpointException, OSError) as error:
+        raise UserError(
+            f"checkpoint {folder} could not be written ({_first_cause(error)}); free space or rights"
+        ) from None
+
+
+def read_pieces(folder: Path, pieces: Pieces, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
+    """Read into the memory of pieces, whatever layout wrote them; collective over `group`, or `alone`.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or a file cannot be read.
+    """
+    try:
+        reader, planner = _Reader(folder), _PieceLoadPlanner(folder)
+        dcp.load(dict(pieces), storage_reader=reader, planner=planner, process_group=group, no_dist=alone)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise UserError(f"checkpoint {folder} could not be read ({_first_cause(error)}); use another one") from None
+
+
+def _first_cause(error: BaseException) -> str:
+    """In words; torch gathers the failures of all ranks in one exception."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Index:
+    """What tensors a checkpoint holds: shapes and dtypes by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.metadata = _read_index(folder)
+
+    def names(self) -> list[str]:
+        return sorted(self.metadata.state_dict_metadata)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensor(name).size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensor(name).properties.dtype
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, on the host."""
+        tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
+        read_pieces(self._folder, {name: [Piece(tuple(tensor.shape), (0,) * tensor.dim(), tensor)]}, alone=True)
+        return tensor
+
+    def _tensor(self, name: str) -> TensorStorageMetadata:
+        found = self.metadata.state_dict_metadata.get(name)
+        if not isinstance(found, TensorStorageMetadata):
+            raise UserError(f"checkpoint {self._folder} has no tensor {name}; it is one of another architecture")
+        return found
+
+
+class _PieceSavePlanner(SavePlanner):
+    """Plans a write per piece; of equal pieces on several ranks one is written."""
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        self._pieces: Pieces = state_dict
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([_write_item(name, piece) for name, held in self._pieces.items() for piece in held])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        seen: set[MetadataIndex] = set()
+        unique = []
+        for plan in all_plans:
+            unique.append(SavePlan([item for item in plan.items if item.index not in seen]))
+            seen.update(item.index for item in plan.items)
+        return create_default_global_save_plan(unique)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        offset = write_item.index.offset
+        assert offset is not None
+        return next(p.tensor for p in self._pieces[write_item.index.fqn] if p.offsets == tuple(offset))
+
+
+def _write_item(name: str, piece: Piece) -> WriteItem:
+    offsets = torch.Size(piece.offsets)
+    return WriteItem(
+        index=MetadataIndex(name, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=piece.tensor.size()),
+            properties=TensorProperties(dtype=piece.tensor.dtype),
+            size=torch.Size(piece.shape),
+        ),
+    )
+
+
+class _PieceLoadPlanner(LoadPlanner):
+    """Plans the reads that fill every piece."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        assert metadata is not None
+        self._pieces: Pieces = state_dict
+        self._metadata = metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        items: list[ReadItem] = []
+        for name, held in self._pieces.items():
+            stored = self._metadata.state_dict_metadata.get(name)
+            if not isinstance(stored, TensorStorageMetadata):
+                raise UserError(f"checkpoint {self._folder} has no tensor {name}; it is one of another architecture")
+            wrong = next((piece for piece in held if tuple(stored.size) != piece.shape), None)
+            if wrong is not None:
+                raise UserError(
+                    f"tensor {name} has shape {list(stored.size)} in {self._folder}, but {list(wrong.shape)} in this "
+                    f"configuration; use the model section of the checkpoint's config.yaml"
+                )
+            chunks = [ChunkStorageMetadata(torch.Size(piece.offsets), piece.tensor.size()) for piece in held]
+            items += create_read_items_for_chunk_list(name, stored, chunks)
+        return LoadPlan(items)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise AssertionError("a checkpoint holds tensors only")
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        offset = read_item.dest_index.offset
+        assert offset is not None
+        held = self._pieces[read_item.dest_index.fqn]
+        target = next(piece.tensor for piece in held if piece.offsets == tuple(offset)).detach()
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(dim, start, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing to do: the tensor was read in place."""
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer with the index as JSON."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, single_file_per_rank=True, sync_files=True)
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        stored = {result.index: result.storage_data for written in results for result in written}
+        tensors: dict[str, Any] = {}
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            chunks = []
+            for chunk in tensor.chunks:
+                place = stored[MetadataIndex(name, chunk.offsets)]
+                chunks.append([list(chunk.offsets), list(chunk.sizes), place.relative_path, place.offset, place.length])
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            tensors[name] = {"shape": list(tensor.size), "dtype": dtype, "chunks": chunks}
+        (Path(self.path) / INDEX_FILE).write_text(json.dumps(tensors), encoding="utf-8")
+
+
+class _Reader(FileSystemReader):
+    """torch's reader with the index as JSON."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return _read_index(self._folder)
+
+
+def _read_index(folder: Path) -> Metadata:
+    tensors: Mapping[str, Any] = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    described: dict[str, Any] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for name, tensor in tensors.items():
+        chunks = []
+        for offsets, sizes, path, offset, length in tensor["chunks"]:
+            chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            stored[MetadataIndex(name, torch.Size(offsets))] = _StorageInfo(path, offset, length)
+        properties = TensorProperties(dtype=getattr(torch, tensor["dtype"]))
+        described[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
+    return Metadata(described, storage_data=stored, storage_meta=StorageMeta())

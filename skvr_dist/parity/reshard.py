@@ -1,0 +1,151 @@
+"""Save on one layout, go on with another: the same training, to the last bit of state that was loaded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tabulate import tabulate
+
+from skvr_dist.checkpoint.folder import Checkpoint, step_folder
+from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.partitions import adam_steps, state_to_save
+from skvr_dist.parity.cases import LAYOUTS, Case, batches
+from skvr_dist.parity.ranks import run_ranks
+from skvr_dist.train.loop import build_engine
+from skvr_dist.train.resume import load_state
+
+SAVED_AT, STEPS = 2, 7
+"""The step after which the source saves, and the steps in all: five more."""
+LOSS_BOUND = 1e-6
+"""Largest relative error of the losses after resharding."""
+STATE_BOUND = 1e-5
+"""The same of any weight or moment after the five steps: that of a gradient in fp32 between two layouts."""
+
+
+@dataclass(frozen=True)
+class Reshard:
+    """One pair of layouts."""
+
+    source: str
+    target: str
+    loaded_exactly: bool
+    """Whether the target, saved again right after loading, has every tensor bit for bit."""
+    loss: float
+    """Largest relative error of the five losses against the source's own."""
+    state: float
+    """Largest relative error of any weight or moment after them."""
+
+    @property
+    def missed(self) -> bool:
+        return not self.loaded_exactly or self.loss > LOSS_BOUND or self.state > STATE_BOUND
+
+
+def case_of(layout: str) -> Case:
+    """The training that is resharded: tied embeddings, so that ties made and cut are among the pairs."""
+    return Case(layout, "uniform", tied=True, steps=STEPS)
+
+
+def reshard(layouts: Sequence[str], folder: Path) -> Iterator[Reshard]:
+    """Every layout to every layout; checkpoints are written under `folder`."""
+    straight = {}
+    for source in layouts:
+        ranks = LAYOUTS[source].ranks
+        straight[source] = run_ranks(ranks, _train_through, case_of(source), str(folder / source))[0]
+    for target in layouts:
+        sources = [(source, str(folder / source), str(folder / f"{source} to {target}")) for source in layouts]
+        resumed = run_ranks(LAYOUTS[target].ranks, _go_on, case_of(target), sources, seconds=300.0)[0]
+        for (source, saved, again), losses in zip(sources, resumed, strict=True):
+            wanted = straight[source]
+            yield Reshard(
+                source,
+                target,
+                loaded_exactly=_largest_error(Path(saved), Path(again), SAVED_AT) == 0.0,
+                loss=max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True)),
+                state=_largest_error(Path(saved), Path(again), STEPS),
+            )
+
+
+def as_table(outcomes: Iterable[Reshard]) -> str:
+    """A line per pair, in Markdown."""
+    rows = [
+        [
+            outcome.source,
+            outcome.target,
+            "yes" if outcome.loaded_exactly else "NO",
+            f"{outcome.loss:.0e}",
+            f"{outcome.state:.0e}",
+            "MISSED" if outcome.missed else "ok",
+        ]
+        for outcome in outcomes
+    ]
+    header = ["saved by", "continued by", "loaded bit for bit", "loss", "state after 5 steps", "verdict"]
+    return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
+
+
+def _train_through(case: Case, folder: str) -> list[float]:
+    """On the source: save on the way and at the end; the losses in between."""
+    trainer = Trainer(case, folder)
+    trainer.train(range(SAVED_AT))
+    trainer.save(SAVED_AT)
+    losses = trainer.train(range(SAVED_AT, STEPS))
+    trainer.save(STEPS)
+    return losses
+
+
+def _go_on(case: Case, sources: list[tuple[str, str, str]]) -> list[list[float]]:
+    """On the target: load each source's checkpoint, save it again at once, and train to the end."""
+    losses = []
+    for _, saved, again in sources:
+        trainer = Trainer(case, again)
+        load_state(trainer.engine, Checkpoint(checkpoint_of(saved, SAVED_AT)))
+        trainer.save(SAVED_AT)
+        losses.append(trainer.train(range(SAVED_AT, STEPS)))
+        trainer.save(STEPS)
+        trainer.engine.destroy()
+        gc.collect()
+    return losses
+
+
+class Trainer:
+    """An engine with its checkpoints, in the folder of a run."""
+
+    def __init__(self, case: Case, folder: str) -> None:
+        self.config = case.config()
+        self.mesh = Mesh.build(self.config.parallel, self.config.model)
+        self.engine = build_engine(self.config, self.mesh)
+        keep: dict[str, Any] = {"keep_last": 2, "keep_every_steps": None}
+        self.saver = Saver(Path(folder) / "checkpoints", config_text=self.config.to_yaml(), tokenizer=None, **keep)
+
+    def train(self, steps: range) -> list[float]:
+        mesh, tokens = self.mesh, batches(STEPS)
+        mine = [iter(tokens[step][mesh.replica :: mesh.replicas]) for step in steps]
+        return [self.engine.train_step(b, self.config.plan(step)) for b, step in zip(mine, steps, strict=True)]
+
+    def save(self, step: int) -> None:
+        facts = {"step": step, "adam_steps": adam_steps(self.engine)}
+        self.saver.save(step, state_to_save(self.engine), facts, lambda folder: None)
+        self.saver.finish()
+        dist.barrier()
+
+
+def checkpoint_of(run: str | Path, step: int) -> Path:
+    """Where a trainer saved a step."""
+    return Path(run) / "checkpoints" / step_folder(step)
+
+
+def _largest_error(one: Path, other: Path, step: int) -> float:
+    """Relative, over all tensors of two checkpoints of a step."""
+    a, b = (Checkpoint(checkpoint_of(folder, step), verify=True).index for folder in (one, other))
+    assert a.names() == b.names(), "the checkpoints hold different tensors"
+    errors = []
+    for name in a.names():
+        wanted, found = a.read(name), b.read(name)
+        difference = float((found - wanted).norm())
+        errors.append(difference / float(wanted.norm()) if difference else 0.0)
+    return max(errors)

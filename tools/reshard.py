@@ -1,0 +1,49 @@
+"""Prove that a checkpoint of any layout goes on in any other.
+
+    python tools/reshard.py --matrix quick
+    python tools/reshard.py --matrix full --json reshard.json
+
+Each layout trains 2 steps, saves, and trains 5 more; each layout then loads each of those checkpoints and trains the
+same 5 steps. Loaded state must be the same bit for bit, losses to 1e-6, weights and moments after the steps to 1e-5.
+Runs on the CPU of this machine. Exits 1 when a pair misses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from skvr_dist.errors import EXIT_MISSED, run_command
+from skvr_dist.parity.cases import LAYOUTS
+from skvr_dist.parity.reshard import as_table, reshard
+
+QUICK = ["single", "PP2xDP2 ZeRO-1", "TP2xDP2 ZeRO-3"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--matrix", choices=["quick", "full"], default="quick")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes there too")
+    args = parser.parse_args()
+    layouts = QUICK if args.matrix == "quick" else list(LAYOUTS)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = reshard(layouts, Path(folder))
+        outcomes = list(tqdm(pairs, total=len(layouts) ** 2, unit="pair", disable=None))
+    print(as_table(outcomes))
+    missed = [outcome for outcome in outcomes if outcome.missed]
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{len(outcomes)} pairs in {minutes:.1f} min, {len(missed)} missed")
+    if args.json:
+        args.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
+    return EXIT_MISSED if missed else 0
+
+
+if __name__ == "__main__":
+    run_command(main)
