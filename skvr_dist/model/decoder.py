@@ -209,8 +209,12 @@ class Decoder(nn.Module):
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy in nats per token, in float32: logits [B, S, V] against labels, int [B, S]."""
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+    """Mean cross entropy in nats per token, in float32: logits [B, S, V] against labels, int [B, S].
+
+    Labels of -100 are left out; if all are, the loss is 0.
+    """
+    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    return total / (labels != -100).sum().clamp(min=1)
 
 
 class _ZeroGradients(torch.autograd.Function):

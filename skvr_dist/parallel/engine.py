@@ -21,6 +21,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.parallel.boundary import Boundary, pack
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.stage import StageModule
@@ -79,11 +80,12 @@ class RoutedPipelineEngine(PipelineEngine):
         self._grads: list[Tensor] = []
         self.total_loss: Tensor | None = None
 
-    def train_step(self, micro_batches: Iterator[Tensor], plan: RoutingPlan) -> float:
+    def train_step(self, micro_batches: Iterator[MicroBatch | Tensor], plan: RoutingPlan) -> float:
         """One optimizer step.
 
         Args:
-            micro_batches: this replica's micro-batches, int [B, S + 1] each; read on the first and last stage.
+            micro_batches: this replica's micro-batches, or plain sequences, int [B, S + 1]; read on the first and last
+                stage.
             plan: the donors of all global micro-batches of the step.
 
         Returns:
@@ -157,11 +159,11 @@ class RoutedPipelineEngine(PipelineEngine):
         return torch.bfloat16 if self.bfloat16_enabled() else torch.float32
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
-        tokens = self._next_batch().to(self.device)
+        batch = MicroBatch.of(self._next_batch())
         if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer_id] = [tokens[:, :-1]]
+            self.pipe_buffers["inputs"][buffer_id] = [batch.tokens.to(self.device)]
         if self.is_last_stage():
-            self.pipe_buffers["labels"][buffer_id] = tokens[:, 1:]
+            self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
         assert self.boundary_in is not None

@@ -54,7 +54,7 @@ def describe(config: Config, world_size: int) -> str:
         rows.append([stage, f"{start} to {stop - 1}", f"{parameters:,}", crossing])
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length
     total_tokens = tokens_per_step * config.train.steps
-    tokens_on_disk = inputs.train.manifest.tokens
+    tokens_on_disk = inputs.sequences.tokens_on_disk
     facts = [
         ["ranks", f"{world_size} = {len(bounds)} stages x {replicas} replicas"],
         ["ZeRO stage, precision", f"{config.parallel.zero_stage}, {config.train.precision}"],

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from skvr_dist.checkpoint.folder import Checkpoint, latest_checkpoint
-from skvr_dist.data.reader import SequenceStream, validation_sequences
+from skvr_dist.data.reader import SequenceStream, SourceData, validation_sequences
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
@@ -22,7 +22,6 @@ from skvr_dist.train.config import Config
 class Inputs:
     """What a run reads."""
 
-    train: Dataset
     sequences: SequenceStream
     """The training sequences by number."""
     held_out: Tensor
@@ -38,32 +37,61 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     """
     replicas = config.data_parallel_size(world_size)
     require_backend(config.model.attention)
-    train, held_out = Dataset.open(config.data.train), Dataset.open(config.data.validation)
+    held_out = Dataset.open(config.data.validation)
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    train.require_same_tokenizer(held_out)
-    train.require_vocabulary(config.model.vocab_size)
-    if tokenizer.sha256 != train.manifest.tokenizer_sha256:
+    held_out.require_vocabulary(config.model.vocab_size)
+    if tokenizer.sha256 != held_out.manifest.tokenizer_sha256:
         raise UserError(
-            f"data.tokenizer {config.data.tokenizer} is {tokenizer.sha256[:12]}, but data set {train.folder} was made "
-            f"with {train.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
+            f"data.tokenizer {config.data.tokenizer} is {tokenizer.sha256[:12]}, but data set {held_out.location} was "
+            f"made with {held_out.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
         )
-    sequences = SequenceStream(
-        train, sequence_length=config.data.sequence_length, lanes=config.data.lanes, seed=config.train.seed
-    )
+    sequences = training_sequences(config)
+    for source in sequences.sources.values():
+        source.dataset.require_same_tokenizer(held_out)
     resumed = checkpoint_to_resume(config, world_size)
-    if resumed and resumed.facts["data_fingerprint"] != sequences.fingerprint():
-        raise UserError(
-            f"checkpoint {resumed.folder} was trained on data {resumed.facts['data_fingerprint']}, this configuration "
-            f"reads {sequences.fingerprint()} (data set, seed, sequence length or lanes differ); put them back or "
-            f"start a new run with another train.output_dir"
-        )
+    if resumed and config.data.on_resume == "same_data":
+        _require_same_data(resumed, sequences.fingerprint())
     round_size = config.train.micro_batch_size * replicas
     held_out_sequences = validation_sequences(
         held_out,
         sequence_length=config.data.sequence_length,
         num_sequences=-(-config.evaluate.sequences // round_size) * round_size,
     )
-    return Inputs(train, sequences, held_out_sequences, resumed)
+    return Inputs(sequences, held_out_sequences, resumed)
+
+
+def training_sequences(config: Config) -> SequenceStream:
+    """The training sequences that a configuration names.
+
+    Raises:
+        UserError: a data set is missing or damaged, or they do not fit together.
+    """
+    skip = config.data.damage == "skip"
+    sources = {
+        name: SourceData(Dataset.open(source.path, check_sizes=not skip), source.weight)
+        for name, source in config.data.train.items()
+    }
+    return SequenceStream(
+        sources,
+        sequence_length=config.data.sequence_length,
+        lanes=config.data.lanes,
+        seed=config.train.seed,
+        skip_damage=skip,
+    )
+
+
+def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:
+    """Refuse data with which the checkpoint's place in it would mean another one."""
+    trained = checkpoint.facts["data_fingerprint"]
+    different = [
+        f"{key} ({trained.get(key)} there, {value} here)" for key, value in reads.items() if trained.get(key) != value
+    ]
+    if different:
+        raise UserError(
+            f"checkpoint {checkpoint.folder} was trained on other data than this configuration reads: they differ in "
+            f"{', '.join(different)}; put it back, start a new run with another train.output_dir, or go on with the "
+            f"other data with data.on_resume=other_data"
+        )
 
 
 def checkpoint_to_resume(config: Config, world_size: int) -> Checkpoint | None:

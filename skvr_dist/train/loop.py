@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from skvr_dist.checkpoint.folder import Checkpoint, clear_partial, partial_folder, publish
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
 from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine import RoutedPipelineEngine
@@ -50,7 +52,7 @@ def pretrain(config: Config) -> None:
         seed=config.train.seed,
         first_step=first_step,
     )
-    batches = TimedIterator(training_batches(config, inputs.sequences, mesh, engine, first_step))
+    batches = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
     held_out = inputs.held_out.split(config.train.micro_batch_size)[mesh.replica :: mesh.replicas]
     strategies = config.evaluate.parse_strategies(config.model.num_hidden_layers)
     reporter = Reporter(
@@ -74,6 +76,9 @@ def pretrain(config: Config) -> None:
             "routing/skipped_kv_share": plan.skipped_kv_share,
             **boundary_bytes(mesh, engine.sent_bytes - sent_before),
         }
+        if config.data.damage == "skip":
+            lost_tokens = batches.lost_tokens if engine.is_first_stage() else 0
+            values["data/skipped_tokens"] = mesh.sum_over_ranks([float(lost_tokens)])[0]
         reporter.step(step, values, show=step % config.train.log_every_steps == 0 or step == config.train.steps)
         log.info("step %d loss %.6f gradient norm %.6f", step, loss, engine.gradient_norm)
         last = step == config.train.steps
@@ -111,7 +116,7 @@ def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
 
 def training_batches(
     config: Config, sequences: SequenceStream, mesh: Mesh, engine: RoutedPipelineEngine, first_step: int
-) -> Iterator[torch.Tensor]:
+) -> Iterator[MicroBatch]:
     """This replica's micro-batches from step `first_step` on; nothing on stages that read no tokens."""
     if not (engine.is_first_stage() or engine.is_last_stage()):
         return iter(())
@@ -122,6 +127,7 @@ def training_batches(
         replica=mesh.replica,
         replicas=mesh.replicas,
         start_step=first_step,
+        workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
 
@@ -136,7 +142,7 @@ def boundary_bytes(mesh: Mesh, sent_bytes: int) -> Values:
 
 
 def save(
-    config: Config, mesh: Mesh, run: RunFolder, engine: RoutedPipelineEngine, step: int, fingerprint: str
+    config: Config, mesh: Mesh, run: RunFolder, engine: RoutedPipelineEngine, step: int, fingerprint: dict[str, Any]
 ) -> Path | None:
     """Write a checkpoint and make it the latest; collective. Returns its folder on rank 0."""
     if mesh.rank == 0:
@@ -169,19 +175,25 @@ def describe_start(config: Config, mesh: Mesh, run: RunFolder, reporter: Reporte
         reporter.say(f"resumed {resumed.folder} at step {resumed.step}")
 
 
-class TimedIterator:
-    """An iterator that adds up the seconds spent waiting for it."""
+class WatchedBatches(Iterator[MicroBatch]):
+    """Micro-batches, with the seconds spent waiting for them and the labels that damage cost; logs the damage."""
 
-    def __init__(self, source: Iterator[torch.Tensor]) -> None:
+    def __init__(self, source: Iterator[MicroBatch], log: logging.Logger) -> None:
         self._source = source
+        self._log = log
+        self._known_damage: set[str] = set()
         self.seconds = 0.0
+        self.lost_tokens = 0
 
-    def __iter__(self) -> TimedIterator:
-        return self
-
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> MicroBatch:
         started = time.perf_counter()
         try:
-            return next(self._source)
+            batch = next(self._source)
         finally:
             self.seconds += time.perf_counter() - started
+        self.lost_tokens += batch.lost_tokens
+        for sentence in batch.damage:
+            if sentence not in self._known_damage:  # workers and epochs meet it again
+                self._known_damage.add(sentence)
+                self._log.warning("left out: %s", sentence)
+        return batch
