@@ -90,7 +90,7 @@ def prepare(
             raise UserError(f"{output / split} is there already; remove it or choose another output")
     tokenizer.save(output / TOKENIZER_FILE)
     try:
-        _start_or_go_on(partial, {**asked, "list of files": _fingerprint(tasks)})
+        _start_or_go_on(partial, {**asked, "text key": corpus.text_key, "list of files": _fingerprint(tasks)})
         todo = {number: parts for number, parts in tasks.items() if not _done_file(partial, number).exists()}
         if not is_made:
             run_tasks(
@@ -232,6 +232,7 @@ class _Making:
 
     def __call__(self, number: int, parts: Parts, advance: Advance) -> None:
         tokenizer = Tokenizer.from_bytes(self.tokenizer_model)
+        eos_id = tokenizer.eos_id
         file = f"shard-{number:05d}.tar"
         digest, left_out = hashlib.sha256(), Counter[str]()
         with ExitStack() as stack:
@@ -247,7 +248,8 @@ class _Making:
                         continue
                     _add_document(digest, item)
                     is_held_out = hash_fraction(item.text, "validation") < self.validation_share
-                    tokens = [*tokenizer.encode(item.text), tokenizer.eos_id]
+                    tokens = tokenizer.encode(item.text)
+                    tokens.append(eos_id)
                     (held_out if is_held_out else train).write(item.id, tokens, len(item.text.encode()))
             if train.is_empty:
                 raise UserError(

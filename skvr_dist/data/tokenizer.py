@@ -161,6 +161,9 @@ class SentencePieceTokenizer(Tokenizer):
         self._space_sign_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SIGN.encode()]
 
     def encode(self, text: str) -> list[int]:
+        if _SPACE_SIGN not in text and len(text) <= _STRETCH_CHARS:
+            short: list[int] = self._processor.encode(text)
+            return short
         ids: list[int] = []
         for number, part in enumerate(text.split(_SPACE_SIGN)):
             if number:

@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 import zlib
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -77,7 +78,9 @@ class ShardWriter:
             tokens: its token ids, the last one the end-of-sequence token.
             text_bytes: length of its text as UTF-8.
         """
-        self._documents.append(np.array(tokens, dtype=self._token_type).tobytes())
+        # By way of an array: half the time of a list straight to numpy, which was a tenth of that of tokenising.
+        ids = np.frombuffer(array("I", tokens), dtype=np.uintc)
+        self._documents.append(ids.astype(self._token_type).tobytes())
         self._lengths.append(len(tokens))
         self._names.append(name)
         self._tokens += len(tokens)
