@@ -15,9 +15,12 @@ from skvr_dist.data.prepare import prepare
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.sources import Corpus, open_corpus
 from skvr_dist.data.tokenizer import train_tokenizer
-from skvr_dist.errors import EXIT_USAGE
+from skvr_dist.errors import UserError
+from skvr_dist.train.inputs import open_inputs
+from skvr_dist.train.load_config import load_config
 
 ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs/experiment/quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pretrain(data: Path, output: Path, *overrides: str, code: int = 0) -> str:
+def arguments(data: Path, output: Path) -> list[str]:
     keys = {
         "data.train": f"{{code: {{path: {data}/json/train, weight: 3}}, mail: {{path: {data}/email/train}}}}",
         "data.validation": f"{data}/json/validation",
@@ -51,24 +54,27 @@ def pretrain(data: Path, output: Path, *overrides: str, code: int = 0) -> str:
         "evaluate.sequences": "4",
         "evaluate.strategies": "[full]",
     }
-    arguments = [f"{key}={value}" for key, value in keys.items()]
+    return [f"{key}={value}" for key, value in keys.items()]
+
+
+def pretrain(data: Path, output: Path, *overrides: str) -> str:
     done = subprocess.run(
-        [
-            sys.executable,
-            "launch/pretrain.py",
-            "--config",
-            "configs/experiment/quickstart.yaml",
-            *arguments,
-            *overrides,
-        ],
+        [sys.executable, "launch/pretrain.py", "--config", str(QUICKSTART), *arguments(data, output), *overrides],
         cwd=ROOT,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def refusal(data: Path, output: Path, *overrides: str) -> str:
+    """What a run that would start like this says instead."""
+    with pytest.raises(UserError) as caught:
+        open_inputs(load_config([QUICKSTART], [*arguments(data, output), *overrides]), world_size=1)
+    return str(caught.value)
 
 
 def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(data: Path, tmp_path: Path) -> None:
@@ -77,9 +83,7 @@ def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(da
     whole = shard.read_bytes()
     shard.write_bytes(whole[:600])
     try:
-        assert "email/train/shard-00001.tar has 600 bytes, but the manifest names" in pretrain(
-            data, run, code=EXIT_USAGE
-        )
+        assert "email/train/shard-00001.tar has 600 bytes, but the manifest names" in refusal(data, run)
         pretrain(data, run, "data.damage=skip", "data.workers=2")
     finally:
         shard.write_bytes(whole)
@@ -92,8 +96,11 @@ def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(da
     assert [event.value for event in events] == [0.0, 64.0, 64.0]
     assert Dataset.open(data / "email" / "train").manifest.shards[1].tokens > 64
 
-    refusal = pretrain(data, run, "train.steps=4", "data.lanes=2", "train.seed=1", code=EXIT_USAGE)
-    assert "they differ in lanes (4 there, 2 here), seed (0 there, 1 here); put it back" in refusal
-    assert "data.on_resume=other_data" in refusal
-    resumed = pretrain(data, run, "train.steps=4", "data.lanes=2", "train.seed=1", "data.on_resume=other_data")
-    assert "resumed" in resumed and "step 4" in resumed
+    other = ["train.steps=4", "data.lanes=2", "train.seed=1"]
+    said = refusal(data, run, *other)
+    assert "they differ in lanes (4 there, 2 here), seed (0 there, 1 here); put it back" in said
+    assert "data.on_resume=other_data" in said
+    accepted = open_inputs(
+        load_config([QUICKSTART], [*arguments(data, run), *other, "data.on_resume=other_data"]), world_size=1
+    )
+    assert accepted.resumed is not None and accepted.resumed.step == 3
