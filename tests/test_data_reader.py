@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skvr_dist.data import writer
-from skvr_dist.data.batch import IGNORED, MicroBatch, document_starts, positions_of
+from skvr_dist.data.batch import IGNORED, MicroBatch
 from skvr_dist.data.order import Mixture, permutation
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream, SourceData, validation_sequences
 from skvr_dist.data.shards import Dataset
@@ -305,13 +305,10 @@ def test_separate_documents(dataset: Dataset) -> None:
         documents = torch.from_numpy(rows.documents)
         assert (documents[:, 0] == 0).all()
         assert torch.equal(documents.diff(dim=1) == 1, torch.from_numpy(ends[:, :-1]))
-        starts = document_starts(documents)
-        assert torch.equal(starts[:, 1:], torch.from_numpy(ends[:, :-1])) and starts[:, 0].all()
-
-
-def test_positions_begin_anew_with_each_document() -> None:
-    documents = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]])
-    assert positions_of(documents).tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
+        plain_sequences = torch.from_numpy(np.c_[joined.tokens, joined.labels[:, -1:]])
+        same = MicroBatch.of(plain_sequences, separate_at=EOS)
+        assert torch.equal(same.labels, torch.from_numpy(rows.labels))
+        assert same.documents is not None and torch.equal(same.documents, documents)
 
 
 # What goes wrong.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 IGNORED = -100
@@ -30,19 +29,16 @@ class MicroBatch(NamedTuple):
     """What was found to be damaged while this micro-batch was read, a sentence each."""
 
     @classmethod
-    def of(cls, batch: MicroBatch | Tensor) -> MicroBatch:
-        """Also of plain sequences, int64 [B, S + 1]: every token but the first is a label."""
-        return batch if isinstance(batch, MicroBatch) else cls(batch[:, :-1], batch[:, 1:])
+    def of(cls, batch: MicroBatch | Tensor, separate_at: int | None = None) -> MicroBatch:
+        """Also of plain sequences, int64 [B, S + 1]: every token but the first is a label.
 
-
-def document_starts(documents: Tensor) -> Tensor:
-    """bool [B, S]: where a sequence or a document begins."""
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return starts
-
-
-def positions_of(documents: Tensor) -> Tensor:
-    """int64 [B, S]: the place of each token within its document."""
-    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    return place - torch.where(document_starts(documents), place, 0).cummax(dim=1).values
+        Args:
+            separate_at: the token that ends documents, if they are to be separate: it then predicts nothing.
+        """
+        if isinstance(batch, MicroBatch):
+            return batch
+        tokens, labels = batch[:, :-1], batch[:, 1:]
+        if separate_at is None:
+            return cls(tokens, labels)
+        ends = tokens == separate_at
+        return cls(tokens, labels.masked_fill(ends, IGNORED), ends.cumsum(dim=1) - ends.long())

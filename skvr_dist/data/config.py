@@ -37,6 +37,11 @@ class DataConfig(Section):
 
     Must be a multiple of micro_batch_size x data-parallel replicas, and no larger than the number of shards.
     """
+    documents: Literal["joined", "separate"] = "joined"
+    """Whether attention and positions run on across the documents of a sequence, or begin anew with each.
+
+    Where documents are separate, the end of one does not predict the beginning of the next.
+    """
     damage: Literal["stop", "skip"] = "stop"
     """A damaged piece of a shard stops the run, or is left out: its tokens get no loss, and are counted and logged."""
     on_resume: Literal["same_data", "other_data"] = "same_data"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from skvr_dist.model.attention import attend, resolve_backend
+from skvr_dist.model.attention import Documents, attend, resolve_backend
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.rope import rope_tables, rotate
 
@@ -61,12 +61,13 @@ class Attention(nn.Module):
         modules = [self.k_proj, self.v_proj] + ([self.k_norm] if self.config.qk_norm else [])
         return [parameter for module in modules for parameter in module.parameters()]
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV, documents: Documents | None) -> Tensor:
         """Attend from normed hidden states x [B, S, D] to keys and values of T >= S positions; returns [B, S, D]."""
         q = self._heads(self.q_proj(x))
         if self.config.qk_norm:
             q = self.q_norm(q)
-        out = attend(rotate(q, *rope), *kv, backend=resolve_backend(self.config.attention, x.device, x.dtype))
+        backend = resolve_backend(self.config.attention, x.device, x.dtype)
+        out = attend(rotate(q, *rope), *kv, backend=backend, documents=documents)
         return self.o_proj(out.flatten(2))
 
 
@@ -100,6 +101,7 @@ class DecoderLayer(nn.Module):
         donor: KV | None,
         own_is_read: bool,
         past: KV | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, KV | None]:
         """One layer.
 
@@ -108,10 +110,11 @@ class DecoderLayer(nn.Module):
 
         Args:
             hidden: [B, S, D].
-            rope: cos and sin, each [S, E].
+            rope: cos and sin, each [S, E] or [B, S, E].
             donor: what this layer reads instead of its own keys and values; None reads its own.
             own_is_read: whether anyone reads this layer's own keys and values; if not, they are not computed.
             past: this layer's own keys and values of earlier positions, from a cache.
+            documents: what each position is confined to; not with a cache.
 
         Returns:
             hidden states [B, S, D], and this layer's own keys and values if they are read.
@@ -125,7 +128,7 @@ class DecoderLayer(nn.Module):
             x = zero_gradients(x, self.self_attn.kv_parameters())
         source = own if donor is None else donor
         assert source is not None, "a layer that reads its own keys and values must compute them"
-        hidden = hidden + self.self_attn(x, rope, source)
+        hidden = hidden + self.self_attn(x, rope, source, documents)
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), own
 
 
@@ -158,16 +161,20 @@ class Decoder(nn.Module):
     def has_head(self) -> bool:
         return self.stop == self.config.num_hidden_layers
 
-    def forward(self, tokens: Tensor, donors: Sequence[int], cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, donors: Sequence[int], cache: Cache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """The whole decoder: logits [B, S, V] for tokens, int [B, S].
 
         Args:
             donors: the layer that each of the L layers reads (`range(L)` is the standard decoder).
             cache: keys and values of the positions before these tokens, by layer; extended in place by those of these
                 tokens. It holds the layers that `donors` reads and no others.
+            documents: int [B, S], the document that each token belongs to and is confined to; None joins them. Not with
+                a cache.
         """
         hidden = self.embed(tokens)
-        hidden, _ = self.run_layers(hidden, donors, {}, cache)
+        hidden, _ = self.run_layers(hidden, donors, {}, cache, documents)
         return self.logits(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -175,7 +182,12 @@ class Decoder(nn.Module):
         return self.embed_tokens(tokens)
 
     def run_layers(
-        self, hidden: Tensor, donors: Sequence[int], crossing: Mapping[int, KV], cache: Cache | None = None
+        self,
+        hidden: Tensor,
+        donors: Sequence[int],
+        crossing: Mapping[int, KV],
+        cache: Cache | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, KV]]:
         """Run layers `start` to `stop`.
 
@@ -183,20 +195,22 @@ class Decoder(nn.Module):
             hidden: [B, S, D].
             donors: int [L], for the whole decoder.
             crossing: keys and values of earlier layers, received from the stage before, by layer.
-            cache: as for `forward`.
+            cache, documents: as for `forward`.
 
         Returns:
             hidden states [B, S, D], and the keys and values that are known after the last layer, by layer.
         """
         cache = {} if cache is None else cache
         past = cache[0][0].shape[1] if cache else 0
-        rope = rope_tables(self.config, torch.arange(past, past + hidden.shape[1], device=hidden.device))
+        within = None if documents is None else Documents(documents)
+        positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)
+        rope = rope_tables(self.config, positions if within is None else within.positions)
         read = set(donors)
         known = dict(crossing)
         for name, layer in self.layers.items():
             number = int(name)
             donor = None if donors[number] == number else known[donors[number]]
-            hidden, own = layer(hidden, rope, donor, number in read, cache.get(number))
+            hidden, own = layer(hidden, rope, donor, number in read, cache.get(number), within)
             if own is not None:
                 known[number] = own
         cache.update(known)

@@ -37,6 +37,7 @@ class RoutedPipelineEngine(PipelineEngine):
     Args:
         module: this rank's stage.
         mesh: this rank's place.
+        separate_documents: attention stays within documents, so that every stage reads the micro-batches.
         sequence_length: tokens per sequence; with the micro-batch size it fixes every shape that crosses.
         deepspeed_json: DeepSpeed's configuration.
         optimizer: builds the optimizer from parameter groups.
@@ -52,6 +53,7 @@ class RoutedPipelineEngine(PipelineEngine):
         deepspeed_json: dict[str, Any],
         optimizer: Callable[[Any], torch.optim.Optimizer],
         lr_scheduler: Callable[[torch.optim.Optimizer], Any],
+        separate_documents: bool = False,
     ) -> None:
         super().__init__(
             args=None,
@@ -64,6 +66,8 @@ class RoutedPipelineEngine(PipelineEngine):
             config=deepspeed_json,
             config_class=DeepSpeedConfig(deepspeed_json, module.mpu()),
         )
+        self.separate_documents = separate_documents
+        self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
         self.mesh = mesh
         self.stage = module
         shape = {"batch": self.micro_batch_size, "sequence": sequence_length}
@@ -100,7 +104,7 @@ class RoutedPipelineEngine(PipelineEngine):
         self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed empties it only when it prints
         return float(self.train_batch(micro_batches))
 
-    def evaluate(self, micro_batches: Sequence[Tensor], donors: Iterable[int]) -> float:
+    def evaluate(self, micro_batches: Sequence[MicroBatch | Tensor], donors: Iterable[int]) -> float:
         """Mean loss over every replica's micro-batches (equally many on each), with the same donors in all of them."""
         self._plan = fixed_plan(tuple(donors), len(micro_batches) * self.mesh.replicas)
         loss = self.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches))
@@ -160,13 +164,26 @@ class RoutedPipelineEngine(PipelineEngine):
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         batch = MicroBatch.of(self._next_batch())
+        self._load_documents(buffer_id, batch)
         if self.is_first_stage():
             self.pipe_buffers["inputs"][buffer_id] = [batch.tokens.to(self.device)]
         if self.is_last_stage():
             self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
 
+    def set_dataiterator(self, iterator: Iterator[MicroBatch | Tensor] | None) -> None:
+        """On every stage; DeepSpeed's own forgets it between the outer ones."""
+        self.training_dataloader = None
+        self.data_iterator = iterator
+
+    def _load_documents(self, buffer_id: int, batch: MicroBatch) -> None:
+        if self.separate_documents:
+            assert batch.documents is not None, "micro-batches must name the document of each position"
+            self.pipe_buffers["documents"][buffer_id] = batch.documents.to(self.device)
+
     def _exec_recv_activations(self, buffer_id: int) -> None:
         assert self.boundary_in is not None
+        if self.separate_documents and not self.is_last_stage():  # the schedule lets only the outer stages load
+            self._load_documents(buffer_id, MicroBatch.of(self._next_batch()))
         parts = self._receive(self.boundary_in, self._donors(schedule.RecvActivation), self.prev_stage)
         # Leaves of this stage's graph: their gradients are what goes back.
         self.pipe_buffers["inputs"][buffer_id] = [part.requires_grad_() for part in parts]
@@ -180,6 +197,7 @@ class RoutedPipelineEngine(PipelineEngine):
             crossing=self.boundary_in.crossing(donors) if self.boundary_in else (),
             leaving=self.boundary_out.crossing(donors) if self.boundary_out else (),
             labels=self.pipe_buffers["labels"][buffer_id] if self.is_last_stage() else None,
+            documents=self.pipe_buffers["documents"][buffer_id],
         )
         self.pipe_buffers["outputs"][buffer_id] = outputs
         if self.is_last_stage():

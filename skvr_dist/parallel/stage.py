@@ -55,6 +55,7 @@ class StageModule(PipelineModule):
         crossing: Sequence[int],
         leaving: Sequence[int],
         labels: Tensor | None,
+        documents: Tensor | None,
     ) -> tuple[Tensor, ...] | Tensor:
         """Run the slice.
 
@@ -64,6 +65,7 @@ class StageModule(PipelineModule):
             crossing: layers whose keys and values come in.
             leaving: layers whose keys and values go out, received ones among them.
             labels: int [B, S], on the last stage.
+            documents: int [B, S], if attention stays within documents.
 
         Returns:
             on the last stage the mean cross entropy; else hidden states [B, S, D], then keys and values of `leaving`,
@@ -72,7 +74,7 @@ class StageModule(PipelineModule):
         head, *kv = inputs
         hidden = self.decoder.embed(head) if self.decoder.has_embedding else head
         received = dict(zip(crossing, zip(kv[0::2], kv[1::2], strict=True), strict=True))
-        hidden, known = self.decoder.run_layers(hidden, donors, received)
+        hidden, known = self.decoder.run_layers(hidden, donors, received, documents=documents)
         if labels is not None:
             return next_token_loss(self.decoder.logits(hidden), labels)
         return (hidden, *(tensor for layer in leaving for tensor in known[layer]))

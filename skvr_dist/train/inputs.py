@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from skvr_dist.checkpoint.folder import Checkpoint, latest_checkpoint
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import SequenceStream, SourceData, validation_sequences
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizer import Tokenizer
@@ -24,8 +23,8 @@ class Inputs:
 
     sequences: SequenceStream
     """The training sequences by number."""
-    held_out: Tensor
-    """The held-out sequences of each evaluation, int64 [N, S + 1]: whole micro-batches for every replica."""
+    held_out: list[MicroBatch]
+    """The held-out micro-batches of each evaluation, as many for every replica."""
     resumed: Checkpoint | None
 
 
@@ -57,7 +56,11 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         sequence_length=config.data.sequence_length,
         num_sequences=-(-config.evaluate.sequences // round_size) * round_size,
     )
-    return Inputs(sequences, held_out_sequences, resumed)
+    separate_at = held_out.manifest.eos_id if config.data.documents == "separate" else None
+    micro_batches = [
+        MicroBatch.of(batch, separate_at) for batch in held_out_sequences.split(config.train.micro_batch_size)
+    ]
+    return Inputs(sequences, micro_batches, resumed)
 
 
 def training_sequences(config: Config) -> SequenceStream:
@@ -76,6 +79,7 @@ def training_sequences(config: Config) -> SequenceStream:
         sequence_length=config.data.sequence_length,
         lanes=config.data.lanes,
         seed=config.train.seed,
+        separate_documents=config.data.documents == "separate",
         skip_damage=skip,
     )
 

@@ -53,7 +53,7 @@ def pretrain(config: Config) -> None:
         first_step=first_step,
     )
     batches = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
-    held_out = inputs.held_out.split(config.train.micro_batch_size)[mesh.replica :: mesh.replicas]
+    held_out = inputs.held_out[mesh.replica :: mesh.replicas]
     strategies = config.evaluate.parse_strategies(config.model.num_hidden_layers)
     reporter = Reporter(
         mesh.rank, tensorboard=run.tensorboard, metrics=run.metrics, first_step=first_step, steps=config.train.steps
@@ -103,6 +103,7 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
         deepspeed_json=config.deepspeed_json(mesh.world_size),
         optimizer=functools.partial(build_optimizer, config.train),
         lr_scheduler=functools.partial(build_scheduler, config.train),
+        separate_documents=config.data.documents == "separate",
     )
 
 
@@ -118,7 +119,7 @@ def training_batches(
     config: Config, sequences: SequenceStream, mesh: Mesh, engine: RoutedPipelineEngine, first_step: int
 ) -> Iterator[MicroBatch]:
     """This replica's micro-batches from step `first_step` on; nothing on stages that read no tokens."""
-    if not (engine.is_first_stage() or engine.is_last_stage()):
+    if not (engine.is_first_stage() or engine.is_last_stage() or engine.separate_documents):
         return iter(())
     return MicroBatchReader(
         sequences,
