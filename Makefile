@@ -54,6 +54,7 @@ lint: env
 
 bench: env
 	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/bench_data.py
 
 clean:
 	rm -rf $(QUICKSTART) data/stdlib

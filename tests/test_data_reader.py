@@ -1,10 +1,12 @@
-"""The reader: one order of tokens, whatever the replicas, the start and the reading ahead."""
+"""The reader: one order of tokens, whatever the replicas, the start and the processes that read ahead."""
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +15,73 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from skvr_dist.data.reader import MicroBatchReader, SequenceStream, _permutation, validation_sequences
-from skvr_dist.data.shards import Dataset, ShardTokens
+from skvr_dist.data import writer
+from skvr_dist.data.batch import IGNORED, MicroBatch
+from skvr_dist.data.order import Mixture, permutation
+from skvr_dist.data.reader import MicroBatchReader, SequenceStream, SourceData, validation_sequences
+from skvr_dist.data.shards import Dataset
 from skvr_dist.data.sources import open_corpus
-from skvr_dist.data.tokenizer import train_tokenizer
-from skvr_dist.data.writer import DatasetWriter
+from skvr_dist.data.tokenizer import Tokenizer, train_tokenizer
+from skvr_dist.data.writer import ShardWriter, write_manifest
 from skvr_dist.errors import UserError
 
-TOKENIZER = train_tokenizer(
-    (document for document in open_corpus("stdlib") if document.id.startswith("json/")), vocab_size=500
-)
+CODE = [document for document in open_corpus("stdlib") if document.id.startswith("json/")]
+TOKENIZER = train_tokenizer(CODE, vocab_size=500)
 EOS = TOKENIZER.eos_id
 SHARDS, LANES, SEQUENCE_LENGTH = 13, 8, 24
 SETTINGS: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "lanes": LANES, "seed": 7}
-BATCHES: dict[str, Any] = {**SETTINGS, "micro_batch_size": 2, "micro_batches_per_step": 8}
+BATCHES: dict[str, Any] = {"micro_batch_size": 1, "micro_batches_per_step": 8}
+
+
+def write_dataset(folder: Path, shards: list[list[list[int]]], tokenizer: Tokenizer = TOKENIZER) -> Dataset:
+    """A data set of these documents, each a list of tokens without the last."""
+    folder.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "CHUNK_TOKENS", 150)
+        for number, documents in enumerate(shards):
+            with ShardWriter(folder / f"shard-{number:05d}.tar", tokenizer) as shard:
+                for place, tokens in enumerate(documents):
+                    shard.write(f"{number}.{place}", [*tokens, EOS], text_bytes=1)
+                shard.publish()
+    write_manifest(folder, tokenizer)
+    return Dataset.open(folder)
+
+
+def draw_documents(first: int, count: int, seed: int = 0) -> list[list[list[int]]]:
+    """`count` documents of 2 to 40 tokens, no two alike, in shards."""
+    generator = np.random.default_rng(seed)
+    documents = [
+        [first + number, *map(int, generator.integers(3, 500, generator.integers(0, 38)))] for number in range(count)
+    ]
+    return [documents[number::SHARDS] for number in range(SHARDS)]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """150 documents of 2 to 40 tokens, no two alike."""
-    folder = tmp_path_factory.mktemp("data") / "train"
-    generator = np.random.default_rng(0)
-    with DatasetWriter(folder, num_shards=SHARDS, tokenizer=TOKENIZER) as writer:
-        for number in range(150):
-            filling = generator.integers(3, 500, generator.integers(0, 38))
-            writer.write(str(number), [3 + number, *filling, EOS], text_bytes=1)
-        writer.finish(corpus_sha256="", validation_share=0.0)
-        writer.publish()
-    return Dataset.open(folder)
+    return write_dataset(tmp_path_factory.mktemp("data") / "train", draw_documents(3, 300))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_dataset(tmp_path_factory.mktemp("other") / "train", draw_documents(3, 200, seed=1))
+
+
+def stream_of(*datasets: Dataset, weights: tuple[float, ...] = (1, 3, 2), **options: Any) -> SequenceStream:
+    sources = {f"source-{n}": SourceData(d, w) for n, (d, w) in enumerate(zip(datasets, weights, strict=False))}
+    return SequenceStream(sources, **{**SETTINGS, **options})
+
+
+def sequence(stream: SequenceStream, number: int) -> list[int]:
+    rows = stream.read(number, 1)
+    return [*rows.tokens[0].tolist(), int(rows.labels[0, -1])]
 
 
 @pytest.fixture(scope="module")
 def in_order(dataset: Dataset) -> list[list[int]]:
-    """The first 400 sequences, read one after the other: each lane goes through its shards more than twice."""
-    stream = SequenceStream(dataset, **SETTINGS)
-    out = np.empty((400, SEQUENCE_LENGTH + 1), dtype=np.int64)
-    for number, row in enumerate(out):
-        stream.read(number, row)
-    return out.tolist()
+    """The first 700 sequences, read one after the other: each lane goes through its shards more than twice."""
+    stream = stream_of(dataset)
+    return [sequence(stream, number) for number in range(700)]
 
 
 def documents_of(tokens: list[int]) -> Counter[tuple[int, ...]]:
@@ -67,110 +96,222 @@ def documents_of(tokens: list[int]) -> Counter[tuple[int, ...]]:
     return found
 
 
-def lane_tokens(dataset: Dataset, lane: int, count: int, **settings: Any) -> list[int]:
+def shard_tokens(dataset: Dataset, number: int) -> list[int]:
+    shard = dataset.open_shard(number)
+    return [token for chunk in range(len(shard.chunks)) for token in shard.read(chunk).tokens.tolist()]
+
+
+def lane_tokens(dataset: Dataset, lane: int, count: int, **options: Any) -> list[int]:
     """The first `count` tokens of a lane, pieced together from its sequences."""
-    stream = SequenceStream(dataset, **{**SETTINGS, **settings})
+    stream = stream_of(dataset, **options)
     tokens: list[int] = []
-    out = np.empty(SEQUENCE_LENGTH + 1, dtype=np.int64)
     for k in range(-(-count // SEQUENCE_LENGTH)):
-        stream.read(lane + k * LANES, out)
-        assert tokens[-1:] in ([], [out[0]]), "the last token of a sequence is the first of the next"
-        tokens[-1:] = out.tolist()
+        read = sequence(stream, lane + k * LANES)
+        assert tokens[-1:] in ([], [read[0]]), "the last token of a sequence is the first of the next"
+        tokens[-1:] = read
     return tokens[:count]
 
 
-def stored_documents(dataset: Dataset, lane: int) -> Counter[tuple[int, ...]]:
-    return sum(
-        (documents_of(dataset.read_shard(shard).tokens.tolist()) for shard in range(lane, SHARDS, LANES)), Counter()
-    )
-
-
-@pytest.mark.parametrize("lane", range(LANES))
+@pytest.mark.parametrize("lane", [0, 4, 5, 7])
 def test_every_document_once_per_epoch(dataset: Dataset, lane: int) -> None:
-    epoch = sum(dataset.manifest.shards[shard].tokens for shard in range(lane, SHARDS, LANES))
+    shards = range(lane, SHARDS, LANES)
+    epoch = sum(dataset.manifest.shards[shard].tokens for shard in shards)
     tokens = lane_tokens(dataset, lane, 3 * epoch)
     epochs = [tokens[e * epoch : (e + 1) * epoch] for e in range(3)]
-    assert [documents_of(tokens) for tokens in epochs] == [stored_documents(dataset, lane)] * 3
+    stored = sum((documents_of(shard_tokens(dataset, shard)) for shard in shards), Counter())
+    assert [documents_of(tokens) for tokens in epochs] == [stored] * 3
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]  # each in an order of its own
     assert tokens != lane_tokens(dataset, lane, 3 * epoch, seed=8)
 
 
 def test_orders_are_those_of_this_version() -> None:
     """Other ones would send every resumed run elsewhere: raise `order` in the fingerprint with them."""
-    assert _permutation(seed=7, purpose=1, epoch=3, index=2, length=8).tolist() == [2, 3, 6, 5, 1, 7, 4, 0]
+    assert permutation(seed=7, purpose=1, epoch=3, index=2, length=8).tolist() == [2, 3, 6, 5, 1, 7, 4, 0]
+    assert permutation(seed=7, purpose=2, epoch=3, index=2, length=8, part=1).tolist() == [0, 4, 7, 1, 3, 6, 5, 2]
 
 
 @settings(deadline=None)
-@given(numbers=st.lists(st.integers(0, 399), min_size=1, max_size=10))
+@given(numbers=st.lists(st.integers(0, 699), min_size=1, max_size=10))
 def test_any_sequence_can_be_read_at_any_time(dataset: Dataset, in_order: list[list[int]], numbers: list[int]) -> None:
-    stream = SequenceStream(dataset, **SETTINGS)
-    out = np.empty(SEQUENCE_LENGTH + 1, dtype=np.int64)
-    for number in numbers:
-        stream.read(number, out)
-        assert out.tolist() == in_order[number]
+    stream = stream_of(dataset)
+    assert [sequence(stream, number) for number in numbers] == [in_order[number] for number in numbers]
 
 
 def test_positions_far_out_are_reached_at_once(dataset: Dataset) -> None:
-    (batch,) = islice(reader_of(dataset, start_step=10**15), 1)
-    assert batch.shape == (2, SEQUENCE_LENGTH + 1)
+    (batch,) = islice(reader_of(stream_of(dataset), start_step=10**15), 1)
+    assert batch.tokens.shape == (1, SEQUENCE_LENGTH)
 
 
-def reader_of(dataset: Dataset, **options: Any) -> MicroBatchReader:
-    options = {**BATCHES, **options}
-    sequences = SequenceStream(dataset, **{key: options.pop(key) for key in SETTINGS})
-    return MicroBatchReader(sequences, **options)
+# The order of a run. 1,000 steps of 8 micro-batches, as the bytes of all token ids, in the order of the plan.
+
+STEPS = 1000
 
 
-def run_of(dataset: Dataset, *, steps: int, replicas: int, **options: Any) -> list[Tensor]:
-    """The micro-batches of the first steps in global order, from as many readers as there are replicas."""
-    readers = [reader_of(dataset, **options, replica=replica, replicas=replicas) for replica in range(replicas)]
+def reader_of(stream: SequenceStream, **options: Any) -> MicroBatchReader:
+    return MicroBatchReader(stream, **{**BATCHES, **options})
+
+
+def run_of(datasets: list[Dataset], *, first: int = 0, steps: int, replicas: int = 1, **options: Any) -> list[bytes]:
+    """The bytes of each step, read as the replicas would, each with a stream of its own."""
+    readers = [
+        reader_of(stream_of(*datasets), replica=r, replicas=replicas, start_step=first, **options)
+        for r in range(replicas)
+    ]
     micro_batches = BATCHES["micro_batches_per_step"]
-    return [next(readers[q % replicas]) for _ in range(steps) for q in range(micro_batches)]
+    return [b"".join(ids_of(next(readers[q % replicas])) for q in range(micro_batches)) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4])
-@pytest.mark.parametrize("prefetch", [0, 3])
-@pytest.mark.parametrize("start_step", [0, 1, 9])
-def test_the_tokens_of_a_step_are_the_same_for_all(
-    dataset: Dataset, replicas: int, prefetch: int, start_step: int
+def ids_of(batch: MicroBatch) -> bytes:
+    assert batch.tokens.dtype == torch.int64 and batch.tokens.shape == (1, SEQUENCE_LENGTH)
+    return batch.tokens.numpy().tobytes() + batch.labels.numpy().tobytes()
+
+
+@pytest.fixture(scope="module")
+def straight(dataset: Dataset, other: Dataset) -> list[bytes]:
+    """A run through, over two sources."""
+    steps = run_of([dataset, other], steps=STEPS)
+    assert len(set(steps)) > STEPS * 0.9
+    return steps
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 8])
+def test_the_tokens_do_not_depend_on_the_replicas(
+    dataset: Dataset, other: Dataset, straight: list[bytes], replicas: int
 ) -> None:
-    expected = run_of(dataset, steps=12, replicas=1)[start_step * 8 :]
-    got = run_of(dataset, steps=12 - start_step, replicas=replicas, prefetch=prefetch, start_step=start_step)
-    assert all(batch.dtype == torch.int64 and batch.shape == (2, SEQUENCE_LENGTH + 1) for batch in got)
-    assert torch.equal(torch.stack(got), torch.stack(expected))
+    assert run_of([dataset, other], steps=STEPS, replicas=replicas) == straight
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more processes than cores
+@pytest.mark.parametrize(("workers", "replicas"), [(1, 1), (3, 1), (3, 2)])
+def test_the_tokens_do_not_depend_on_the_processes(
+    dataset: Dataset, other: Dataset, straight: list[bytes], workers: int, replicas: int
+) -> None:
+    assert run_of([dataset, other], steps=STEPS, replicas=replicas, workers=workers) == straight
+
+
+def test_the_tokens_do_not_depend_on_stops(dataset: Dataset, other: Dataset, straight: list[bytes]) -> None:
+    """20 random stops, each followed by another number of replicas."""
+    generator = random.Random(0)
+    cuts = [0, *sorted(generator.sample(range(1, STEPS), 20)), STEPS]
+    resumed: list[bytes] = []
+    for start, stop in pairwise(cuts):
+        replicas = generator.choice([1, 2, 4, 8])
+        resumed += run_of([dataset, other], first=start, steps=stop - start, replicas=replicas)
+    assert resumed == straight
 
 
 def test_micro_batches_hold_the_sequences_in_order(dataset: Dataset, in_order: list[list[int]]) -> None:
-    rows = torch.cat(run_of(dataset, steps=3, replicas=2)).tolist()
+    reader = reader_of(stream_of(dataset), micro_batch_size=2)
+    rows = [
+        [*tokens, labels[-1]]
+        for batch in islice(reader, 20)
+        for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True)
+    ]
     assert rows == in_order[: len(rows)]
 
 
 def test_replicas_read_lanes_of_their_own(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     lanes: set[int] = set()
-    read_shard = Dataset.read_shard
+    open_shard = Dataset.open_shard
 
-    def watched(self: Dataset, index: int) -> ShardTokens:
-        lanes.add(index % LANES)
-        return read_shard(self, index)
+    def watched(self: Dataset, number: int) -> Any:
+        lanes.add(number % LANES)
+        return open_shard(self, number)
 
-    monkeypatch.setattr(Dataset, "read_shard", watched)
+    monkeypatch.setattr(Dataset, "open_shard", watched)
     for replica in range(4):
         lanes.clear()
-        for _ in islice(reader_of(dataset, replica=replica, replicas=4), 100):
+        for _ in islice(reader_of(stream_of(dataset), micro_batch_size=2, replica=replica, replicas=4), 100):
             pass
         assert lanes == {2 * replica, 2 * replica + 1}
 
 
 def test_a_document_longer_than_a_sequence_and_an_epoch_shorter_than_one(tmp_path: Path) -> None:
-    with DatasetWriter(tmp_path / "data", num_shards=1, tokenizer=TOKENIZER) as writer:
-        writer.write("long", [*range(3, 103), EOS], text_bytes=1)
-        writer.finish(corpus_sha256="", validation_share=0.0)
-        writer.publish()
-    reader = reader_of(Dataset.open(tmp_path / "data"), sequence_length=30, lanes=1, micro_batch_size=1)
-    tokens = torch.cat([batch[0, :-1] for batch in islice(reader, 20)]).tolist()
-    assert tokens == ([*range(3, 103), EOS] * 6)[:600]
-    reader = reader_of(Dataset.open(tmp_path / "data"), sequence_length=500, lanes=1, micro_batch_size=1)
-    assert next(reader)[0].tolist() == ([*range(3, 103), EOS] * 5)[:501]
+    data = write_dataset(tmp_path / "data", [[[*range(3, 103)]]])
+    expected = [*range(3, 103), EOS] * 6
+    reader = reader_of(stream_of(data, sequence_length=30, lanes=1))
+    assert torch.cat([batch.tokens[0] for batch in islice(reader, 20)]).tolist() == expected[:600]
+    batch = next(reader_of(stream_of(data, sequence_length=500, lanes=1)))
+    assert batch.tokens[0].tolist() == expected[:500] and batch.labels[0].tolist() == expected[1:501]
+
+
+# Several sources.
+
+
+@settings(deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 40) | st.decimals("0.01", "2", places=2).map(float), min_size=1, max_size=5),
+    lane=st.integers(0, 1000),
+    start=st.integers(0, 5000),
+)
+def test_proportions_are_exact(weights: list[float], lane: int, start: int) -> None:
+    mixture = Mixture({str(n): weight for n, weight in enumerate(weights)})
+    ks = range(start, start + mixture.period)
+    located = [mixture.locate(lane, k) for k in ks]
+    counts = Counter(source for source, _ in located)
+    total = sum(weights)
+    for source, weight in enumerate(weights):
+        assert counts[source] == mixture.counts[source] == pytest.approx(mixture.period * weight / total)
+        # each source is read on, sequence by sequence
+        places = [place for s, place in located if s == source]
+        assert places == list(range(places[0], places[0] + len(places)))
+    assert mixture.locate(lane, 0)[1] == 0
+    # never more than a sequence per source away from the share
+    so_far = Counter[int]()
+    for k in range(min(mixture.period, 200)):
+        so_far[mixture.locate(0, k)[0]] += 1
+        for source, weight in enumerate(weights):
+            assert abs(so_far[source] - (k + 1) * weight / total) <= len(weights)
+
+
+def test_a_mixture_reads_every_source_as_if_alone(dataset: Dataset, other: Dataset) -> None:
+    mixed = stream_of(dataset, other, weights=(0.25, 0.75))
+    assert mixed.source_of(0) == "source-1"
+    streams = {"source-0": stream_of(dataset), "source-1": stream_of(other)}
+    read: Counter[tuple[str, int]] = Counter()
+    for number in range(400):
+        source, lane = mixed.source_of(number), number % LANES
+        place = read[source, lane]
+        assert sequence(mixed, number) == sequence(streams[source], lane + place * LANES)
+        read[source, lane] += 1
+    assert {source: sum(n for (s, _), n in read.items() if s == source) for source in streams} == {
+        "source-0": 100,
+        "source-1": 300,
+    }
+    for first in range(0, 80, 4):  # batches are mixed too
+        assert [mixed.source_of(first + row) for row in range(4)].count("source-0") == 1
+
+
+def test_sources_that_do_not_fit_are_refused(dataset: Dataset, tmp_path: Path) -> None:
+    foreign = write_dataset(tmp_path / "foreign", draw_documents(3, 50), train_tokenizer(CODE, vocab_size=501))
+    with pytest.raises(UserError, match=rf"made with tokenizer {TOKENIZER.sha256[:12]}, but .*foreign with "):
+        stream_of(dataset, foreign)
+    with pytest.raises(UserError, match=r"repeat only after 10000001 sequences, more than 10000; give them with fewer"):
+        stream_of(dataset, dataset, weights=(1e-7, 1.0))
+
+
+# Documents.
+
+
+def test_separate_documents(dataset: Dataset) -> None:
+    stream = stream_of(dataset, separate_documents=True)
+    plain = stream_of(dataset)
+    for number in range(50):
+        rows, joined = stream.read(number, 2), plain.read(number, 2)
+        assert rows.documents is not None and joined.documents is None
+        assert (rows.tokens == joined.tokens).all()
+        ends = rows.tokens == EOS
+        assert (rows.labels == np.where(ends, IGNORED, joined.labels)).all()
+        documents = torch.from_numpy(rows.documents)
+        assert (documents[:, 0] == 0).all()
+        assert torch.equal(documents.diff(dim=1) == 1, torch.from_numpy(ends[:, :-1]))
+        plain_sequences = torch.from_numpy(np.c_[joined.tokens, joined.labels[:, -1:]])
+        same = MicroBatch.of(plain_sequences, separate_at=EOS)
+        assert torch.equal(same.labels, torch.from_numpy(rows.labels))
+        assert same.documents is not None and torch.equal(same.documents, documents)
+
+
+# What goes wrong.
 
 
 @pytest.mark.parametrize(
@@ -182,43 +323,104 @@ def test_a_document_longer_than_a_sequence_and_an_epoch_shorter_than_one(tmp_pat
     ],
 )
 def test_what_does_not_fit_is_refused(dataset: Dataset, options: dict[str, Any], message: str) -> None:
+    order = {key: options.pop(key) for key in SETTINGS if key in options}
     with pytest.raises(UserError, match=message):
-        reader_of(dataset, **options)
+        reader_of(stream_of(dataset, **order), **{"micro_batch_size": 2, **options})
 
 
-@pytest.mark.parametrize("prefetch", [0, 3])
-def test_damage_is_reported_from_the_thread_too(dataset: Dataset, tmp_path: Path, prefetch: int) -> None:
-    folder = tmp_path / "damaged"
-    shutil.copytree(dataset.folder, folder)
+@pytest.fixture
+def damaged(dataset: Dataset, tmp_path: Path) -> Path:
+    """A copy of the data set with a flipped bit in the first chunk of shard 2, which is one of lane 2."""
+    folder = Path(shutil.copytree(dataset.location, tmp_path / "damaged"))
     shard = folder / "shard-00002.tar"
-    shard.write_bytes(shard.read_bytes()[::-1])
-    reader = reader_of(Dataset.open(folder), prefetch=prefetch)
-    next(reader)  # lanes 0 and 1; the damaged shard is one of lane 2
-    with pytest.raises(UserError, match=r"shard-00002.tar is damaged"):
+    data = bytearray(shard.read_bytes())
+    data[dataset.open_shard(2).chunks[0].start] ^= 1
+    shard.write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_stops_a_run_in_its_place(damaged: Path, workers: int) -> None:
+    reader = reader_of(stream_of(Dataset.open(damaged)), micro_batch_size=2, workers=workers)
+    next(reader)  # lanes 0 and 1
+    with pytest.raises(UserError, match=r"^shard .*shard-00002.tar is damaged: chunk 0 at byte 512: its bytes do not"):
         list(islice(reader, 100))
 
 
-def test_the_fingerprint_follows_what_decides_the_order(dataset: Dataset, tmp_path: Path) -> None:
-    def fingerprint(data: Dataset = dataset, **options: Any) -> str:
-        order = {key: {**BATCHES, **options}[key] for key in SETTINGS}
-        return SequenceStream(data, **order).fingerprint()
+@pytest.mark.parametrize("what", ["bit", "index", "shard"])
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_damage_can_be_skipped_and_nothing_else_moves(
+    dataset: Dataset, damaged: Path, what: str, replicas: int
+) -> None:
+    sound = dataset.open_shard(2)
+    lost = sound.chunks[0].tokens
+    if what == "index":
+        (damaged / "shard-00002.json").write_text("{")
+    elif what == "shard":
+        (damaged / "shard-00002.tar").unlink()
+    if what != "bit":
+        lost = dataset.manifest.shards[2].tokens
+    data = Dataset.open(damaged, check_sizes=False)
+    epoch = dataset.manifest.shards[2].tokens + dataset.manifest.shards[10].tokens
+    steps = 2 * epoch // SEQUENCE_LENGTH + 1
+    whole = [reader_of(stream_of(dataset), replica=r, replicas=replicas) for r in range(replicas)]
+    skipping = [
+        reader_of(stream_of(data, skip_damage=True), replica=r, replicas=replicas, workers=r % 2)
+        for r in range(replicas)
+    ]
+    lost_tokens, sentences = 0, set()
+    for q in range(steps * 8):
+        expected, got = next(whole[q % replicas]), next(skipping[q % replicas])
+        is_lost = got.labels == IGNORED
+        assert int(is_lost.sum()) == got.lost_tokens
+        assert torch.equal(got.labels[~is_lost], expected.labels[~is_lost])
+        if q % 8 != 2:
+            assert not got.lost_tokens and torch.equal(got.tokens, expected.tokens)
+        lost_tokens += got.lost_tokens
+        sentences |= set(got.damage)
+    # The lane was read for two epochs and at most a sequence more; the first token of a run is no label.
+    assert 2 * lost - 1 <= lost_tokens <= 2 * lost + 2 * SEQUENCE_LENGTH
+    assert all("shard-00002" in sentence for sentence in sentences) and sentences
 
-    same = fingerprint()
-    moved = Dataset.open(shutil.copytree(dataset.folder, tmp_path / "moved"))
+
+def test_the_fingerprint_tells_what_decides_the_order(dataset: Dataset, other: Dataset, tmp_path: Path) -> None:
+    def fingerprint(*datasets: Dataset, **options: Any) -> dict[str, Any]:
+        return stream_of(*datasets, **options).fingerprint()
+
+    same = fingerprint(dataset)
+    moved = Dataset.open(shutil.copytree(dataset.location, tmp_path / "moved"))
     assert same == fingerprint(moved)
-    assert len({same, fingerprint(seed=8), fingerprint(lanes=4), fingerprint(sequence_length=25)}) == 4
+    changes: list[tuple[tuple[Dataset, ...], dict[str, Any], str]] = [
+        ((dataset,), {"seed": 8}, "seed"),
+        ((dataset,), {"lanes": 4}, "lanes"),
+        ((dataset,), {"sequence_length": 25}, "sequence_length"),
+        ((dataset,), {"separate_documents": True}, "documents"),
+        ((other,), {}, "sources"),
+        ((dataset, other), {}, "sources"),
+        ((dataset,), {"weights": (2,)}, "sources"),
+    ]
+    for datasets, options, key in changes:
+        changed = fingerprint(*datasets, **options)
+        assert {name for name in same if same[name] != changed[name]} == {key}
 
 
-def test_held_out_sequences_predict_each_token_once(dataset: Dataset) -> None:
-    shards = [dataset.read_shard(index).tokens for index in range(SHARDS)]
-    stored = np.concatenate(shards).astype(np.int64)
+def test_the_state_is_small_for_thousands_of_lanes(tmp_path: Path) -> None:
+    """The state of a run is its step and this fingerprint."""
+    data = write_dataset(tmp_path / "data", [[[3]]] * 4096)
+    stream = stream_of(data, lanes=4096)
+    assert len(json.dumps(stream.fingerprint())) < 1000
+    assert sequence(stream, 4096 * 10**6 + 77) == [3, EOS] * 12 + [3]
+
+
+def test_held_out_sequences_are_spread_and_predict_each_token_once(dataset: Dataset) -> None:
+    stored = [token for number in range(SHARDS) for token in shard_tokens(dataset, number)]
     available = (len(stored) - 1) // 10
     sequences = validation_sequences(dataset, sequence_length=10, num_sequences=available)
     assert sequences.shape == (available, 11)
     assert sequences.dtype == torch.int64
-    assert sequences[:, 1:].flatten().tolist() == stored[1 : available * 10 + 1].tolist()
+    assert sequences[:, 1:].flatten().tolist() == stored[1 : available * 10 + 1]
     assert torch.equal(sequences[:-1, -1], sequences[1:, 0])
     few = validation_sequences(dataset, sequence_length=10, num_sequences=3)
-    assert torch.equal(few, sequences[:3])
+    assert torch.equal(few, sequences[[0, available // 3, available * 2 // 3]])
     with pytest.raises(UserError, match=rf"holds {available} sequences of 10 tokens, but {available + 1} are asked"):
         validation_sequences(dataset, sequence_length=10, num_sequences=available + 1)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from skvr_dist.data.sources import Corpus, Document, document_fraction, open_corpus
+from skvr_dist.data.documents import Document, FilePart, read_part
+from skvr_dist.data.sources import Corpus, hash_fraction, open_corpus
 from skvr_dist.errors import UserError
 
 
@@ -25,8 +32,8 @@ def test_a_folder_is_read_in_sorted_order_and_by_suffix(tmp_path: Path) -> None:
     assert list(Corpus(tmp_path, exclude=["old"])) == [
         Document("a.txt", "text of a.txt\r\n"),
         Document("b.md", "text of b.md\r\n"),
-        Document("c.jsonl.gz:1", "first"),
-        Document("c.jsonl.gz:3", "third"),
+        Document("c.jsonl.gz:0", "first"),
+        Document("c.jsonl.gz:31", "third"),
         Document("y/e.txt", "text of y/e.txt\r\n"),
         Document("z/c.py", "text of z/c.py\r\n"),
     ]
@@ -49,30 +56,31 @@ def test_the_standard_library_is_readable_code() -> None:
 def test_invalid_utf8_stops_or_is_counted(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "lines.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n{"text": "\\ud800"}\n')
-    with pytest.raises(UserError, match=r"bad.txt is not valid UTF-8 at byte 3; .*--invalid-text skip"):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "lines.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n{"text": "\\ud800"}\n{"text": ""}\n')
+    with pytest.raises(UserError, match=r"bad.txt at byte 3 is not valid UTF-8; .*--invalid-text skip"):
         list(Corpus(tmp_path))
-    with pytest.raises(UserError, match=r"lines.jsonl, line 2 is not valid UTF-8 at byte 26 of the file"):
+    with pytest.raises(UserError, match=r"lines.jsonl at byte 26 is not valid UTF-8"):
         list(Corpus(tmp_path / "lines.jsonl"))
     corpus = Corpus(tmp_path, invalid_text="skip")
     for _ in range(2):
         assert [document.text for document in corpus] == ["good", "one"]
-        assert corpus.skipped == 3
+        assert corpus.left_out == {"is not valid UTF-8": 2, "holds half of a surrogate pair": 1, "is empty": 2}
 
 
 def test_half_a_surrogate_pair_stops(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud800"}\n')
-    with pytest.raises(UserError, match=r"a.jsonl, line 1 holds half of a surrogate pair"):
+    with pytest.raises(UserError, match=r"a.jsonl, the line at byte 0 holds half of a surrogate pair"):
         list(Corpus(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "cut', r"line 2 is not JSON at its character 14: "),
-        (b'{"body": "b"}', r"line 2 has no text under the key 'text'; name the right one with --text-key"),
-        (b'{"text": 3}', r"line 2 has no text"),
-        (b'"text"', r"line 2 has no text"),
+        (b'{"text": "cut', r"the line at byte 16 is not JSON at its character 14: "),
+        (b'{"body": "b"}', r"the line at byte 16 has no text under the key 'text'; name the right one with --text-key"),
+        (b'{"text": 3}', r"the line at byte 16 has no text"),
+        (b'"text"', r"the line at byte 16 has no text"),
     ],
 )
 def test_a_line_without_text_stops(tmp_path: Path, line: bytes, message: str) -> None:
@@ -83,7 +91,52 @@ def test_a_line_without_text_stops(tmp_path: Path, line: bytes, message: str) ->
 
 def test_another_text_key(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", "one", key="body")
-    assert list(Corpus(tmp_path, text_key="body")) == [Document("a.jsonl:1", "one")]
+    assert list(Corpus(tmp_path, text_key="body")) == [Document("a.jsonl:0", "one")]
+
+
+def write_records(path: Path, texts: list[str]) -> None:
+    if path.name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=7)
+        return
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    compress = {".gz": gzip.compress, ".zst": lambda data: pyarrow.Codec("zstd").compress(data, asbytes=True)}
+    path.write_bytes(compress.get(path.suffix, bytes)(lines))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1), data=st.data())
+def test_every_record_is_in_one_part(tmp_path: Path, suffix: str, texts: list[str], data: st.DataObject) -> None:
+    path = tmp_path / f"records.{suffix}"
+    write_records(path, texts)
+    size = path.stat().st_size
+    cuts = sorted(data.draw(st.lists(st.integers(0, size), max_size=5)))
+    found, advanced = [], 0
+    for start, stop in pairwise([0, *cuts, size]):
+
+        def advance(count: int) -> None:
+            nonlocal advanced
+            advanced += count
+
+        found += read_part(FilePart(path.name, path, size, start, stop), "text", advance)
+    whole = list(Corpus(path))
+    assert [document.text for document in whole] == texts
+    assert len({document.id for document in whole}) == len(texts)
+    assert Counter(found) == Counter(whole)
+    assert size * 0.9 - 10 <= advanced <= size + 10
+
+
+def test_parquet_without_texts_is_refused(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None], "n": [1, 2]}), tmp_path / "a.parquet")
+    corpus = Corpus(tmp_path, text_key="body")
+    assert [document.text for document in corpus] == ["a"] and corpus.left_out == {"is empty": 1}
+    with pytest.raises(UserError, match=r"a.parquet has no column 'text', only body, n; name the right one with --tex"):
+        list(Corpus(tmp_path))
+    with pytest.raises(UserError, match=r"column 'n' of .*a.parquet holds int64, not text"):
+        list(Corpus(tmp_path, text_key="n"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"cannot read .*a.parquet: "):
+        list(Corpus(tmp_path))
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -91,18 +144,20 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         open_corpus(str(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"holds no text; read were \.txt, "):
         list(Corpus(tmp_path))
-    write_lines(tmp_path / "cut.jsonl.gz", *["word " * 1000] * 5)
-    (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "cut.jsonl.gz").read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"cannot read .*cut.jsonl.gz: "):
-        list(Corpus(tmp_path))
+    for cut in (tmp_path / "cut.jsonl.gz", tmp_path / "cut.jsonl.zst"):
+        write_records(cut, ["word " * 1000] * 5)
+        cut.write_bytes(cut.read_bytes()[:-20])
+        with pytest.raises(UserError, match=rf"cannot read .*{cut.name}: "):
+            list(Corpus(tmp_path))
+        cut.unlink()
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
     with pytest.raises(UserError, match=r"cannot read .*a.txt: No such file or directory"):
         list(Corpus(tmp_path))
 
 
 def test_fractions_are_spread_and_independent() -> None:
-    held_out = [i for i in range(10_000) if document_fraction(f"doc {i}", "validation") < 0.05]
+    held_out = [i for i in range(10_000) if hash_fraction(f"doc {i}", "validation") < 0.05]
     assert 400 < len(held_out) < 600
-    sampled = [i for i in held_out if document_fraction(f"doc {i}", "tokenizer") < 0.5]
+    sampled = [i for i in held_out if hash_fraction(f"doc {i}", "tokenizer") < 0.5]
     assert 0.4 < len(sampled) / len(held_out) < 0.6
-    assert 0 <= document_fraction("not \udcff UTF-8", "validation") < 1
+    assert 0 <= hash_fraction("not \udcff UTF-8", "validation") < 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+import tokenizers
+import transformers
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 import skvr_dist.data.tokenizer as tokenizer_module
 from skvr_dist.data.sources import Document, open_corpus
@@ -81,6 +85,75 @@ def test_a_vocabulary_that_cannot_be_is_refused() -> None:
         train_tokenizer(CODE, vocab_size=100)
     with pytest.raises(UserError, match=r"cannot train a vocabulary of 90000 pieces: .*too high"):
         train_tokenizer(CODE, vocab_size=90_000)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(deadline=None)
+@given(data=st.binary())
+def test_arbitrary_bytes_come_back(kind: str, data: bytes) -> None:
+    tokenizer = TOKENIZERS[kind]
+    text = data.decode("latin-1")
+    assert tokenizer.decode(tokenizer.encode(text)).encode("latin-1") == data
+    assert tokenizer.decode([3 + byte for byte in text.encode()]) == text  # the pieces of bytes
+
+
+def test_unigram_scores_add_up_exactly() -> None:
+    """In single as in double precision, so that transformers finds the same tokens."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(TOKENIZERS["unigram"].model)
+    scores = [piece.score for piece in model.pieces]
+    assert all((score * 128).is_integer() for score in scores)
+    assert len(set(scores)) > 100
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer as Hugging Face stores it."""
+    folder = tmp_path_factory.mktemp("hf")
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=alphabet, special_tokens=["<|end|>", "<s>"], show_progress=False
+    )
+    trained.train_from_iterator([document.text for document in CODE], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|end|>").save_pretrained(folder)
+    return folder
+
+
+@settings(deadline=None)
+@given(text=TEXTS)
+@example(text="a<|end|>b")
+def test_hugging_face_tokenizers(hf_folder: Path, text: str) -> None:
+    tokenizer = Tokenizer.load(hf_folder)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_id == 0
+    assert not {0, 1} & set(ids)  # names of special tokens are just text
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
+    assert all(i < tokenizer.vocab_size for i in ids)
+
+
+def test_hugging_face_tokenizers_become_one_file(hf_folder: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(hf_folder / "tokenizer.json")
+    tokenizer.save(tmp_path / "tokenizer.model")
+    again = Tokenizer.load(tmp_path / "tokenizer.model")
+    assert again.sha256 == tokenizer.sha256 == Tokenizer.load(hf_folder).sha256
+    assert (again.vocab_size, again.eos_id) == (500, 0)
+    shutil.copy(hf_folder / "tokenizer.json", tmp_path)
+    with pytest.raises(UserError, match=r"cannot read tokenizer .*: No such file"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+    for config, message in (
+        ("{}", "tokenizer_config.json names no eos_token"),
+        ('{"eos_token": "<none>"}', "has no token '<none>', which its configuration names as the eos_token"),
+        ("[", "tokenizer.json is not a Hugging Face tokenizer"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        with pytest.raises(UserError, match=message):
+            Tokenizer.load(tmp_path / "tokenizer.json")
+    (tmp_path / "broken.model").write_text('{"eos_token": "a", "tokenizer": {}}')
+    with pytest.raises(UserError, match=r"broken.model is not a Hugging Face tokenizer \("):
+        Tokenizer.load(tmp_path / "broken.model")
 
 
 def test_save_and_load(tmp_path: Path) -> None:

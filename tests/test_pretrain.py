@@ -193,7 +193,7 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
         (["evaluate.sequences=10000"], "sequences of 64 tokens, but 10000 are asked for"),
         (["train.steps=3"], "is at step 4, but train.steps is 3; raise it to go on"),
         (["parallel.pipeline=4"], "'pipeline': 4.*resume on the same layout"),
-        (["train.seed=5"], "was trained on data"),
+        (["train.seed=5"], "was trained on other data .*differ in seed"),
         (["train.resume=never"], "already holds checkpoints"),
         (["train.resume=/nowhere"], "/nowhere is neither a checkpoint"),
         (["data.train=/nowhere"], "/nowhere holds no complete data set"),

@@ -4,8 +4,8 @@
         --shards 32 --validation-share 0.05
     python tools/prepare_data.py --check data/stdlib
 
-Writes OUTPUT/train, OUTPUT/validation and OUTPUT/tokenizer.model. An output that holds these very data sets is left
-alone; one that holds others is an error. More in docs/data.md.
+Writes OUTPUT/train, OUTPUT/validation and OUTPUT/tokenizer.model. Interrupted, the same command goes on; an output that
+holds these very data sets is left alone; one that holds others is an error. More in docs/data.md.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
-from tqdm import tqdm
 
-from skvr_dist.data.prepare import prepare
-from skvr_dist.data.shards import Dataset, check_dataset, find_datasets
+from skvr_dist.data.prepare import LEFT_OUT_FILE, prepare
+from skvr_dist.data.shards import TRAIN, Dataset, check_dataset, find_datasets
 from skvr_dist.data.sources import INPUT_HELP, add_corpus_arguments, corpus_from
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import EXIT_MISSED, run_command
@@ -32,7 +31,9 @@ def main() -> int | None:
     task.add_argument(
         "--check", metavar="FOLDER", help="read the data sets there and compare them with their manifests"
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="a .model file of tools/train_tokenizer.py")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="a .model file, or a Hugging Face tokenizer.json or its folder"
+    )
     parser.add_argument("--output", metavar="FOLDER")
     parser.add_argument("--shards", type=int, default=32, metavar="N", help="training shards, at least data.lanes")
     parser.add_argument("--validation-share", type=float, default=0.05, metavar="X", help="share of held-out documents")
@@ -46,15 +47,15 @@ def main() -> int | None:
         parser.error("--input needs --tokenizer and --output")
     corpus = corpus_from(arguments)
     prepared = prepare(
-        tqdm(corpus, unit=" documents", leave=False),
+        corpus,
         Tokenizer.load(arguments.tokenizer),
         arguments.output,
         num_shards=arguments.shards,
         validation_share=arguments.validation_share,
         workers=arguments.workers,
     )
-    if corpus.skipped:
-        print(f"{corpus.skipped} invalid documents of {arguments.input} were skipped")
+    for reason, count in prepared.datasets[TRAIN].manifest.left_out.items():
+        print(f"{count} documents were left out, each {reason}: see {Path(arguments.output, LEFT_OUT_FILE)}")
     if not prepared.written:
         print(f"{arguments.output} holds these data sets already; nothing was written")
     _report([_row(name, dataset) for name, dataset in prepared.datasets.items()], arguments.json)
@@ -65,7 +66,7 @@ def _check(folder: str, json_file: Path | None) -> int | None:
     rows, problems = [], []
     for name, dataset in find_datasets(folder).items():
         found = check_dataset(dataset)
-        rows.append(_row(name, dataset) | {"damaged_shards": len(found)})
+        rows.append(_row(name, dataset) | {"problems": len(found)})
         problems += found
     _report(rows, json_file)
     for problem in problems:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 
-from tqdm import tqdm
-
 from skvr_dist.data.sources import INPUT_HELP, add_corpus_arguments, corpus_from
 from skvr_dist.data.tokenizer import train_tokenizer
 from skvr_dist.errors import run_command
@@ -25,12 +23,11 @@ def main() -> None:
     add_corpus_arguments(parser)
     arguments = parser.parse_args()
     corpus = corpus_from(arguments)
-    documents = tqdm(corpus, unit=" documents", leave=False)
-    tokenizer = train_tokenizer(documents, vocab_size=arguments.vocab_size, model_type=arguments.model_type)
+    tokenizer = train_tokenizer(corpus, vocab_size=arguments.vocab_size, model_type=arguments.model_type)
     tokenizer.save(arguments.output)
     print(f"{arguments.output}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}")
-    if corpus.skipped:
-        print(f"{corpus.skipped} invalid documents of {arguments.input} were skipped")
+    for reason, count in corpus.left_out.items():
+        print(f"{count} documents of {arguments.input} were left out, each {reason}")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,43 @@
-"""From documents to a training and a held-out data set.
+"""From a corpus to a training and a held-out data set.
 
-The documents are tokenised by one process per core, yet written in their own order: the result does not depend on
-the number of processes.
+The files of the corpus are dealt to the training shards before anything is read, and each shard is made on its own:
+read, tokenised and written by one process, the held-out documents among it to a shard of their own. So any number of
+processes make the same bytes, in constant memory, and an interrupted run goes on with the shards that are not there.
+
+    OUTPUT/partial/          while it is being made: job.json says what; done-00000.json that a shard is finished
+    OUTPUT/tokenizer.model
+    OUTPUT/left-out.txt      the documents of the corpus that are in no data set, and why
+    OUTPUT/train/, OUTPUT/validation/
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+import heapq
+import json
+import shutil
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from skvr_dist.data.shards import MANIFEST, Dataset, find_datasets, smallest_token_type
-from skvr_dist.data.sources import Document, document_fraction
+from skvr_dist.data.documents import Advance, Document, FilePart, holds_records
+from skvr_dist.data.pool import run_tasks
+from skvr_dist.data.shard_format import MANIFEST
+from skvr_dist.data.shards import TRAIN, VALIDATION, Dataset, find_datasets
+from skvr_dist.data.sources import Corpus, hash_fraction
 from skvr_dist.data.tokenizer import Tokenizer
-from skvr_dist.data.writer import DatasetWriter
+from skvr_dist.data.writer import ShardWriter, write_manifest, write_whole
 from skvr_dist.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.model"
+LEFT_OUT_FILE = "left-out.txt"
+_JOB_FILE = "job.json"
 
-# Work is handed out in batches of about this size: milliseconds of messages for a tenth of a second of work.
-_BATCH_CHARS = 250_000
-_BATCHES_PER_WORKER = 4
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-_Tokens = NDArray[np.unsignedinteger[Any]]
+Parts = list[FilePart]
 
 
 class Prepared(NamedTuple):
@@ -43,7 +48,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    documents: Iterable[Document],
+    corpus: Corpus,
     tokenizer: Tokenizer,
     output: str | Path,
     *,
@@ -53,143 +58,236 @@ def prepare(
 ) -> Prepared:
     """Write `output/train`, `output/validation` (unless its share is 0) and `output/tokenizer.model`.
 
-    A document is held out when the hash of its id falls into `validation_share`, so it stays held out when others
-    come and go. Held-out shards are about as large as training shards. If `output` holds these very data sets
-    already, the documents are read to see that, and nothing is written.
+    A document is held out when the hash of its text falls into `validation_share`: so it stays held out when others
+    come and go, and its copies with it. If `output` holds these very data sets already, the corpus is read to see
+    that, and nothing is written.
 
     Args:
-        num_shards: shards of the training set.
+        num_shards: shards of the training set; the held-out set has as many, less those that would be empty.
         workers: processes; None takes every core this one may run on.
 
     Raises:
-        UserError: `output` holds something else, or too few documents for the shards; then nothing new is left there
-            but the tokenizer.
+        UserError: `output` holds something else or cannot be written, the corpus cannot be read, or there are too few
+            documents for the shards. What was finished stays in `output/partial`, and the same call goes on.
     """
-    workers = _cores() if workers is None else workers
-    if num_shards < 1 or workers < 1:
+    if num_shards < 1 or (workers is not None and workers < 1):
         raise UserError(f"--shards {num_shards} and --workers {workers} must be positive")
     if not 0 <= validation_share < 1:
         raise UserError(f"--validation-share {validation_share} must be at least 0 and below 1")
     output = Path(output)
-    if (output / "train" / MANIFEST).exists():
-        return Prepared(_existing(documents, tokenizer, output, num_shards, validation_share), written=False)
+    tasks = deal(corpus.files(), num_shards)
+    asked = {
+        "tokenizer": tokenizer.sha256[:12],
+        "number of shards": num_shards,
+        "validation share": validation_share,
+    }
+    if (output / TRAIN / MANIFEST).exists():
+        return Prepared(_existing(output, corpus, tasks, asked, workers), written=False)
+    partial = output / "partial"
+    is_made = (partial / TRAIN / MANIFEST).exists()  # and only the last renames are missing
+    for split in (TRAIN, VALIDATION):
+        if (output / split).exists() and not is_made:
+            raise UserError(f"{output / split} is there already; remove it or choose another output")
     tokenizer.save(output / TOKENIZER_FILE)
-    held_out_shards = {"validation": max(1, round(num_shards * validation_share))} if validation_share else {}
-    digest = _CorpusDigest()
     try:
-        with ExitStack() as stack:
-            writers = {
-                split: stack.enter_context(DatasetWriter(output / split, num_shards=shards, tokenizer=tokenizer))
-                for split, shards in {**held_out_shards, "train": num_shards}.items()
-            }
-            for document, tokens in _tokenise(digest.over(documents), tokenizer, workers):
-                held_out = document_fraction(document.id, "validation") < validation_share
-                writers["validation" if held_out else "train"].write(
-                    document.id, tokens, text_bytes=len(document.text.encode())
-                )
-            for writer in writers.values():
-                writer.finish(corpus_sha256=digest.hexdigest(), validation_share=validation_share)
-            # Training comes last: where its data set is, the held-out one is too.
-            for writer in writers.values():
-                writer.publish()
+        _start_or_go_on(partial, {**asked, "text key": corpus.text_key, "list of files": _fingerprint(tasks)})
+        todo = {number: parts for number, parts in tasks.items() if not _done_file(partial, number).exists()}
+        if not is_made:
+            run_tasks(
+                _Making(corpus, tokenizer.model, partial, validation_share),
+                todo,
+                total_bytes=_total_bytes(todo),
+                workers=workers,
+            )
+            _write_manifests(partial, tokenizer, validation_share)
+        shutil.copyfile(partial / LEFT_OUT_FILE, output / LEFT_OUT_FILE)
+        # Training comes last: where its data set is, the held-out one is too.
+        for split in (VALIDATION, TRAIN):
+            if (partial / split / MANIFEST).exists():
+                (partial / split).rename(output / split)
+        shutil.rmtree(partial)
     except OSError as error:
-        raise UserError(f"cannot write data set {output}: {error}") from None
-    return Prepared(_open_all(output), written=True)
+        raise UserError(
+            f"cannot write data set {output}: {error}; its finished shards are kept, and the same command goes on"
+        ) from None
+    return Prepared(find_datasets(output), written=True)
 
 
-def _open_all(output: Path) -> dict[str, Dataset]:
-    return {name: Dataset.open(found.folder) for name, found in find_datasets(output).items()}
+def deal(files: Sequence[FilePart], num_shards: int) -> dict[int, Parts]:
+    """What each shard is made from: shares of the corpus that are about equally large on disk.
+
+    Files of records are laid out one after the other, in an order drawn from their names, and cut into equal
+    stretches. Each other file goes to the shard with the fewest bytes of them so far, the largest first.
+
+    Raises:
+        UserError: too few files.
+    """
+    shares: dict[int, Parts] = {number: [] for number in range(num_shards)}
+    records = sorted((file for file in files if holds_records(file.name) and file.size), key=_drawn)
+    total = sum(file.size for file in records)
+    bounds = [total * number // num_shards for number in range(num_shards + 1)]
+    position = 0
+    for file in records:
+        number = bisect_right(bounds, position) - 1
+        while number < num_shards and bounds[number] < position + file.size:
+            start, stop = max(bounds[number] - position, 0), min(bounds[number + 1] - position, file.size)
+            shares[number].append(file._replace(start=start, stop=stop))
+            number += 1
+        position += file.size
+    texts = sorted(
+        (file for file in files if not holds_records(file.name)), key=lambda file: (-file.size, _drawn(file))
+    )
+    lightest = [(0, number) for number in range(num_shards)]
+    for file in texts:
+        size, number = lightest[0]
+        shares[number].append(file)
+        heapq.heapreplace(lightest, (size + file.size, number))
+    if not all(shares.values()):
+        raise UserError(f"{len(files)} files are too few for --shards {num_shards}; ask for at most {len(files)}")
+    return shares
+
+
+def _drawn(file: FilePart) -> float:
+    return hash_fraction(file.name, "order of files")
+
+
+def _total_bytes(tasks: Mapping[int, Parts]) -> int:
+    return sum(part.stop - part.start for parts in tasks.values() for part in parts)
+
+
+def _fingerprint(tasks: Mapping[int, Parts]) -> str:
+    """Of names, sizes and times of the files, by which an interrupted run knows its corpus."""
+    files = [(part.name, part.size, part.path.stat().st_mtime_ns) for parts in tasks.values() for part in parts]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+
+
+def _start_or_go_on(partial: Path, job: dict[str, Any]) -> None:
+    """Make the folder of unfinished work, or see that it is that of the same job."""
+    if (partial / _JOB_FILE).exists():
+        _require_same(f"{partial} holds unfinished work made with", json.loads((partial / _JOB_FILE).read_text()), job)
+        return
+    for split in (TRAIN, VALIDATION):
+        (partial / split).mkdir(parents=True, exist_ok=True)
+    write_whole(partial / _JOB_FILE, json.dumps(job, indent=1) + "\n")
+
+
+def _require_same(there_is: str, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    for what, value in asked.items():
+        if there[what] != value:
+            raise UserError(f"{there_is} {what} {there[what]}, not {value}; remove it or choose another output")
 
 
 def _existing(
-    documents: Iterable[Document], tokenizer: Tokenizer, output: Path, num_shards: int, validation_share: float
+    output: Path, corpus: Corpus, tasks: Mapping[int, Parts], asked: Mapping[str, Any], workers: int | None
 ) -> dict[str, Dataset]:
     """The data sets in `output`, if this call would make the same."""
-    found = _open_all(output)
-    manifest = found["train"].manifest
-    wanted = [
-        ("tokenizer", manifest.tokenizer_sha256[:12], tokenizer.sha256[:12]),
-        ("number of shards", len(manifest.shards), num_shards),
-        ("validation share", manifest.validation_share, validation_share),
-    ]
-    if all(there == asked for _, there, asked in wanted):
-        digest = _CorpusDigest()
-        for _ in digest.over(documents):
-            pass
-        wanted.append(("corpus", manifest.corpus_sha256[:12], digest.hexdigest()[:12]))
-    for what, there, asked in wanted:
-        if there != asked:
-            raise UserError(
-                f"{output} holds a data set made with {what} {there}, not {asked}; remove it or choose another output"
+    datasets = find_datasets(output)
+    manifest = datasets[TRAIN].manifest
+    there: dict[str, Any] = {
+        "tokenizer": manifest.tokenizer_sha256[:12],
+        "number of shards": len(manifest.shards),
+        "validation share": manifest.validation_share,
+    }
+    there_is = f"{output} holds a data set made with"
+    _require_same(there_is, there, asked)
+    digests = run_tasks(_Digest(corpus), tasks, total_bytes=_total_bytes(tasks), workers=workers)
+    _require_same(there_is, {"corpus": manifest.corpus_sha256[:12]}, {"corpus": _combined(digests)[:12]})
+    return datasets
+
+
+@dataclass(frozen=True)
+class _Digest:
+    """Task: hash what a shard is made from."""
+
+    corpus: Corpus
+
+    def __call__(self, number: int, parts: Parts, advance: Advance) -> str:
+        digest = hashlib.sha256()
+        for part in parts:
+            for item in self.corpus.read(part, advance):
+                if isinstance(item, Document):
+                    _add_document(digest, item)
+        return digest.hexdigest()
+
+
+def _add_document(digest: Any, document: Document) -> None:
+    for text in document:
+        data = text.encode("utf-8", "surrogateescape")
+        digest.update(len(data).to_bytes(8, "little") + data)
+
+
+def _combined(digests: Mapping[int, str]) -> str:
+    """Hash of the corpus from those of its shards."""
+    return hashlib.sha256("".join(digests[number] for number in sorted(digests)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Making:
+    """Task: make a training shard and the held-out documents beside it."""
+
+    corpus: Corpus
+    tokenizer_model: bytes
+    folder: Path
+    validation_share: float
+
+    def __call__(self, number: int, parts: Parts, advance: Advance) -> None:
+        tokenizer = Tokenizer.from_bytes(self.tokenizer_model)
+        eos_id = tokenizer.eos_id
+        file = f"shard-{number:05d}.tar"
+        digest, left_out = hashlib.sha256(), Counter[str]()
+        with ExitStack() as stack:
+            train, held_out = (
+                stack.enter_context(ShardWriter(self.folder / split / file, tokenizer)) for split in (TRAIN, VALIDATION)
             )
-    return found
+            complaints = stack.enter_context(_left_out_file(self.folder, number).open("w", encoding="utf-8"))
+            for part in parts:
+                for item in self.corpus.read(part, advance):
+                    if not isinstance(item, Document):
+                        left_out[item.reason] += 1
+                        complaints.write(f"{item.place} {item.reason}\n")
+                        continue
+                    _add_document(digest, item)
+                    is_held_out = hash_fraction(item.text, "validation") < self.validation_share
+                    tokens = tokenizer.encode(item.text)
+                    tokens.append(eos_id)
+                    (held_out if is_held_out else train).write(item.id, tokens, len(item.text.encode()))
+            if train.is_empty:
+                raise UserError(
+                    f"training shard {number} would hold no document; ask for fewer --shards or a smaller "
+                    f"--validation-share"
+                )
+            if not held_out.is_empty:
+                held_out.publish()
+            train.publish()
+        done = {"corpus_sha256": digest.hexdigest(), "left_out": left_out}
+        write_whole(_done_file(self.folder, number), json.dumps(done) + "\n")
 
 
-class _CorpusDigest:
-    """Hash of the documents that pass through."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def over(self, documents: Iterable[Document]) -> Iterator[Document]:
-        for document in documents:
-            for part in document:
-                data = part.encode("utf-8", "surrogateescape")
-                self._hash.update(len(data).to_bytes(8, "little") + data)
-            yield document
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+def _done_file(folder: Path, number: int) -> Path:
+    return folder / f"done-{number:05d}.json"
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _left_out_file(folder: Path, number: int) -> Path:
+    return folder / f"left-out-{number:05d}.txt"
 
 
-def _tokenise(documents: Iterable[Document], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Document, _Tokens]]:
-    """Each document with its token ids and the end-of-sequence token, in order."""
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(tokenizer.model,)) as pool:
-        encoded = _map_in_order(pool, _encode_batch, _batches(documents), workers * _BATCHES_PER_WORKER)
-        for batch, tokens in encoded:
-            yield from zip(batch, tokens, strict=True)
-
-
-def _map_in_order(
-    pool: ProcessPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], in_flight: int
-) -> Iterator[tuple[_Item, _Result]]:
-    """(item, function(item)) in order; never more than `in_flight` items in memory, unlike with `pool.map`."""
-    pending: deque[tuple[_Item, Future[_Result]]] = deque()
-    for item in items:
-        pending.append((item, pool.submit(function, item)))
-        if len(pending) == in_flight:
-            done, future = pending.popleft()
-            yield done, future.result()
-    for done, future in pending:
-        yield done, future.result()
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    chars = 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document.text)
-        if chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(model: bytes) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = Tokenizer(model)
-
-
-def _encode_batch(documents: list[Document]) -> list[_Tokens]:
-    tokenizer = _worker_tokenizer
-    token_type = smallest_token_type(tokenizer.vocab_size)
-    return [np.array([*tokenizer.encode(doc.text), tokenizer.eos_id], dtype=token_type) for doc in documents]
+def _write_manifests(partial: Path, tokenizer: Tokenizer, validation_share: float) -> None:
+    """Make data sets of the finished shards, the training set last."""
+    done = {n: json.loads(file.read_text()) for n, file in enumerate(sorted(partial.glob("done-*.json")))}
+    left_out = sum((Counter(facts["left_out"]) for facts in done.values()), Counter[str]())
+    with (partial / LEFT_OUT_FILE).open("wb") as file:
+        for number in done:
+            file.write(_left_out_file(partial, number).read_bytes())
+    corpus_sha256 = _combined({number: facts["corpus_sha256"] for number, facts in done.items()})
+    for split in (VALIDATION, TRAIN) if validation_share else (TRAIN,):
+        if not any((partial / split).glob("shard-*.json")):
+            raise UserError(
+                f"no document falls into --validation-share {validation_share}; remove {partial} and hold out more"
+            )
+        write_manifest(
+            partial / split,
+            tokenizer,
+            corpus_sha256=corpus_sha256,
+            validation_share=validation_share,
+            left_out=left_out,
+        )

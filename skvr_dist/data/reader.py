@@ -1,10 +1,8 @@
 """The streaming reader: which tokens each micro-batch holds, whatever the number of replicas and wherever it starts.
 
-A data set is dealt to V lanes, shard i to lane i % V. A lane is an endless stream of tokens: epoch after epoch, its
-shards in an order drawn from (seed, epoch, lane), the documents of a shard in an order drawn from (seed, epoch,
-shard). Sequence k of a lane is its tokens [k * S, k * S + S]: S + 1 of them, the last one the first of the next
-sequence. Sequence n of the run is sequence n // V of lane n % V. So a position is a number, and any sequence can be
-read without reading those before it.
+Sequence n of the run is sequence n // V of lane n % V. Sequence k of the lane of a source (`skvr_dist.data.order`) is
+its tokens [k * S, k * S + S]: S + 1 of them, the last one the first of the next sequence. So the place of a run is a
+number, and any sequence can be read without reading those before it.
 
 Shapes: B sequences of a micro-batch, S sequence length, N sequences, Q micro-batches of a step, V lanes.
 """
@@ -13,134 +11,155 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import count
-from typing import Any
+from collections.abc import Iterator, Mapping
+from itertools import count, islice
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from skvr_dist.data.batch import IGNORED, MicroBatch
+from skvr_dist.data.order import Lane, Mixture
 from skvr_dist.data.shards import Dataset
 from skvr_dist.errors import UserError
 
-# Second words of the generator's key: what is drawn.
-_SHARD_ORDER = 1
-_DOCUMENT_ORDER = 2
+
+class Rows(NamedTuple):
+    """Sequences as they are read: the fields of `MicroBatch` as arrays, cheap to pass between processes."""
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    documents: NDArray[np.int64] | None
+    lost_tokens: int = 0
+    damage: tuple[str, ...] = ()
 
 
-def _permutation(seed: int, purpose: int, epoch: int, index: int, length: int) -> NDArray[np.int64]:
-    """An order of `length` things, a pure function of the other arguments.
-
-    The ranks of raw Philox bits (Salmon et al., SC 2011), which numpy does not change between releases.
-    """
-    bits = np.random.Philox(key=[seed, purpose], counter=[0, 0, index, epoch]).random_raw(length)
-    return np.argsort(bits, kind="stable")
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """One shard in one epoch, as a part of its lane."""
-
-    start: int
-    """Position of its first token in the lane."""
-    tokens: NDArray[np.unsignedinteger[Any]]
-
-
-class _Lane:
-    """An endless stream of tokens over its own shards. Holds one shard in memory."""
-
-    def __init__(self, dataset: Dataset, lane: int, lanes: int, seed: int) -> None:
-        self._dataset = dataset
-        self._lane = lane
-        self._seed = seed
-        self._shards = np.arange(lane, len(dataset.manifest.shards), lanes)
-        self._lengths = np.array([dataset.manifest.shards[i].tokens for i in self._shards])
-        self._tokens_per_epoch = int(self._lengths.sum())
-        self._current = _Stretch(0, np.empty(0, dtype=np.uint16))
-
-    def read(self, position: int, out: NDArray[np.int64]) -> None:
-        """Fill `out` with the tokens from `position` on."""
-        done = 0
-        while done < len(out):
-            stretch = self._stretch_at(position + done)
-            offset = position + done - stretch.start
-            part = stretch.tokens[offset : offset + len(out) - done]
-            out[done : done + len(part)] = part
-            done += len(part)
-
-    def _stretch_at(self, position: int) -> _Stretch:
-        current = self._current
-        if not current.start <= position < current.start + len(current.tokens):
-            epoch, offset = divmod(position, self._tokens_per_epoch)
-            order = _permutation(self._seed, _SHARD_ORDER, epoch, self._lane, len(self._shards))
-            ends = np.cumsum(self._lengths[order])
-            place = int(np.searchsorted(ends, offset, side="right"))
-            shard = int(self._shards[order[place]])
-            start = epoch * self._tokens_per_epoch + int(ends[place] - self._lengths[order[place]])
-            self._current = current = _Stretch(start, self._shuffled(shard, epoch))
-        return current
-
-    def _shuffled(self, shard: int, epoch: int) -> NDArray[np.unsignedinteger[Any]]:
-        tokens, offsets = self._dataset.read_shard(shard)
-        documents = len(offsets) - 1
-        order = _permutation(self._seed, _DOCUMENT_ORDER, epoch, shard, documents)
-        return np.concatenate([tokens[offsets[i] : offsets[i + 1]] for i in order])
-
-
-class SequenceStream:
-    """Every sequence of a run by its number.
-
-    Args:
-        dataset: the training set; each of its shards belongs to one lane.
-        sequence_length: S, tokens that the model reads; a sequence has one more, the last label.
-        lanes: V.
-        seed: draws the order of shards and documents.
-
-    Raises:
-        UserError: fewer shards than lanes; and while reading, a damaged shard.
-    """
-
-    def __init__(self, dataset: Dataset, *, sequence_length: int, lanes: int, seed: int) -> None:
-        shards = len(dataset.manifest.shards)
-        if shards < lanes:
-            raise UserError(
-                f"data set {dataset.folder} has {shards} shards, fewer than data.lanes {lanes}; use at most {shards} "
-                f"lanes, or prepare it with --shards {lanes}"
-            )
-        self.sequence_length = sequence_length
-        self._dataset = dataset
-        self._seed = seed
-        self._lanes = [_Lane(dataset, lane, lanes, seed) for lane in range(lanes)]
+class Sequences(Protocol):
+    """The numbered sequences of a run."""
 
     @property
     def lanes(self) -> int:
-        """V."""
-        return len(self._lanes)
+        """What a batch must divide."""
 
-    def read(self, number: int, out: NDArray[np.int64]) -> None:
-        """Fill `out` [S + 1] with sequence `number` of the run."""
-        position, lane = divmod(number, self.lanes)
-        self._lanes[lane].read(position * self.sequence_length, out)
+    def read(self, first: int, size: int) -> Rows:
+        """Sequences `first` to `first + size - 1`."""
 
-    def fingerprint(self) -> str:
-        """Equal for two streams with the same sequences, so that a number means the same place in both."""
-        decisive = {
-            "order": 1,  # raise it when the rules of this file change what a number means
-            "shards": [shard.sha256 for shard in self._dataset.manifest.shards],
+
+class SourceData(NamedTuple):
+    """A data set and its weight among the sources."""
+
+    dataset: Dataset
+    weight: float = 1.0
+
+
+class SequenceStream:
+    """Every sequence of a pretraining run by its number.
+
+    Args:
+        sources: the training sets by name; each of their shards belongs to one lane.
+        sequence_length: S.
+        lanes: V.
+        seed: draws the order of shards, chunks and documents.
+        separate_documents: a position attends to its own document only, and the end of one does not predict the next.
+        skip_damage: leave out what is damaged, see `Lane`.
+
+    Raises:
+        UserError: fewer shards than lanes, different tokenizers, weights without a short pattern; and while reading,
+            damage.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, SourceData],
+        *,
+        sequence_length: int,
+        lanes: int,
+        seed: int,
+        separate_documents: bool = False,
+        skip_damage: bool = False,
+    ) -> None:
+        self.sources = dict(sources)
+        self.sequence_length = sequence_length
+        self.lanes = lanes
+        self._seed = seed
+        self._separate_documents = separate_documents
+        self._damage: list[str] = []
+        self._mixture = Mixture({name: source.weight for name, source in self.sources.items()})
+        datasets = [source.dataset for source in self.sources.values()]
+        for dataset in datasets:
+            shards = len(dataset.manifest.shards)
+            if shards < lanes:
+                raise UserError(
+                    f"data set {dataset.location} has {shards} shards, fewer than data.lanes {lanes}; use at most "
+                    f"{shards} lanes, or prepare it with --shards {lanes}"
+                )
+            datasets[0].require_same_tokenizer(dataset)
+        self._eos_id = datasets[0].manifest.eos_id
+        self._lanes = [
+            [Lane(dataset, lane, lanes, seed, skip_damage=skip_damage, damage=self._damage) for lane in range(lanes)]
+            for dataset in datasets
+        ]
+
+    @property
+    def tokens_on_disk(self) -> int:
+        return sum(source.dataset.manifest.tokens for source in self.sources.values())
+
+    def source_of(self, number: int) -> str:
+        """Name of the source of sequence `number`."""
+        k, lane = divmod(number, self.lanes)
+        return list(self.sources)[self._mixture.locate(lane, k)[0]]
+
+    def read(self, first: int, size: int) -> Rows:
+        """Sequences `first` to `first + size - 1`.
+
+        Raises:
+            DamageError: a chunk is damaged, unless it is to be skipped.
+        """
+        sequences = np.empty((size, self.sequence_length + 1), dtype=np.int64)
+        lost = np.zeros(sequences.shape, dtype=bool)
+        for row in range(size):
+            k, lane = divmod(first + row, self.lanes)
+            source, place = self._mixture.locate(lane, k)
+            self._lanes[source][lane].read(place * self.sequence_length, sequences[row], lost[row])
+        tokens, labels = sequences[:, :-1], sequences[:, 1:]
+        lost_tokens = int(lost[:, 1:].sum())
+        documents = None
+        if self._separate_documents or lost_tokens:
+            labels = np.where(lost[:, 1:], IGNORED, labels)
+        if self._separate_documents:
+            ends = tokens == self._eos_id
+            documents = np.cumsum(ends, axis=1) - ends
+            labels[ends] = IGNORED
+        damage, self._damage[:] = tuple(self._damage), []
+        return Rows(tokens, labels, documents, lost_tokens, damage)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the sequences: equal for two streams with the same ones, so that a number means the same place
+        in both.
+        """
+        return {
+            "order": 2,  # raise it when the rules of reading change what a number means
             "sequence_length": self.sequence_length,
             "lanes": self.lanes,
             "seed": self._seed,
+            "documents": "separate" if self._separate_documents else "joined",
+            "sources": {
+                name: {"weight": source.weight, "shards": _shards_sha256(source.dataset)}
+                for name, source in self.sources.items()
+            },
         }
-        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
 
-class MicroBatchReader(Iterator[Tensor]):
-    """The micro-batches that one data-parallel replica runs, without end: int64 [B, S + 1] on the CPU.
+def _shards_sha256(dataset: Dataset) -> str:
+    shards = json.dumps([shard.sha256 for shard in dataset.manifest.shards])
+    return hashlib.sha256(shards.encode()).hexdigest()[:16]
+
+
+class MicroBatchReader(Iterator[MicroBatch]):
+    """The micro-batches that one data-parallel replica runs, without end, on the CPU.
 
     Micro-batch q of step t holds sequences t * Q * B + q * B to t * Q * B + (q + 1) * B - 1 of the run. Replica r of
     R runs q = r, r + R, ... So no sequence changes with R, and each replica reads lanes of its own.
@@ -154,23 +173,26 @@ class MicroBatchReader(Iterator[Tensor]):
         micro_batches_per_step: Q, over all replicas.
         replica, replicas: r and R.
         start_step: the step of the first micro-batch.
-        prefetch: micro-batches read ahead by a background thread; 0 reads when asked. A mistake that the thread
-            meets is raised in its place.
+        workers: processes that read ahead; 0 reads when asked. Worker w of W reads this replica's micro-batches w,
+            w + W, ... A mistake that one meets is raised in its place.
+        prefetch: micro-batches that each worker reads ahead.
 
     Raises:
-        UserError: see `SequenceStream`; and lanes or micro-batches that the replicas cannot share equally.
+        UserError: lanes or micro-batches that the replicas cannot share equally; and while reading, what the
+            sequences raise.
     """
 
     def __init__(
         self,
-        sequences: SequenceStream,
+        sequences: Sequences,
         *,
         micro_batch_size: int,
         micro_batches_per_step: int,
         replica: int = 0,
         replicas: int = 1,
         start_step: int = 0,
-        prefetch: int = 0,
+        workers: int = 0,
+        prefetch: int = 4,
     ) -> None:
         if sequences.lanes % (micro_batch_size * replicas):
             raise UserError(
@@ -181,38 +203,49 @@ class MicroBatchReader(Iterator[Tensor]):
             raise UserError(f"{micro_batches_per_step} micro-batches of a step cannot be shared by {replicas} replicas")
         # A step has as many micro-batches for one replica as for another, so those of replica r are r, r + R, ... of
         # the whole run too.
-        numbers = count(start_step * micro_batches_per_step + replica, replicas)
-        batches = _micro_batches(sequences, numbers, micro_batch_size)
-        self._batches = _read_ahead(batches, prefetch) if prefetch else batches
+        rows = _ReplicaRows(sequences, start_step * micro_batches_per_step + replica, replicas, micro_batch_size)
+        self._rows: Iterator[Rows | UserError] = iter(rows)
+        if workers:
+            loader = DataLoader(
+                rows, batch_size=None, collate_fn=_unchanged, num_workers=workers, prefetch_factor=prefetch
+            )
+            self._rows = iter(loader)
 
-    def __next__(self) -> Tensor:
-        return next(self._batches)
+    def __next__(self) -> MicroBatch:
+        rows = next(self._rows)
+        if isinstance(rows, UserError):
+            raise rows
+        tokens, labels = torch.from_numpy(rows.tokens), torch.from_numpy(rows.labels)
+        documents = None if rows.documents is None else torch.from_numpy(rows.documents)
+        return MicroBatch(tokens, labels, documents, rows.lost_tokens, rows.damage)
 
 
-def _micro_batches(stream: SequenceStream, numbers: Iterable[int], size: int) -> Iterator[Tensor]:
-    for number in numbers:
-        batch = np.empty((size, stream.sequence_length + 1), dtype=np.int64)
-        for row, out in enumerate(batch):
-            stream.read(number * size + row, out)
-        yield torch.from_numpy(batch)
+class _ReplicaRows(IterableDataset[Rows | UserError]):
+    """Micro-batches `first`, `first + stride`, ... of a run; in a worker of torch's loader, that worker's share."""
+
+    def __init__(self, sequences: Sequences, first: int, stride: int, size: int) -> None:
+        self._sequences, self._first, self._stride, self._size = sequences, first, stride, size
+
+    def __iter__(self) -> Iterator[Rows | UserError]:
+        worker = get_worker_info()
+        offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in islice(count(self._first, self._stride), offset, None, step):
+            try:
+                yield self._sequences.read(number * self._size, self._size)
+            except UserError as error:  # as a value: the loader would bury its sentence in a traceback
+                yield error
+                return
 
 
-def _read_ahead(batches: Iterator[Tensor], ahead: int) -> Iterator[Tensor]:
-    thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-    try:
-        pending = deque(thread.submit(next, batches) for _ in range(ahead))
-        while True:
-            batch = pending.popleft().result()
-            pending.append(thread.submit(next, batches))
-            yield batch
-    finally:
-        thread.shutdown(wait=False, cancel_futures=True)
+def _unchanged(rows: Any) -> Any:
+    return rows
 
 
 def validation_sequences(dataset: Dataset, *, sequence_length: int, num_sequences: int) -> Tensor:
-    """The first sequences of a held-out data set, in stored order: int64 [N, S + 1].
+    """Held-out sequences, spread evenly over the data set as it is stored: int64 [N, S + 1].
 
-    Sequence k is tokens [k * S, k * S + S], so every token but the first is predicted once. Nothing is shuffled.
+    Cut into sequences of S tokens to predict, the data set holds A of them; number i of N is its sequence
+    i * A // N. Nothing is shuffled, and no token is predicted twice.
 
     Raises:
         UserError: the data set holds fewer sequences (it is never repeated), or a shard is damaged.
@@ -220,14 +253,32 @@ def validation_sequences(dataset: Dataset, *, sequence_length: int, num_sequence
     available = (dataset.manifest.tokens - 1) // sequence_length
     if available < num_sequences:
         raise UserError(
-            f"data set {dataset.folder} holds {available} sequences of {sequence_length} tokens, but {num_sequences} "
-            f"are asked for; lower evaluate.sequences or hold out a larger share"
+            f"data set {dataset.location} holds {available} sequences of {sequence_length} tokens, but "
+            f"{num_sequences} are asked for; lower evaluate.sequences or hold out a larger share"
         )
-    needed = num_sequences * sequence_length + 1
-    parts: list[NDArray[np.unsignedinteger[Any]]] = []
-    found = 0
-    while found < needed:
-        parts.append(dataset.read_shard(len(parts)).tokens)
-        found += len(parts[-1])
-    tokens = torch.from_numpy(np.concatenate(parts)[:needed].astype(np.int64))
-    return tokens.unfold(0, sequence_length + 1, sequence_length).contiguous()
+    tokens = _StoredTokens(dataset)
+    starts = [number * available // num_sequences * sequence_length for number in range(num_sequences)]
+    return torch.from_numpy(np.stack([tokens.read(start, sequence_length + 1) for start in starts]))
+
+
+class _StoredTokens:
+    """A data set as one array of tokens, in stored order; holds one shard in memory."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._ends = np.cumsum([shard.tokens for shard in dataset.manifest.shards])
+        self._number = -1
+        self._tokens: NDArray[Any] = np.empty(0, dtype=np.uint16)
+
+    def read(self, start: int, length: int) -> NDArray[np.int64]:
+        parts: list[NDArray[Any]] = []
+        while length:
+            number = int(np.searchsorted(self._ends, start, side="right"))
+            if number != self._number:
+                shard = self._dataset.open_shard(number)
+                self._tokens = np.concatenate([shard.read(chunk).tokens for chunk in range(len(shard.chunks))])
+                self._number = number
+            offset = start - (int(self._ends[number]) - len(self._tokens))
+            parts.append(self._tokens[offset : offset + length])
+            start, length = start + len(parts[-1]), length - len(parts[-1])
+        return np.concatenate(parts).astype(np.int64)

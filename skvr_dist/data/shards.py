@@ -1,100 +1,49 @@
-"""Data sets on disk: tar shards of token ids and a manifest.
+"""Data sets, read: any chunk of documents of any shard, compared with its checksum before it is used.
 
-    FOLDER/shard-00000.tar ...   webdataset shards, a member per document: `KEY.tokens`, its token ids as raw
-                                 little-endian uint16 or uint32, the last one the end-of-sequence token
-    FOLDER/manifest.json         the counts and checksums of every shard; written last
-
-KEY is the document's id, percent-encoded with its dots, because webdataset ends a key at the first dot.
-`skvr_dist.data.writer` writes them.
+A local shard is read chunk by chunk, found by its index. One behind a URL or a pipe comes as a stream, so it is
+fetched whole and kept in memory while it is open. `skvr_dist.data.shard_format` tells what is on disk.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
 from tqdm import tqdm
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.gopen import gopen
 
+from skvr_dist.data.shard_format import (
+    LENGTH_TYPE,
+    MANIFEST,
+    RESTORE,
+    Manifest,
+    Shard,
+    ShardIndex,
+    on_disk,
+    parse_manifest,
+    parse_stored,
+)
+from skvr_dist.data.writer import file_sha256
 from skvr_dist.errors import UserError
-from skvr_dist.section import Section
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-MEMBER = "tokens"
-"""Suffix of a document's member in its shard."""
-
-TokenType = Literal["uint16", "uint32"]
+TRAIN, VALIDATION = "train", "validation"
 
 
-class Shard(Section):
-    """A shard file and what it must hold."""
-
-    file: str
-    documents: int = Field(gt=0)
-    tokens: int = Field(gt=0)
-    bytes: int = Field(gt=0)
-    """Size of the file."""
-    sha256: str
+class DamageError(UserError):
+    """A shard, or a part of one, is not what its manifest says; the message names shard, byte and reason."""
 
 
-class Manifest(Section):
-    """What a data set holds and what it was made from."""
-
-    format_version: int
-    token_type: TokenType
-    vocab_size: int = Field(gt=0)
-    """Entries of the tokenizer's vocabulary; every token id is below."""
-    eos_id: int = Field(ge=0)
-    """Last token of every document."""
-    tokenizer_sha256: str
-    corpus_sha256: str
-    """Hash of the ids and texts of all documents that went into training and held-out set together."""
-    validation_share: float = Field(ge=0, lt=1)
-    """Share of the documents that were held out of the training set."""
-    text_bytes: int = Field(gt=0)
-    """Length of the documents as UTF-8, to convert a loss per token to bits per byte."""
-    documents: int = Field(gt=0)
-    tokens: int = Field(gt=0)
-    shards: tuple[Shard, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Manifest:
-        for total in ("documents", "tokens"):
-            parts = sum(getattr(shard, total) for shard in self.shards)
-            if parts != getattr(self, total):
-                raise ValueError(f"{total} is {getattr(self, total)}, but the shards hold {parts}")
-        if self.vocab_size > vocabulary_limit(self.token_type):
-            raise ValueError(f"vocab_size {self.vocab_size} does not fit token_type {self.token_type}")
-        return self
-
-
-def vocabulary_limit(token_type: TokenType) -> int:
-    return int(np.iinfo(token_type).max) + 1
-
-
-def smallest_token_type(vocab_size: int) -> TokenType:
-    """The smallest integer type that holds every token id of a vocabulary."""
-    return "uint16" if vocab_size <= vocabulary_limit("uint16") else "uint32"
-
-
-def on_disk(token_type: TokenType) -> np.dtype[np.unsignedinteger[Any]]:
-    """The type with the byte order of the files, whatever the machine's."""
-    return np.dtype(token_type).newbyteorder("<")
-
-
-class ShardTokens(NamedTuple):
-    """The content of one shard, in stored order."""
+class ChunkTokens(NamedTuple):
+    """The content of one chunk, in stored order."""
 
     tokens: NDArray[np.unsignedinteger[Any]]
-    """Token ids of all documents [tokens of the shard]."""
+    """Token ids of all documents [tokens of the chunk]."""
     offsets: NDArray[np.int64]
     """Document i is tokens[offsets[i] : offsets[i + 1]]; [documents + 1]."""
 
@@ -103,32 +52,35 @@ class ShardTokens(NamedTuple):
 class Dataset:
     """A complete data set; `open` it."""
 
-    folder: Path
+    location: str
+    """A folder; a URL that webdataset can open; or a `pipe:` command in which `{file}` stands for the file's name."""
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path) -> Dataset:
-        """Read the manifest and see that its shards are there in full size.
+    def open(cls, location: str | Path, *, check_sizes: bool = True) -> Dataset:
+        """Read the manifest and see that the shards of a folder are there in full size (`check_sizes`).
 
         Raises:
             UserError: no (complete) data set there, an unreadable manifest, or a shard that is missing or of another
                 size.
         """
-        folder = Path(folder)
-        dataset = cls(folder, read_manifest(folder))
-        for shard in dataset.manifest.shards:
-            path = folder / shard.file
-            size = path.stat().st_size if path.exists() else None
-            if size != shard.bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(f"shard {path} {found}, but its manifest names {shard.bytes} bytes; {_RESTORE}")
+        dataset = cls(str(location), read_manifest(location))
+        if check_sizes and not _is_remote(dataset.location):
+            for shard in dataset.manifest.shards:
+                for file, expected in ((shard.file, shard.bytes), (shard.index_file, None)):
+                    path = Path(location, file)
+                    size = path.stat().st_size if path.exists() else None
+                    if size is None or expected not in (None, size):
+                        found = "is missing" if size is None else f"has {size} bytes"
+                        named = "names it" if expected is None else f"names {expected} bytes"
+                        raise DamageError(f"shard file {path} {found}, but the manifest {named}; {RESTORE}")
         return dataset
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Refuse a model with too few embeddings for the tokens of this data set."""
         if self.manifest.vocab_size > vocab_size:
             raise UserError(
-                f"data set {self.folder} has a vocabulary of {self.manifest.vocab_size}, but model.vocab_size is "
+                f"data set {self.location} has a vocabulary of {self.manifest.vocab_size}, but model.vocab_size is "
                 f"{vocab_size}; it must be at least as large"
             )
 
@@ -137,95 +89,129 @@ class Dataset:
         mine, others = self.manifest.tokenizer_sha256, other.manifest.tokenizer_sha256
         if mine != others:
             raise UserError(
-                f"data set {self.folder} was made with tokenizer {mine[:12]}, but {other.folder} with {others[:12]}; "
-                f"prepare both with the same one"
+                f"data set {self.location} was made with tokenizer {mine[:12]}, but {other.location} with "
+                f"{others[:12]}; prepare both with the same one"
             )
 
-    def read_shard(self, index: int) -> ShardTokens:
-        """Read a shard whole and compare it with the manifest.
+    def open_shard(self, number: int) -> OpenShard:
+        """A shard, to read chunks from.
 
         Raises:
-            UserError: the shard cannot be read, is damaged, or disagrees with the manifest.
+            DamageError: its index is missing or not the one of this shard; for a remote shard, it cannot be fetched.
         """
-        shard = self.manifest.shards[index]
-        path = self.folder / shard.file
+        return OpenShard(self, self.manifest.shards[number])
+
+
+class OpenShard:
+    """A shard whose index is in memory, and its tokens too if it is remote. `Dataset.open_shard` makes it."""
+
+    def __init__(self, dataset: Dataset, shard: Shard) -> None:
+        self.place = _join(dataset.location, shard.file)
+        self._token_type = on_disk(dataset.manifest.token_type)
+        self._vocab_size = dataset.manifest.vocab_size
+        index_place = _join(dataset.location, shard.index_file)
         try:
-            data = path.read_bytes()
+            self.chunks = _parse_index(dataset, shard, index_place).chunks
+            self._data = _read(self.place) if _is_remote(dataset.location) else None
         except OSError as error:
-            raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+            raise DamageError(f"cannot read shard {self.place} and its index: {error}; {RESTORE}") from None
+
+    def read(self, number: int) -> ChunkTokens:
+        """A chunk.
+
+        Raises:
+            DamageError: it is cut short or changed, or holds what no tokenizer wrote.
+        """
+        chunk, data = self.chunks[number], self._bytes(number)
+        lengths_at, names_at = chunk.lengths_at(self._token_type.itemsize), chunk.names_at(self._token_type.itemsize)
+        tokens = np.frombuffer(data, self._token_type, chunk.tokens)
+        lengths = np.frombuffer(data[lengths_at:names_at], LENGTH_TYPE, chunk.documents)
+        offsets = np.zeros(chunk.documents + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        if offsets[-1] != chunk.tokens:
+            raise self._damage(number, f"its documents have {offsets[-1]} tokens, but the index names {chunk.tokens}")
+        largest = int(tokens.max())
+        if largest >= self._vocab_size:
+            raise self._damage(number, f"it holds token {largest}, outside the vocabulary of {self._vocab_size}")
+        return ChunkTokens(tokens, offsets)
+
+    def names(self, number: int) -> list[str]:
+        """The names of the documents of a chunk.
+
+        Raises:
+            DamageError: as for `read`.
+        """
+        names: list[str] = json.loads(self._bytes(number)[self.chunks[number].names_at(self._token_type.itemsize) :])
+        return names
+
+    def _bytes(self, number: int) -> bytes:
+        chunk = self.chunks[number]
+        size = chunk.bytes(self._token_type.itemsize)
         try:
-            return _unpack(data, shard, self.manifest)
-        except _DamageError as damage:
-            raise UserError(f"shard {path} is damaged: {damage}; {_RESTORE}") from None
+            data = self._range(chunk.start, size)
+        except OSError as error:
+            raise self._damage(number, f"it cannot be read ({error.strerror})") from None
+        if len(data) < size:
+            raise self._damage(number, f"the file ends {size - len(data)} bytes before it does")
+        # Without it a flipped bit would be trained on.
+        if zlib.crc32(data) != chunk.crc32:
+            raise self._damage(number, "its bytes do not have the checksum that the index names")
+        return data
+
+    def _range(self, start: int, size: int) -> bytes:
+        if self._data is not None:
+            return self._data[start : start + size]
+        with Path(self.place).open("rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(size)
+
+    def _damage(self, number: int, reason: str) -> DamageError:
+        chunk = self.chunks[number]
+        return DamageError(f"shard {self.place} is damaged: chunk {number} at byte {chunk.start}: {reason}; {RESTORE}")
 
 
-_RESTORE = "copy it again from its source, or prepare the data set anew"
-
-
-class _DamageError(Exception):
-    """What is wrong with a shard."""
-
-
-def _unpack(data: bytes, shard: Shard, manifest: Manifest) -> ShardTokens:
-    # The checksum costs a tenth of the time; without it a flipped bit would be trained on.
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise _DamageError(f"its {len(data)} bytes do not have the checksum that the manifest names")
-    token_type = on_disk(manifest.token_type)
-    parts: list[bytes] = []
+def _parse_index(dataset: Dataset, shard: Shard, place: str) -> ShardIndex:
     try:
-        # Of webdataset, the part below the opening of files: the bytes are here already, for the checksum.
-        members = tar_file_expander([{"url": shard.file, "stream": io.BytesIO(data)}])
-        for sample in group_by_keys(members):
-            part = sample.get(MEMBER, b"")
-            if not part or len(part) % token_type.itemsize:
-                raise _DamageError(
-                    f"member {sample['__key__']}.{MEMBER} has {len(part)} bytes, which are no {token_type.name}s"
-                )
-            parts.append(part)
-    except _DamageError:
-        raise
-    except Exception as error:  # webdataset passes on whatever tarfile raises, with arguments of its own
-        raise _DamageError(f"it is no readable tar file ({type(error).__name__})") from None
-    tokens = np.frombuffer(b"".join(parts), dtype=token_type)
-    for what, found, named in (("documents", len(parts), shard.documents), ("tokens", len(tokens), shard.tokens)):
-        if found != named:
-            raise _DamageError(f"it holds {found} {what}, but the manifest names {named}")
-    if tokens.max() >= manifest.vocab_size:
-        raise _DamageError(f"it holds token {tokens.max()}, outside the vocabulary of {manifest.vocab_size}")
-    lengths = [len(part) // token_type.itemsize for part in parts]
-    return ShardTokens(tokens, np.cumsum([0, *lengths]))
+        index = parse_stored(ShardIndex, _read(place), place)
+    except UserError as error:
+        raise DamageError(str(error)) from None
+    if (index.shard, index.tokenizer_sha256) != (shard, dataset.manifest.tokenizer_sha256):
+        raise DamageError(f"{place} is not the index of the shard that the manifest names; {RESTORE}")
+    return index
 
 
-def read_manifest(folder: Path) -> Manifest:
+def _is_remote(location: str) -> bool:
+    return location.startswith("pipe:") or "://" in location
+
+
+def _join(location: str, file: str) -> str:
+    return location.replace("{file}", file) if "{file}" in location else f"{location.rstrip('/')}/{file}"
+
+
+def _read(place: str) -> bytes:
+    """The whole file there; raises OSError."""
+    if not _is_remote(place):
+        return Path(place).read_bytes()
+    with gopen(place) as stream:
+        data = stream.read()
+    return bytes(data)
+
+
+def read_manifest(location: str | Path) -> Manifest:
     """The manifest of a data set; its shards are not looked at.
 
     Raises:
         UserError: it is missing, unreadable or of another format version.
     """
-    path = folder / MANIFEST
+    place = _join(str(location), MANIFEST)
     try:
-        text = path.read_text(encoding="utf-8")
-        version = json.loads(text)["format_version"]
+        return parse_manifest(_read(place), place)
     except FileNotFoundError:
         raise UserError(
-            f"{folder} holds no complete data set ({MANIFEST} is missing); make one with tools/prepare_data.py"
+            f"{location} holds no complete data set ({MANIFEST} is missing); make one with tools/prepare_data.py"
         ) from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):  # not UTF-8, not JSON, no such key, no keys at all
-        raise UserError(f"{path} is not the manifest of a data set; {_RESTORE}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {version}, but this version of skvr_dist reads {FORMAT_VERSION}; prepare the "
-            f"data set anew"
-        )
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = "".join(f"{part}: " for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path} is not valid: {place}{reason}; {_RESTORE}") from None
+        raise UserError(f"cannot read {place}: {error.strerror or error}") from None
 
 
 def find_datasets(folder: str | Path) -> dict[str, Dataset]:
@@ -234,27 +220,39 @@ def find_datasets(folder: str | Path) -> dict[str, Dataset]:
     The shards are not looked at. Raises `UserError` as `read_manifest` does.
     """
     folder = Path(folder)
-    if not (folder / "train").is_dir():
-        return {folder.name: Dataset(folder, read_manifest(folder))}
-    train = Dataset(folder / "train", read_manifest(folder / "train"))
+    if not (folder / TRAIN).is_dir():
+        return {folder.name: Dataset.open(folder, check_sizes=False)}
+    train = Dataset.open(folder / TRAIN, check_sizes=False)
     if not train.manifest.validation_share:
-        return {"train": train}
-    return {"train": train, "validation": Dataset(folder / "validation", read_manifest(folder / "validation"))}
+        return {TRAIN: train}
+    return {TRAIN: train, VALIDATION: Dataset.open(folder / VALIDATION, check_sizes=False)}
 
 
 def check_dataset(dataset: Dataset) -> list[str]:
-    """Read everything; one sentence for each shard that is not as it should be."""
-    problems = []
-    for index, shard in enumerate(tqdm(dataset.manifest.shards, unit=" shards", leave=False)):
+    """Read everything; one sentence for each shard or chunk that is not as it should be."""
+    problems: list[str] = []
+    for shard in tqdm(dataset.manifest.shards, unit=" shards", leave=False):
+        problems += _check_shard(dataset, shard)
+    return problems
+
+
+def _check_shard(dataset: Dataset, shard: Shard) -> Iterator[str]:
+    try:
+        opened = OpenShard(dataset, shard)
+    except DamageError as error:
+        yield str(error)
+        return
+    sound = True
+    for number in range(len(opened.chunks)):
         try:
-            tokens, offsets = dataset.read_shard(index)
-        except UserError as error:
-            problems.append(str(error))
+            tokens, offsets = opened.read(number)
+            opened.names(number)
+        except DamageError as error:
+            sound = False
+            yield str(error)
             continue
         open_ended = int((tokens[offsets[1:] - 1] != dataset.manifest.eos_id).sum())
         if open_ended:
-            problems.append(
-                f"shard {dataset.folder / shard.file}: {open_ended} documents do not end with token "
-                f"{dataset.manifest.eos_id}"
-            )
-    return problems
+            yield f"shard {opened.place}: {open_ended} documents do not end with token {dataset.manifest.eos_id}"
+    if sound and file_sha256(opened.place) != shard.sha256:
+        yield f"shard {opened.place} differs between its chunks from what the manifest names; {RESTORE}"

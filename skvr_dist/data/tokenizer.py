@@ -1,7 +1,8 @@
-"""The tokenizer: sentencepiece with settings that keep every text exact.
+"""Tokenizers: what the data path asks of one, and sentencepiece with settings that keep every text exact.
 
-No normalisation, no space put before the text, no whitespace removed, unknown characters as their UTF-8 bytes:
-decode(encode(text)) == text for any valid Unicode. Ids: <unk> 0, <s> 1, </s> 2, then 256 bytes, then pieces.
+Hugging Face tokenizers are in `skvr_dist.data.hf_tokenizer`. Those trained here: no normalisation, no space put before
+the text, no whitespace removed, unknown characters as their UTF-8 bytes: decode(encode(text)) == text for any valid
+Unicode. Ids: <unk> 0, <s> 1, </s> 2, then 256 bytes, then pieces.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import heapq
 import io
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Literal
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
-from skvr_dist.data.sources import Document, document_fraction
+from skvr_dist.data.sources import Document, hash_fraction
 from skvr_dist.errors import UserError
 
 ModelType = Literal["bpe", "unigram"]
@@ -47,13 +49,91 @@ _INDENTATION_SHARE = 1e-3
 # The most frequent chunks (and for unigram, seeds) that training looks at, per piece to learn. Halving it costs 0.5 %
 # more tokens on Python source with 2048 pieces; no limit saves 0.1 % and takes seven times as long (unigram).
 _CHUNKS_PER_PIECE = 50
+# Sums of up to 2**17 nats are exact in single precision (24 bits) with steps of 1/128.
+_UNIGRAM_SCORE_STEPS = 128
 
 
-class Tokenizer:
-    """A trained tokenizer.
+class Tokenizer(ABC):
+    """What turns texts into token ids and back, in one file that travels with data sets, checkpoints and exports."""
+
+    model: bytes
+    """Content of that file."""
+
+    @staticmethod
+    def load(path: str | Path) -> Tokenizer:
+        """The tokenizer in a file of ours, a sentencepiece `.model`, or a Hugging Face `tokenizer.json` or its folder.
+
+        Raises:
+            UserError: none of these is there, or one that cannot be used.
+        """
+        # Imported here because they derive from this class.
+        from skvr_dist.data.hf_tokenizer import read_hf_files
+
+        path = Path(path)
+        try:
+            if path.is_dir() or path.suffix == ".json":
+                return Tokenizer.from_bytes(read_hf_files(path), str(path))
+            return Tokenizer.from_bytes(path.read_bytes(), str(path))
+        except OSError as error:
+            raise UserError(
+                f"cannot read tokenizer {path}: {error.strerror}; train one with tools/train_tokenizer.py"
+            ) from None
+
+    @staticmethod
+    def from_bytes(model: bytes, name: str = "tokenizer") -> Tokenizer:
+        """The tokenizer in the content of its file; `name` is where it came from, for messages."""
+        from skvr_dist.data.hf_tokenizer import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(model, name) if model[:1] == b"{" else SentencePieceTokenizer(model, name)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            UserError: the file is there already and holds another tokenizer, or cannot be written.
+        """
+        path = Path(path)
+        try:
+            if path.exists():
+                if path.read_bytes() != self.model:
+                    raise UserError(f"{path} holds another tokenizer; remove it or choose another name")
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_bytes(self.model)
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write tokenizer {path}: {error.strerror}") from None
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; nothing is added, and names of special tokens in a text are just text."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens are empty."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Every token id is below."""
+
+    @property
+    @abstractmethod
+    def eos_id(self) -> int:
+        """Id of the token that ends every document of a data set."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file, by which data sets name their tokenizer."""
+        return hashlib.sha256(self.model).hexdigest()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A trained sentencepiece model.
 
     Args:
-        model: content of a sentencepiece `.model` file.
+        model: content of a `.model` file.
         name: where it came from, for messages.
 
     Raises:
@@ -80,36 +160,10 @@ class Tokenizer:
         self._can_split = not any(_STRETCH_END.search(piece.piece, 1) for piece in settings.pieces)
         self._space_sign_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SIGN.encode()]
 
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        try:
-            return cls(Path(path).read_bytes(), str(path))
-        except OSError as error:
-            raise UserError(
-                f"cannot read tokenizer {path}: {error.strerror}; train one with tools/train_tokenizer.py"
-            ) from None
-
-    def save(self, path: str | Path) -> None:
-        """Write the `.model` file, whole or not at all.
-
-        Raises:
-            UserError: the file is there already and holds another tokenizer, or cannot be written.
-        """
-        path = Path(path)
-        try:
-            if path.exists():
-                if path.read_bytes() != self.model:
-                    raise UserError(f"{path} holds another tokenizer; remove it or choose another name")
-                return
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(self.model)
-            partial.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write tokenizer {path}: {error.strerror}") from None
-
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no <s>, no </s>."""
+        if _SPACE_SIGN not in text and len(text) <= _STRETCH_CHARS:
+            short: list[int] = self._processor.encode(text)
+            return short
         ids: list[int] = []
         for number, part in enumerate(text.split(_SPACE_SIGN)):
             if number:
@@ -126,7 +180,6 @@ class Tokenizer:
         yield text[start:]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; <s> and </s> are empty."""
         return str(self._processor.decode(list(ids)))
 
     @property
@@ -135,16 +188,12 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """Id of </s>, which ends every document of a data set."""
         return int(self._processor.eos_id())
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the `.model` file, by which data sets name their tokenizer."""
-        return hashlib.sha256(self.model).hexdigest()
 
-
-def train_tokenizer(documents: Iterable[Document], *, vocab_size: int, model_type: ModelType = "bpe") -> Tokenizer:
+def train_tokenizer(
+    documents: Iterable[Document], *, vocab_size: int, model_type: ModelType = "bpe"
+) -> SentencePieceTokenizer:
     """Train a tokenizer: the same documents give the same bytes, whatever the machine or their order.
 
     Raises:
@@ -188,7 +237,7 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int, model_typ
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"sentencepiece cannot train a vocabulary of {vocab_size} pieces: {reason}") from None
-    return Tokenizer(_append_pieces(model.getvalue(), indentations, occurrences))
+    return SentencePieceTokenizer(_append_pieces(model.getvalue(), indentations, occurrences))
 
 
 def _sample(documents: Iterable[Document], max_chars: int) -> list[str]:
@@ -197,7 +246,7 @@ def _sample(documents: Iterable[Document], max_chars: int) -> list[str]:
     chars = 0
     for document in documents:
         text = document.text[:max_chars]
-        heapq.heappush(heap, (-document_fraction(document.id, "tokenizer"), document.id, text))
+        heapq.heappush(heap, (-hash_fraction(document.id, "tokenizer"), document.id, text))
         chars += len(text)
         while chars - len(heap[0][2]) >= max_chars:
             chars -= len(heapq.heappop(heap)[2])
@@ -222,7 +271,8 @@ def _append_pieces(model: bytes, chunks: Sequence[tuple[str, int]], occurrences:
     """The model with a normal piece for each chunk, so that any reader of `.model` files understands it.
 
     BPE scores are minus the order of merging: these pieces merge last, after the runs they are made of. Unigram
-    scores are log probabilities.
+    scores are log probabilities, rounded so that sums of them are exact in single precision: sentencepiece adds them
+    up in single, transformers in double, and a text must not get other tokens for that.
     """
     proto = sentencepiece_model.ModelProto()
     proto.ParseFromString(model)
@@ -231,5 +281,8 @@ def _append_pieces(model: bytes, chunks: Sequence[tuple[str, int]], occurrences:
     for rank, (chunk, count) in enumerate(chunks, start=1):
         score = last - rank if bpe else math.log(count / occurrences)
         proto.pieces.add(piece=chunk.replace(" ", _SPACE_SIGN), score=score)
+    if not bpe:
+        for piece in proto.pieces:
+            piece.score = round(piece.score * _UNIGRAM_SCORE_STEPS) / _UNIGRAM_SCORE_STEPS
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return proto.SerializeToString(deterministic=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import validation_sequences
 from skvr_dist.data.shards import Dataset
 from skvr_dist.evaluate.retention import RetentionPoint, retention_curve
@@ -41,5 +42,6 @@ def evaluate_checkpoint(
         sequence_length=tree["data"]["sequence_length"],
         num_sequences=-(-sequences // batch_size) * batch_size,
     )
-    batches = held_out.to(device).split(batch_size)
+    separate_at = dataset.manifest.eos_id if tree["data"].get("documents") == "separate" else None
+    batches = [MicroBatch.of(batch, separate_at) for batch in held_out.to(device).split(batch_size)]
     return retention_curve(checkpoint.load_decoder().to(device), batches, parsed)

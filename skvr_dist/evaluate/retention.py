@@ -11,6 +11,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.model.decoder import Decoder, next_token_loss
 from skvr_dist.routing import CacheStrategy
 
@@ -35,9 +36,9 @@ class RetentionPoint:
 
 @torch.inference_mode()
 def retention_curve(
-    decoder: Decoder, batches: Sequence[Tensor], strategies: Mapping[str, CacheStrategy]
+    decoder: Decoder, batches: Sequence[MicroBatch | Tensor], strategies: Mapping[str, CacheStrategy]
 ) -> list[RetentionPoint]:
-    """Mean loss over batches, int [B, S + 1] each and all of one shape, at each strategy.
+    """Mean loss over batches, or plain sequences, int [B, S + 1], all of one shape, at each strategy.
 
     Returns:
         one point per strategy, in the order given.
@@ -45,7 +46,8 @@ def retention_curve(
     points = []
     for name, strategy in strategies.items():
         losses = [
-            next_token_loss(decoder(tokens[:, :-1], strategy.kv_source_layers), tokens[:, 1:]) for tokens in batches
+            next_token_loss(decoder(batch.tokens, strategy.kv_source_layers, documents=batch.documents), batch.labels)
+            for batch in map(MicroBatch.of, batches)
         ]
         points.append(
             RetentionPoint(

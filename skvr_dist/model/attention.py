@@ -36,44 +36,92 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return "flash" if suits and flash_is_installed() else "sdpa"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+class Documents:
+    """Attention that stays within documents; what a backend needs is computed once for all layers.
+
+    Args:
+        numbers: int [B, S], the document of each position, never falling within a sequence.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """bool [B, S]: where a document, or a sequence, begins."""
+        starts = torch.ones_like(self.numbers, dtype=torch.bool)
+        starts[:, 1:] = self.numbers[:, 1:] != self.numbers[:, :-1]
+        return starts
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """int64 [B, S]: the place of each token within its document."""
+        place = torch.arange(self.numbers.shape[1], device=self.numbers.device).expand_as(self.numbers)
+        return place - torch.where(self.starts, place, 0).cummax(dim=1).values
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """bool [B, 1, S, S]: which keys each query sees."""
+        same = self.numbers[:, :, None] == self.numbers[:, None, :]
+        return (same & _causal_mask(same.shape[1], same.shape[2], same.device))[:, None]
+
+    @functools.cached_property
+    def flash_bounds(self) -> tuple[Tensor, int]:
+        """int32 [documents + 1], where each begins among all B x S positions; and the longest's length."""
+        flat = self.starts.flatten()
+        bounds = F.pad(flat.nonzero().flatten(), (0, 1), value=len(flat)).int()
+        return bounds, int(bounds.diff().max())
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, documents: Documents | None = None) -> Tensor:
     """Causal attention.
 
     Args:
         q: [B, S, H, E].
         k, v: [B, T, K, E] with T >= S and K dividing H; head h reads key/value head h * K // H.
         backend: sdpa, flash or eager.
+        documents: what each query is confined to, with T = S; None lets it see all earlier keys.
 
     Returns:
         [B, S, H, E].
     """
     if backend == "sdpa":
-        return _sdpa(q, k, v)
+        return _sdpa(q, k, v, documents)
     if backend == "flash":
-        from flash_attn import flash_attn_func  # not importable without a GPU build
+        from flash_attn import flash_attn_func, flash_attn_varlen_func  # not importable without a GPU build
 
-        return flash_attn_func(q, k, v, causal=True)
+        if documents is None:
+            return flash_attn_func(q, k, v, causal=True)
+        bounds, longest = documents.flash_bounds
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
+        return out.view_as(q)
     if backend == "eager":
-        return _eager(q, k, v)
+        return _eager(q, k, v, documents)
     raise ValueError(f"attention backend {backend!r} is not one of sdpa, flash, eager")
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     queries, keys = q.shape[2], k.shape[2]
     # is_causal aligns the mask to the first key, which is right only when the queries start there too.
-    causal = queries == keys
-    mask = None if causal or queries == 1 else _causal_mask(queries, keys, q.device)
+    causal = queries == keys and documents is None
+    mask: Tensor | None = None
+    if documents is not None:
+        mask = documents.mask
+    elif not causal and queries > 1:
+        mask = _causal_mask(queries, keys, q.device)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     """The formula, in float32."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bshe,bthe->bhst", q.float(), k.float()) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~_causal_mask(q.shape[1], k.shape[1], q.device), float("-inf"))
+    mask = _causal_mask(q.shape[1], k.shape[1], q.device) if documents is None else documents.mask
+    scores = scores.masked_fill(~mask, float("-inf"))
     return torch.einsum("bhst,bthe->bshe", scores.softmax(dim=-1), v.float()).to(q.dtype)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from skvr_dist.model import recompute
-from skvr_dist.model.attention import attend, resolve_backend
+from skvr_dist.model.attention import Documents, attend, resolve_backend
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.parts import IGNORED, Parts, shards_of
 from skvr_dist.model.recompute import ActivationCheckpointing
@@ -83,12 +83,13 @@ class Attention(nn.Module):
         modules = [self.k_proj, self.v_proj] + ([self.k_norm] if self.config.qk_norm else [])
         return [parameter for module in modules for parameter in module.parameters()]
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV, documents: Documents | None) -> Tensor:
         """Attend from normed hidden states x [B, S, D] to keys and values of T >= S positions; returns [B, S, D]."""
         q = self._heads(self.q_proj(x))
         if self.config.qk_norm:
             q = self.q_norm(q)
-        out = attend(rotate(q, *rope), kv.k, kv.v, backend=resolve_backend(self.config.attention, x.device, x.dtype))
+        backend = resolve_backend(self.config.attention, x.device, x.dtype)
+        out = attend(rotate(q, *rope), kv.k, kv.v, backend=backend, documents=documents)
         return self.o_proj(out.flatten(2))
 
 
@@ -124,6 +125,7 @@ class DecoderLayer(nn.Module):
         donor: KV | None,
         own_is_read: bool,
         past: KV | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, KV | None]:
         """One layer.
 
@@ -132,10 +134,11 @@ class DecoderLayer(nn.Module):
 
         Args:
             hidden: [B, S, D].
-            rope: cos and sin, each [S, E].
+            rope: cos and sin, each [S, E] or [B, S, E].
             donor: what this layer reads instead of its own keys and values; None reads its own.
             own_is_read: whether anyone reads this layer's own keys and values; if not, they are not computed.
             past: this layer's own keys and values of earlier positions, from a cache.
+            documents: what each position is confined to; not with a cache.
 
         Returns:
             hidden states [B, S, D], and this layer's own keys and values if they are read.
@@ -148,7 +151,8 @@ class DecoderLayer(nn.Module):
             x = zero_gradients(x, self.self_attn.kv_parameters())
         source = own if donor is None else donor
         assert source is not None, "a layer that reads its own keys and values must compute them"
-        hidden = hidden + recompute.run(self.self_attn, x, rope, source, again=self.recompute_attention)
+        attended = recompute.run(self.self_attn, x, rope, source, documents, again=self.recompute_attention)
+        hidden = hidden + attended
         return hidden + self.mlp(self.parts.enter(self.post_attention_layernorm(hidden))), own
 
 
@@ -200,16 +204,20 @@ class Decoder(nn.Module):
     def has_head(self) -> bool:
         return self.stop == self.config.num_hidden_layers
 
-    def forward(self, tokens: Tensor, donors: Sequence[int], cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, donors: Sequence[int], cache: Cache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """The whole decoder: logits [B, S, V] for tokens, int [B, S].
 
         Args:
             donors: the layer that each of the L layers reads (`range(L)` is the standard decoder).
             cache: keys and values of the positions before these tokens, by layer; extended in place by those of these
                 tokens. It holds the layers that `donors` reads and no others.
+            documents: int [B, S], the document that each token belongs to and is confined to; None joins them. Not with
+                a cache.
         """
         hidden = self.embed(tokens)
-        hidden, _ = self.run_layers(hidden, donors, {}, cache)
+        hidden, _ = self.run_layers(hidden, donors, {}, cache, documents)
         return self.logits(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -217,7 +225,12 @@ class Decoder(nn.Module):
         return self.embed_tokens(tokens)
 
     def run_layers(
-        self, hidden: Tensor, donors: Sequence[int], crossing: Mapping[int, KV], cache: Cache | None = None
+        self,
+        hidden: Tensor,
+        donors: Sequence[int],
+        crossing: Mapping[int, KV],
+        cache: Cache | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, KV]]:
         """Run layers `start` to `stop`.
 
@@ -225,15 +238,17 @@ class Decoder(nn.Module):
             hidden: [B, S, D].
             donors: int [L], for the whole decoder.
             crossing: keys and values of earlier layers, received from the stage before, by layer.
-            cache: as for `forward`.
+            cache, documents: as for `forward`.
 
         Returns:
             hidden states [B, S, D], and the keys and values that are known after the last layer, by layer.
         """
         cache = {} if cache is None else cache
         past = cache[0].k.shape[1] if cache else 0
+        within = None if documents is None else Documents(documents)
         new = hidden.shape[1] * self.parts.sequence_shards
-        rope = rope_tables(self.config, torch.arange(past, past + new, device=hidden.device))
+        positions = torch.arange(past, past + new, device=hidden.device)
+        rope = rope_tables(self.config, positions if within is None else within.positions)
         read = set(donors)
         known = dict(crossing)
         for name, layer in self.layers.items():
@@ -246,6 +261,7 @@ class Decoder(nn.Module):
                 donor,
                 number in read,
                 cache.get(number),
+                within,
                 again=self.checkpointing.covers("layer", number),
             )
             if own is not None:

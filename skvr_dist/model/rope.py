@@ -34,20 +34,20 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [S, E] whatever the model's dtype.
+    """cos and sin, float32 [..., E] whatever the model's dtype.
 
     In bf16 neighbouring positions beyond 256 would share an angle.
 
     Args:
-        positions: integer [S].
+        positions: integer [S], or [B, S] if they differ between sequences.
     """
-    angles = torch.outer(positions.float(), inverse_frequencies(config, positions.device))
+    angles = positions.float()[..., None] * inverse_frequencies(config, positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads [B, S, H, E] by the tables [S, E]; computed in float32, returned in the dtype of x."""
+    """Rotate heads [B, S, H, E] by the tables [S, E] or [B, S, E]; computed in float32, returned in the dtype of x."""
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
-    return (x * cos[:, None, :] + rotated * sin[:, None, :]).to(x.dtype)
+    return (x * cos[..., None, :] + rotated * sin[..., None, :]).to(x.dtype)

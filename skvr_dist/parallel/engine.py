@@ -21,6 +21,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.parallel.boundary import Handover, MicroBatchShape, connect
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.mesh import Mesh
@@ -35,6 +36,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
     Args:
         module: this rank's stage.
         mesh: this rank's place.
+        separate_documents: attention stays within documents, so that every stage reads the micro-batches.
         sequence_length: tokens per sequence; with the micro-batch size it fixes every shape that crosses.
         deepspeed_json: DeepSpeed's configuration.
         optimizer: builds the optimizer from parameter groups.
@@ -50,6 +52,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         deepspeed_json: dict[str, Any],
         optimizer: Callable[[Any], torch.optim.Optimizer],
         lr_scheduler: Callable[[torch.optim.Optimizer], Any],
+        separate_documents: bool = False,
     ) -> None:
         compare_module_order_within(mesh.replica_group)
         super().__init__(
@@ -66,6 +69,8 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         self._in_pipeline_init = False
         if self.zero_optimization_stage() == 2:
             reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
+        self.separate_documents = separate_documents
+        self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
         self.mesh = mesh
         self.stage = module
         self.sent_bytes = 0
@@ -80,11 +85,12 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
         self.before, self.after = connect(module.model_config, mesh, module.starts, shape, dtype, self.device)
 
-    def train_step(self, micro_batches: Iterator[Tensor], plan: RoutingPlan) -> float:
+    def train_step(self, micro_batches: Iterator[MicroBatch | Tensor], plan: RoutingPlan) -> float:
         """One optimizer step.
 
         Args:
-            micro_batches: this replica's micro-batches, int [B, S + 1] each; read on the first and last stage.
+            micro_batches: this replica's micro-batches, or plain sequences, int [B, S + 1]; read on the first and last
+                stage.
             plan: the donors of all global micro-batches of the step.
 
         Returns:
@@ -100,7 +106,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         with naming_the_operation(self.mesh, "the training step"):
             return float(self.train_batch(micro_batches))
 
-    def evaluate(self, micro_batches: Sequence[Tensor], donors: Iterable[int]) -> float:
+    def evaluate(self, micro_batches: Sequence[MicroBatch | Tensor], donors: Iterable[int]) -> float:
         """Mean loss over every replica's micro-batches (equally many on each), with the same donors in all of them."""
         self._plan = fixed_plan(tuple(donors), len(micro_batches) * self.mesh.replicas)
         with naming_the_operation(self.mesh, "the evaluation"):
@@ -149,14 +155,27 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         return self._plan.donors[row].tolist()
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
-        tokens = self._next_batch().to(self.device)
+        batch = MicroBatch.of(self._next_batch())
+        self._load_documents(buffer_id, batch)
         if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer_id] = tokens[:, :-1]
+            self.pipe_buffers["inputs"][buffer_id] = batch.tokens.to(self.device)
         if self.is_last_stage():
-            self.pipe_buffers["labels"][buffer_id] = tokens[:, 1:]
+            self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
+
+    def set_dataiterator(self, iterator: Iterator[MicroBatch | Tensor] | None) -> None:
+        """On every stage; DeepSpeed's own forgets it between the outer ones."""
+        self.training_dataloader = None
+        self.data_iterator = iterator
+
+    def _load_documents(self, buffer_id: int, batch: MicroBatch) -> None:
+        if self.separate_documents:
+            assert batch.documents is not None, "micro-batches must name the document of each position"
+            self.pipe_buffers["documents"][buffer_id] = batch.documents.to(self.device)
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
         assert self.before is not None
+        if self.separate_documents and not self.is_last_stage():  # the schedule lets only the outer stages load
+            self._load_documents(buffer_id, MicroBatch.of(self._next_batch()))
         packed = self.before.activations.receive()
         handover = self.before.boundary.unpack(packed, self._donors(schedule.RecvActivation))
         for tensor in handover.tensors():
@@ -171,6 +190,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
             donors=donors,
             leaving=self.after.boundary.crossing(donors) if self.after else (),
             labels=self.pipe_buffers["labels"][buffer_id] if self.is_last_stage() else None,
+            documents=self.pipe_buffers["documents"][buffer_id],
         )
         self.pipe_buffers["outputs"][buffer_id] = outputs
         if self.is_last_stage():

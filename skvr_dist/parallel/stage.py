@@ -62,7 +62,13 @@ class StageModule(PipelineModule):
         return self._bounds[self._mesh.stage][1]
 
     def forward(
-        self, *, inputs: Tensor | Handover, donors: Sequence[int], leaving: Sequence[int], labels: Tensor | None
+        self,
+        *,
+        inputs: Tensor | Handover,
+        donors: Sequence[int],
+        leaving: Sequence[int],
+        labels: Tensor | None,
+        documents: Tensor | None,
     ) -> Handover | Tensor:
         """Run the slice.
 
@@ -71,6 +77,7 @@ class StageModule(PipelineModule):
             donors: int [L], the donors of this micro-batch.
             leaving: layers whose keys and values go out, received ones among them.
             labels: int [B, S], on the last stage.
+            documents: int [B, S], if attention stays within documents.
 
         Returns:
             on the last stage the mean cross entropy; else what the next stage gets.
@@ -79,7 +86,7 @@ class StageModule(PipelineModule):
             hidden, received = inputs.hidden, inputs.kv
         else:
             hidden, received = self.decoder.embed(inputs), {}
-        hidden, known = self.decoder.run_layers(hidden, donors, received)
+        hidden, known = self.decoder.run_layers(hidden, donors, received, documents=documents)
         if labels is not None:
             return self.decoder.loss(hidden, labels)
         return Handover(hidden, {layer: known[layer] for layer in leaving})

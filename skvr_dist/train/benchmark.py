@@ -1,4 +1,4 @@
-"""Step time of routed against standard training of the same model, measured in one run."""
+"""Step time of routed against standard training of the same model, and the share of it that waits for data."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.routing import RoutingConfig
 from skvr_dist.train.config import Config
+from skvr_dist.train.loop import WatchedBatches
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,21 @@ def interleaved_step_times(
         StepTimes(routing, seconds, statistics.mean(shares))
         for routing, seconds, shares in zip(routings, times, skipped, strict=True)
     ]
+
+
+def data_wait_share(
+    config: Config, engine: RoutedPipelineEngine, mesh: Mesh, batches: WatchedBatches, steps: int
+) -> float:
+    """Share of the time of `steps` optimizer steps that goes into waiting for micro-batches; one more warms up."""
+    waited = seconds = 0.0
+    for step in range(steps + 1):
+        plan = config.plan(step)
+        started, waited_before = time.perf_counter(), batches.seconds
+        engine.train_step(batches, plan)
+        if step:
+            waited += batches.seconds - waited_before
+            seconds += time.perf_counter() - started
+    return waited / seconds
 
 
 def _random_batches(config: Config) -> Iterator[Tensor]:

@@ -47,7 +47,7 @@ def describe(config: Config, world_size: int) -> str:
         rows.append([stage, f"{start} to {stop - 1}", f"{parameters:,}", crossing])
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length
     total_tokens = tokens_per_step * config.train.steps
-    tokens_on_disk = inputs.train.manifest.tokens
+    tokens_on_disk = inputs.sequences.tokens_on_disk
     facts = [
         [
             "ranks",
@@ -57,7 +57,7 @@ def describe(config: Config, world_size: int) -> str:
         ["micro-batches per step", f"{config.num_micro_batches}, {config.num_micro_batches // replicas} per replica"],
         ["tokens per step, in all", f"{tokens_per_step:,}, {total_tokens:,}"],
         ["training data", f"{tokens_on_disk:,} tokens ({total_tokens / tokens_on_disk:.2f} epochs)"],
-        ["held-out sequences", f"{len(inputs.held_out)} per evaluation"],
+        ["held-out sequences", f"{len(inputs.held_out) * config.train.micro_batch_size} per evaluation"],
         ["starts from", f"{found[0]}" if found else config.train.initial_weights or f"seed {config.train.seed}"],
         ["cross-layer reads", f"{sum(p.cross_layer_share for p in plans) / _PLANS:.1%}"],
         ["K/V projections skipped", f"{sum(p.skipped_kv_share for p in plans) / _PLANS:.1%}"],

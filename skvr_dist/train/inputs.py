@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from skvr_dist.data.reader import SequenceStream, validation_sequences
+from skvr_dist.data.batch import MicroBatch
+from skvr_dist.data.reader import SequenceStream, SourceData, validation_sequences
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
@@ -18,11 +17,10 @@ from skvr_dist.train.config import Config
 class Inputs:
     """What a run reads."""
 
-    train: Dataset
     sequences: SequenceStream
     """The training sequences by number."""
-    held_out: Tensor
-    """The held-out sequences of each evaluation, int64 [N, S + 1]: whole micro-batches for every replica."""
+    held_out: list[MicroBatch]
+    """The held-out micro-batches of each evaluation, as many for every replica."""
 
 
 def open_inputs(config: Config, world_size: int) -> Inputs:
@@ -33,22 +31,46 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     """
     replicas = config.data_parallel_size(world_size)
     require_backend(config.model.attention)
-    train, held_out = Dataset.open(config.data.train), Dataset.open(config.data.validation)
+    held_out = Dataset.open(config.data.validation)
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    train.require_same_tokenizer(held_out)
-    train.require_vocabulary(config.model.vocab_size)
-    if tokenizer.sha256 != train.manifest.tokenizer_sha256:
+    held_out.require_vocabulary(config.model.vocab_size)
+    if tokenizer.sha256 != held_out.manifest.tokenizer_sha256:
         raise UserError(
-            f"data.tokenizer {config.data.tokenizer} is {tokenizer.sha256[:12]}, but data set {train.folder} was made "
-            f"with {train.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
+            f"data.tokenizer {config.data.tokenizer} is {tokenizer.sha256[:12]}, but data set {held_out.location} was "
+            f"made with {held_out.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
         )
-    sequences = SequenceStream(
-        train, sequence_length=config.data.sequence_length, lanes=config.data.lanes, seed=config.train.seed
-    )
+    sequences = training_sequences(config)
+    for source in sequences.sources.values():
+        source.dataset.require_same_tokenizer(held_out)
     round_size = config.train.micro_batch_size * replicas
     held_out_sequences = validation_sequences(
         held_out,
         sequence_length=config.data.sequence_length,
         num_sequences=-(-config.evaluate.sequences // round_size) * round_size,
     )
-    return Inputs(train, sequences, held_out_sequences)
+    separate_at = held_out.manifest.eos_id if config.data.documents == "separate" else None
+    micro_batches = [
+        MicroBatch.of(batch, separate_at) for batch in held_out_sequences.split(config.train.micro_batch_size)
+    ]
+    return Inputs(sequences, micro_batches)
+
+
+def training_sequences(config: Config) -> SequenceStream:
+    """The training sequences that a configuration names.
+
+    Raises:
+        UserError: a data set is missing or damaged, or they do not fit together.
+    """
+    skip = config.data.damage == "skip"
+    sources = {
+        name: SourceData(Dataset.open(source.path, check_sizes=not skip), source.weight)
+        for name, source in config.data.train.items()
+    }
+    return SequenceStream(
+        sources,
+        sequence_length=config.data.sequence_length,
+        lanes=config.data.lanes,
+        seed=config.train.seed,
+        separate_documents=config.data.documents == "separate",
+        skip_damage=skip,
+    )

@@ -120,6 +120,9 @@ def _known_keys(path: tuple[int | str, ...]) -> list[str]:
     """Field names of the section at `path`."""
     section: Any = Config
     for key in path:
+        if get_origin(section) is dict:  # the key is a name that the user gave
+            section = get_args(section)[1]
+            continue
         if not (isinstance(section, type) and issubclass(section, BaseModel)):
             break
         section = _section_of(section.model_fields[str(key)].annotation)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.failure import naming_the_operation
@@ -53,8 +54,8 @@ def pretrain(config: Config) -> None:
             load_weights(engine, Checkpoint(config.train.initial_weights))
     saver = build_saver(config, run)
     plans = plan_stream(config, mesh, first_step)
-    batches = TimedIterator(training_batches(config, inputs.sequences, mesh, engine, first_step))
-    held_out = inputs.held_out.split(config.train.micro_batch_size)[mesh.replica :: mesh.replicas]
+    batches = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
+    held_out = inputs.held_out[mesh.replica :: mesh.replicas]
     strategies = config.evaluate.parse_strategies(config.model.num_hidden_layers)
     reporter = Reporter(
         mesh.rank, tensorboard=run.tensorboard, metrics=run.metrics, first_step=first_step, steps=config.train.steps
@@ -79,6 +80,9 @@ def pretrain(config: Config) -> None:
             "routing/skipped_kv_share": plan.skipped_kv_share,
             **boundary_bytes(mesh, engine.sent_bytes - sent_before),
         }
+        if config.data.damage == "skip":
+            lost_tokens = batches.lost_tokens if engine.is_first_stage() and mesh.tensor == 0 else 0
+            values["data/skipped_tokens"] = mesh.sum_over_ranks([float(lost_tokens)])[0]
         reporter.step(step, values, show=step % config.train.log_every_steps == 0 or step == config.train.steps)
         log.info("step %d loss %.6f gradient norm %.6f", step, loss, engine.gradient_norm)
         last = step == config.train.steps
@@ -102,6 +106,7 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
         deepspeed_json=config.deepspeed_json(mesh.world_size),
         optimizer=functools.partial(build_optimizer, config.train),
         lr_scheduler=functools.partial(build_scheduler, config.train),
+        separate_documents=config.data.documents == "separate",
     )
 
 
@@ -118,9 +123,9 @@ def plan_stream(config: Config, mesh: Mesh, first_step: int) -> PlanStream:
 
 def training_batches(
     config: Config, sequences: SequenceStream, mesh: Mesh, engine: RoutedPipelineEngine, first_step: int
-) -> Iterator[torch.Tensor]:
+) -> Iterator[MicroBatch]:
     """This replica's micro-batches from step `first_step` on; nothing on stages that read no tokens."""
-    if not (engine.is_first_stage() or engine.is_last_stage()):
+    if not (engine.is_first_stage() or engine.is_last_stage() or engine.separate_documents):
         return iter(())
     return MicroBatchReader(
         sequences,
@@ -129,6 +134,7 @@ def training_batches(
         replica=mesh.replica,
         replicas=mesh.replicas,
         start_step=first_step,
+        workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
 
@@ -159,7 +165,7 @@ def save(
     saver: Saver,
     engine: RoutedPipelineEngine,
     step: int,
-    fingerprint: str,
+    fingerprint: dict[str, Any],
     reporter: Reporter,
 ) -> None:
     """Start to write a checkpoint, which goes on while the next steps run; collective."""
@@ -200,19 +206,25 @@ def describe_start(config: Config, mesh: Mesh, run: RunFolder, reporter: Reporte
         reporter.say(f"resumed {resumed.folder} at step {resumed.step}")
 
 
-class TimedIterator:
-    """An iterator that adds up the seconds spent waiting for it."""
+class WatchedBatches(Iterator[MicroBatch]):
+    """Micro-batches, with the seconds spent waiting for them and the labels that damage cost; logs the damage."""
 
-    def __init__(self, source: Iterator[torch.Tensor]) -> None:
+    def __init__(self, source: Iterator[MicroBatch], log: logging.Logger) -> None:
         self._source = source
+        self._log = log
+        self._known_damage: set[str] = set()
         self.seconds = 0.0
+        self.lost_tokens = 0
 
-    def __iter__(self) -> TimedIterator:
-        return self
-
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> MicroBatch:
         started = time.perf_counter()
         try:
-            return next(self._source)
+            batch = next(self._source)
         finally:
             self.seconds += time.perf_counter() - started
+        self.lost_tokens += batch.lost_tokens
+        for sentence in batch.damage:
+            if sentence not in self._known_damage:  # workers and epochs meet it again
+                self._known_damage.add(sentence)
+                self._log.warning("left out: %s", sentence)
+        return batch

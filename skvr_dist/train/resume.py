@@ -79,7 +79,7 @@ def _verified(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
     return checkpoint, next((found for found in seen if found is not None), None)
 
 
-def require_fits(checkpoint: Checkpoint, config: Config, data_fingerprint: str) -> None:
+def require_fits(checkpoint: Checkpoint, config: Config, data_fingerprint: dict[str, Any]) -> None:
     """Hold a checkpoint against what is to go on from it. Layout, precision and learning rate may change.
 
     Raises:
@@ -101,11 +101,21 @@ def require_fits(checkpoint: Checkpoint, config: Config, data_fingerprint: str) 
             f"checkpoint {checkpoint.folder} is at step {checkpoint.step}, but train.steps is {config.train.steps}; "
             f"raise it to go on"
         )
-    if checkpoint.facts["data_fingerprint"] != data_fingerprint:
+    if config.data.on_resume == "same_data":
+        _require_same_data(checkpoint, data_fingerprint)
+
+
+def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:
+    """Refuse data with which the checkpoint's place in it would mean another one."""
+    trained = checkpoint.facts["data_fingerprint"]
+    different = [
+        f"{key} ({trained.get(key)} there, {value} here)" for key, value in reads.items() if trained.get(key) != value
+    ]
+    if different:
         raise UserError(
-            f"checkpoint {checkpoint.folder} was trained on data {checkpoint.facts['data_fingerprint']}, this "
-            f"configuration reads {data_fingerprint} (data set, seed, sequence length or lanes differ); put them back "
-            f"or start a new run with another train.output_dir"
+            f"checkpoint {checkpoint.folder} was trained on other data than this configuration reads: they differ in "
+            f"{', '.join(different)}; put it back, start a new run with another train.output_dir, or go on with the "
+            f"other data with data.on_resume=other_data"
         )
 
 

@@ -1,0 +1,78 @@
+"""Hugging Face tokenizers in the data path.
+
+Their two files become one: a JSON object with `eos_token` and `tokenizer`, the content of tokenizer.json. Only the
+`tokenizers` package is needed to read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.errors import UserError
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A fast tokenizer. Whether texts come back exactly is up to it: byte-level BPE without a normalizer does that.
+
+    Args:
+        model: what `read_hf_files` returns.
+        name: where it came from, for messages.
+
+    Raises:
+        UserError: not such a content, or its end-of-sequence token is not in the vocabulary.
+    """
+
+    def __init__(self, model: bytes, name: str = "tokenizer") -> None:
+        self.model = model
+        try:
+            content = json.loads(model)
+            self.eos_token = str(content["eos_token"])
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{name} is not a Hugging Face tokenizer ({' '.join(str(error).split())})") from None
+        eos_id = self._tokenizer.token_to_id(self.eos_token)
+        if eos_id is None:
+            raise UserError(f"{name} has no token {self.eos_token!r}, which its configuration names as the eos_token")
+        self._eos_id = eos_id
+        self._tokenizer.encode_special_tokens = True  # names of special tokens in a text are just text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def eos_id(self) -> int:
+        return self._eos_id
+
+
+def read_hf_files(path: Path) -> bytes:
+    """A tokenizer.json (or its folder) and the tokenizer_config.json beside it, as one file.
+
+    Raises:
+        OSError: one of them cannot be read.
+        UserError: they do not name an end-of-sequence token.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        tokenizer = json.loads((path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        eos = config.get("eos_token")
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is not a Hugging Face tokenizer: it or its configuration is no JSON object") from None
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(eos, str):
+        raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; a document must end with one")
+    return json.dumps({"eos_token": eos, "tokenizer": tokenizer}, ensure_ascii=False, sort_keys=True).encode()

@@ -1,0 +1,69 @@
+"""Print the sequences that a run will read, decoded: document boundaries, source, and what has no loss.
+
+    python tools/show_data.py --config configs/experiment/quickstart.yaml --first 0 --count 2
+    python tools/show_data.py --config configs/experiment/quickstart.yaml --examples questions.jsonl
+
+A sequence has the number that it has in the run, whatever the number of replicas: step t reads sequences
+t * train.global_batch_size and following. Text in [[double brackets]] is read, but not predicted. With `--examples`
+the sequences are those of fine-tuning on a jsonl file of contexts, questions and answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from skvr_dist.data.finetune import FinetuneSequences, read_examples
+from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.data.view import passages, render
+from skvr_dist.errors import UserError, run_command
+from skvr_dist.train.inputs import training_sequences
+from skvr_dist.train.load_config import load_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--examples", metavar="FILE", help="fine-tuning examples instead of data.train")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first sequence (default: 0)")
+    parser.add_argument("--count", type=int, default=4, metavar="N", help="sequences (default: 4)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write them here too")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args()
+    if options.first < 0 or options.count < 1:
+        raise UserError(f"--first {options.first} must not be negative and --count {options.count} must be positive")
+    config = load_config(options.config, options.overrides)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    if options.examples:
+        examples = FinetuneSequences(
+            read_examples(options.examples),
+            tokenizer,
+            sequence_length=config.data.sequence_length,
+            seed=config.train.seed,
+        )
+        read, source_of = examples.read, lambda _: options.examples
+    else:
+        sequences = training_sequences(config)
+        read, source_of = sequences.read, sequences.source_of
+    records: list[dict[str, Any]] = []
+    for number in range(options.first, options.first + options.count):
+        rows, source = read(number, 1), source_of(number)
+        sequence = passages(rows, 0, tokenizer)
+        for sentence in rows.damage:
+            print(f"left out: {sentence}")
+        predicted = sum(passage.tokens for passage in sequence if passage.is_predicted)
+        print(
+            f"======== sequence {number} from {source}: {config.data.sequence_length} tokens, {predicted} of them "
+            f"predicted, {sequence[-1].document + 1} documents"
+        )
+        print(render(sequence) + "\n")
+        records.append({"sequence": number, "source": source, "passages": [asdict(passage) for passage in sequence]})
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)
