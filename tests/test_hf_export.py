@@ -22,9 +22,10 @@ from skvr_dist.checkpoint.folder import partial_folder, publish
 from skvr_dist.checkpoint.weights import save_weights
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.retention import RetentionPoint, as_records
-from skvr_dist.hf import ExportMismatchError, ExportReport, Training, export_model
+from skvr_dist.hf.card import Training
 from skvr_dist.hf.check import TOLERANCE
 from skvr_dist.hf.config import ARCHITECTURES
+from skvr_dist.hf.export import ExportMismatchError, ExportReport, export_model
 from skvr_dist.model.config import ModelConfig, RopeScaling
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import RoutingConfig

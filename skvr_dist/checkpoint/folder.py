@@ -47,11 +47,12 @@ def clear_partial(checkpoints: Path, step: int) -> None:
     shutil.rmtree(checkpoints / partial_folder(step), ignore_errors=True)
 
 
-def publish(checkpoints: Path, step: int, *, config_text: str, facts: dict[str, Any], tokenizer: Path) -> Path:
+def publish(checkpoints: Path, step: int, *, config_text: str, facts: dict[str, Any], tokenizer: Path | None) -> Path:
     """Complete the partial folder of `step` and make it the latest checkpoint; on one rank, after all have written."""
     partial, final = checkpoints / partial_folder(step), checkpoints / step_folder(step)
     (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-    shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
     files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
     (partial / FACTS_FILE).write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")
     replaced = checkpoints / f"{final.name}.replaced"
