@@ -6,7 +6,14 @@ Mistral checkpoints still become the classes of transformers, unless `kv_profile
 
 from skvr_dist.hf.auto import register
 from skvr_dist.hf.modeling import RoutedLlamaForCausalLM, RoutedMistralForCausalLM, RoutedQwen3ForCausalLM
+from skvr_dist.hf.rcla import disable_rcla, enable_rcla
 
-__all__ = ["RoutedLlamaForCausalLM", "RoutedMistralForCausalLM", "RoutedQwen3ForCausalLM"]
+__all__ = [
+    "RoutedLlamaForCausalLM",
+    "RoutedMistralForCausalLM",
+    "RoutedQwen3ForCausalLM",
+    "disable_rcla",
+    "enable_rcla",
+]
 
 register()

@@ -24,7 +24,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
 from skvr_dist.errors import UserError
 from skvr_dist.hf.configuration import (
@@ -119,7 +119,7 @@ class RoutedDecoderLayer:
             hidden_states: [B, S, D].
             donor_k, donor_v: what this layer reads instead of its own keys and values, each [B, K, T, E].
             own_is_read: whether anyone reads this layer's own keys and values; if not, they are not computed.
-            last_positions: go on with that many positions only, once keys and values are computed.
+            last_positions: go on with that many positions only, once keys and values are computed; the mask is theirs.
 
         Returns:
             hidden states, and this layer's own keys and values if they are read.
@@ -136,7 +136,6 @@ class RoutedDecoderLayer:
         if last_positions is not None:
             hidden_states, x = hidden_states[:, -last_positions:], x[:, -last_positions:]
             position_embeddings = _last_rope(position_embeddings, last_positions)
-            attention_mask = _last_rows(attention_mask, last_positions)
         k, v = (own_k, own_v) if donor_k is None else (donor_k, donor_v)
         attended, _ = attention(x, position_embeddings, attention_mask, k, v, **kwargs)
         hidden_states = hidden_states + attended
@@ -184,25 +183,29 @@ class RoutedModel:
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
         positions = hidden.shape[1]
-        if last_positions is not None and last_positions >= positions:
-            last_positions = None
         mask = attention_mask["full_attention"] if isinstance(attention_mask, dict) else attention_mask
-        # Without a mask SDPA takes the queries for the first positions, which the last few are not; one sees all keys.
-        mask_may_be_none = last_positions is None or last_positions == 1
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
-            allow_is_causal_skip=mask_may_be_none,
         )
-        if mask is not None and not isinstance(mask, Tensor):
-            last_positions = None  # the block masks of flex attention belong to all positions
+        # The block masks of flex attention belong to all positions.
+        if last_positions is not None and (last_positions >= positions or not isinstance(mask, Tensor | None)):
+            last_positions = None
+        if last_positions is not None:
+            last_mask = _last_rows(mask, last_positions)
+            if last_mask is None and self.config._attn_implementation == "sdpa":
+                # Without a mask SDPA takes several queries for those of the first keys, and lets a single one see all
+                # keys, also those that a static cache has not filled.
+                keys = positions if past_key_values is None else past_key_values.get_mask_sizes(positions, 0)[0]
+                rows = torch.arange(positions, device=hidden.device)[-last_positions:] + seen
+                last_mask = (torch.arange(keys, device=hidden.device) <= rows[:, None])[None, None]
         rope = self.rotary_emb(hidden, position_ids=position_ids)
 
         sources = self.draw_sources() if self.training and self.draw_sources is not None else self.kv_sources
@@ -212,6 +215,8 @@ class RoutedModel:
         known: dict[int, tuple[Tensor, Tensor]] = {}
         for number, layer in enumerate(self.layers):
             stops_here = last_positions if number == max(read) else None
+            if stops_here is not None:
+                mask = last_mask
             hidden, k, v = layer(
                 hidden,
                 *(known[sources[number]] if sources[number] != number else (None, None)),
@@ -227,7 +232,7 @@ class RoutedModel:
             if k is not None:
                 known[number] = (k, v)
             if stops_here is not None:
-                rope, mask = _last_rope(rope, stops_here), _last_rows(mask, stops_here)
+                rope = _last_rope(rope, stops_here)
                 position_ids = position_ids[:, -stops_here:]
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
@@ -343,6 +348,8 @@ def route(model: nn.Module) -> RoutedModel:
         for plain, routed in _ROUTED.items():
             if type(module) is plain:
                 module.__class__ = routed
+    # transformers looks the outputs that can be captured up by class, and registers classes where they are constructed.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(base)), base._can_record_outputs)
     base.kv_sources = tuple(range(base.config.num_hidden_layers))
     return base
 
