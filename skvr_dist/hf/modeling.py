@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DummyLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -130,6 +129,9 @@ class RoutedDecoderLayer:
         if own_is_read:
             own_k, own_v = attention.project_kv(x, position_embeddings)
             if past_key_values is not None:
+                if past_key_values.offloading and len(past_key_values.layers) > attention.layer_idx:
+                    # An offloaded cache fetches the next layer ahead, which need not be the next one that it holds.
+                    past_key_values.layers[attention.layer_idx].prefetch()
                 own_k, own_v = past_key_values.update(own_k, own_v, attention.layer_idx)
         elif attention.unread is not None and torch.is_grad_enabled():
             x = attention.unread(x, attention.kv_parameters())
@@ -211,7 +213,7 @@ class RoutedModel:
         sources = self.draw_sources() if self.training and self.draw_sources is not None else self.kv_sources
         read = set(sources)
         if past_key_values is not None:
-            _hold_only(past_key_values, read, len(self.layers))
+            _require_same_strategy(past_key_values, read)
         known: dict[int, tuple[Tensor, Tensor]] = {}
         for number, layer in enumerate(self.layers):
             stops_here = last_positions if number == max(read) else None
@@ -239,30 +241,14 @@ class RoutedModel:
         )
 
 
-def _hold_only(cache: Cache, read: set[int], num_layers: int) -> None:
-    """Let a cache hold the layers that are read and no others, whatever class it is of.
-
-    Raises:
-        UserError: it was filled at another strategy, or for another number of layers.
-    """
-    layers = cache.layers
-    filled = [number for number, layer in enumerate(layers) if layer.is_initialized and not _is_dummy(layer)]
+def _require_same_strategy(cache: Cache, read: set[int]) -> None:
+    """Raises `UserError` if a cache was filled at another strategy; layers that are never filled hold nothing."""
+    filled = [number for number, layer in enumerate(cache.layers) if layer.is_initialized]
     if filled and filled != sorted(read):
         raise UserError(
             f"this cache holds layers {filled}, but the model's strategy reads layers {sorted(read)}; start with a new "
             f"cache after a change of strategy"
         )
-    for number in range(min(len(layers), num_layers)):
-        if number not in read and not _is_dummy(layers[number]):
-            layers[number] = DummyLayer()
-        elif number in read and _is_dummy(layers[number]):
-            raise UserError(
-                f"this cache was made for another strategy: it has no place for layer {number}; start with a new cache"
-            )
-
-
-def _is_dummy(layer: Any) -> bool:
-    return isinstance(layer, DummyLayer)
 
 
 class Qwen3Attention(RoutedAttention, modeling_qwen3.Qwen3Attention):
@@ -316,7 +302,7 @@ _ROUTED = {
 PLAIN_MODELS = (modeling_qwen3.Qwen3Model, modeling_llama.LlamaModel, modeling_mistral.MistralModel)
 
 
-def route(model: nn.Module) -> RoutedModel:
+def route(model: nn.Module) -> Any:
     """Let the layers of a Qwen3, Llama or Mistral model of transformers read one another, in place.
 
     The model keeps its parameters, hooks and adapters, and computes the same until a map says otherwise.

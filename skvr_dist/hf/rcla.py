@@ -42,8 +42,8 @@ def enable_rcla(
     """Let the layers of a Qwen3, Llama or Mistral model read random donors whenever it is in training mode.
 
     Call it after `TrainingArguments` were made and before the model is wrapped or sharded. It works in place and
-    keeps parameters, names and adapters; in evaluation mode nothing changes. Each rank draws for itself, so ranks must be data parallel. `torch.compile` would
-    compile anew for each draw.
+    keeps parameters, names and adapters; in evaluation mode nothing changes. Each rank draws for itself, so ranks
+    must be data parallel. `torch.compile` would compile anew for each draw.
 
     Args:
         model: of transformers, or a PEFT model around one.
