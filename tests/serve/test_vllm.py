@@ -150,13 +150,25 @@ def server(exports: Mapping[str, Path], tmp_path: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    vllm = Path(sys.executable).parent / "vllm"
-    arguments = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    arguments = [
+        "--model",
+        str(exports["qwen3"]),
+        "--served-model-name",
+        "model",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
     arguments += ["--max-model-len", "128", "--hf-overrides", '{"kv_profile": "irregular"}']
     log = tmp_path / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [vllm, "serve", str(exports["qwen3"]), "--served-model-name", "model", *arguments],
+            # The package of the CPU build has another name, under which the command `vllm` does not find its version.
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
         )

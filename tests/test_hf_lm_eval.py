@@ -1,0 +1,70 @@
+"""lm-evaluation-harness on an export at a profile, offline, on a local task file: the likelihood that our decoder gives."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hf_models import random_weights, shape_of
+from test_hf_tokenizer import train_ours
+
+from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.hf.card import Training
+from skvr_dist.hf.export import export_model
+from skvr_dist.model.decoder import Decoder, next_token_loss
+from skvr_dist.routing import CacheStrategy, RoutingConfig
+
+TEXTS = ["def add(self, other):\n    return self + other\n", "class Parser(object):\n    pass\n", "import os, sys\n"]
+
+
+def test_likelihood_at_a_profile(tmp_path: Path) -> None:
+    config = shape_of("qwen3", vocab_size=704)
+    weights = random_weights(config, scale=0.1)
+    tokenizer = train_ours(tmp_path / "tokenizer.model")
+    training = Training(RoutingConfig(policy="uniform", cross_layer_prob=0.5), {}, profiles={"bulk": "every:4"})
+    export_model(
+        config,
+        weights,
+        weights.__getitem__,
+        tokenizer,
+        tmp_path / "export",
+        training=training,
+        dtype=torch.float32,
+    )
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    task = {
+        "task": "texts",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "texts.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    }
+    (tmp_path / "texts.yaml").write_text(yaml.safe_dump(task))
+    options = f"pretrained={tmp_path / 'export'},dtype=float32,trust_remote_code=True,kv_profile=bulk"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", options, "--tasks", "texts"]
+    command += ["--include_path", tmp_path, "--device", "cpu", "--output_path", tmp_path / "results.json"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = tmp_path.glob("results*.json")
+    found = json.loads(results.read_text())["results"]["texts"]["byte_perplexity,none"]
+
+    decoder = Decoder(config)
+    decoder.load_state_dict(weights)
+    sources = CacheStrategy.parse("every:4", 8).kv_source_layers
+    nats = 0.0
+    for text in TEXTS:
+        ids = torch.tensor([[2, *Tokenizer.load(tokenizer).encode(text)]])  # a text follows the end of another one
+        nats += float(next_token_loss(decoder(ids[:, :-1], sources), ids[:, 1:]).detach()) * (ids.shape[1] - 1)
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert found == pytest.approx(math.exp(nats / size), rel=1e-4)
