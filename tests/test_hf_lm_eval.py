@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an export at a profile, offline, on a local task file: the likelihood that our decoder gives."""
+"""lm-evaluation-harness on an export at a profile, offline, on a local task file: the likelihoods of our decoder."""
 
 from __future__ import annotations
 
