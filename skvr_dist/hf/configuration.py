@@ -10,16 +10,16 @@ Without any of the two in the middle a model runs at full retention. This file t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers.utils import logging
 
 from skvr_dist.errors import UserError
 from skvr_dist.routing.strategy import CacheStrategy
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 Sources = tuple[int, ...]
 """The layer that each layer reads, [L]: itself if it keeps a cache."""
@@ -62,12 +62,12 @@ def _checked(sources: Sources, layers: int) -> Sources:
 
 
 def warn_if_untrained(config: PreTrainedConfig, sources: Sources) -> None:
-    """Warn when layers share a cache in a model that was never trained for it."""
+    """Warn, once in a process, when layers share a cache in a model that was never trained for it."""
     training: dict[str, Any] = getattr(config, "kv_training", None) or {}
     if sources == tuple(range(len(sources))) or training.get("policy", "none") != "none":
         return
     table = training.get("retention_table")
-    logger.warning(
+    logger.warning_once(
         "%d of %d layers keep a cache, but this checkpoint was not trained with stochastic KV routing: expect worse "
         "text%s",
         len(set(sources)),
