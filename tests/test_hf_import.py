@@ -14,8 +14,9 @@ import reference
 import torch
 from hf_models import load_into, random_weights, shape_of
 from safetensors.torch import load_file, save_file
+from test_hf_tokenizer import train_ours
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig, PreTrainedModel
 
 import skvr_dist.hf.import_model as import_module
 from skvr_dist.checkpoint.folder import Checkpoint
@@ -24,6 +25,7 @@ from skvr_dist.hf.card import Training
 from skvr_dist.hf.config import hf_config
 from skvr_dist.hf.export import export_model
 from skvr_dist.hf.import_model import ImportMismatchError, import_model
+from skvr_dist.hf.tokenizer import convert_tokenizer
 from skvr_dist.model.config import ModelConfig, RopeScaling
 from skvr_dist.model.decoder import next_token_loss
 
@@ -102,11 +104,21 @@ def test_training_goes_on(tmp_path: Path) -> None:
         assert (parameter.grad - wanted).norm() <= 1e-5 * wanted.norm(), name
 
 
-def test_tokenizer_files_travel(tmp_path: Path) -> None:
-    published(MODELS["qwen3"], tmp_path / "theirs")
-    (tmp_path / "theirs/tokenizer.json").write_text("{}")
-    import_model(str(tmp_path / "theirs"), tmp_path / "ours")
-    assert (Checkpoint(tmp_path / "ours").folder / "tokenizer.json").read_text() == "{}"
+def test_tokenizer_files_travel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There and back, by the commands, with the settings of generation and a chat template."""
+    theirs = tmp_path / "theirs"
+    published(shape_of("qwen3", vocab_size=704), theirs)
+    tokenizer = convert_tokenizer(train_ours(tmp_path / "tokenizer.model"), 256)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(theirs)
+    GenerationConfig(eos_token_id=[2, 7], temperature=0.6, do_sample=True).save_pretrained(theirs)
+    assert run_tool("import_hf.py", theirs, tmp_path / "ours") == 0
+    assert run_tool("export_hf.py", tmp_path / "ours", tmp_path / "again") == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (theirs / name).read_bytes(), name
+    assert "that of the checkpoint that was imported" in (tmp_path / "again/README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (2, [2, 7])
 
 
 def test_old_spellings(tmp_path: Path) -> None:
@@ -221,20 +233,20 @@ def test_what_is_not_the_same_is_not_written(source: Path, tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def import_command(*arguments: str | Path) -> int:
-    """Run tools/import_hf.py; returns its exit code."""
+def run_tool(name: str, *arguments: str | Path) -> int:
+    """Run a tool; returns its exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr("sys.argv", ["import_hf.py", *map(str, arguments)])
-        runpy.run_path(str(Path(__file__).parents[1] / "tools/import_hf.py"), run_name="__main__")
+        patch.setattr("sys.argv", [name, *map(str, arguments)])
+        runpy.run_path(str(Path(__file__).parents[1] / "tools" / name), run_name="__main__")
     assert isinstance(end.value.code, int)
     return end.value.code
 
 
 def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert import_command(source, tmp_path / "ours", "--json", tmp_path / "figures.json") == 0
+    assert run_tool("import_hf.py", source, tmp_path / "ours", "--json", tmp_path / "figures.json") == 0
     assert "at full, every:2, prefix:4" in capsys.readouterr().out
     assert json.loads((tmp_path / "figures.json").read_text())["failures"] == []
-    assert import_command(source, tmp_path / "ours") == 2
+    assert run_tool("import_hf.py", source, tmp_path / "ours") == 2
     assert f"error: output {tmp_path / 'ours'} exists and is not an empty folder" in capsys.readouterr().err
-    assert import_command(tmp_path / "nothing", tmp_path / "other") == 2
+    assert run_tool("import_hf.py", tmp_path / "nothing", tmp_path / "other") == 2
     assert "is neither a folder here nor a repository of the Hub" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def main() -> int | None:
             checkpoint.model_config,
             checkpoint.weight_names(),
             checkpoint.weight,
-            None if arguments.without_tokenizer else checkpoint.tokenizer_file,
+            None if arguments.without_tokenizer else _tokenizer(checkpoint),
             arguments.output,
             training=training,
             dtype=DTYPES[arguments.dtype] if arguments.dtype else checkpoint.weight("norm.weight").dtype,
@@ -65,6 +65,13 @@ def main() -> int | None:
         print(f"error: {problem}", file=sys.stderr)
         return EXIT_MISSED
     return None
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Path | None:
+    """The checkpoint's tokenizer: the one of its data, or what came along when it was imported."""
+    imported = checkpoint.folder / "tokenizer.json"
+    found = [file for file in (imported, checkpoint.tokenizer_file) if file.exists()]
+    return found[0] if found else None
 
 
 def _profiles(texts: list[str], num_layers: int) -> dict[str, str]:

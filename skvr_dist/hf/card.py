@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from huggingface_hub import ModelCardData
 from tabulate import tabulate
@@ -60,13 +61,14 @@ def model_card(
     config: ModelConfig,
     parameters: int,
     training: Training,
-    has_tokenizer: bool,
+    tokenizer_file: Path | None,
     pruned_to: CacheStrategy | None,
 ) -> str:
     """The text of README.md, for any policy that `export_model` takes.
 
     Args:
         name: the folder's name, as the title and in the example.
+        tokenizer_file: as for `export_model`.
         pruned_to: the one strategy that was kept, if not all.
     """
     header = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["stochastic-kv-routing"])
@@ -77,7 +79,7 @@ def model_card(
     sections = [f"---\n{header.to_yaml()}\n---", f"# {name}", introduction, f"## Training\n\n{table}"]
     if training.retention_table:
         sections.append(f"## Quality by retention\n\nHeld-out loss in nats per token.\n\n{training.retention_table}")
-    sections.append(f"## Loading\n\n{_example(name, has_tokenizer, pruned_to is not None)}")
+    sections.append(f"## Loading\n\n{_example(name, tokenizer_file, pruned_to is not None)}")
     if pruned_to is None:
         sections.append(f"## A smaller cache\n\n{_smaller_cache(name, training)}")
     return "\n\n".join(sections) + "\n"
@@ -120,19 +122,22 @@ model.set_cache_strategy("every:4")  # at any time, from the next prompt on
 ```{known}"""
 
 
-def _example(name: str, has_tokenizer: bool, needs_code: bool) -> str:
+def _example(name: str, tokenizer_file: Path | None, needs_code: bool) -> str:
     trust = ", trust_remote_code=True" if needs_code else ""
     model = f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})'
-    if not has_tokenizer:
+    if tokenizer_file is None:
         return f"```python\nfrom transformers import AutoModelForCausalLM\n\n{model}\n```\n\nNo tokenizer is included."
-    return f"""```python
+    code = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {model}
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 prompt = tokenizer("def main():", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
-```
+```"""
+    if tokenizer_file.suffix != ".model":
+        return f"{code}\n\nThe tokenizer is that of the checkpoint that was imported."
+    return f"""{code}
 
 The tokenizer adds no token to a text, as in training. Each document of the training data ended with
 `tokenizer.eos_token`, which is also what a new document is generated from. Names of special tokens within a text are

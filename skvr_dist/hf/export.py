@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from skvr_dist.errors import UserError
 from skvr_dist.hf.card import Training, model_card
 from skvr_dist.hf.check import TOLERANCE, CheckReport, check_export
 from skvr_dist.hf.config import hf_config, write_config
 from skvr_dist.hf.remote_code import describe_routing, write_remote_code
-from skvr_dist.hf.tokenizer import convert_tokenizer, special_ids, write_tokenizer
+from skvr_dist.hf.tokenizer import convert_tokenizer, copy_tokenizer, special_ids, write_tokenizer
 from skvr_dist.hf.weights import WeightReader, check_names, parameter_shapes, pruned_names, write_weights
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.routing import CacheStrategy, RoutingConfig
@@ -71,7 +71,8 @@ def export_model(
         config: of the decoder that was trained.
         names: canonical names of all weights there are.
         weight: the tensor of a canonical name; called several times for each.
-        tokenizer_file: the sentencepiece model, or None for a model without one.
+        tokenizer_file: the sentencepiece model; or a `tokenizer.json`, which is copied with the files beside it that
+            belong to it; or None for a model without one.
         output: the folder to make; it may exist if it is empty.
         training: what the model card tells.
         dtype: of the stored weights.
@@ -89,9 +90,13 @@ def export_model(
         raise UserError(f"output {output} exists and is not an empty folder; choose another one, or remove it first")
     if pruned_to is None:
         _check_routing(training.routing)
-    tokenizer = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    ours = tokenizer_file is not None and tokenizer_file.suffix == ".model"
     if tokenizer_file is not None:
-        tokenizer = convert_tokenizer(tokenizer_file, config.max_position_embeddings)
+        if ours:
+            tokenizer = convert_tokenizer(tokenizer_file, config.max_position_embeddings)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_file.parent, local_files_only=True)
         if len(tokenizer) > config.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer_file} has {len(tokenizer)} tokens, but the model's vocab_size is "
@@ -116,15 +121,17 @@ def export_model(
         write_config(folder, published_config)
         write_remote_code(folder)
         GenerationConfig(**ids).save_pretrained(folder)
-        if tokenizer:
+        if ours:
             write_tokenizer(folder, tokenizer)
-        card = model_card(output.name, config, parameters, training, tokenizer is not None, pruned_to)
+        elif tokenizer_file is not None:
+            copy_tokenizer(tokenizer_file.parent, folder)
+        card = model_card(output.name, config, parameters, training, tokenizer_file, pruned_to)
         (folder / "README.md").write_text(card, encoding="utf-8")
         report = ExportReport(
             file_bytes={file.name: file.stat().st_size for file in sorted(folder.iterdir())},
             parameters=parameters,
             dtype=dtype,
-            check=check_export(folder, config, weight, dtype, tokenizer_file, pruned_to),
+            check=check_export(folder, config, weight, dtype, tokenizer_file if ours else None, pruned_to),
         )
         if report.check.failures():
             raise ExportMismatchError(report)

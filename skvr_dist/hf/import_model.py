@@ -6,7 +6,6 @@ Weights are copied tensor by tensor in their stored dtype; only one file of the 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,19 +25,9 @@ from skvr_dist.checkpoint.folder import Checkpoint, partial_folder, publish
 from skvr_dist.errors import UserError
 from skvr_dist.hf.check import CheckReport, check_export
 from skvr_dist.hf.config import hf_config, model_config
+from skvr_dist.hf.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from skvr_dist.hf.weights import WeightReader, check_names, hf_name, parameter_shapes
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""What a checkpoint of Hugging Face may hold of its tokenizer."""
 _HEAD = "lm_head.weight"
 
 
@@ -103,9 +92,7 @@ def import_model(source: str, output: Path, max_shard_bytes: int = 2**31) -> Imp
         partial = run / "checkpoints" / partial_folder(0)
         partial.mkdir(parents=True)
         dtypes = _write(partial, shapes, weights.read, max_shard_bytes)
-        for name in TOKENIZER_FILES:
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, partial / name)
+        copy_tokenizer(folder, partial)
         tree = {"model": config.model_dump(), "routing": {"policy": "none"}}
         facts = {"step": 0, "tokens_seen": 0, "imported_from": source}
         final = publish(
