@@ -135,7 +135,7 @@ def test_transformers_computes_the_decoders_logits(config: ModelConfig, tmp_path
     assert report.check.largest_logit > 1.0
     assert report.check.relative_logit_difference <= TOLERANCE
     assert report.file_bytes == {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
-    code = ["configuration_skvr.py", "modeling_skvr.py", "skvr_errors.py", "skvr_strategy.py"]
+    code = ["configuration_skvr.py", "modeling_skvr.py", "skvr_errors.py", "skvr_layers.py", "skvr_strategy.py"]
     others = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
     assert sorted(report.file_bytes) == sorted(code + others)
 

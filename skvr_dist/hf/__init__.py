@@ -5,7 +5,7 @@ Mistral checkpoints still become the classes of transformers, unless `kv_profile
 """
 
 from skvr_dist.hf.auto import register
-from skvr_dist.hf.modeling import RoutedLlamaForCausalLM, RoutedMistralForCausalLM, RoutedQwen3ForCausalLM
+from skvr_dist.hf.causal_lm import RoutedLlamaForCausalLM, RoutedMistralForCausalLM, RoutedQwen3ForCausalLM
 from skvr_dist.hf.rcla import disable_rcla, enable_rcla
 
 __all__ = [

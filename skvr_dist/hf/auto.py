@@ -16,8 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from skvr_dist.hf.configuration import PrunedLlamaConfig, PrunedMistralConfig, PrunedQwen3Config
-from skvr_dist.hf.modeling import (
+from skvr_dist.hf.causal_lm import (
     PrunedLlamaForCausalLM,
     PrunedMistralForCausalLM,
     PrunedQwen3ForCausalLM,
@@ -25,6 +24,7 @@ from skvr_dist.hf.modeling import (
     RoutedMistralForCausalLM,
     RoutedQwen3ForCausalLM,
 )
+from skvr_dist.hf.configuration import PrunedLlamaConfig, PrunedMistralConfig, PrunedQwen3Config
 
 _SPEAKS_OF_CACHES = ("kv_profiles", "kv_profile", "kv_source_layers")
 

@@ -13,12 +13,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM
 
 from skvr_dist.data.tokenizer import Tokenizer
-from skvr_dist.hf.modeling import (
-    PrunedLlamaForCausalLM,
-    PrunedMistralForCausalLM,
-    PrunedQwen3ForCausalLM,
-    route,
-)
+from skvr_dist.hf.causal_lm import PrunedLlamaForCausalLM, PrunedMistralForCausalLM, PrunedQwen3ForCausalLM
+from skvr_dist.hf.modeling import route
 from skvr_dist.hf.weights import WeightReader, hf_name
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder

@@ -14,7 +14,8 @@ _FILES = {
     "skvr_dist.errors": "skvr_errors.py",
     "skvr_dist.routing.strategy": "skvr_strategy.py",
     "skvr_dist.hf.configuration": "configuration_skvr.py",
-    "skvr_dist.hf.modeling": "modeling_skvr.py",
+    "skvr_dist.hf.modeling": "skvr_layers.py",
+    "skvr_dist.hf.causal_lm": "modeling_skvr.py",
 }
 _PRUNED = "Pruned"
 
