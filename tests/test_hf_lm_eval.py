@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from hf_models import random_weights, shape_of
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from test_hf_tokenizer import train_ours
 
 from skvr_dist.data.tokenizer import Tokenizer
@@ -42,7 +41,10 @@ def test_likelihood_at_a_profile(tmp_path: Path) -> None:
     task = {
         "task": "texts",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "texts.jsonl")}},
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "texts.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
         "test_split": "test",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
@@ -50,14 +52,9 @@ def test_likelihood_at_a_profile(tmp_path: Path) -> None:
         "metric_list": [{"metric": "byte_perplexity"}],
     }
     (tmp_path / "texts.yaml").write_text(yaml.safe_dump(task))
-    options = f"pretrained={tmp_path / 'export'},dtype=float32,trust_remote_code=True,kv_profile=bulk"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", options, "--tasks", "texts"]
-    command += ["--include_path", tmp_path, "--device", "cpu", "--output_path", tmp_path / "results.json"]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (results,) = tmp_path.glob("results*.json")
-    found = json.loads(results.read_text())["results"]["texts"]["byte_perplexity,none"]
+    options = {"pretrained": str(tmp_path / "export"), "dtype": "float32", "kv_profile": "bulk", "device": "cpu"}
+    results = simple_evaluate("hf", options, tasks=["texts"], task_manager=TaskManager(include_path=str(tmp_path)))
+    found = results["results"]["texts"]["byte_perplexity,none"]
 
     decoder = Decoder(config)
     decoder.load_state_dict(weights)
