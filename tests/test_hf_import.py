@@ -58,7 +58,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 def test_round_trip(config: ModelConfig, dtype: torch.dtype, tmp_path: Path) -> None:
     published(config, tmp_path / "theirs", dtype, max_shard_size="40KB")  # many files
     report = import_model(str(tmp_path / "theirs"), tmp_path / "ours", max_shard_bytes=60_000)
-    assert report.check.failures() == []
+    assert report.check is not None and report.failures() == []
     assert report.check.strategies == ("full", "every:2", "prefix:4")
     assert report.dtypes == (str(dtype).removeprefix("torch."),)
     checkpoint = Checkpoint(tmp_path / "ours")
@@ -246,6 +246,10 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run_tool("import_hf.py", source, tmp_path / "ours", "--json", tmp_path / "figures.json") == 0
     assert "at full, every:2, prefix:4" in capsys.readouterr().out
     assert json.loads((tmp_path / "figures.json").read_text())["failures"] == []
+    assert run_tool("import_hf.py", source, tmp_path / "unchecked", "--without-check") == 0
+    assert "logit" not in capsys.readouterr().out
+    weights = Checkpoint(tmp_path / "unchecked").weight
+    assert all(torch.equal(weights(name.removeprefix("model.")), tensor) for name, tensor in stored(source).items())
     assert run_tool("import_hf.py", source, tmp_path / "ours") == 2
     assert f"error: output {tmp_path / 'ours'} exists and is not an empty folder" in capsys.readouterr().err
     assert run_tool("import_hf.py", tmp_path / "nothing", tmp_path / "other") == 2

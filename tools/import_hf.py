@@ -23,12 +23,15 @@ def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("output", metavar="OUT", type=Path, help="folder to make; it must not hold anything")
+    parser.add_argument(
+        "--without-check", action="store_true", help="do not compare, which takes memory for the model in float32"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of the check there")
     arguments = parser.parse_args()
 
     problem = None
     try:
-        report = import_model(arguments.source, arguments.output)
+        report = import_model(arguments.source, arguments.output, check=not arguments.without_check)
     except ImportMismatchError as error:
         report, problem = error.report, f"{error}; {arguments.output} was not written"
     print(_table(report))
@@ -41,15 +44,17 @@ def main() -> int | None:
 
 
 def _table(report: ImportReport) -> str:
-    check = report.check
     rows = {
         "architecture": report.architecture,
         "parameters": f"{report.parameters:,} in {' and '.join(report.dtypes)}",
         "bytes": f"{report.bytes:,}",
-        "differing weights": len(check.differing_weights),
-        "largest logit difference": f"{check.max_logit_difference:.2g} over {check.positions} tokens at "
-        f"{', '.join(check.strategies)} ({check.relative_logit_difference:.1e} of the largest logit)",
     }
+    if check := report.check:
+        rows["differing weights"] = str(len(check.differing_weights))
+        rows["largest logit difference"] = (
+            f"{check.max_logit_difference:.2g} over {check.positions} tokens at "
+            f"{', '.join(check.strategies)} ({check.relative_logit_difference:.1e} of the largest logit)"
+        )
     return tabulate(rows.items(), headers=["import", ""], tablefmt="github", disable_numparse=True)
 
 
