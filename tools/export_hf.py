@@ -1,6 +1,6 @@
-"""Export a checkpoint for Hugging Face transformers, at full retention, and check that it is the same model.
+"""Export a checkpoint for Hugging Face transformers, to run at any cache strategy, and check that it is the same model.
 
-    python tools/export_hf.py runs/quickstart/routed exports/routed
+    python tools/export_hf.py runs/quickstart/routed exports/routed --profile half=every:2
 
 CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. OUT then loads with
 AutoModelForCausalLM.from_pretrained(OUT) and AutoTokenizer.from_pretrained(OUT). Exit code 1: what transformers
@@ -12,14 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
 from skvr_dist.checkpoint.folder import Checkpoint
-from skvr_dist.errors import EXIT_MISSED, run_command
-from skvr_dist.hf import ExportMismatchError, ExportReport, Training, export_model
+from skvr_dist.errors import EXIT_MISSED, UserError, run_command
+from skvr_dist.hf.card import Training
+from skvr_dist.hf.export import ExportMismatchError, ExportReport, export_model
+from skvr_dist.routing import CacheStrategy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,21 +32,29 @@ def main() -> int | None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("output", metavar="OUT", type=Path, help="folder to make; it must not hold anything")
     parser.add_argument("--dtype", choices=DTYPES, help="of the exported weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--profile", action="append", default=[], metavar="NAME=STRATEGY", help="name a strategy; may be repeated"
+    )
+    parser.add_argument("--prune", metavar="STRATEGY", help="leave out the projections that this strategy does not use")
     parser.add_argument("--without-tokenizer", action="store_true", help="export the model only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of the check there")
     arguments = parser.parse_args()
 
     checkpoint = Checkpoint(arguments.checkpoint)
+    training, layers = Training.of(checkpoint), checkpoint.model_config.num_hidden_layers
+    training = replace(training, profiles={**training.profiles, **_profiles(arguments.profile, layers)})
+    pruned_to = CacheStrategy.parse(arguments.prune, layers, training.profiles) if arguments.prune else None
     problem = None
     try:
         report = export_model(
             checkpoint.model_config,
             checkpoint.weight_names(),
             checkpoint.weight,
-            None if arguments.without_tokenizer else checkpoint.tokenizer_file,
+            None if arguments.without_tokenizer else _tokenizer(checkpoint),
             arguments.output,
-            training=Training.of(checkpoint),
+            training=training,
             dtype=DTYPES[arguments.dtype] if arguments.dtype else checkpoint.weight("norm.weight").dtype,
+            pruned_to=pruned_to,
         )
     except ExportMismatchError as error:
         report, problem = error.report, f"{error}; {arguments.output} was not written"
@@ -56,6 +67,23 @@ def main() -> int | None:
     return None
 
 
+def _tokenizer(checkpoint: Checkpoint) -> Path | None:
+    """The checkpoint's tokenizer: the one of its data, or what came along when it was imported."""
+    imported = checkpoint.folder / "tokenizer.json"
+    found = [file for file in (imported, checkpoint.tokenizer_file) if file.exists()]
+    return found[0] if found else None
+
+
+def _profiles(texts: list[str], num_layers: int) -> dict[str, str]:
+    """Read NAME=STRATEGY."""
+    profiles = dict(text.partition("=")[::2] for text in texts)
+    for name, spec in profiles.items():
+        if not name or not spec:
+            raise UserError(f"--profile {name}={spec} must look like NAME=STRATEGY, such as half=every:2")
+        CacheStrategy.parse(spec, num_layers)
+    return profiles
+
+
 def _table(report: ExportReport) -> str:
     check = report.check
     agreeing = check.tokenizer_texts - len(check.differing_texts)
@@ -64,8 +92,8 @@ def _table(report: ExportReport) -> str:
         "bytes": f"{sum(report.file_bytes.values()):,}",
         "parameters": f"{report.parameters:,} in {report.figures()['dtype']}",
         "differing weights": len(check.differing_weights),
-        "largest logit difference": f"{check.max_logit_difference:.2g} over {check.positions} tokens "
-        f"({check.relative_logit_difference:.1e} of the largest logit)",
+        "largest logit difference": f"{check.max_logit_difference:.2g} over {check.positions} tokens at "
+        f"{', '.join(check.strategies)} ({check.relative_logit_difference:.1e} of the largest logit)",
         "tokenizer": f"{agreeing} of {check.tokenizer_texts} texts agree" if check.tokenizer_texts else "none",
     }
     return tabulate(rows.items(), headers=["export", ""], tablefmt="github", disable_numparse=True)

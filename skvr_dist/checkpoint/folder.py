@@ -66,6 +66,11 @@ def write_facts(partial: Path, *, config_text: str, facts: dict[str, Any], token
         shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
 
 
+def digests_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by name."""
+    return {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
+
+
 def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
     """Complete a partial folder under its final name; on one rank, after all files were written.
 

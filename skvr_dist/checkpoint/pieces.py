@@ -7,6 +7,7 @@ rows, the beginning of a row. Rectangles are what torch.distributed.checkpoint s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,9 +31,23 @@ class Piece:
     tensor: Tensor
     """The rectangle; a view, so that what is read into it is in place."""
 
+    def load(self) -> Tensor:
+        """The rectangle's contents, for writing."""
+        return self.tensor
+
     def copy(self) -> Piece:
         """The same rectangle in memory of its own, on the host."""
         return Piece(self.shape, self.offsets, self.tensor.detach().to("cpu", copy=True))
+
+
+@dataclass(frozen=True, eq=False)
+class LazyPiece(Piece):
+    """A piece whose `tensor` has shape and dtype only (it is on the device `meta`) until it is written."""
+
+    read: Callable[[], Tensor]
+
+    def load(self) -> Tensor:
+        return self.read()
 
 
 Pieces = dict[str, list[Piece]]

@@ -49,7 +49,8 @@ INDEX_FILE = "index.json"
 def write_pieces(folder: Path, pieces: Pieces, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
     """Store what all ranks hold; collective over `group`, or `alone` in a process without any.
 
-    No two ranks may hold overlapping pieces of a tensor, unless they are the same.
+    No two ranks may hold overlapping pieces of a tensor, unless they are the same. Pieces are asked for their tensor
+    when it is written, one after the other.
 
     Raises:
         UserError: a file cannot be written.
@@ -140,7 +141,7 @@ class _PieceSavePlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         offset = write_item.index.offset
         assert offset is not None
-        return next(p.tensor for p in self._pieces[write_item.index.fqn] if p.offsets == tuple(offset))
+        return next(p for p in self._pieces[write_item.index.fqn] if p.offsets == tuple(offset)).load()
 
 
 def _write_item(name: str, piece: Piece) -> WriteItem:

@@ -1,6 +1,19 @@
-"""Hugging Face: exports that transformers loads without any code of ours."""
+"""Hugging Face: import and export, and models of transformers whose layers share key/value caches.
 
-from skvr_dist.hf.card import Training
-from skvr_dist.hf.export import ExportMismatchError, ExportReport, export_model
+Importing this package lets `AutoModelForCausalLM` load our exports at any cache strategy. Other Qwen3, Llama and
+Mistral checkpoints still become the classes of transformers, unless `kv_profile` or `kv_source_layers` is given.
+"""
 
-__all__ = ["ExportMismatchError", "ExportReport", "Training", "export_model"]
+from skvr_dist.hf.auto import register
+from skvr_dist.hf.causal_lm import RoutedLlamaForCausalLM, RoutedMistralForCausalLM, RoutedQwen3ForCausalLM
+from skvr_dist.hf.rcla import disable_rcla, enable_rcla
+
+__all__ = [
+    "RoutedLlamaForCausalLM",
+    "RoutedMistralForCausalLM",
+    "RoutedQwen3ForCausalLM",
+    "disable_rcla",
+    "enable_rcla",
+]
+
+register()

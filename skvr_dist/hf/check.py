@@ -1,4 +1,4 @@
-"""The self-check of an export: what transformers loads must be what was trained."""
+"""The self-check of exports and imports: what transformers loads must be what our decoder computes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import inspect
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM
 
 from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.hf.causal_lm import PrunedLlamaForCausalLM, PrunedMistralForCausalLM, PrunedQwen3ForCausalLM
+from skvr_dist.hf.modeling import route
 from skvr_dist.hf.weights import WeightReader, hf_name
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder
+from skvr_dist.routing import CacheStrategy
 
 TOLERANCE = 1e-5
 """Largest accepted logit difference, as a share of the largest logit.
@@ -26,6 +30,13 @@ ATTENTION = "sdpa"
 """The kernel of both sides."""
 SEQUENCE_LENGTH = 128
 """Tokens per compared sequence."""
+
+_PLAIN_CLASSES: dict[str, Any] = {"qwen3": Qwen3ForCausalLM, "llama": LlamaForCausalLM, "mistral": MistralForCausalLM}
+_PRUNED_CLASSES: dict[str, Any] = {
+    "qwen3": PrunedQwen3ForCausalLM,
+    "llama": PrunedLlamaForCausalLM,
+    "mistral": PrunedMistralForCausalLM,
+}
 
 SAMPLE_TEXTS = (
     inspect.getsource(textwrap),
@@ -47,7 +58,9 @@ class CheckReport:
     differing_weights: tuple[str, ...]
     """Canonical names of the weights that are not stored bit for bit."""
     positions: int
-    """Tokens whose logits were compared."""
+    """Tokens whose logits were compared, at each strategy."""
+    strategies: tuple[str, ...]
+    """What the logits were compared at: by the plain class at full retention, by the routed one at the others."""
     max_logit_difference: float
     largest_logit: float
     tokenizer_texts: int
@@ -82,12 +95,23 @@ class CheckReport:
 
 @torch.no_grad()
 def check_export(
-    folder: Path, config: ModelConfig, weight: WeightReader, dtype: torch.dtype, tokenizer_file: Path | None
+    folder: Path,
+    config: ModelConfig,
+    weight: WeightReader,
+    dtype: torch.dtype | None,
+    tokenizer_file: Path | None,
+    pruned_to: CacheStrategy | None = None,
 ) -> CheckReport:
-    """Reload an export with transformers and compare it, in float32 on the CPU, with our decoder at full retention.
+    """Load a folder of Hugging Face and compare it, in float32 on the CPU, with our decoder.
 
     Both sides hold the weights as stored, so rounding them to `dtype` is no difference. One of the two models is
     in memory at a time, in float32.
+
+    Args:
+        weight: ours, by canonical name.
+        dtype: of the weights in the folder; None where they have the dtype of ours.
+        tokenizer_file: the sentencepiece model that the folder's tokenizer must agree with, if any.
+        pruned_to: the one strategy that the folder serves; None for a plain checkpoint.
     """
     differing_texts: tuple[str, ...] = ()
     sequences = _drawn_sequences(config)
@@ -96,30 +120,49 @@ def check_export(
         differing_texts = _differing_texts(folder, source)
         encoded = [torch.tensor(source.encode(text)[:SEQUENCE_LENGTH]) for text in SAMPLE_TEXTS]
         sequences = [tokens[: config.max_position_embeddings] for tokens in encoded if len(tokens)]
+    strategies = {"full": CacheStrategy.full(config.num_hidden_layers), **_shared(config)}
+    if pruned_to is not None:
+        strategies = {f"layers {','.join(map(str, pruned_to.retained))}": pruned_to}
 
-    exported = AutoModelForCausalLM.from_pretrained(
+    model_class = (_PLAIN_CLASSES if pruned_to is None else _PRUNED_CLASSES)[config.architecture]
+    exported = model_class.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True
     )
     loaded = exported.state_dict()
     decoder = _meta_decoder(config)
     names = list(decoder.state_dict())
+    stored = [name for name in names if pruned_to is None or hf_name(name) in loaded]
     differing_weights = tuple(
-        name for name in names if not torch.equal(loaded[hf_name(name)], _as_stored(weight(name), dtype))
+        name for name in stored if not torch.equal(loaded[hf_name(name)], _as_stored(weight(name), dtype))
     )
-    found = torch.cat([exported(tokens[None]).logits[0] for tokens in sequences])
+    found = []
+    for strategy in strategies.values():
+        if strategy.retention < 1 and pruned_to is None:
+            route(exported).kv_sources = strategy.kv_source_layers
+        found.append(torch.cat([exported(tokens[None], use_cache=False).logits[0] for tokens in sequences]))
     del exported, loaded
 
     decoder.load_state_dict({name: _as_stored(weight(name), dtype) for name in names}, assign=True)
-    full = range(config.num_hidden_layers)
-    wanted = torch.cat([decoder(tokens[None], full)[0] for tokens in sequences])
+    wanted = [
+        torch.cat([decoder(tokens[None], strategy.kv_source_layers)[0] for tokens in sequences])
+        for strategy in strategies.values()
+    ]
+    differences = [float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)]
     return CheckReport(
         differing_weights=differing_weights,
-        positions=len(wanted),
-        max_logit_difference=float((found - wanted).abs().max()),
-        largest_logit=float(wanted.abs().max()),
+        positions=len(wanted[0]),
+        strategies=tuple(strategies),
+        max_logit_difference=float(torch.tensor(differences).max()),  # NaN wins, unlike in max()
+        largest_logit=max(float(logits.abs().max()) for logits in wanted),
         tokenizer_texts=0 if tokenizer_file is None else len(SAMPLE_TEXTS),
         differing_texts=differing_texts,
     )
+
+
+def _shared(config: ModelConfig) -> dict[str, CacheStrategy]:
+    """Two strategies that share: one spread over the depth, one at its beginning."""
+    layers = config.num_hidden_layers
+    return {spec: CacheStrategy.parse(spec, layers) for spec in ("every:2", f"prefix:{(layers + 1) // 2}")}
 
 
 def _meta_decoder(config: ModelConfig) -> Decoder:
@@ -127,8 +170,8 @@ def _meta_decoder(config: ModelConfig) -> Decoder:
         return Decoder(config.model_copy(update={"attention": ATTENTION}))
 
 
-def _as_stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype).float()
+def _as_stored(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return weight.to(dtype or weight.dtype).float()
 
 
 def _drawn_sequences(config: ModelConfig) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Export at full retention: a plain Qwen3, Llama or Mistral checkpoint, published only if it checks out."""
+"""Export: a plain Qwen3, Llama or Mistral checkpoint that serves any strategy, published only if it checks out."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from skvr_dist.errors import UserError
 from skvr_dist.hf.card import Training, model_card
 from skvr_dist.hf.check import TOLERANCE, CheckReport, check_export
 from skvr_dist.hf.config import hf_config, write_config
-from skvr_dist.hf.tokenizer import convert_tokenizer, special_ids, write_tokenizer
-from skvr_dist.hf.weights import WeightReader, check_names, parameter_shapes, write_weights
+from skvr_dist.hf.remote_code import describe_routing, write_remote_code
+from skvr_dist.hf.tokenizer import convert_tokenizer, copy_tokenizer, special_ids, write_tokenizer
+from skvr_dist.hf.weights import WeightReader, check_names, parameter_shapes, pruned_names, write_weights
 from skvr_dist.model.config import ModelConfig
-from skvr_dist.routing import RoutingConfig
+from skvr_dist.routing import CacheStrategy, RoutingConfig
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def export_model(
     training: Training,
     dtype: torch.dtype,
     max_shard_size: str = "5GB",
+    pruned_to: CacheStrategy | None = None,
 ) -> ExportReport:
     """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
@@ -69,11 +71,14 @@ def export_model(
         config: of the decoder that was trained.
         names: canonical names of all weights there are.
         weight: the tensor of a canonical name; called several times for each.
-        tokenizer_file: the sentencepiece model, or None for a model without one.
+        tokenizer_file: the sentencepiece model; or a `tokenizer.json`, which is copied with the files beside it that
+            belong to it; or None for a model without one.
         output: the folder to make; it may exist if it is empty.
         training: what the model card tells.
         dtype: of the stored weights.
         max_shard_size: of a weight file, such as "5GB".
+        pruned_to: leave out what this strategy does not use. Such a checkpoint needs the code that is written with
+            it, and serves that strategy and those that retain fewer of its layers.
 
     Raises:
         UserError: `output` holds something, the training never ran at full retention, weights are missing,
@@ -83,19 +88,29 @@ def export_model(
     output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists and is not an empty folder; choose another one, or remove it first")
-    _check_routing(training.routing)
-    tokenizer = None
+    if pruned_to is None:
+        _check_routing(training.routing)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    ours = tokenizer_file is not None and tokenizer_file.suffix == ".model"
     if tokenizer_file is not None:
-        tokenizer = convert_tokenizer(tokenizer_file, config.max_position_embeddings)
+        if ours:
+            tokenizer = convert_tokenizer(tokenizer_file, config.max_position_embeddings)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_file.parent, local_files_only=True)
         if len(tokenizer) > config.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer_file} has {len(tokenizer)} tokens, but the model's vocab_size is "
                 f"{config.vocab_size}; export with the tokenizer that the model was trained with"
             )
     ids = special_ids(tokenizer) if tokenizer else {}
-    published_config = hf_config(config, dtype, ids)
-    shapes = parameter_shapes(published_config)
-    check_names(names, shapes, config.architecture)
+    published_config = hf_config(config, dtype, ids, pruned_to)
+    describe_routing(published_config, training)
+    shapes = parameter_shapes(hf_config(config, dtype, ids))
+    way_out = "export with the model section that the weights were trained with"
+    check_names(names, shapes, config.architecture, way_out)
+    if pruned_to is not None:
+        unused = pruned_names(pruned_to)
+        shapes = {name: shape for name, shape in shapes.items() if name not in unused}
     parameters = sum(shape.numel() for shape in shapes.values())
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -104,16 +119,19 @@ def export_model(
         folder.mkdir()
         write_weights(folder, shapes, weight, dtype, max_shard_size)
         write_config(folder, published_config)
+        write_remote_code(folder)
         GenerationConfig(**ids).save_pretrained(folder)
-        if tokenizer:
+        if ours:
             write_tokenizer(folder, tokenizer)
-        card = model_card(output.name, config, parameters, training, has_tokenizer=tokenizer is not None)
+        elif tokenizer_file is not None:
+            copy_tokenizer(tokenizer_file.parent, folder)
+        card = model_card(output.name, config, parameters, training, tokenizer_file, pruned_to)
         (folder / "README.md").write_text(card, encoding="utf-8")
         report = ExportReport(
             file_bytes={file.name: file.stat().st_size for file in sorted(folder.iterdir())},
             parameters=parameters,
             dtype=dtype,
-            check=check_export(folder, config, weight, dtype, tokenizer_file),
+            check=check_export(folder, config, weight, dtype, tokenizer_file if ours else None, pruned_to),
         )
         if report.check.failures():
             raise ExportMismatchError(report)

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What a checkpoint of Hugging Face may hold of its tokenizer and how to generate with it."""
 _SPACE_SIGN = "\u2581"  # sentencepiece's spelling of a space within its pieces
 
 
@@ -88,6 +101,13 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     file.write_text(json.dumps(stored, indent=2) + "\n")
 
 
-def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy somebody else's tokenizer as it is."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The ids that a model configuration repeats from its tokenizer."""
     return {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -1,7 +1,7 @@
-"""Weights under their Hugging Face names, written tensor by tensor.
+"""Weights under their Hugging Face names, read and written tensor by tensor.
 
 Our canonical names are those of transformers without the leading `model.`. Every layer's key and value projections
-stay in the files: the same weights serve any cache strategy.
+stay in the files, so that the same weights serve any cache strategy, unless an export is pruned to one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from skvr_dist.errors import UserError
+from skvr_dist.routing import CacheStrategy
 
 WeightReader = Callable[[str], Tensor]
 """The full tensor of a canonical name."""
@@ -38,8 +39,15 @@ def parameter_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
     return shapes
 
 
-def check_names(names: Collection[str], shapes: dict[str, torch.Size], architecture: str) -> None:
-    """Raises `UserError` unless the weights are exactly those of the architecture."""
+def pruned_names(strategy: CacheStrategy) -> set[str]:
+    """Canonical names of the parameters that a strategy never uses."""
+    readers = set(range(strategy.num_layers)) - set(strategy.retained)
+    parts = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "k_norm.weight")
+    return {f"layers.{layer}.self_attn.{part}" for layer in readers for part in parts}
+
+
+def check_names(names: Collection[str], shapes: dict[str, torch.Size], architecture: str, way_out: str) -> None:
+    """Raises `UserError`, which ends in `way_out`, unless the weights are exactly those of the architecture."""
     missing = [name for name in shapes if name not in names]
     unexpected = [name for name in names if name not in shapes]
     if missing or unexpected:
@@ -50,7 +58,7 @@ def check_names(names: Collection[str], shapes: dict[str, torch.Size], architect
         ]
         raise UserError(
             f"the weights are not those of a {architecture} model of this configuration: {' and '.join(parts)}; "
-            f"export with the model section that the weights were trained with"
+            f"{way_out}"
         )
 
 

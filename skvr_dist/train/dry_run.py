@@ -13,7 +13,7 @@ from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.routing import crossing_elements, crossing_layers
 from skvr_dist.train.config import Config
 from skvr_dist.train.inputs import open_inputs
-from skvr_dist.train.resume import resumable
+from skvr_dist.train.resume import look_ahead
 
 _PLANS = 64  # steps whose plans are drawn for the averages
 
@@ -25,7 +25,7 @@ def describe(config: Config, world_size: int) -> str:
     """
     replicas = config.data_parallel_size(world_size)
     inputs = open_inputs(config, world_size)
-    found = resumable(config)
+    resumed = look_ahead(config, inputs.sequences.fingerprint())
     bounds = stage_bounds(config.model, config.parallel)
     layers = config.model.num_hidden_layers
     plans = [config.plan(step) for step in range(_PLANS)]
@@ -58,7 +58,10 @@ def describe(config: Config, world_size: int) -> str:
         ["tokens per step, in all", f"{tokens_per_step:,}, {total_tokens:,}"],
         ["training data", f"{tokens_on_disk:,} tokens ({total_tokens / tokens_on_disk:.2f} epochs)"],
         ["held-out sequences", f"{len(inputs.held_out) * config.train.micro_batch_size} per evaluation"],
-        ["starts from", f"{found[0]}" if found else config.train.initial_weights or f"seed {config.train.seed}"],
+        [
+            "starts from",
+            str(resumed.folder) if resumed else config.train.initial_weights or f"seed {config.train.seed}",
+        ],
         ["cross-layer reads", f"{sum(p.cross_layer_share for p in plans) / _PLANS:.1%}"],
         ["K/V projections skipped", f"{sum(p.skipped_kv_share for p in plans) / _PLANS:.1%}"],
     ]

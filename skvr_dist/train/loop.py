@@ -28,7 +28,7 @@ from skvr_dist.train.config import Config
 from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.optimizer import build_optimizer, build_scheduler
-from skvr_dist.train.resume import choose, load_state, load_weights, require_fits
+from skvr_dist.train.resume import choose, load_state, load_weights, look_ahead, require_fits
 from skvr_dist.train.run_folder import RunFolder, software_versions
 
 
@@ -36,6 +36,7 @@ def pretrain(config: Config) -> None:
     """Train as configured, on this rank of those that the launcher started."""
     inputs = open_inputs(config, announced_world_size())
     fingerprint = inputs.sequences.fingerprint()
+    look_ahead(config, fingerprint)
     start_process_group(timedelta(seconds=config.parallel.timeout_seconds))
     mesh = Mesh.build(config.parallel, config.model)
     sections = {f"section {name}": section for name, section in config.model_dump().items()}

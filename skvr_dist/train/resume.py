@@ -38,6 +38,24 @@ def resumable(config: Config) -> list[Path]:
     return []
 
 
+def look_ahead(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint that a run would go on from, as far as one process can tell without reading its tensors.
+
+    Raises:
+        UserError: it does not fit the configuration.
+    """
+    for path in resumable(config):
+        try:
+            checkpoint = Checkpoint(path)
+        except UserError:
+            if config.train.resume != "auto":
+                raise
+            continue
+        require_fits(checkpoint, config, data_fingerprint)
+        return checkpoint
+    return None
+
+
 def choose(config: Config, mesh: Mesh) -> tuple[Checkpoint | None, list[str]]:
     """The first whole one of `resumable`, None to start afresh; collective.
 

@@ -1,0 +1,95 @@
+"""What a Hugging Face configuration says about the cache: which layer each layer reads.
+
+    kv_profiles       named strategies that the checkpoint was published with, as `CacheStrategy.parse` reads them
+    kv_profile        the strategy to run: one of those names, or a strategy such as every:4
+    kv_source_layers  the same as a full map, one source per layer; `kv_profile` decides where both are given
+    kv_training       the routing that the checkpoint was trained with, and its retention table if one was measured
+
+Without any of the two in the middle a model runs at full retention. This file travels inside exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers.utils import logging
+
+from skvr_dist.errors import UserError
+from skvr_dist.routing.strategy import CacheStrategy
+
+logger = logging.get_logger(__name__)
+
+Sources = tuple[int, ...]
+"""The layer that each layer reads, [L]: itself if it keeps a cache."""
+
+
+def sources_of(
+    config: PreTrainedConfig, kv_profile: str | None = None, kv_source_layers: Sequence[int] | None = None
+) -> Sources:
+    """The layer that each layer reads; what is given here goes before what the configuration holds.
+
+    Raises:
+        UserError: an unknown profile, or a strategy that is impossible for this many layers.
+    """
+    if kv_profile is None and kv_source_layers is None:
+        kv_profile = getattr(config, "kv_profile", None)
+        kv_source_layers = getattr(config, "kv_source_layers", None)
+    layers = config.num_hidden_layers
+    if kv_profile is not None:
+        profiles = getattr(config, "kv_profiles", None)
+        return CacheStrategy.parse(kv_profile, layers, profiles).kv_source_layers
+    return tuple(range(layers)) if kv_source_layers is None else _checked(tuple(kv_source_layers), layers)
+
+
+def _checked(sources: Sources, layers: int) -> Sources:
+    if len(sources) != layers:
+        raise UserError(
+            f"kv_source_layers names {len(sources)} sources, but the model has {layers} layers; name one for each layer"
+        )
+    for layer, source in enumerate(sources):
+        if not 0 <= source <= layer:
+            raise UserError(
+                f"kv_source_layers: layer {layer} cannot read layer {source}; its source must be one of 0 to {layer}"
+            )
+        if sources[source] != source:
+            raise UserError(
+                f"kv_source_layers: layer {layer} reads layer {source}, which keeps no cache but reads layer "
+                f"{sources[source]}; name layer {sources[source]}, or let layer {source} read itself"
+            )
+    return sources
+
+
+def warn_if_untrained(config: PreTrainedConfig, sources: Sources) -> None:
+    """Warn, once in a process, when layers share a cache in a model that was never trained for it."""
+    training: dict[str, Any] = getattr(config, "kv_training", None) or {}
+    if sources == tuple(range(len(sources))) or training.get("policy", "none") != "none":
+        return
+    table = training.get("retention_table")
+    logger.warning_once(
+        "%d of %d layers keep a cache, but this checkpoint was not trained with stochastic KV routing: expect worse "
+        "text%s",
+        len(set(sources)),
+        len(sources),
+        f"; measured:\n{table}" if table else ", and measure it before you use it",
+    )
+
+
+# A pruned checkpoint lacks projections that the plain architecture needs: types of their own keep plain loaders off it.
+class PrunedQwen3Config(Qwen3Config):
+    """Qwen3 for one strategy, `kv_source_layers`, and those that keep fewer of its layers."""
+
+    model_type = "skvr_qwen3"
+
+
+class PrunedLlamaConfig(LlamaConfig):
+    """Llama for one strategy, `kv_source_layers`, and those that keep fewer of its layers."""
+
+    model_type = "skvr_llama"
+
+
+class PrunedMistralConfig(MistralConfig):
+    """Mistral for one strategy, `kv_source_layers`, and those that keep fewer of its layers."""
+
+    model_type = "skvr_mistral"

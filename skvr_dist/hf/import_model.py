@@ -1,0 +1,208 @@
+"""Import of a Qwen3, Llama or Mistral checkpoint: a checkpoint of ours at step 0, from which training goes on.
+
+Weights are copied tensor by tensor in their stored dtype; one at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedConfig
+
+from skvr_dist.checkpoint.folder import Checkpoint, digests_of, partial_folder, publish, step_folder, write_facts
+from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
+from skvr_dist.checkpoint.storage import write_pieces
+from skvr_dist.errors import UserError
+from skvr_dist.hf.check import CheckReport, check_export
+from skvr_dist.hf.config import hf_config, model_config
+from skvr_dist.hf.tokenizer import TOKENIZER_FILES, copy_tokenizer
+from skvr_dist.hf.weights import check_names, hf_name, parameter_shapes
+
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """An import and the figures of its check."""
+
+    architecture: str
+    parameters: int
+    bytes: int
+    """Of the weight files."""
+    dtypes: tuple[str, ...]
+    """Of the stored weights."""
+    check: CheckReport | None
+    """None if it was left out."""
+
+    def failures(self) -> list[str]:
+        """One sentence per figure that was missed."""
+        return self.check.failures() if self.check else []
+
+    def figures(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        difference = self.check.relative_logit_difference if self.check else None
+        return {**asdict(self), "relative_logit_difference": difference, "failures": self.failures()}
+
+
+class ImportMismatchError(Exception):
+    """Our decoder does not compute what transformers does; nothing was written. `report` has the figures."""
+
+    def __init__(self, report: ImportReport) -> None:
+        super().__init__(f"the import does not match its source: {'; '.join(report.failures())}")
+        self.report = report
+
+
+def import_model(source: str, output: Path, *, check: bool = True) -> ImportReport:
+    """Write `output/checkpoints/step-00000000`, which `Checkpoint(output)` opens.
+
+    It is written and checked in a temporary folder beside `output`, and renamed at the end.
+
+    Args:
+        source: a local folder, or the name of a repository of the Hub.
+        output: the folder to make; it may exist if it is empty.
+        check: compare the result with its source; this alone holds a whole model in memory, in float32.
+
+    Raises:
+        UserError: `output` holds something; the source is missing, damaged, of another architecture, or lacks
+            weights, or has others or of another shape.
+        ImportMismatchError: our decoder computes other logits than transformers.
+    """
+    output = output.absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} exists and is not an empty folder; choose another one, or remove it first")
+    folder = _local_folder(source)
+    try:
+        published = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot read {folder}/config.json ({reason}); give the folder of a checkpoint") from None
+    config = model_config(published)
+    weights = _SourceWeights(folder, tied=config.tie_word_embeddings)
+    shapes = parameter_shapes(_plain(published))
+    check_names(weights.names(), shapes, config.architecture, f"download {folder} again or give another checkpoint")
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as temporary:
+        run = Path(temporary) / output.name
+        partial = run / "checkpoints" / partial_folder(0)
+        partial.mkdir(parents=True)
+        dtypes = _write(partial, shapes, weights)
+        copy_tokenizer(folder, partial)
+        tree = {"model": config.model_dump(), "routing": {"policy": "none"}}
+        facts = {"step": 0, "tokens_seen": 0, "imported_from": source}
+        write_facts(partial, config_text=yaml.safe_dump(tree, sort_keys=False), facts=facts, tokenizer=None)
+        final = run / "checkpoints" / step_folder(0)
+        publish(partial, final, digests_of(partial))
+        report = ImportReport(
+            architecture=config.architecture,
+            parameters=sum(shape.numel() for shape in shapes.values()),
+            bytes=sum(file.stat().st_size for file in final.glob("*.distcp")),
+            dtypes=tuple(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})),
+            check=check_export(folder, config, Checkpoint(final).weight, None, None) if check else None,
+        )
+        if report.failures():
+            raise ImportMismatchError(report)
+        run.replace(output)
+    return report
+
+
+def _local_folder(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source} is neither a folder here nor a repository of the Hub ({reason})") from None
+
+
+def _plain(published: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of an unrouted model of the same shape."""
+    return hf_config(model_config(published), torch.float32, {})
+
+
+class _SourceWeights:
+    """Lazy access by canonical name to the safetensors of a checkpoint of Hugging Face."""
+
+    def __init__(self, folder: Path, tied: bool) -> None:
+        self._file_of: dict[str, Path] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{folder} holds no safetensors files; convert the checkpoint with save_pretrained first")
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    self._file_of.update(dict.fromkeys(opened.keys(), file))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"weights {file} are missing or damaged ({error}); download them again") from None
+        # Old Llama checkpoints store the rotary frequencies, which follow from the configuration.
+        self._file_of = {name: f for name, f in self._file_of.items() if not name.endswith("rotary_emb.inv_freq")}
+        if tied and _HEAD in self._file_of:
+            if not torch.equal(self.read(_HEAD), self.read("embed_tokens.weight")):
+                raise UserError(
+                    f"{folder} says tie_word_embeddings true, but its {_HEAD} is not its embedding; set it to false in "
+                    f"config.json"
+                )
+            del self._file_of[_HEAD]
+
+    def names(self) -> list[str]:
+        """Canonical names; in brackets the names of weights that have none, which `check_names` refuses."""
+        canonical = {name: name.removeprefix("model.") for name in self._file_of}
+        return [ours if hf_name(ours) == name else f"({name})" for name, ours in canonical.items()]
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = hf_name(name)
+        with safe_open(self._file_of[stored], framework="pt") as opened:
+            return opened.get_slice(stored)[:0].dtype
+
+    def read(self, name: str) -> Tensor:
+        stored = hf_name(name)
+        with safe_open(self._file_of[stored], framework="pt") as opened:
+            return opened.get_tensor(stored)
+
+
+def _write(folder: Path, shapes: dict[str, torch.Size], weights: _SourceWeights) -> set[torch.dtype]:
+    """Write the weights in the format that `Checkpoint` reads, one in memory at a time; returns their dtypes."""
+    dtypes = {name: weights.dtype(name) for name in shapes}
+    with tqdm(total=len(shapes), desc="importing weights", unit="tensor", disable=None) as progress:
+
+        def read(name: str) -> Tensor:
+            progress.update()
+            return _checked(name, weights.read(name), shapes[name])
+
+        pieces: Pieces = {}
+        for name, shape in shapes.items():
+            like = torch.empty(shape, dtype=dtypes[name], device="meta")
+            pieces[WEIGHTS + name] = [LazyPiece(tuple(shape), (0,) * len(shape), like, functools.partial(read, name))]
+        write_pieces(folder, pieces, alone=True)
+    return set(dtypes.values())
+
+
+def _checked(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    if tensor.shape != shape:
+        raise UserError(
+            f"weight {hf_name(name)} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}; use the "
+            f"config.json that belongs to the weights"
+        )
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(
+            f"weight {hf_name(name)} is stored as {tensor.dtype}, which cannot be trained; import the "
+            f"original in bf16 or fp32"
+        )
+    return tensor

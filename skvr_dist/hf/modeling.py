@@ -1,0 +1,332 @@
+"""Qwen3, Llama and Mistral of transformers, where a layer may read the keys and values of an earlier one.
+
+Each class here is the class of transformers with the same name and parameters, and computes the same where every
+layer reads its own. Layers that nobody reads skip their key and value projections and hold no cache. Keys and values
+go from layer to layer as explicit tensors, so that gradient checkpointing and FSDP see them.
+
+Shapes: B batch, S positions of this call, T positions with the cache's, D hidden, H heads, K key/value heads,
+E head_dim, L layers. This file travels inside exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+
+from skvr_dist.errors import UserError
+from skvr_dist.hf.configuration import Sources
+
+RopeTables = tuple[Tensor, Tensor]
+"""cos and sin, each [B, S, E]."""
+
+
+def _rotate(x: Tensor, rope: RopeTables) -> Tensor:
+    """Rotate heads [B, H, S, E]."""
+    cos, sin = (table.unsqueeze(1) for table in rope)
+    return x * cos + modeling_llama.rotate_half(x) * sin
+
+
+class RoutedAttention:
+    """Attention that reads its own keys and values or a donor's."""
+
+    unread: Callable[[Tensor, list[nn.Parameter]], Tensor] | None = None
+    """Applied to the normed hidden states and the key/value parameters where those are not used."""
+
+    def kv_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters that only keys and values depend on."""
+        modules = [getattr(self, name, None) for name in ("k_proj", "v_proj", "k_norm")]
+        return [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+
+    def _heads(self: Any, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def project_kv(self: Any, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor]:
+        """Keys and values as a cache stores them, each [B, K, S, E]."""
+        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        if hasattr(self, "k_norm"):
+            k = self.k_norm(k)
+        return _rotate(k.transpose(1, 2), rope), v.transpose(1, 2)
+
+    def forward(
+        self: Any, x: Tensor, rope: RopeTables, attention_mask: Any, k: Tensor, v: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from normed hidden states x [B, S, D] to keys and values of T positions.
+
+        Returns:
+            [B, S, D], and the attention weights where the kernel has them.
+        """
+        q = self._heads(self.q_proj(x))
+        if hasattr(self, "q_norm"):
+            q = self.q_norm(q)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, modeling_llama.eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(
+            self,
+            _rotate(q.transpose(1, 2), rope),
+            k,
+            v,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            sliding_window=None,
+            **kwargs,
+        )
+        return self.o_proj(out.flatten(2).contiguous()), weights
+
+
+class RoutedDecoderLayer:
+    """A layer that takes a donor's keys and values in and hands its own out."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        donor_k: Tensor | None,
+        donor_v: Tensor | None,
+        *,
+        own_is_read: bool,
+        last_positions: int | None,
+        position_embeddings: RopeTables,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One layer.
+
+        Args:
+            hidden_states: [B, S, D].
+            donor_k, donor_v: what this layer reads instead of its own keys and values, each [B, K, T, E].
+            own_is_read: whether anyone reads this layer's own keys and values; if not, they are not computed.
+            last_positions: go on with that many positions only, once keys and values are computed; the mask is theirs.
+
+        Returns:
+            hidden states, and this layer's own keys and values if they are read.
+        """
+        x = self.input_layernorm(hidden_states)
+        attention = self.self_attn
+        own_k = own_v = None
+        if own_is_read:
+            own_k, own_v = attention.project_kv(x, position_embeddings)
+            if past_key_values is not None:
+                if past_key_values.offloading and len(past_key_values.layers) > attention.layer_idx:
+                    # An offloaded cache fetches the next layer ahead, which need not be the next one that it holds.
+                    past_key_values.layers[attention.layer_idx].prefetch()
+                own_k, own_v = past_key_values.update(own_k, own_v, attention.layer_idx)
+        elif attention.unread is not None and torch.is_grad_enabled():
+            x = attention.unread(x, attention.kv_parameters())
+        if last_positions is not None:
+            hidden_states, x = hidden_states[:, -last_positions:], x[:, -last_positions:]
+            position_embeddings = _last_rope(position_embeddings, last_positions)
+        k, v = (own_k, own_v) if donor_k is None else (donor_k, donor_v)
+        attended, _ = attention(x, position_embeddings, attention_mask, k, v, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), own_k, own_v
+
+
+def _last_rope(rope: RopeTables, count: int) -> RopeTables:
+    return rope[0][:, -count:], rope[1][:, -count:]
+
+
+def _last_rows(mask: Tensor | None, count: int) -> Tensor | None:
+    """The rows of the last queries; a mask [B, T] over keys, which flash attention takes, has none."""
+    return mask[:, :, -count:] if mask is not None and mask.dim() == 4 else mask
+
+
+class RoutedModel:
+    """The layers, with the map of which one reads which."""
+
+    kv_sources: Sources
+    """The layer that each layer reads, unless `draw_sources` draws them."""
+    draw_sources: Callable[[], Sequence[int]] | None = None
+    """In training mode: the donors of one forward pass, int [L]."""
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        last_positions: int | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As in transformers.
+
+        Args:
+            last_positions: return hidden states of that many last positions only. Nobody needs the others once the
+                last keys and values that are read have been computed, so the layers above run on those alone.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
+        positions = hidden.shape[1]
+        mask = attention_mask["full_attention"] if isinstance(attention_mask, dict) else attention_mask
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        # The block masks of flex attention belong to all positions.
+        if last_positions is not None and (last_positions >= positions or not isinstance(mask, Tensor | None)):
+            last_positions = None
+        if last_positions is not None:
+            last_mask = _last_rows(mask, last_positions)
+            if last_mask is None and self.config._attn_implementation == "sdpa":
+                # Without a mask SDPA takes several queries for those of the first keys, and lets a single one see all
+                # keys, also those that a static cache has not filled.
+                keys = positions if past_key_values is None else past_key_values.get_mask_sizes(positions, 0)[0]
+                rows = torch.arange(positions, device=hidden.device)[-last_positions:] + seen
+                last_mask = (torch.arange(keys, device=hidden.device) <= rows[:, None])[None, None]
+        rope = self.rotary_emb(hidden, position_ids=position_ids)
+
+        sources = self.draw_sources() if self.training and self.draw_sources is not None else self.kv_sources
+        read = set(sources)
+        if past_key_values is not None:
+            _require_same_strategy(past_key_values, read)
+        known: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, layer in enumerate(self.layers):
+            stops_here = last_positions if number == max(read) else None
+            if stops_here is not None:
+                mask = last_mask
+            hidden, k, v = layer(
+                hidden,
+                *(known[sources[number]] if sources[number] != number else (None, None)),
+                own_is_read=number in read,
+                last_positions=stops_here,
+                position_embeddings=rope,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids if stops_here is None else position_ids[:, -stops_here:],
+                use_cache=use_cache,
+                **kwargs,
+            )
+            if k is not None:
+                known[number] = (k, v)
+            if stops_here is not None:
+                rope = _last_rope(rope, stops_here)
+                position_ids = position_ids[:, -stops_here:]
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
+        )
+
+
+def _require_same_strategy(cache: Cache, read: set[int]) -> None:
+    """Raises `UserError` if a cache was filled at another strategy; layers that are never filled hold nothing."""
+    filled = [number for number, layer in enumerate(cache.layers) if layer.is_initialized]
+    if filled and filled != sorted(read):
+        raise UserError(
+            f"this cache holds layers {filled}, but the model's strategy reads layers {sorted(read)}; start with a new "
+            f"cache after a change of strategy"
+        )
+
+
+class Qwen3Attention(RoutedAttention, modeling_qwen3.Qwen3Attention):
+    pass
+
+
+class LlamaAttention(RoutedAttention, modeling_llama.LlamaAttention):
+    pass
+
+
+class MistralAttention(RoutedAttention, modeling_mistral.MistralAttention):
+    pass
+
+
+class Qwen3DecoderLayer(RoutedDecoderLayer, modeling_qwen3.Qwen3DecoderLayer):
+    pass
+
+
+class LlamaDecoderLayer(RoutedDecoderLayer, modeling_llama.LlamaDecoderLayer):
+    pass
+
+
+class MistralDecoderLayer(RoutedDecoderLayer, modeling_mistral.MistralDecoderLayer):
+    pass
+
+
+class Qwen3Model(RoutedModel, modeling_qwen3.Qwen3Model):
+    pass
+
+
+class LlamaModel(RoutedModel, modeling_llama.LlamaModel):
+    pass
+
+
+class MistralModel(RoutedModel, modeling_mistral.MistralModel):
+    pass
+
+
+_ROUTED = {
+    modeling_qwen3.Qwen3Attention: Qwen3Attention,
+    modeling_qwen3.Qwen3DecoderLayer: Qwen3DecoderLayer,
+    modeling_qwen3.Qwen3Model: Qwen3Model,
+    modeling_llama.LlamaAttention: LlamaAttention,
+    modeling_llama.LlamaDecoderLayer: LlamaDecoderLayer,
+    modeling_llama.LlamaModel: LlamaModel,
+    modeling_mistral.MistralAttention: MistralAttention,
+    modeling_mistral.MistralDecoderLayer: MistralDecoderLayer,
+    modeling_mistral.MistralModel: MistralModel,
+}
+"""Our class of each class of transformers. They have its name, by which FSDP policies and device maps know it."""
+PLAIN_MODELS = (modeling_qwen3.Qwen3Model, modeling_llama.LlamaModel, modeling_mistral.MistralModel)
+
+
+def route(model: nn.Module) -> Any:
+    """Let the layers of a Qwen3, Llama or Mistral model of transformers read one another, in place.
+
+    The model keeps its parameters, hooks and adapters, and computes the same until a map says otherwise.
+
+    Args:
+        model: the model itself or anything that contains it, such as a PEFT model.
+
+    Returns:
+        the routed base model.
+
+    Raises:
+        UserError: there is no such model in it, or it has a sliding window.
+    """
+    bases = [module for module in model.modules() if isinstance(module, PLAIN_MODELS)]
+    if len(bases) != 1:
+        raise UserError(
+            f"{type(model).__name__} holds {len(bases)} Qwen3, Llama or Mistral decoders; routing needs exactly one"
+        )
+    base = bases[0]
+    if isinstance(base, RoutedModel):
+        return base
+    window = getattr(base.config, "sliding_window", None)
+    if window is not None:
+        raise UserError(
+            f"the model has a sliding window of {window} tokens, which routed attention has not; set "
+            f"config.sliding_window to null before loading if no text is longer than that"
+        )
+    for module in base.modules():
+        for plain, routed in _ROUTED.items():
+            if type(module) is plain:
+                module.__class__ = routed
+    # transformers looks the outputs that can be captured up by class, and registers classes where they are constructed.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(base)), base._can_record_outputs)
+    base.kv_sources = tuple(range(base.config.num_hidden_layers))
+    return base

@@ -1,0 +1,46 @@
+"""What an export brings along to run at any strategy: what `config.json` says of routing, and code that reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+import skvr_dist
+from skvr_dist.hf.card import Training
+
+# Our modules, and the files they become beside the weights. They import one another and nothing else of ours.
+_FILES = {
+    "skvr_dist.errors": "skvr_errors.py",
+    "skvr_dist.routing.strategy": "skvr_strategy.py",
+    "skvr_dist.hf.configuration": "configuration_skvr.py",
+    "skvr_dist.hf.modeling": "skvr_layers.py",
+    "skvr_dist.hf.causal_lm": "modeling_skvr.py",
+}
+_PRUNED = "Pruned"
+
+
+def write_remote_code(folder: Path) -> None:
+    """Copy the code that `trust_remote_code=True` runs, with relative imports, so that it needs transformers alone."""
+    root = Path(skvr_dist.__file__).parent.parent
+    for module, name in _FILES.items():
+        text = (root / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        for other, file in _FILES.items():
+            text = text.replace(f"from {other} import", f"from .{file.removesuffix('.py')} import")
+        (folder / name).write_text(
+            f"# Part of skvr_dist {skvr_dist.__version__}, Apache-2.0.\n{text}", encoding="utf-8"
+        )
+
+
+def describe_routing(config: PreTrainedConfig, training: Training) -> None:
+    """Write into a configuration where its code is, which profiles it has, and how it was trained."""
+    architecture = config.architectures[0]
+    if architecture.startswith(_PRUNED):
+        names = {"AutoConfig": f"configuration_skvr.{type(config).__name__}"}
+    else:
+        names, architecture = {}, f"Routed{architecture}"
+    config.auto_map = {**names, "AutoModelForCausalLM": f"modeling_skvr.{architecture}"}
+    config.kv_profiles = dict(training.profiles)
+    config.kv_training = training.routing.model_dump(exclude_none=True)
+    if training.retention_table:
+        config.kv_training["retention_table"] = training.retention_table

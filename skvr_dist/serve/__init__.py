@@ -1,0 +1,1 @@
+"""Serving exports at any cache strategy: the vLLM plugin."""

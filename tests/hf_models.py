@@ -1,0 +1,68 @@
+"""Tiny models of the three families for the tests of `skvr_dist.hf`, with the weights of the plain reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from skvr_dist.hf import RoutedLlamaForCausalLM, RoutedMistralForCausalLM, RoutedQwen3ForCausalLM
+from skvr_dist.hf.config import hf_config
+from skvr_dist.hf.weights import hf_name
+from skvr_dist.model.config import ModelConfig
+from skvr_dist.model.decoder import Decoder
+
+CLASSES: dict[str, Any] = {
+    "qwen3": RoutedQwen3ForCausalLM,
+    "llama": RoutedLlamaForCausalLM,
+    "mistral": RoutedMistralForCausalLM,
+}
+STRATEGIES = {"every:2": (0, 2, 4, 6), "every:4": (0, 4), "prefix:3": (0, 1, 2), "irregular": (0, 3, 4, 7)}
+
+
+def shape_of(architecture: str, **changes: Any) -> ModelConfig:
+    """Eight layers; a theta and an epsilon that are nobody's default."""
+    fields = {
+        "architecture": architecture,
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "rope_theta": 777.0,
+        "rms_norm_eps": 3e-4,
+        "qk_norm": architecture == "qwen3",
+        "tie_word_embeddings": False,
+        **changes,
+    }
+    return ModelConfig(**fields)
+
+
+def random_weights(config: ModelConfig, scale: float = 0.3) -> dict[str, Tensor]:
+    """Larger than initial weights and with uneven norms and biases, so that attention patterns and biases matter."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(tensor.shape, generator=generator) * scale + (1.0 if "norm" in name else 0.0)
+        for name, tensor in Decoder(config).state_dict().items()
+    }
+
+
+def load_into(model: PreTrainedModel, weights: dict[str, Tensor]) -> Any:
+    """The model with those weights, by canonical name."""
+    state = {hf_name(name): tensor.clone() for name, tensor in weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and missing in ([], ["lm_head.weight"])
+    model.tie_weights()
+    return model.eval()
+
+
+def routed_model(config: ModelConfig, weights: dict[str, Tensor] | None = None) -> Any:
+    """Our class of transformers."""
+    ids = {"pad_token_id": 0}
+    model = CLASSES[config.architecture](hf_config(config, torch.float32, ids))
+    return load_into(model, weights or random_weights(config))

@@ -1,0 +1,207 @@
+"""vLLM with our plugin: the tokens of the plain reference, and a cache that holds full / retention tokens."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CACHE_GIB
+from hf_models import STRATEGIES, random_weights, shape_of
+from torch import Tensor
+from vllm import LLM, SamplingParams
+
+from skvr_dist.data.sources import Document
+from skvr_dist.data.tokenizer import train_tokenizer
+from skvr_dist.errors import UserError
+from skvr_dist.hf.card import Training
+from skvr_dist.hf.export import export_model
+from skvr_dist.model.config import ModelConfig
+from skvr_dist.parity import reference
+from skvr_dist.routing import CacheStrategy, RoutingConfig
+from skvr_dist.serve.sharing import require_one_stage
+
+LAYERS, NEW_TOKENS = 8, 64
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": 400}
+CONFIGS = {
+    "qwen3": shape_of("qwen3", **SHAPE),
+    "llama": shape_of("llama", tie_word_embeddings=True, attention_bias=True, **SHAPE),
+    "mistral": shape_of("mistral", **SHAPE),
+}
+PROFILES = {name: ",".join(map(str, layers)) for name, layers in STRATEGIES.items() if name == "irregular"}
+TRAINING = Training(RoutingConfig(policy="uniform", cross_layer_prob=0.5), {}, profiles=PROFILES)
+
+
+def export(folder: Path, config: ModelConfig, **options: Any) -> Path:
+    weights = random_weights(config)
+    tokenizer = folder.parent / "tokenizer.model"
+    if not tokenizer.exists():
+        documents = [
+            Document(str(number), path.read_text())
+            for number, path in enumerate(sorted(Path(__file__).parent.glob("*.py")))
+        ]
+        train_tokenizer(documents, vocab_size=400).save(tokenizer)
+    export_model(
+        config, weights, weights.__getitem__, tokenizer, folder, training=TRAINING, dtype=torch.float32, **options
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    found = {name: export(folder / name, config) for name, config in CONFIGS.items()}
+    found["pruned"] = export(
+        folder / "pruned", CONFIGS["qwen3"], pruned_to=CacheStrategy(LAYERS, STRATEGIES["every:4"])
+    )
+    return found
+
+
+def prompts() -> Tensor:
+    return torch.randint(3, 400, (16, 12), generator=torch.Generator().manual_seed(9))
+
+
+@torch.no_grad()
+def reference_tokens(config: ModelConfig, retained: tuple[int, ...], inputs: Tensor) -> list[list[int]]:
+    """Greedy, without a cache, by the reference that shares no code with the library."""
+    weights, sources = random_weights(config), list(CacheStrategy(LAYERS, retained).kv_source_layers)
+    found = inputs
+    for _ in range(NEW_TOKENS):
+        logits = reference.logits(weights, config.model_dump(), found, sources)[:, -1]
+        found = torch.cat((found, logits.argmax(-1, keepdim=True)), dim=1)
+    return found[:, inputs.shape[1] :].tolist()
+
+
+def serve(folder: Path, **overrides: Any) -> tuple[list[list[int]], int]:
+    """The greedy tokens of all prompts, and the tokens that the cache holds."""
+    llm = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=128, hf_overrides=overrides)
+    try:
+        sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+        inputs: list[Any] = [{"prompt_token_ids": row} for row in prompts().tolist()]
+        found = [list(out.outputs[0].token_ids) for out in llm.generate(inputs, sampling, use_tqdm=False)]
+        cache = llm.llm_engine.vllm_config.cache_config
+        assert cache.num_gpu_blocks is not None
+        return found, cache.num_gpu_blocks * cache.block_size
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def capacity(config: ModelConfig, retained: int) -> int:
+    """Tokens that fit into the budget, by the formula for the bytes of a token."""
+    bytes_per_token = retained * 2 * config.num_key_value_heads * config.head_dim * 4
+    return CACHE_GIB * 2**30 // bytes_per_token
+
+
+BLOCK = 128
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_tokens_and_capacity(family: str, exports: Mapping[str, Path]) -> None:
+    config = CONFIGS[family]
+    strategies = {"full": tuple(range(LAYERS)), **STRATEGIES}
+    for name, retained in strategies.items():
+        tokens, held = serve(exports[family], kv_profile=name)
+        assert tokens == reference_tokens(config, retained, prompts()), name
+        assert capacity(config, len(retained)) - BLOCK < held <= capacity(config, len(retained)), name
+
+
+def test_other_ways_to_name_a_strategy(exports: Mapping[str, Path], tmp_path: Path) -> None:
+    """By a map; in config.json; and pruned. All are every:4."""
+    wanted = reference_tokens(CONFIGS["qwen3"], STRATEGIES["every:4"], prompts())
+    assert serve(exports["qwen3"], kv_source_layers=[0, 0, 0, 0, 4, 4, 4, 4])[0] == wanted
+    assert serve(exports["pruned"])[0] == wanted
+    for file in exports["qwen3"].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "kv_profile": "every:4"}))
+    assert serve(tmp_path)[0] == wanted
+
+
+def test_an_unknown_profile_is_refused(exports: Mapping[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"cannot read cache strategy 'bulk'; .* or a named profile \(irregular\)$"):
+        serve(exports["qwen3"], kv_profile="bulk")
+
+
+def test_a_pipeline_cut_between_owner_and_reader_is_refused() -> None:
+    sources = CacheStrategy.parse("0,3", 8).kv_source_layers
+    require_one_stage(sources, 0, 3)
+    require_one_stage(sources, 3, 8)
+    with pytest.raises(
+        UserError,
+        match=r"^layer 4 reads the cache of layer 3, but a pipeline stage begins at layer 4 between them, .*; retain "
+        r"layer 4 too, or serve with pipeline_parallel_size 1$",
+    ):
+        require_one_stage(sources, 4, 8)
+
+
+@pytest.fixture
+def server(exports: Mapping[str, Path], tmp_path: Path) -> Iterator[str]:
+    """The address of a server with the OpenAI interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = [
+        "--model",
+        str(exports["qwen3"]),
+        "--served-model-name",
+        "model",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
+    arguments += ["--max-model-len", "128", "--hf-overrides", '{"kv_profile": "irregular"}']
+    log = tmp_path / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            # The package of the CPU build has another name, under which the command `vllm` does not find its version.
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_over_http(server: str) -> None:
+    inputs = prompts()[:4]
+    body = {
+        "model": "model",
+        "prompt": inputs.tolist(),
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    request = urllib.request.Request(
+        f"{server}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer = json.load(response)
+    found = [choice["token_ids"] for choice in answer["choices"]]
+    assert found == reference_tokens(CONFIGS["qwen3"], STRATEGIES["irregular"], inputs)
+    assert all(choice["text"] for choice in answer["choices"])

@@ -1,0 +1,193 @@
+"""`generate` at four strategies and with every cache class: the tokens of the plain reference, the bytes expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hf_models import STRATEGIES, random_weights, routed_model, shape_of
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
+
+from skvr_dist.errors import UserError
+from skvr_dist.model.decoder import Decoder
+from skvr_dist.parity import reference
+from skvr_dist.routing import CacheStrategy
+
+CONFIG = shape_of("qwen3")
+LAYERS = CONFIG.num_hidden_layers
+PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 16, 12, 64
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return routed_model(CONFIG)
+
+
+def prompts() -> Tensor:
+    return torch.randint(1, 101, (PROMPTS, PROMPT_LENGTH), generator=torch.Generator().manual_seed(9))
+
+
+@cache
+@torch.no_grad()
+def reference_tokens(retained: tuple[int, ...]) -> Tensor:
+    """Greedy, without a cache, by the reference that shares no code with the library."""
+    weights, shape = random_weights(CONFIG), CONFIG.model_dump()
+    sources = list(CacheStrategy(LAYERS, retained).kv_source_layers)
+    found = prompts()
+    for _ in range(NEW_TOKENS):
+        logits = reference.logits(weights, shape, found, sources)[:, -1]
+        found = torch.cat((found, logits.argmax(-1, keepdim=True)), dim=1)
+    return found
+
+
+def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
+    return model.generate(
+        prompts() if inputs is None else inputs,
+        **{"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True, **options},
+    )
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every plain tensor that an object holds."""
+    if hasattr(value, "__tensor_flatten__"):
+        yield from (t for name in value.__tensor_flatten__()[0] for t in tensors_in(getattr(value, name)))
+    elif isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from (t for item in value.values() for t in tensors_in(item))
+    elif isinstance(value, tuple | list):
+        yield from (t for item in value for t in tensors_in(item))
+
+
+def cache_bytes(filled: Cache) -> int:
+    parts = ("keys", "values", "_quantized_keys", "_quantized_values")
+    held = (getattr(layer, part, None) for layer in filled.layers for part in parts)
+    return sum(t.nbytes for value in held for t in tensors_in(value))
+
+
+CACHES: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "static, prefill in chunks": {"cache_implementation": "static", "prefill_chunk_size": 5},
+    "quanto": {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 16},
+    },
+    "hqq": {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1, "q_group_size": 8},
+    },
+}
+
+
+@pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
+def test_bytes(model: Any, options: dict[str, Any]) -> None:
+    """Retention x full, exactly."""
+    model.set_cache_strategy("full")
+    full = cache_bytes(generate(model, prompts()[:2], max_new_tokens=20, **options).past_key_values)
+    for retained in STRATEGIES.values():
+        model.set_cache_strategy(retained)
+        found = cache_bytes(generate(model, prompts()[:2], max_new_tokens=20, **options).past_key_values)
+        assert found * LAYERS == full * len(retained)
+
+
+@pytest.mark.parametrize("retained", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("kind", ["dynamic", "static", "static, prefill in chunks"])
+def test_greedy_tokens(model: Any, kind: str, retained: tuple[int, ...]) -> None:
+    model.set_cache_strategy(retained)
+    found = generate(model, **CACHES[kind])
+    assert torch.equal(found.sequences, reference_tokens(retained))
+    assert type(found.past_key_values) is (DynamicCache if kind == "dynamic" else StaticCache)
+
+
+@torch.no_grad()
+def quantized_reference(kind: str, retained: tuple[int, ...], inputs: Tensor, count: int) -> Tensor:
+    """Greedy tokens of our decoder when its cache goes through the same quantisation after every step."""
+    config = {name: value for name, value in CACHES[kind]["cache_config"].items() if name != "backend"}
+    kinds: dict[str, type[QuantizedLayer]] = {"quanto": QuantoQuantizedLayer, "hqq": HQQQuantizedLayer}
+    stores = {layer: kinds[kind](**config) for layer in retained}
+    decoder = Decoder(CONFIG)
+    decoder.load_state_dict(random_weights(CONFIG))
+    sources = CacheStrategy(LAYERS, retained).kv_source_layers
+    held: dict[int, tuple[Tensor, Tensor]] = {}
+    new, found = inputs, inputs
+    for _ in range(count):
+        token = decoder(new, sources, held)[:, -1].argmax(-1, keepdim=True)
+        for layer, store in stores.items():
+            added = (part[:, -new.shape[1] :].transpose(1, 2) for part in held[layer])
+            store.update(*added)
+            parts = ((store._quantized_keys, store.keys), (store._quantized_values, store.values))
+            stored = (
+                torch.cat((store._dequantize(packed), recent), dim=-2)
+                if recent.dim() == 4
+                else store._dequantize(packed)
+                for packed, recent in parts
+            )
+            k, v = (part.transpose(1, 2) for part in stored)
+            held[layer] = (k, v)
+        new, found = token, torch.cat((found, token), dim=1)
+    return found
+
+
+@pytest.mark.parametrize("retained", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("kind", ["quanto", "hqq"])
+def test_greedy_tokens_of_quantized_caches(model: Any, kind: str, retained: tuple[int, ...]) -> None:
+    model.set_cache_strategy(retained)
+    found = generate(model, **CACHES[kind]).sequences
+    assert torch.equal(found, quantized_reference(kind, retained, prompts(), NEW_TOKENS))
+
+
+def test_left_padding(model: Any) -> None:
+    model.set_cache_strategy("prefix:3")
+    lengths = [4, 12, 9]
+    rows = [prompts()[i, :length] for i, length in enumerate(lengths)]
+    padded = torch.stack([torch.cat((torch.zeros(12 - len(row), dtype=torch.long), row)) for row in rows])
+    mask = torch.stack([(torch.arange(12) >= 12 - length).long() for length in lengths])
+    found = generate(model, padded, attention_mask=mask, max_new_tokens=24).sequences[:, 12:]
+    for row, continuation in zip(rows, found, strict=True):
+        assert torch.equal(generate(model, row[None], max_new_tokens=24).sequences[0, len(row) :], continuation)
+
+
+def test_sampling_and_beams_need_no_cache(model: Any) -> None:
+    """The same draws and the same beams with and without a cache."""
+    model.set_cache_strategy(STRATEGIES["irregular"])
+    for options in ({"do_sample": True, "temperature": 0.7}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}):
+        found = []
+        for use_cache in (True, False):
+            torch.manual_seed(4)
+            options = {**options, "max_new_tokens": 16, "use_cache": use_cache}
+            found.append(generate(model, prompts()[:3], **options).sequences)
+        assert torch.equal(*found)
+
+
+def test_assisted_by_itself_at_a_smaller_cache(model: Any) -> None:
+    model.set_cache_strategy("every:2")
+    assistant = routed_model(CONFIG)
+    assistant.set_cache_strategy("prefix:3")
+    found = generate(model, prompts()[:1], assistant_model=assistant, max_new_tokens=24).sequences
+    assert torch.equal(found, reference_tokens(STRATEGIES["every:2"])[:1, : PROMPT_LENGTH + 24])
+
+
+def test_a_users_cache_goes_on_but_not_at_another_strategy(model: Any) -> None:
+    model.set_cache_strategy("every:2")
+    wanted = reference_tokens(STRATEGIES["every:2"])
+    held = DynamicCache()
+    first = generate(model, past_key_values=held, max_new_tokens=10).sequences
+    assert torch.equal(generate(model, first, past_key_values=held, max_new_tokens=54).sequences, wanted)
+    model.set_cache_strategy("every:4")
+    with pytest.raises(UserError, match=r"holds layers \[0, 2, 4, 6\], but .* reads layers \[0, 4\]; start with a new"):
+        generate(model, first, past_key_values=held)
+    model.set_cache_strategy("full")
+    with pytest.raises(UserError, match=r"holds layers \[0, 2, 4, 6\]"):
+        generate(model, first, past_key_values=held)
+    empty = StaticCache(model.config, max_cache_len=40)
+    generate(model, past_key_values=empty, max_new_tokens=2)
+    empty.reset()
+    model.set_cache_strategy("every:2")
+    with pytest.raises(UserError, match=r"start with a new cache"):
+        generate(model, past_key_values=empty, max_new_tokens=2)
