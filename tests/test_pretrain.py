@@ -130,8 +130,6 @@ def test_metrics_and_tensorboard(routed: Path) -> None:
 def test_crossing_bytes_in_the_log_are_the_liveness_bound(routed: Path) -> None:
     from skvr_dist.parallel.partition import stage_bounds
     from skvr_dist.routing import crossing_elements, draw_plan
-    from skvr_dist.train.load_config import load_config
-from skvr_dist.train.resume import look_ahead
 
     config = load_config([routed / "config.yaml"])
     boundary = stage_bounds(config.model, config.parallel)[0][1]
