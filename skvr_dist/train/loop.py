@@ -17,6 +17,7 @@ from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.failure import naming_the_operation
+from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.launcher import announced_world_size, start_process_group
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.partition import stage_bounds
@@ -98,6 +99,11 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
     return RoutedPipelineEngine(
         StageModule(config.model, config.parallel, mesh, config.train.seed),
         mesh,
+        guard=UpdateGuard(
+            mesh,
+            max_loss_ratio=config.train.max_loss_ratio,
+            max_skipped_in_a_row=config.train.max_skipped_steps_in_a_row,
+        ),
         sequence_length=config.data.sequence_length,
         deepspeed_json=config.deepspeed_json(mesh.world_size),
         optimizer=functools.partial(build_optimizer, config.train),
