@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skvr_dist.errors import UserError
-from skvr_dist.parity.cases import LAYOUTS, MICRO_BATCHES, Case, batches
+from skvr_dist.parity.cases import LAYOUTS, Case, batches
 from skvr_dist.parity.ranks import run_ranks
 from skvr_dist.train.config import Config
 

@@ -7,7 +7,6 @@ handshake; a stage's backward runs once per micro-batch, whatever crosses.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
@@ -250,7 +249,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
             self.optimizer.zero_grad()
         else:
             self.zero_grad()
-        self._global_grad_norm = math.nan
+        self._global_grad_norm = torch.tensor(torch.nan)
         self._step_applied = False
         self.lr_scheduler.step()
         self.losses = None

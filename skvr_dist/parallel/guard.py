@@ -1,4 +1,4 @@
-"""Whether a step's update is applied: never with a loss or gradient that is not finite, and on request not upon a spike.
+"""Whether a step's update is applied: never if loss or gradient are not finite; where asked for, not upon a spike.
 
 All ranks decide alike, before the optimizer step, from one small sum over the world. An update that is refused is
 dropped exactly: weights and moments stay as they are, while the step counter and the learning-rate schedule, which are

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
+from skvr_dist.errors import RunInterrupted
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
@@ -26,6 +28,7 @@ from skvr_dist.parallel.plan_stream import PlanStream
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.train.config import Config
 from skvr_dist.train.inputs import open_inputs
+from skvr_dist.train.interrupt import InterruptListener
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.optimizer import build_optimizer, build_scheduler
 from skvr_dist.train.resume import choose, load_state, load_weights, require_fits
@@ -63,6 +66,8 @@ def pretrain(config: Config) -> None:
     describe_start(config, mesh, run, reporter, resumed)
     for problem in left_out:
         reporter.say(f"{problem} (left out)")
+    interrupts = InterruptListener(mesh)
+    interrupted = None
 
     for step in range(first_step + 1, config.train.steps + 1):
         started, sent_before, waited_before = time.perf_counter(), engine.sent_bytes, batches.seconds
@@ -74,6 +79,7 @@ def pretrain(config: Config) -> None:
             "train/loss": loss,
             "train/learning_rate": learning_rate,
             "train/gradient_norm": engine.gradient_norm,
+            "train/skipped_steps": engine.guard.skipped_steps,
             "train/tokens_per_second": config.train.global_batch_size * config.data.sequence_length / seconds,
             "train/data_wait_share": (batches.seconds - waited_before) / seconds,
             "routing/cross_layer_share": plan.cross_layer_share,
@@ -82,16 +88,28 @@ def pretrain(config: Config) -> None:
         }
         reporter.step(step, values, show=step % config.train.log_every_steps == 0 or step == config.train.steps)
         log.info("step %d loss %.6f gradient norm %.6f", step, loss, engine.gradient_norm)
+        if engine.guard.reason:
+            report_skipped(config, engine.guard, step, reporter, log)
+        interrupted = interrupts.received()
         last = step == config.train.steps
-        if last or step % config.evaluate.every_steps == 0:
+        if last or (step % config.evaluate.every_steps == 0 and not interrupted):
             losses = {name: engine.evaluate(held_out, s.kv_source_layers) for name, s in strategies.items()}
             reporter.evaluation(step, losses)
-        if last or step % config.checkpoint.every_steps == 0:
+        if last or interrupted or step % config.checkpoint.every_steps == 0:
             save(config, mesh, saver, engine, step, fingerprint, reporter)
-    saver.finish()
+        if interrupted:
+            break
+    with naming_the_operation(mesh, "the last checkpoint"):
+        saver.finish()
     plans.close()
     reporter.close()
     dist.destroy_process_group()
+    if interrupted and not last:
+        sentence = (
+            f"{interrupted} ended the run after step {step}, which is saved; start it again, it goes on from there"
+        )
+        log.info(sentence)
+        raise RunInterrupted(sentence)
 
 
 def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
@@ -137,6 +155,22 @@ def training_batches(
         start_step=first_step,
         prefetch=config.data.prefetch,
     )
+
+
+def report_skipped(config: Config, guard: UpdateGuard, step: int, reporter: Reporter, log: logging.Logger) -> None:
+    """Say which batch was left out and why.
+
+    Raises:
+        UserError: too many in a row.
+    """
+    first = (step - 1) * config.train.global_batch_size
+    sentence = (
+        f"step {step}  update skipped because {guard.reason}: sequences {first} to "
+        f"{first + config.train.global_batch_size - 1}"
+    )
+    reporter.say(sentence)
+    log.warning(sentence)
+    guard.require_progress(step)
 
 
 def boundary_bytes(mesh: Mesh, sent_bytes: int) -> Values:
