@@ -207,6 +207,7 @@ def save(
         "step": step,
         "tokens_seen": step * config.train.global_batch_size * config.data.sequence_length,
         "adam_steps": adam_steps(engine),
+        "guard": engine.guard.state(),
         "layout": layout_of(config, mesh.world_size),
         "routing": config.routing.model_dump(),
         "data_fingerprint": fingerprint,
