@@ -24,6 +24,7 @@ from torch import Tensor
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.parallel.boundary import Handover, MicroBatchShape, connect
 from skvr_dist.parallel.failure import naming_the_operation
+from skvr_dist.parallel.guard import UpdateGuard, drop_gradients, gradient_tensors
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.parallel.zero import ZeroUnderPipeline, compare_module_order_within, reduce_layer_by_layer
@@ -37,6 +38,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         module: this rank's stage.
         mesh: this rank's place.
         separate_documents: attention stays within documents, so that every stage reads the micro-batches.
+        guard: decides which updates are applied.
         sequence_length: tokens per sequence; with the micro-batch size it fixes every shape that crosses.
         deepspeed_json: DeepSpeed's configuration.
         optimizer: builds the optimizer from parameter groups.
@@ -48,6 +50,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         module: StageModule,
         mesh: Mesh,
         *,
+        guard: UpdateGuard,
         sequence_length: int,
         deepspeed_json: dict[str, Any],
         optimizer: Callable[[Any], torch.optim.Optimizer],
@@ -72,6 +75,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         self.separate_documents = separate_documents
         self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
         self.mesh = mesh
+        self.guard = guard
         self.stage = module
         self.sent_bytes = 0
         """Bytes of activations that this rank has sent to the next stage since it started."""
@@ -114,7 +118,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
 
     @property
     def gradient_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
+        """Global gradient norm of the last step, before clipping; not a number if its update was skipped."""
         return float(self.get_global_grad_norm() or 0.0)
 
     # The schedule. Every kind of instruction is issued in the order of the micro-batches, so counting the
@@ -250,9 +254,27 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
             super()._exec_reduce_grads()
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
+        loss = float(self.total_loss) / self.micro_batches if self.total_loss is not None else None
+        if not self.guard.admits(loss, gradient_tensors(self.optimizer, self.module)):
+            self._skip_model_step()
+            return
         if not (self.zero_optimization() or self.bfloat16_enabled()):
             self._global_grad_norm = self._clip_by_global_norm()
         super()._take_model_step(lr_kwargs)
+
+    def _skip_model_step(self) -> None:
+        """All that a step does except the update."""
+        drop_gradients(self.optimizer)
+        if self.zero_optimization() or self.bfloat16_enabled():
+            self.optimizer.zero_grad()
+        else:
+            self.zero_grad()
+        self._global_grad_norm = torch.tensor(torch.nan)
+        self._step_applied = False
+        self.lr_scheduler.step()
+        self.losses = None
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
 
     def clip_fp32_gradients(self) -> None:
         """Nothing is left to clip; DeepSpeed's own would take the norm of the first stage for that of all."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from skvr_dist.model.parts import Shard
 from skvr_dist.parallel.engine import RoutedPipelineEngine
+from skvr_dist.parallel.guard import gradient_tensors
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parity.cases import Case, batches
 from skvr_dist.train.loop import build_engine, plan_stream
@@ -68,7 +69,7 @@ def run_case(case: Case) -> RankResult:
     def look_and_step(lr_kwargs: Any) -> None:
         if not gradients:
             gradients.update({name: safe_get_full_grad(p).clone() for name, p in parameters.items()})
-            sizes["gradients"] = _bytes(_gradient_tensors(engine))
+            sizes["gradients"] = _bytes(gradient_tensors(engine.optimizer, engine.stage))
         take_model_step(lr_kwargs)
 
     engine._take_model_step = look_and_step  # type: ignore[method-assign]
@@ -127,15 +128,6 @@ def expected_bytes(case: Case, mesh: Mesh, parameters: int) -> dict[str, int]:
         "gradients": 6 * parameters if bf16 and zero == 1 else 4 * (shared if zero >= 1 else parameters),
         "optimizer": (adam + 4) * shared if zero >= 1 else adam * parameters,
     }
-
-
-def _gradient_tensors(engine: RoutedPipelineEngine) -> list[Tensor]:
-    """Every gradient that exists before the optimizer step."""
-    own = [p.grad for p in engine.stage.parameters() if p.grad is not None]
-    averaged = [tensor for group in getattr(engine.optimizer, "averaged_gradients", {}).values() for tensor in group]
-    flat = getattr(engine.optimizer, "fp32_groups_gradients_flat", [])
-    offloaded = [p.grad for p in getattr(engine.optimizer, "fp32_partitioned_groups_flat", []) if p.grad is not None]
-    return [*own, *averaged, *flat, *offloaded]
 
 
 def _optimizer_tensors(engine: RoutedPipelineEngine) -> list[Tensor]:

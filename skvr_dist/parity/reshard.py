@@ -128,7 +128,7 @@ class Trainer:
         return [self.engine.train_step(b, self.config.plan(step)) for b, step in zip(mine, steps, strict=True)]
 
     def save(self, step: int) -> None:
-        facts = {"step": step, "adam_steps": adam_steps(self.engine)}
+        facts = {"step": step, "adam_steps": adam_steps(self.engine), "guard": self.engine.guard.state()}
         self.saver.save(step, state_to_save(self.engine), facts, lambda folder: None)
         self.saver.finish()
         dist.barrier()

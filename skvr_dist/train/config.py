@@ -45,6 +45,10 @@ class TrainConfig(Section):
     """Decay of the matrices; norms and biases are not decayed."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
+    max_loss_ratio: float | None = Field(default=None, gt=1)
+    """Skip the update of a step whose loss exceeds this multiple of the median of the last 32; null applies it."""
+    max_skipped_steps_in_a_row: int = Field(default=3, gt=0)
+    """Skipped updates after which the run ends; those with a loss or gradient that is not finite always are."""
     log_every_steps: int = Field(default=1, gt=0)
     """Steps between console lines; TensorBoard and metrics.jsonl get every step."""
     resume: str = "auto"

@@ -16,8 +16,10 @@ from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
+from skvr_dist.errors import RunInterrupted
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.failure import naming_the_operation
+from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.launcher import announced_world_size, start_process_group
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.partition import stage_bounds
@@ -26,6 +28,7 @@ from skvr_dist.parallel.plan_stream import PlanStream
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.train.config import Config
 from skvr_dist.train.inputs import open_inputs
+from skvr_dist.train.interrupt import InterruptListener
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.optimizer import build_optimizer, build_scheduler
 from skvr_dist.train.resume import choose, load_state, load_weights, look_ahead, require_fits
@@ -64,6 +67,8 @@ def pretrain(config: Config) -> None:
     describe_start(config, mesh, run, reporter, resumed)
     for problem in left_out:
         reporter.say(f"{problem} (left out)")
+    interrupts = InterruptListener(mesh)
+    interrupted = None
 
     for step in range(first_step + 1, config.train.steps + 1):
         started, sent_before, waited_before = time.perf_counter(), engine.sent_bytes, batches.seconds
@@ -75,6 +80,7 @@ def pretrain(config: Config) -> None:
             "train/loss": loss,
             "train/learning_rate": learning_rate,
             "train/gradient_norm": engine.gradient_norm,
+            "train/skipped_steps": engine.guard.skipped_steps,
             "train/tokens_per_second": config.train.global_batch_size * config.data.sequence_length / seconds,
             "train/data_wait_share": (batches.seconds - waited_before) / seconds,
             "routing/cross_layer_share": plan.cross_layer_share,
@@ -86,16 +92,28 @@ def pretrain(config: Config) -> None:
             values["data/skipped_tokens"] = mesh.sum_over_ranks([float(lost_tokens)])[0]
         reporter.step(step, values, show=step % config.train.log_every_steps == 0 or step == config.train.steps)
         log.info("step %d loss %.6f gradient norm %.6f", step, loss, engine.gradient_norm)
+        if engine.guard.reason:
+            report_skipped(config, engine.guard, step, reporter, log)
+        interrupted = interrupts.received()
         last = step == config.train.steps
-        if last or step % config.evaluate.every_steps == 0:
+        if last or (step % config.evaluate.every_steps == 0 and not interrupted):
             losses = {name: engine.evaluate(held_out, s.kv_source_layers) for name, s in strategies.items()}
             reporter.evaluation(step, losses)
-        if last or step % config.checkpoint.every_steps == 0:
+        if last or interrupted or step % config.checkpoint.every_steps == 0:
             save(config, mesh, saver, engine, step, fingerprint, reporter)
-    saver.finish()
+        if interrupted:
+            break
+    with naming_the_operation(mesh, "the last checkpoint"):
+        saver.finish()
     plans.close()
     reporter.close()
     dist.destroy_process_group()
+    if interrupted and not last:
+        sentence = (
+            f"{interrupted} ended the run after step {step}, which is saved; start it again, it goes on from there"
+        )
+        log.info(sentence)
+        raise RunInterrupted(sentence)
 
 
 def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
@@ -103,6 +121,11 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
     return RoutedPipelineEngine(
         StageModule(config.model, config.parallel, mesh, config.train.seed),
         mesh,
+        guard=UpdateGuard(
+            mesh,
+            max_loss_ratio=config.train.max_loss_ratio,
+            max_skipped_in_a_row=config.train.max_skipped_steps_in_a_row,
+        ),
         sequence_length=config.data.sequence_length,
         deepspeed_json=config.deepspeed_json(mesh.world_size),
         optimizer=functools.partial(build_optimizer, config.train),
@@ -140,6 +163,22 @@ def training_batches(
     )
 
 
+def report_skipped(config: Config, guard: UpdateGuard, step: int, reporter: Reporter, log: logging.Logger) -> None:
+    """Say which batch was left out and why.
+
+    Raises:
+        UserError: too many in a row.
+    """
+    first = (step - 1) * config.train.global_batch_size
+    sentence = (
+        f"step {step}  update skipped because {guard.reason}: sequences {first} to "
+        f"{first + config.train.global_batch_size - 1}"
+    )
+    reporter.say(sentence)
+    log.warning(sentence)
+    guard.require_progress(step)
+
+
 def boundary_bytes(mesh: Mesh, sent_bytes: int) -> Values:
     """Bytes of activations that crossed each boundary in this step, over all replicas; collective."""
     if mesh.stages == 1:
@@ -174,6 +213,7 @@ def save(
         "step": step,
         "tokens_seen": step * config.train.global_batch_size * config.data.sequence_length,
         "adam_steps": adam_steps(engine),
+        "guard": engine.guard.state(),
         "layout": layout_of(config, mesh.world_size),
         "routing": config.routing.model_dump(),
         "data_fingerprint": fingerprint,

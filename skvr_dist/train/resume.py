@@ -153,6 +153,7 @@ def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
     read_pieces(checkpoint.folder, state_to_load(engine, checkpoint.facts["adam_steps"]), group)
     _load_parameters(engine, checkpoint.folder)
     engine.global_steps = checkpoint.step
+    engine.guard.load_state(checkpoint.facts["guard"])
     go_on_from(engine.lr_scheduler, checkpoint.step)
 
 

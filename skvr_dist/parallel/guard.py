@@ -1,0 +1,137 @@
+"""Whether a step's update is applied: never if loss or gradient are not finite; where asked for, not upon a spike.
+
+All ranks decide alike, before the optimizer step, from one small sum over the world. An update that is refused is
+dropped exactly: weights and moments stay as they are, while the step counter and the learning-rate schedule, which are
+functions of the step, go on. The batch is gone, as if the run had never trained on it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skvr_dist.errors import UserError
+from skvr_dist.parallel.mesh import Mesh
+
+_HISTORY = 32  # losses whose median a spike is measured against
+_LARGEST_SQUARE = torch.finfo(torch.float32).max  # DeepSpeed squares norms in fp32
+
+
+class UpdateGuard:
+    """Decides whether a step's update is applied, and counts those that are not.
+
+    Args:
+        max_loss_ratio: refuse a loss above this multiple of the median of the last 32 finite ones; None: any finite
+            loss will do.
+        max_skipped_in_a_row: the run ends after as many refused updates without one applied between.
+    """
+
+    def __init__(self, mesh: Mesh, *, max_loss_ratio: float | None, max_skipped_in_a_row: int) -> None:
+        self._mesh = mesh
+        self._max_loss_ratio = max_loss_ratio
+        self._max_skipped_in_a_row = max_skipped_in_a_row
+        self._losses: deque[float] = deque(maxlen=_HISTORY)
+        self._skipped_in_a_row = 0
+        self.skipped_steps = 0
+        """Updates refused since the run began, restarts included."""
+        self.reason: str | None = None
+        """Why the last update was refused; None when it was applied."""
+
+    def admits(self, loss: float | None, gradients: Iterable[Tensor]) -> bool:
+        """Whether the update may be applied, the same on every rank; collective.
+
+        Args:
+            loss: the mean over this rank's micro-batches, where it is known: on the last stage.
+            gradients: what this rank's optimizer will use, reduced over the replicas or not.
+        """
+        square = float(torch.nn.utils.get_total_norm(gradients)) ** 2
+        share = 0.0 if loss is None else loss / (self._mesh.replicas * self._mesh.tensors)
+        square, mean_loss = self._mesh.sum_over_ranks([square, share])
+        self.reason = self._why_not(mean_loss, square)
+        if math.isfinite(mean_loss):
+            self._losses.append(mean_loss)
+        refused = self.reason is not None
+        self.skipped_steps += refused
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if refused else 0
+        return not refused
+
+    def _why_not(self, loss: float, square: float) -> str | None:
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        if not square <= _LARGEST_SQUARE:  # nan compares false
+            return "its gradient is not finite"
+        if self._max_loss_ratio is not None and self._losses:
+            median = statistics.median(self._losses)
+            if loss > self._max_loss_ratio * median:
+                return (
+                    f"its loss {loss:.4f} is above train.max_loss_ratio {self._max_loss_ratio:g} times the median "
+                    f"{median:.4f} of the last {len(self._losses)}"
+                )
+        return None
+
+    def require_progress(self, step: int) -> None:
+        """End a run whose updates are all refused.
+
+        Raises:
+            UserError: too many in a row, the same on every rank.
+        """
+        if self._skipped_in_a_row >= self._max_skipped_in_a_row:
+            raise UserError(
+                f"step {step} was the {self._skipped_in_a_row}. step in a row whose update was skipped, the last one "
+                f"because {self.reason}, and train.max_skipped_steps_in_a_row is {self._max_skipped_in_a_row}; go on "
+                f"from an earlier checkpoint with a lower train.learning_rate, or look at the data of these steps"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON values."""
+        return {
+            "losses": list(self._losses),
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._losses = deque(state["losses"], maxlen=_HISTORY)
+        self.skipped_steps = state["skipped_steps"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def gradient_tensors(optimizer: Any, module: torch.nn.Module) -> list[Tensor]:
+    """Every gradient that this rank holds before the optimizer step, whichever of DeepSpeed's optimizers it is."""
+    own = [p.grad for p in module.parameters() if p.grad is not None]
+    averaged = [t for group in getattr(optimizer, "averaged_gradients", {}).values() for t in group or ()]
+    flat = getattr(optimizer, "fp32_groups_gradients_flat", [])  # bf16 with ZeRO-1
+    masters = [
+        *getattr(optimizer, "single_partition_of_fp32_groups", []),  # ZeRO-1 and ZeRO-2
+        *getattr(optimizer, "fp32_partitioned_groups_flat", []),  # ZeRO-3
+    ]
+    offloaded = [master.grad for master in masters if master.grad is not None]
+    return [*own, *averaged, *flat, *offloaded]
+
+
+def drop_gradients(optimizer: Any) -> None:
+    """Forget the gradients of a step, as DeepSpeed's optimizers do with those that overflow.
+
+    What they have of it is inside their `step`, except ZeRO-3's. The other optimizers, torch's and the one of bf16 with
+    ZeRO-1, hold nothing that the engine does not clear after every step.
+    """
+    if hasattr(optimizer, "_overflow_clean_up"):  # ZeRO-3
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer._overflow_clean_up(prev_scale=optimizer.loss_scale)
+    elif hasattr(optimizer, "averaged_gradients"):  # ZeRO-1 and ZeRO-2
+        optimizer.micro_step_id = -1
+        optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer._offload_accumulated_param_ids = set()
+            optimizer.reset_cpu_buffers()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+            optimizer.all_grad_tensors[group] = None

@@ -1,0 +1,154 @@
+"""Start a run again when it ends before its last step, as long as it gets anywhere.
+
+What the launchers do by themselves, as run (deepspeed 0.19.8, torch 2.13): `deepspeed` on one node dies of a SIGTERM
+or SIGUSR1 and leaves its ranks running; its inner launcher and torchrun pass SIGTERM on, kill after 30 s and return 1;
+torchrun dies of a SIGUSR1; and `deepspeed` returns 0 when its inner launcher was killed. So signals go straight to the
+ranks here, a run has finished only when its last step is saved, and what an attempt leaves behind is ended before the
+next.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import yaml
+
+from skvr_dist.checkpoint.folder import CONFIG_FILE, candidates, step_folder
+from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, UserError
+
+_MARK = "SKVR_KEPT_RUNNING_BY"
+_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+_SECONDS_TO_END = 30.0  # what deepspeed and torchrun leave their ranks, too
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class KeptRun:
+    """A command that is started until its run has finished.
+
+    Args:
+        command: a launcher and its arguments.
+        output_dir: the run's `train.output_dir`, on which its progress is seen.
+        restarts: how often to start again without a new checkpoint between.
+
+    Raises:
+        UserError: the command cannot be started.
+    """
+
+    def __init__(self, command: Sequence[str], output_dir: Path, restarts: int) -> None:
+        self._command = list(command)
+        self._output_dir = output_dir
+        self._restarts = restarts
+        self._mark = uuid.uuid4().hex
+        self._stopping: str | None = None
+
+    def run(self) -> int:
+        """Returns the exit code of the last attempt; to be called on the main thread."""
+        for number in _SIGNALS:
+            signal.signal(number, self._pass_on)
+        left = self._restarts
+        while True:
+            before = self._latest()
+            code = self._attempt()
+            if code == EXIT_USAGE or (code == 0 and self._finished()):
+                return code
+            saved = self._latest()
+            left = self._restarts if saved != before else left - 1
+            at = f"its latest checkpoint is {saved.name}" if saved else "it has no checkpoint yet"
+            ended = f"the run ended with {_in_words(code)} before its last step; {at}"
+            if self._stopping:
+                _say(f"{ended}; not started again after {self._stopping}")
+            elif left < 0:
+                _say(f"{ended}; given up after {self._restarts + 1} attempts without a new one")
+            else:
+                _say(f"{ended}; started again ({left} more without a new one)")
+                continue
+            return code or EXIT_AGAIN
+
+    def _attempt(self) -> int:
+        environment = {**os.environ, _MARK: self._mark}
+        try:
+            # Apart from the terminal's process group, so that Ctrl+C comes here only, and is passed on.
+            launcher = subprocess.Popen(self._command, env=environment, start_new_session=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot start {self._command[0]} ({error}); give the launcher's command after --"
+            ) from None
+        code = launcher.wait()
+        self._end_what_is_left()
+        return code if code >= 0 else 128 - code
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Ask the ranks of this host to save and end; before they exist, end the launcher."""
+        self._stopping = signal.Signals(number).name
+        processes = marked_processes(_MARK, self._mark)
+        for process in ranks_among(processes) or processes:
+            process.terminate()
+
+    def _end_what_is_left(self) -> None:
+        """Ranks that have lost their launcher would go on, and write to the same folder as the next attempt."""
+        processes = marked_processes(_MARK, self._mark)
+        for process in processes:
+            process.terminate()
+        _, alive = psutil.wait_procs(processes, timeout=_SECONDS_TO_END)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive)
+
+    def _latest(self) -> Path | None:
+        """The run's newest finished checkpoint."""
+        return next(iter(candidates(self._output_dir / "checkpoints")), None)
+
+    def _finished(self) -> bool:
+        """Whether the checkpoint of the run's last step is there."""
+        config = self._output_dir / CONFIG_FILE
+        if not config.exists():
+            raise UserError(
+                f"the command ended well, but {config} is not there; give its train.output_dir as --output-dir"
+            )
+        steps = yaml.safe_load(config.read_text(encoding="utf-8"))["train"]["steps"]
+        latest = self._latest()
+        return latest is not None and latest.name == step_folder(steps)
+
+
+def marked_processes(variable: str, value: str) -> list[psutil.Process]:
+    """This user's processes with that environment variable, whoever their parents are, but not this one."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(variable) == value and process.pid != os.getpid():
+                found.append(process)
+        except (psutil.Error, OSError):  # another user's, or gone
+            continue
+    return found
+
+
+def ranks_among(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those that a launcher started as ranks, not what ranks have started."""
+    ranks = {}
+    for process in processes:
+        try:
+            if any(name in process.environ() for name in _RANK_VARIABLES):
+                ranks[process.pid] = (process, process.ppid())
+        except (psutil.Error, OSError):
+            continue
+    return [process for process, parent in ranks.values() if parent not in ranks]
+
+
+def _in_words(code: int) -> str:
+    if code > 128 and code - 128 in set(signal.Signals):
+        return f"{signal.Signals(code - 128).name} ({code})"
+    if 256 - code in set(signal.Signals):  # deepspeed passes the negative code of a killed rank on
+        return f"a rank's {signal.Signals(256 - code).name} ({code})"
+    return f"code {code}"
+
+
+def _say(text: str) -> None:
+    print(f"keep_running: {text}", file=sys.stderr, flush=True)
