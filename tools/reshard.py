@@ -20,18 +20,30 @@ from pathlib import Path
 from tqdm import tqdm
 
 from skvr_dist.errors import EXIT_MISSED, run_command
-from skvr_dist.parity.cases import LAYOUTS
 from skvr_dist.parity.reshard import as_table, reshard
 
-QUICK = ["single", "PP2xDP2 ZeRO-1", "TP2xDP2 ZeRO-3"]
+MATRICES = {
+    "quick": ["single", "PP2xDP2 ZeRO-1", "TP2xDP2 ZeRO-3"],
+    "full": [
+        "single",
+        "DP2 ZeRO-2",
+        "DP2 ZeRO-3",
+        "TP4 SP",
+        "PP2",
+        "PP4 uneven",
+        "PP2xDP2 ZeRO-1",
+        "TP2xPP2",
+        "TP2xPP2xDP2 SP ZeRO-3",
+    ],
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--matrix", choices=["quick", "full"], default="quick")
+    parser.add_argument("--matrix", choices=list(MATRICES), default="quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes there too")
     args = parser.parse_args()
-    layouts = QUICK if args.matrix == "quick" else list(LAYOUTS)
+    layouts = MATRICES[args.matrix]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         pairs = reshard(layouts, Path(folder))
