@@ -85,7 +85,10 @@ def expected(family: str, tied: bool, policy: str, steps: int) -> dict[str, Any]
     initial = {name: p.detach() for name, p in decoder.named_parameters()}
     config = case.config()
     plans = [config.plan(step).donors.tolist() for step in range(steps)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on tensors this small threads only wait for each other
     trained = reference.train(initial, case.shape, batches(steps), plans, clip=CLIP, optimizer=OPTIMIZER)
+    torch.set_num_threads(threads)
     return {**trained, "initial": initial, "donors": plans}
 
 
