@@ -45,7 +45,7 @@ $(QUICKSTART)/hf/config.json: $(QUICKSTART)/routed/finished
 	$(BIN)/python tools/export_hf.py $(QUICKSTART)/routed $(@D)
 
 test: env lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # vLLM for the CPU pins libraries of its own, so it has an environment of its own. PyTorch's CPU build is on
 # https://download.pytorch.org/whl/cpu (PIP_EXTRA_INDEX_URL) unless pip is set up to find it elsewhere.

@@ -1,0 +1,17 @@
+"""How the tests are shared out when several processes run them (`make test`)."""
+
+from __future__ import annotations
+
+import pytest
+
+# They start launchers, which would fight for ports and cores.
+_ALONE = {"test_pretrain", "test_interruptions"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A module stays in one process, for the fixtures that its tests share."""
+    for item in items:
+        module = item.path.stem
+        # The matrix is the longest module, and its layouts share nothing.
+        group = item.name if module == "test_parity" else "launchers" if module in _ALONE else module
+        item.add_marker(pytest.mark.xdist_group(group))
