@@ -74,6 +74,11 @@ class Saver:
         self._thread = threading.Thread(target=write, name=f"save step {step}")
         self._thread.start()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is under way on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
     def finish(self) -> None:
         """Wait for the save that is under way.
 

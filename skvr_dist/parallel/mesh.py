@@ -94,6 +94,12 @@ class Mesh:
                         f"the same configuration, data and output folder?"
                     )
 
+    def from_first_rank(self, value: str) -> str:
+        """What rank 0 has; collective."""
+        said = [value]
+        dist.broadcast_object_list(said, src=0, group=self.host_group)
+        return said[0]
+
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Element-wise sum over all ranks, of a list of equal length on each."""
         total = torch.tensor(values, dtype=torch.float64)

@@ -14,11 +14,11 @@ from tabulate import tabulate
 from skvr_dist.checkpoint.folder import Checkpoint, step_folder
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.parallel.partitions import adam_steps, state_to_save
+from skvr_dist.parallel.partitions import state_to_save
 from skvr_dist.parity.cases import LAYOUTS, Case, batches
 from skvr_dist.parity.ranks import run_ranks
 from skvr_dist.train.loop import build_engine
-from skvr_dist.train.resume import load_state
+from skvr_dist.train.resume import load_state, place_of
 
 SAVED_AT, STEPS = 2, 7
 """The step after which the source saves, and the steps in all: five more."""
@@ -128,8 +128,7 @@ class Trainer:
         return [self.engine.train_step(b, self.config.plan(step)) for b, step in zip(mine, steps, strict=True)]
 
     def save(self, step: int) -> None:
-        facts = {"step": step, "adam_steps": adam_steps(self.engine), "guard": self.engine.guard.state()}
-        self.saver.save(step, state_to_save(self.engine), facts, lambda folder: None)
+        self.saver.save(step, state_to_save(self.engine), place_of(self.engine, step), lambda folder: None)
         self.saver.finish()
         dist.barrier()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Routed over standard step time: the median of the ratios of neighbouring steps, and their quartiles."""
+    """Time of one kind of step over that of another: the median of the ratios of neighbouring steps, and quartiles."""
 
     median: float
     lower_quartile: float
@@ -41,7 +41,11 @@ class Ratio:
 
     @classmethod
     def of(cls, routed: StepTimes, standard: StepTimes) -> Ratio:
-        ratios = [a / b for a, b in zip(routed.seconds, standard.seconds, strict=True)]
+        return cls.between([a / b for a, b in zip(routed.seconds, standard.seconds, strict=True)])
+
+    @classmethod
+    def between(cls, ratios: Sequence[float]) -> Ratio:
+        """Median and quartiles of ratios of pairs."""
         lower, median, upper = statistics.quantiles(ratios, n=4)
         return cls(median, lower, upper)
 
@@ -54,7 +58,7 @@ def interleaved_step_times(
     Every round runs one step of each routing, in an order that turns with the round; the first round warms up and is
     not counted. Tokens are random: only the time matters. Collective over all ranks.
     """
-    batches = _random_batches(config)
+    batches = random_batches(config)
     times: list[list[float]] = [[] for _ in routings]
     skipped: list[list[float]] = [[] for _ in routings]
     for number in range(rounds + 1):
@@ -88,7 +92,8 @@ def data_wait_share(
     return waited / seconds
 
 
-def _random_batches(config: Config) -> Iterator[Tensor]:
+def random_batches(config: Config) -> Iterator[Tensor]:
+    """Micro-batches of random tokens, int [B, S + 1], without end."""
     generator = torch.Generator().manual_seed(config.train.seed)
     shape = (config.train.micro_batch_size, config.data.sequence_length + 1)
     while True:

@@ -23,7 +23,7 @@ from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.launcher import announced_world_size, start_process_group
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.partition import stage_bounds
-from skvr_dist.parallel.partitions import adam_steps, state_to_save
+from skvr_dist.parallel.partitions import state_to_save
 from skvr_dist.parallel.plan_stream import PlanStream
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.train.config import Config
@@ -31,7 +31,7 @@ from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.interrupt import InterruptListener
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.optimizer import build_optimizer, build_scheduler
-from skvr_dist.train.resume import choose, load_state, load_weights, look_ahead, require_fits
+from skvr_dist.train.resume import choose, load_state, load_weights, look_ahead, place_of, require_fits
 from skvr_dist.train.run_folder import RunFolder, software_versions
 
 
@@ -210,10 +210,8 @@ def save(
 ) -> None:
     """Start to write a checkpoint, which goes on while the next steps run; collective."""
     facts = {
-        "step": step,
+        **place_of(engine, step),
         "tokens_seen": step * config.train.global_batch_size * config.data.sequence_length,
-        "adam_steps": adam_steps(engine),
-        "guard": engine.guard.state(),
         "layout": layout_of(config, mesh.world_size),
         "routing": config.routing.model_dump(),
         "data_fingerprint": fingerprint,

@@ -13,7 +13,7 @@ from skvr_dist.checkpoint.storage import read_pieces
 from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.parallel.partitions import state_to_load, take_parameters, whole_parameters
+from skvr_dist.parallel.partitions import adam_steps, state_to_load, take_parameters, whole_parameters
 from skvr_dist.train.config import Config
 from skvr_dist.train.optimizer import go_on_from
 
@@ -145,6 +145,11 @@ def _require_same(checkpoint: Checkpoint, section: str, asked: dict[str, Any]) -
                 f"checkpoint {checkpoint.folder} has {section}.{key} {stored.get(key)}, the configuration {value}; "
                 f"give the checkpoint's own value or start a new run"
             )
+
+
+def place_of(engine: RoutedPipelineEngine, step: int) -> dict[str, Any]:
+    """What a checkpoint must say of a run besides its tensors, for `load_state`."""
+    return {"step": step, "adam_steps": adam_steps(engine), "guard": engine.guard.state()}
 
 
 def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:

@@ -1,0 +1,98 @@
+"""What an asynchronous save costs the steps beside it, and how fast it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from skvr_dist.checkpoint.folder import Checkpoint, step_folder
+from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.parallel.engine import RoutedPipelineEngine
+from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.partitions import state_to_save
+from skvr_dist.train.benchmark import Ratio, random_batches
+from skvr_dist.train.config import Config
+from skvr_dist.train.resume import load_state, place_of
+
+
+@dataclass(frozen=True)
+class SavingCost:
+    """What asynchronous saving costs."""
+
+    ratio: Ratio
+    """Seconds of a step while a save writes, over those of a step without, in pairs."""
+    pairs: int
+    bytes: int
+    """Of a checkpoint."""
+    files: int
+    copy_seconds: float
+    """For which training stands while the state is copied; the median."""
+    save_seconds: float
+    """Of a save that nothing runs beside, from the copy to the published folder."""
+    load_seconds: float
+    plain_copy_seconds: float
+    """Of a copy of the files by the operating system, synced to the disk as a save is."""
+
+
+def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder: Path, saves: int) -> SavingCost:
+    """Start saves in turn with stretches without one, and time the steps; collective over all ranks.
+
+    A step counts as one with a save if the save was still writing when it ended.
+    """
+    batches = random_batches(config)
+    saver = Saver(folder, config_text=config.to_yaml(), tokenizer=None, keep_last=1, keep_every_steps=None)
+    number = 0
+
+    def step() -> float:
+        nonlocal number
+        mesh.sum_over_ranks([0.0])  # all ranks start together
+        started = time.perf_counter()
+        engine.train_step(batches, config.plan(number))
+        number += 1
+        return time.perf_counter() - started
+
+    def save() -> float:
+        started = time.perf_counter()
+        saver.save(number, state_to_save(engine), place_of(engine, number), lambda finished: None)
+        return time.perf_counter() - started
+
+    step()
+    copies, ratios = [], []
+    for _ in range(saves):
+        copies.append(save())
+        beside = []
+        while mesh.sum_over_ranks([float(saver.is_writing)])[0]:
+            beside.append(step())
+        saver.finish()
+        without = [step() for _ in beside]
+        # The last step was not beside the save to its end.
+        ratios += [a / b for a, b in zip(beside[:-1], without[:-1], strict=True)]
+    mesh.sum_over_ranks([0.0])
+    started = time.perf_counter()
+    save()
+    saver.finish()
+    save_seconds = time.perf_counter() - started
+    checkpoint = Checkpoint(folder / step_folder(number))
+    started = time.perf_counter()
+    load_state(engine, checkpoint)
+    load_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    for name in checkpoint.files:
+        copy = folder / f"copy-{mesh.rank}-{name}"
+        shutil.copyfile(checkpoint.folder / name, copy)
+        with copy.open("rb+") as copied:
+            os.fsync(copied.fileno())
+    return SavingCost(
+        ratio=Ratio.between(ratios),
+        pairs=len(ratios),
+        bytes=sum(facts["bytes"] for facts in checkpoint.files.values()),
+        files=len(checkpoint.files),
+        copy_seconds=statistics.median(copies),
+        save_seconds=save_seconds,
+        load_seconds=load_seconds,
+        plain_copy_seconds=time.perf_counter() - started,
+    )
