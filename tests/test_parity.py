@@ -89,7 +89,7 @@ def test_the_full_matrix_has_every_combination() -> None:
     assert {(case.layout, case.tied) for case in cases} == {
         (layout, tied) for layout in LAYOUTS for tied in (True, False)
     }
-    assert {case.steps for case in cases} == {20}
+    assert {case.layout for case in cases if case.steps == 20} == set(LAYOUTS)
 
 
 def parity(*arguments: str, code: int = 0) -> str:
@@ -101,7 +101,7 @@ def parity(*arguments: str, code: int = 0) -> str:
 
 def test_the_command(tmp_path: Path) -> None:
     output = parity("--layout", "single", "--json", str(tmp_path / "parity.json"))
-    assert "2 cases of 3 steps" in output and "0 out of tolerance" in output
+    assert "2 cases in " in output and "0 out of tolerance" in output
     outcomes = json.loads((tmp_path / "parity.json").read_text())
     assert [outcome["case"]["layout"] for outcome in outcomes] == ["single", "single"]
     assert "no layout of the quick matrix has 'TP3' in its name" in parity("--layout", "TP3", code=2)

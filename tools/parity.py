@@ -43,7 +43,7 @@ def main() -> int:
     print(as_table(outcomes))
     missed = [outcome for outcome in outcomes if outcome.misses]
     minutes = (time.perf_counter() - started) / 60
-    print(f"\n{len(outcomes)} cases of {cases[0].steps} steps in {minutes:.1f} min, {len(missed)} out of tolerance")
+    print(f"\n{len(outcomes)} cases in {minutes:.1f} min, {len(missed)} out of tolerance")
     if args.json:
         args.json.write_text(json.dumps(as_json(outcomes), indent=2) + "\n", encoding="utf-8")
     return EXIT_MISSED if missed else 0

@@ -28,7 +28,7 @@ def run_matrix(cases: Iterable[Case]) -> Iterator[Outcome]:
 
 def as_table(outcomes: Iterable[Outcome]) -> str:
     """A line per case, in Markdown."""
-    header = ["layout", "policy", "checkpointing", "tied", "initial", "loss", "gradient", "norm", "weights"]
+    header = ["layout", "policy", "checkpointing", "tied", "steps", "initial", "loss", "gradient", "norm", "weights"]
     header += ["bytes: parameters", "gradients", "optimizer", "sent / bound", "verdict"]
     return tabulate([_row(outcome) for outcome in outcomes], headers=header, tablefmt="github", disable_numparse=True)
 
@@ -41,6 +41,7 @@ def _row(outcome: Outcome) -> list[str]:
         case.policy,
         case.checkpointing,
         "yes" if case.tied else "no",
+        str(case.steps),
         *(f"{error:.0e}" if error else "0" for error in errors),
         *(f"{ratio:.3f}" for ratio in outcome.bytes_ratio.values()),
         f"{outcome.crossing_ratio:.3f}" if LAYOUTS[case.layout].parallel.get("pipeline", 1) > 1 else "-",
