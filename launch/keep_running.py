@@ -4,8 +4,7 @@
         --config configs/experiment/quickstart.yaml train.output_dir=runs/mine
 
 The run goes on from its latest checkpoint. SIGTERM, SIGUSR1 and Ctrl+C are passed to the ranks, which save and end;
-after that the run is not started again (exit code of the command, 75 as a rule). A mistake of the user's (exit code 2)
-ends it at once.
+after that the run is not started again (exit code 75). A mistake of the user's (exit code 2) ends it at once.
 """
 
 from __future__ import annotations

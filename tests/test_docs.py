@@ -25,11 +25,15 @@ def options_of(script: str) -> set[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Lines of code blocks that start one of our scripts, continuation lines joined."""
+    """Lines of code blocks that start one of our scripts, continuation lines joined.
+
+    A command that another one is to start, after --, counts as one of its own.
+    """
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.M | re.S) + re.findall(r"(?:^    .*\n)+", text, re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if re.search(r"\b(tools|launch)/\w+\.py\b", line)]
+    parts = [part for line in lines for part in re.split(r" -- ", line)]
+    return [shlex.split(part, comments=True) for part in parts if re.search(r"\b(tools|launch)/\w+\.py\b", part)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

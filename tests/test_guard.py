@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from skvr_dist.errors import UserError
+from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parity.cases import LAYOUTS, Case, batches
 from skvr_dist.parity.ranks import run_ranks
 from skvr_dist.train.config import Config
 
-STEPS = 4
+STEPS = 3
 BAD_STEP = 1
 
 
@@ -78,21 +83,18 @@ def break_the_bad_step(config: Config, kind: str) -> list[dict[str, Any]]:
         ("single", "fp32", "loss"),
         ("DP2 ZeRO-1", "fp32", "gradient"),
         ("DP2 ZeRO-2", "bf16", "gradient"),
-        ("DP2 ZeRO-3", "bf16", "loss"),
         ("DP2 ZeRO-3 offload", "fp32", "gradient"),
         ("PP2", "fp32", "gradient"),
         ("PP2xDP2 ZeRO-1", "bf16", "gradient"),
         ("PP2xDP2 ZeRO-3", "fp32", "gradient"),
-        ("TP2xPP2", "fp32", "loss"),
     ],
 )
 def test_an_update_that_is_not_finite_is_dropped_exactly(layout: str, precision: str, kind: str) -> None:
     for broken, spared in run_ranks(LAYOUTS[layout].ranks, break_the_bad_step, configured(layout, precision), kind):
         assert broken["unchanged"]
         assert broken["reason"] == ("its gradient is not finite" if kind == "gradient" else "its loss is nan")
-        assert math.isnan(broken["norms"].pop(BAD_STEP)) and math.isnan(broken["losses"].pop(BAD_STEP)) == (
-            kind == "loss"
-        )
+        assert math.isnan(broken["norms"].pop(BAD_STEP))
+        assert math.isnan(broken["losses"].pop(BAD_STEP)) == (kind == "loss")
         del broken["rates"][BAD_STEP]
         assert (broken["skipped"], broken["steps"]) == (1, STEPS)
         # What follows is what a run gets that never had the batch.
@@ -101,3 +103,74 @@ def test_an_update_that_is_not_finite_is_dropped_exactly(layout: str, precision:
         }
         assert len(set(broken["rates"])) == STEPS - 1
         assert all(torch.equal(a, b) for a, b in zip(broken["state"], spared["state"], strict=True))
+
+
+def spike(config: Config) -> dict[str, Any]:
+    """Four steps, the third with logits blown up; the guard's state goes through JSON before it."""
+    from skvr_dist.parallel.mesh import Mesh
+    from skvr_dist.train.loop import build_engine
+
+    mesh = Mesh.build(config.parallel, config.model)
+    engine = build_engine(config, mesh)
+    losses, reasons = [], []
+    for step, batch in enumerate(batches(4)):
+        hook = engine.stage.decoder.norm.register_forward_hook(lambda module, inputs, output: output * 50)
+        if step != 2:
+            hook.remove()
+        if step == 2:
+            stored = json.dumps(engine.guard.state())
+            engine.guard = UpdateGuard(mesh, max_loss_ratio=config.train.max_loss_ratio, max_skipped_in_a_row=3)
+            engine.guard.load_state(json.loads(stored))
+        losses.append(engine.train_step(iter(batch[mesh.replica :: mesh.replicas]), config.plan(step)))
+        reasons.append(engine.guard.reason)
+        hook.remove()
+    return {"losses": losses, "reasons": reasons, "state": engine.guard.state()}
+
+
+def test_a_spike_is_skipped_where_that_is_asked_for() -> None:
+    guarded = run_ranks(1, spike, configured("single", max_loss_ratio=1.5))[0]
+    median = sum(guarded["losses"][:2]) / 2
+    assert guarded["reasons"][:2] == [None, None] and guarded["reasons"][3] is None
+    assert guarded["reasons"][2] == (
+        f"its loss {guarded['losses'][2]:.4f} is above train.max_loss_ratio 1.5 times the median {median:.4f} of the "
+        f"last 2"
+    )
+    assert guarded["state"]["losses"] == pytest.approx(guarded["losses"], rel=1e-6)
+    assert (guarded["state"]["skipped_steps"], guarded["state"]["skipped_in_a_row"]) == (1, 0)
+    off = run_ranks(1, spike, configured("single"))[0]
+    assert off["reasons"] == [None] * 4
+
+
+def refuse_until_it_ends() -> tuple[list[str | None], str, dict[str, Any]]:
+    from skvr_dist.parallel.mesh import Mesh
+
+    config = configured("DP2 ZeRO-1")
+    mesh = Mesh.build(config.parallel, config.model)
+    guard = UpdateGuard(mesh, max_loss_ratio=None, max_skipped_in_a_row=2)
+    fine, overflow = [torch.ones(3)], [torch.full((3,), 1.8e19)]  # finite, but not the sum of its squares
+    reasons = []
+    for step, gradients in enumerate([overflow, fine, overflow if mesh.rank else fine, overflow], start=1):
+        guard.admits(2.0 if mesh.rank else None, gradients)
+        reasons.append(guard.reason)
+        try:
+            guard.require_progress(step)
+        except UserError as error:
+            return reasons, str(error), guard.state()
+    raise AssertionError("the run did not end")
+
+
+def test_a_run_of_refused_updates_ends() -> None:
+    for reasons, message, state in run_ranks(2, refuse_until_it_ends):
+        not_finite = "its gradient is not finite"
+        assert reasons == [not_finite, None, not_finite, not_finite]
+        assert message.startswith("step 4 was the 2. step in a row whose update was skipped")
+        assert "train.max_skipped_steps_in_a_row is 2" in message and "lower train.learning_rate" in message
+        assert state["skipped_steps"] == 3 and state["losses"] == [1.0] * 4  # half the ranks know the loss
+
+
+@given(losses=st.lists(st.floats(0.1, 100.0), max_size=50), extra=st.integers(0, 5))
+def test_the_guards_state_survives_json(losses: list[float], extra: int) -> None:
+    guard = UpdateGuard(None, max_loss_ratio=2.0, max_skipped_in_a_row=3)  # type: ignore[arg-type]
+    state = {"losses": losses[-32:], "skipped_steps": extra, "skipped_in_a_row": extra}
+    guard.load_state(json.loads(json.dumps(state)))
+    assert guard.state() == state

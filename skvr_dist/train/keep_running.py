@@ -50,7 +50,11 @@ class KeptRun:
         self._stopping: str | None = None
 
     def run(self) -> int:
-        """Returns the exit code of the last attempt; to be called on the main thread."""
+        """To be called on the main thread.
+
+        Returns:
+            the exit code of the last attempt, or 75 after a signal: torchrun has 1 for everything.
+        """
         for number in _SIGNALS:
             signal.signal(number, self._pass_on)
         left = self._restarts
@@ -65,12 +69,11 @@ class KeptRun:
             ended = f"the run ended with {_in_words(code)} before its last step; {at}"
             if self._stopping:
                 _say(f"{ended}; not started again after {self._stopping}")
-            elif left < 0:
+                return EXIT_AGAIN
+            if left < 0:
                 _say(f"{ended}; given up after {self._restarts + 1} attempts without a new one")
-            else:
-                _say(f"{ended}; started again ({left} more without a new one)")
-                continue
-            return code or EXIT_AGAIN
+                return code or EXIT_AGAIN
+            _say(f"{ended}; started again ({left} more without a new one)")
 
     def _attempt(self) -> int:
         environment = {**os.environ, _MARK: self._mark}
