@@ -56,7 +56,7 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    steps = 3 * options.kills + 4
+    steps = 3 * options.kills + 24
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_data(folder / "data")
@@ -66,7 +66,9 @@ def main() -> int:
         undisturbed = subprocess.Popen(
             pretraining(calm, folder / "data", options.ranks, steps), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        kills = kill_while_it_runs(keeper, killed, kills=options.kills, steps=steps, seed=options.seed)
+        kills = kill_while_it_runs(
+            keeper, killed, num_ranks=options.ranks, kills=options.kills, steps=steps, seed=options.seed
+        )
         console, _ = undisturbed.communicate()
         if undisturbed.returncode != 0:
             raise RunInterrupted(f"the undisturbed run failed:\n{console.decode()}")

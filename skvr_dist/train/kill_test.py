@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
@@ -18,8 +19,10 @@ from skvr_dist.errors import RunInterrupted
 from skvr_dist.train.keep_running import ranks_among
 
 _LOOK_SECONDS = 0.05
-_LONGEST_DELAY_SECONDS = 0.5  # a few steps, evaluations and saves of the small runs that this is for
+_LONGEST_DELAY_SECONDS = 0.3  # a few steps, evaluations and saves of the small runs that this is for
+_LAST_STEPS = 20  # left in peace, so that a kill comes before the end
 _PATIENCE_SECONDS = 300.0
+_TAIL = 3000  # characters of a console
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ class Kill:
     """Until the ranks of the next attempt existed."""
 
 
-def kill_while_it_runs(command: Sequence[str], folder: Path, *, kills: int, steps: int, seed: int) -> list[Kill]:
+def kill_while_it_runs(
+    command: Sequence[str], folder: Path, *, num_ranks: int, kills: int, steps: int, seed: int
+) -> list[Kill]:
     """Start a command that keeps a run running, kill one rank or all of them `kills` times, and wait for its end.
 
     Args:
         folder: the run's output folder, where its progress is read.
-        steps: of the run; the kills are spread over them.
+        steps: of the run, more than `kills` and 20; the kills are spread over all but the last 20.
 
     Returns:
         what was killed; fewer than asked for if the run ended before.
@@ -55,27 +60,31 @@ def kill_while_it_runs(command: Sequence[str], folder: Path, *, kills: int, step
         keeper = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             seen, reported = {keeper.pid}, -1.0
-            ranks = _next_ranks(keeper, seen)
-            for step in tqdm(sorted(draw.sample(range(1, steps), kills)), unit="kill", disable=None):
+            ranks = _next_ranks(keeper, num_ranks, seen)
+            for step in tqdm(sorted(draw.sample(range(1, steps - _LAST_STEPS), kills)), unit="kill", disable=None):
                 _wait_for_step(keeper, folder, step, newer_than=reported)
                 time.sleep(draw.uniform(0, _LONGEST_DELAY_SECONDS))
-                if keeper.poll() is not None:
-                    break
                 chosen = [draw.choice(ranks)] if draw.random() < 0.5 else ranks
+                if not all(rank.is_running() for rank in chosen):
+                    break
                 moment = (_reported(folder)[0], len(chosen), _doing(folder))
                 for rank in chosen:
-                    rank.kill()
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        rank.kill()
                 killed = time.monotonic()
                 reported = _reported(folder)[1]
                 seen |= {rank.pid for rank in ranks}
-                ranks = _next_ranks(keeper, seen)
+                ranks = _next_ranks(keeper, num_ranks, seen)
                 done.append(Kill(*moment, seconds_to_next_start=time.monotonic() - killed))
             code = keeper.wait(timeout=_PATIENCE_SECONDS)
         finally:
             keeper.terminate()
             keeper.wait()
     if code != 0:
-        raise RunInterrupted(f"{folder} ended with code {code} after {len(done)} kills; see {log.name}")
+        said = Path(log.name).read_text(encoding="utf-8")[-_TAIL:]
+        raise RunInterrupted(
+            f"the run ended with code {code} after {len(done)} kills, and this on its console:\n{said}"
+        )
     return done
 
 
@@ -90,13 +99,13 @@ def largest_difference(run: Path, other: Path) -> tuple[str, float]:
     return worst, differences[worst]
 
 
-def _next_ranks(keeper: subprocess.Popen[bytes], seen: set[int]) -> list[psutil.Process]:
-    """The ranks of an attempt after those seen, once there are some; none if the run has ended."""
+def _next_ranks(keeper: subprocess.Popen[bytes], count: int, seen: set[int]) -> list[psutil.Process]:
+    """The ranks of an attempt after those seen, once all are there; none if the run has ended."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while keeper.poll() is None:
         children = psutil.Process(keeper.pid).children(recursive=True)
         ranks = ranks_among(children)
-        if ranks and not seen & {rank.pid for rank in ranks}:
+        if len(ranks) == count and not seen & {rank.pid for rank in ranks}:
             return ranks
         _be_patient(deadline, "started no ranks")
     return []
@@ -113,7 +122,7 @@ def _wait_for_step(keeper: subprocess.Popen[bytes], folder: Path, step: int, new
 
 def _be_patient(deadline: float, what: str) -> None:
     if time.monotonic() > deadline:
-        raise RunInterrupted(f"the run {what} within {_PATIENCE_SECONDS:.0f} s; see its log")
+        raise RunInterrupted(f"the run {what} within {_PATIENCE_SECONDS:.0f} s")
     time.sleep(_LOOK_SECONDS)
 
 
