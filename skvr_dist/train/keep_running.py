@@ -134,15 +134,17 @@ def marked_processes(variable: str, value: str) -> list[psutil.Process]:
 
 
 def ranks_among(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Those that a launcher started as ranks, not what ranks have started."""
-    ranks = {}
+    """Those that a launcher among them started as ranks, not what ranks have started."""
+    launchers, ranks = set(), []
     for process in processes:
         try:
             if any(name in process.environ() for name in _RANK_VARIABLES):
-                ranks[process.pid] = (process, process.ppid())
-        except (psutil.Error, OSError):
+                ranks.append((process, process.ppid()))
+            else:
+                launchers.add(process.pid)
+        except (psutil.Error, OSError):  # gone; its own children are not to be taken for ranks
             continue
-    return [process for process, parent in ranks.values() if parent not in ranks]
+    return [process for process, parent in ranks if parent in launchers]
 
 
 def _in_words(code: int) -> str:
