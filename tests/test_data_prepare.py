@@ -214,7 +214,8 @@ def test_preparing_again_is_quick_or_refused(source: Path, prepared: Path, tmp_p
 
 
 SLOW_PREPARE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 from skvr_dist.data import prepare, writer
 from skvr_dist.data.sources import Corpus
 from skvr_dist.data.tokenizer import Tokenizer

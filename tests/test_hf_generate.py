@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
 from skvr_dist.errors import UserError
-from skvr_dist.model.decoder import Decoder
+from skvr_dist.model.decoder import KV, Decoder
 from skvr_dist.parity import reference
 from skvr_dist.routing import CacheStrategy
 
@@ -114,12 +114,12 @@ def quantized_reference(kind: str, retained: tuple[int, ...], inputs: Tensor, co
     decoder = Decoder(CONFIG)
     decoder.load_state_dict(random_weights(CONFIG))
     sources = CacheStrategy(LAYERS, retained).kv_source_layers
-    held: dict[int, tuple[Tensor, Tensor]] = {}
+    held: dict[int, KV] = {}
     new, found = inputs, inputs
     for _ in range(count):
         token = decoder(new, sources, held)[:, -1].argmax(-1, keepdim=True)
         for layer, store in stores.items():
-            added = (part[:, -new.shape[1] :].transpose(1, 2) for part in held[layer])
+            added = [part[:, -new.shape[1] :].transpose(1, 2) for part in (held[layer].k, held[layer].v)]
             store.update(*added)
             parts = ((store._quantized_keys, store.keys), (store._quantized_values, store.values))
             stored = (
@@ -128,8 +128,7 @@ def quantized_reference(kind: str, retained: tuple[int, ...], inputs: Tensor, co
                 else store._dequantize(packed)
                 for packed, recent in parts
             )
-            k, v = (part.transpose(1, 2) for part in stored)
-            held[layer] = (k, v)
+            held[layer] = KV(*(part.transpose(1, 2) for part in stored))
         new, found = token, torch.cat((found, token), dim=1)
     return found
 
