@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.errors import UserError
+from skvr_dist.parallel.launcher import free_port
 from skvr_dist.routing import CacheStrategy
 from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.load_config import load_config
@@ -47,6 +48,7 @@ SMALL = [
 def run(*command: str, code: int = 0) -> str:
     """Run a command of the project from its root; returns what it printed."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment["MASTER_PORT"] = str(free_port())
     environment.setdefault("DS_ACCELERATOR", "cpu")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     output = done.stdout + done.stderr
@@ -78,7 +80,7 @@ def data_keys(data: Path) -> list[str]:
 
 
 def pretrain(output: Path, data: Path, *overrides: str, code: int = 0) -> str:
-    launcher = ["deepspeed", "--num_gpus", "4", "--log_level", "error"]
+    launcher = ["deepspeed", "--num_gpus", "4", "--master_port", str(free_port()), "--log_level", "error"]
     arguments = [*SMALL, *data_keys(data), f"train.output_dir={output}", *overrides]
     return run(*launcher, "launch/pretrain.py", *arguments, code=code)
 

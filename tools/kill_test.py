@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from skvr_dist.data.prepare import prepare
 from skvr_dist.data.sources import open_corpus
 from skvr_dist.data.tokenizer import train_tokenizer
 from skvr_dist.errors import EXIT_MISSED, RunInterrupted, run_command
+from skvr_dist.parallel.launcher import free_port
 from skvr_dist.train.kill_test import kill_while_it_runs, largest_difference
 
 ROOT = Path(__file__).parents[1]
@@ -101,9 +101,6 @@ def make_data(folder: Path) -> None:
 
 def pretraining(output: Path, data: Path, ranks: int, steps: int) -> list[str]:
     """The command line of a run on 2 stages, on a port of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     keys = SMALL | {
         "train.steps": steps,
         "train.output_dir": output,
@@ -111,7 +108,8 @@ def pretraining(output: Path, data: Path, ranks: int, steps: int) -> list[str]:
         "data.validation": data / "validation",
         "data.tokenizer": data / "tokenizer.model",
     }
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
+    launcher += ["--master_port", str(free_port())]
     script = [str(ROOT / "launch/pretrain.py"), "--config", str(ROOT / "configs/experiment/quickstart.yaml")]
     return [*launcher, "--log_level", "error", *script, *(f"{key}={value}" for key, value in keys.items())]
 

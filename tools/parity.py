@@ -39,13 +39,17 @@ def main() -> int:
     if not cases:
         raise UserError(f"no layout of the {args.matrix} matrix has {args.layout!r} in its name; leave --layout out")
     started = time.perf_counter()
-    outcomes = list(tqdm(run_matrix(cases), total=len(cases), unit="case", disable=None))
+    outcomes = []
+    for outcome in tqdm(run_matrix(cases), total=len(cases), unit="case", disable=None):
+        outcomes.append(outcome)
+        if outcome.misses:  # not only in the table, which a long run prints at its end
+            tqdm.write(f"out of tolerance: {', '.join(outcome.misses)} of {outcome.case}")
+        if args.json:
+            args.json.write_text(json.dumps(as_json(outcomes), indent=2) + "\n", encoding="utf-8")
     print(as_table(outcomes))
     missed = [outcome for outcome in outcomes if outcome.misses]
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{len(outcomes)} cases in {minutes:.1f} min, {len(missed)} out of tolerance")
-    if args.json:
-        args.json.write_text(json.dumps(as_json(outcomes), indent=2) + "\n", encoding="utf-8")
     return EXIT_MISSED if missed else 0
 
 

@@ -17,6 +17,7 @@ from skvr_dist.errors import UserError
 # Launchers announce the number of ranks under different names: torchrun and deepspeed, Open MPI, MPICH.
 _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+_DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 def announced_world_size() -> int:
@@ -42,20 +43,26 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
                 f"Slurm started {os.environ['SLURM_NTASKS']} tasks, but no launcher announced their ranks; start one "
                 f"task per node that runs deepspeed or torchrun, or use mpirun"
             )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     backend = "nccl" if on_gpu else "gloo"
     # A shared-memory sum for inference on CPUs, which DeepSpeed would compile here, for a minute and with a compiler.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        # Under mpirun DeepSpeed would overwrite MASTER_PORT, and two runs on a host would meet on one port.
+        port = int(os.environ.get("MASTER_PORT", _DEFAULT_PORT))
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, distributed_port=port, verbose=False)
     use_timeout(timeout)
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         # DeepSpeed numbers the ranks of a host by world rank. Open MPI need not, and DeepSpeed's engine then refuses.
         os.environ["LOCAL_RANK"] = os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
+
+
+def free_port() -> int:
+    """A port of this host that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def use_timeout(timeout: timedelta) -> None:

@@ -10,7 +10,6 @@ import functools
 import io
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
+
+from skvr_dist.parallel.launcher import free_port
 
 
 @functools.cache
@@ -54,9 +55,7 @@ def run_ranks(
     Raises:
         RankError: a rank raised, died or took longer than `seconds`; the others are killed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = _fork_server()
     processes, connections = [], []
     for rank in range(world_size):

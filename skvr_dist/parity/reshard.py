@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from tabulate import tabulate
 
 from skvr_dist.checkpoint.folder import Checkpoint, step_folder
+from skvr_dist.checkpoint.pieces import MOMENTS
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.partitions import state_to_save
@@ -24,8 +26,10 @@ SAVED_AT, STEPS = 2, 7
 """The step after which the source saves, and the steps in all: five more."""
 LOSS_BOUND = 1e-6
 """Largest relative error of the losses after resharding."""
-STATE_BOUND = 1e-5
-"""The same of any weight or moment after the five steps: that of a gradient in fp32 between two layouts."""
+MOMENTS_BOUND = 1e-6
+"""The same of the optimizer's state after the five steps, all first or all second moments taken as one vector."""
+TENSOR_BOUND = 1e-5
+"""The same of any single weight or moment: that of a gradient in fp32 between two layouts."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,15 @@ class Reshard:
     """Whether the target, saved again right after loading, has every tensor bit for bit."""
     loss: float
     """Largest relative error of the five losses against the source's own."""
-    state: float
-    """Largest relative error of any weight or moment after them."""
+    moments: float
+    """Relative error of Adam's moments after them, the larger of the first and the second ones'."""
+    tensor: float
+    """Largest relative error of any single weight or moment after them."""
 
     @property
     def missed(self) -> bool:
-        return not self.loaded_exactly or self.loss > LOSS_BOUND or self.state > STATE_BOUND
+        within = self.loss <= LOSS_BOUND and self.moments <= MOMENTS_BOUND and self.tensor <= TENSOR_BOUND
+        return not (self.loaded_exactly and within)
 
 
 def case_of(layout: str) -> Case:
@@ -62,12 +69,14 @@ def reshard(layouts: Sequence[str], folder: Path) -> Iterator[Reshard]:
         resumed = run_ranks(LAYOUTS[target].ranks, _go_on, case_of(target), sources, seconds=300.0)[0]
         for (source, saved, again), losses in zip(sources, resumed, strict=True):
             wanted = straight[source]
+            moments, tensor = _errors(Path(saved), Path(again), STEPS)
             yield Reshard(
                 source,
                 target,
-                loaded_exactly=_largest_error(Path(saved), Path(again), SAVED_AT) == 0.0,
+                loaded_exactly=_errors(Path(saved), Path(again), SAVED_AT) == (0.0, 0.0),
                 loss=max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True)),
-                state=_largest_error(Path(saved), Path(again), STEPS),
+                moments=moments,
+                tensor=tensor,
             )
 
 
@@ -79,12 +88,13 @@ def as_table(outcomes: Iterable[Reshard]) -> str:
             outcome.target,
             "yes" if outcome.loaded_exactly else "NO",
             f"{outcome.loss:.0e}",
-            f"{outcome.state:.0e}",
+            f"{outcome.moments:.0e}",
+            f"{outcome.tensor:.0e}",
             "MISSED" if outcome.missed else "ok",
         ]
         for outcome in outcomes
     ]
-    header = ["saved by", "continued by", "loaded bit for bit", "loss", "state after 5 steps", "verdict"]
+    header = ["saved by", "continued by", "loaded bit for bit", "loss", "moments", "worst tensor", "verdict"]
     return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
 
 
@@ -138,13 +148,17 @@ def checkpoint_of(run: str | Path, step: int) -> Path:
     return Path(run) / "checkpoints" / step_folder(step)
 
 
-def _largest_error(one: Path, other: Path, step: int) -> float:
-    """Relative, over all tensors of two checkpoints of a step."""
+def _errors(one: Path, other: Path, step: int) -> tuple[float, float]:
+    """Of Adam's moments, and of the worst tensor, between two checkpoints of a step; both relative."""
     a, b = (Checkpoint(checkpoint_of(folder, step), verify=True).index for folder in (one, other))
     assert a.names() == b.names(), "the checkpoints hold different tensors"
-    errors = []
+    worst, squares = 0.0, {kind: [0.0, 0.0] for kind in MOMENTS}
     for name in a.names():
         wanted, found = a.read(name), b.read(name)
-        difference = float((found - wanted).norm())
-        errors.append(difference / float(wanted.norm()) if difference else 0.0)
-    return max(errors)
+        difference, size = float((found - wanted).norm()), float(wanted.norm())
+        worst = max(worst, difference / size if difference else 0.0)
+        if name.split(".", 1)[0] in squares:
+            total = squares[name.split(".", 1)[0]]
+            total[0] += difference**2
+            total[1] += size**2
+    return max(math.sqrt(difference / size) for difference, size in squares.values()), worst
