@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import socket
+import warnings
 from datetime import timedelta
 
 import torch
@@ -34,6 +35,8 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    # DeepSpeed's calls, which torch names anew: a line per rank and call that no user can do anything about.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     on_gpu = get_accelerator().device_name() == "cuda"
     if not on_gpu:
         _share_cores()
