@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from skvr_dist.data.sources import Document
@@ -34,9 +36,9 @@ def train_other(file: Path, **options: Any) -> Path:
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(TEXT.splitlines()),
         model_writer=model,
-        vocab_size=700,
         minloglevel=2,
         **{
+            "vocab_size": 700,
             "model_type": "bpe",
             "byte_fallback": True,
             "normalization_rule_name": "identity",
@@ -54,7 +56,29 @@ def train_other(file: Path, **options: Any) -> Path:
 Pair = tuple[Tokenizer, PreTrainedTokenizerFast]
 
 
-@pytest.fixture(scope="module", params=[train_ours, train_other])
+def train_unigram(file: Path) -> Path:
+    return train_ours(file, model_type="unigram")
+
+
+def train_hugging_face(file: Path) -> Path:
+    """Byte-level BPE with a beginning and an end put around texts, which training does not want."""
+    fast = tokenizers.Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    names = ["<unk>", "<s>", "</s>"]
+    fast.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=names)
+    )
+    ends = [(name, fast.token_to_id(name)) for name in ("<s>", "</s>")]
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    folder = file.parent / "hf"
+    PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    Tokenizer.load(folder).save(file)
+    return file
+
+
+@pytest.fixture(scope="module", params=[train_ours, train_unigram, train_other, train_hugging_face])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A tokenizer and its conversion, as AutoTokenizer loads it."""
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -100,7 +124,7 @@ def test_source_code_has_the_same_ids(pair: Pair, name: str) -> None:
 def test_special_tokens(pair: Pair) -> None:
     source, converted = pair
     assert converted.bos_token_id == converted.eos_token_id == source.eos_id
-    assert converted.pad_token_id == converted.unk_token_id == 0
+    assert converted.pad_token_id == (source.eos_id if converted.unk_token_id is None else 0)
     assert converted.encode("a</s>", split_special_tokens=False)[-1] == source.eos_id
     batch = converted(["a", "a b c d"], padding=True, return_tensors="pt")
     assert sorted(batch) == ["attention_mask", "input_ids"]
@@ -108,9 +132,16 @@ def test_special_tokens(pair: Pair) -> None:
     assert batch["attention_mask"][0, -1] == 1
 
 
-def test_unigram_is_refused(tmp_path: Path) -> None:
-    file = train_ours(tmp_path / "unigram.model", model_type="unigram")
-    with pytest.raises(UserError, match=r"unigram.model is of type unigram, but only bpe gives the same ids"):
+@pytest.mark.parametrize("options", [{}, {"user_defined_symbols": []}])
+def test_unigram_models_of_others_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    file = train_other(tmp_path / "unigram.model", model_type="unigram", vocab_size=500, **options)
+    with pytest.raises(UserError, match=r"unigram.model is a unigram model with user-defined symbols or scores that"):
+        convert_tokenizer(file, 128)
+
+
+def test_models_of_words_are_refused(tmp_path: Path) -> None:
+    file = train_other(tmp_path / "words.model", model_type="char", user_defined_symbols=[], vocab_size=350)
+    with pytest.raises(UserError, match=r"words.model is of type char, but only bpe and unigram give the same ids"):
         convert_tokenizer(file, 128)
 
 

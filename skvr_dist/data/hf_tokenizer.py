@@ -43,6 +43,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
+    def for_export(self) -> tokenizers.Tokenizer:
+        """A copy that adds no special tokens to a text, as none are added in training."""
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.post_processor = None
+        return copy
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 

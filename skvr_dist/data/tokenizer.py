@@ -50,7 +50,7 @@ _INDENTATION_SHARE = 1e-3
 # more tokens on Python source with 2048 pieces; no limit saves 0.1 % and takes seven times as long (unigram).
 _CHUNKS_PER_PIECE = 50
 # Sums of up to 2**17 nats are exact in single precision (24 bits) with steps of 1/128.
-_UNIGRAM_SCORE_STEPS = 128
+UNIGRAM_SCORE_STEPS = 128
 
 
 class Tokenizer(ABC):
@@ -157,20 +157,31 @@ class SentencePieceTokenizer(Tokenizer):
                 f"normalisation and no added space; train one with tools/train_tokenizer.py"
             )
         self.model = model
+        self._within_names: re.Pattern[str] | None = None
+        if trainer.model_type == trainer.UNIGRAM:
+            # What reads like the name of a special token is divided after its first character. Sentencepiece makes no
+            # such token of a text, but transformers' unigram model would, if it found the whole name.
+            names = special_names(settings)
+            self._within_names = re.compile("|".join(rf"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names))
         self._can_split = not any(_STRETCH_END.search(piece.piece, 1) for piece in settings.pieces)
         self._space_sign_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SIGN.encode()]
 
     def encode(self, text: str) -> list[int]:
         if _SPACE_SIGN not in text and len(text) <= _STRETCH_CHARS:
-            short: list[int] = self._processor.encode(text)
-            return short
+            return self._encode(text)
         ids: list[int] = []
         for number, part in enumerate(text.split(_SPACE_SIGN)):
             if number:
                 ids += self._space_sign_ids
             for stretch in self._stretches(part):
-                ids += self._processor.encode(stretch)
+                ids += self._encode(stretch)
         return ids
+
+    def _encode(self, text: str) -> list[int]:
+        if self._within_names is None:
+            ids: list[int] = self._processor.encode(text)
+            return ids
+        return [token for part in self._within_names.split(text) for token in self._processor.encode(part)]
 
     def _stretches(self, text: str) -> Iterator[str]:
         start = 0
@@ -189,6 +200,12 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def eos_id(self) -> int:
         return int(self._processor.eos_id())
+
+
+def special_names(model: sentencepiece_model.ModelProto) -> list[str]:
+    """Names of the tokens that no text is made of: bytes (`<0x0A>`), control symbols (`</s>`) and unknown."""
+    kinds = sentencepiece_model.ModelProto.SentencePiece
+    return [piece.piece for piece in model.pieces if piece.type in (kinds.BYTE, kinds.CONTROL, kinds.UNKNOWN)]
 
 
 def train_tokenizer(
@@ -283,6 +300,6 @@ def _append_pieces(model: bytes, chunks: Sequence[tuple[str, int]], occurrences:
         proto.pieces.add(piece=chunk.replace(" ", _SPACE_SIGN), score=score)
     if not bpe:
         for piece in proto.pieces:
-            piece.score = round(piece.score * _UNIGRAM_SCORE_STEPS) / _UNIGRAM_SCORE_STEPS
+            piece.score = round(piece.score * UNIGRAM_SCORE_STEPS) / UNIGRAM_SCORE_STEPS
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return proto.SerializeToString(deterministic=True)

@@ -71,8 +71,8 @@ def export_model(
         config: of the decoder that was trained.
         names: canonical names of all weights there are.
         weight: the tensor of a canonical name; called several times for each.
-        tokenizer_file: the sentencepiece model; or a `tokenizer.json`, which is copied with the files beside it that
-            belong to it; or None for a model without one.
+        tokenizer_file: a data set's `tokenizer.model`; or a `tokenizer.json`, which is copied with the files beside it
+            that belong to it; or None for a model without one.
         output: the folder to make; it may exist if it is empty.
         training: what the model card tells.
         dtype: of the stored weights.

@@ -1,19 +1,23 @@
-"""Our sentencepiece tokenizers as fast tokenizers: the same ids for any text, without any code of ours."""
+"""The tokenizers of our data sets as those of transformers: the same ids for any text, without any code of ours."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-from tokenizers import AddedToken, decoders
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.data.hf_tokenizer import HuggingFaceTokenizer
+from skvr_dist.data.tokenizer import UNIGRAM_SCORE_STEPS, Tokenizer, special_names
 from skvr_dist.errors import UserError
 
 TOKENIZER_FILES = (
@@ -28,46 +32,66 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """What a checkpoint of Hugging Face may hold of its tokenizer and how to generate with it."""
+_Piece: TypeAlias = ModelProto.SentencePiece
 _SPACE_SIGN = "\u2581"  # sentencepiece's spelling of a space within its pieces
 
 
 def convert_tokenizer(file: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """Convert a sentencepiece model of our data sets.
+    """Convert the tokenizer of a data set: a sentencepiece model, or a Hugging Face one in our single file.
 
     As in training, no token is added to a text and the names of special tokens in a text are just text. A document
-    of the training data starts after the `</s>` of the one before and never with `<s>`, so `</s>` is declared as
-    the token to begin with too. `<unk>`, which byte fallback never yields, pads.
+    of the training data starts after the end-of-sequence token of the one before and never with a token of its own,
+    so that one is declared as the token to begin with too. `<unk>`, which byte fallback never yields, pads; or, where
+    there is none, the end-of-sequence token.
 
     Args:
         max_length: longest sequence of the model, in tokens.
 
     Raises:
-        UserError: `Tokenizer` refuses the file, or it is not a BPE model.
+        UserError: `Tokenizer` refuses the file, or transformers cannot give the same ids.
     """
-    model = ModelProto.FromString(Tokenizer.load(file).model)
+    tokenizer = Tokenizer.load(file)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        fast, eos, unk = tokenizer.for_export(), tokenizer.eos_token, None
+    else:
+        model = ModelProto.FromString(tokenizer.model)
+        fast, eos, unk = _from_sentencepiece(model, file), model.trainer_spec.eos_piece, model.trainer_spec.unk_piece
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        bos_token=eos,
+        eos_token=eos,
+        unk_token=unk,
+        pad_token=unk or eos,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",  # as generation needs it
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=max_length,
+    )
+
+
+def _from_sentencepiece(model: ModelProto, file: Path) -> FastTokenizer:
     kind = TrainerSpec.ModelType.Name(model.trainer_spec.model_type)
-    if kind != "BPE":
-        # Both libraries add up a unigram model's scores, one in single and one in double precision: some texts then
-        # get other tokens (measured: 8 of 234 files of the Python standard library).
+    if kind not in ("BPE", "UNIGRAM"):
         raise UserError(
-            f"tokenizer {file} is of type {kind.lower()}, but only bpe gives the same ids in transformers; "
+            f"tokenizer {file} is of type {kind.lower()}, but only bpe and unigram give the same ids in transformers; "
             f"export the weights without a tokenizer"
         )
-    unk, eos = model.trainer_spec.unk_piece, model.trainer_spec.eos_piece
-    piece_type = ModelProto.SentencePiece
     # With plain spaces in the pieces no text needs normalising, and a space sign in a text stays what it is.
     pieces = [(piece.piece.replace(_SPACE_SIGN, " "), piece) for piece in model.pieces]
-    vocab = {text: number for number, (text, _) in enumerate(pieces)}
-    # Only normal pieces come out of merges: sentencepiece never builds a control symbol or a byte from text.
-    scores = {text: piece.score for text, piece in pieces if piece.type == piece_type.NORMAL}
-    merges = generate_merges({text: vocab[text] for text in scores}, scores)
-    fast = FastTokenizer(BPE(vocab=vocab, merges=merges, unk_token=unk, byte_fallback=True))
+    if kind == "BPE":
+        fast = FastTokenizer(_bpe(pieces, model.trainer_spec.unk_piece))
+    else:
+        fast = FastTokenizer(_unigram(pieces, file))
+        name_start = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in special_names(model))
+        # Splits where `SentencePieceTokenizer` does.
+        fast.pre_tokenizer = pre_tokenizers.Split(Regex(name_start), "merged_with_previous")
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     fast.add_special_tokens(
         [
             AddedToken(text, normalized=False, special=True)
             for text, piece in pieces
-            if piece.type in (piece_type.CONTROL, piece_type.UNKNOWN)
+            if piece.type in (_Piece.CONTROL, _Piece.UNKNOWN)
         ]
     )
     # Sentencepiece looks for user-defined symbols after it spelled spaces its way: one with a plain space is never met.
@@ -75,21 +99,32 @@ def convert_tokenizer(file: Path, max_length: int) -> PreTrainedTokenizerFast:
         [
             AddedToken(text, normalized=False)
             for text, piece in pieces
-            if piece.type == piece_type.USER_DEFINED and " " not in piece.piece
+            if piece.type == _Piece.USER_DEFINED and " " not in piece.piece
         ]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast,
-        bos_token=eos,
-        eos_token=eos,
-        unk_token=unk,
-        pad_token=unk,
-        split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",  # as generation needs it
-        model_input_names=["input_ids", "attention_mask"],
-        model_max_length=max_length,
-    )
+    return fast
+
+
+def _bpe(pieces: Sequence[tuple[str, _Piece]], unk: str) -> BPE:
+    vocab = {text: number for number, (text, _) in enumerate(pieces)}
+    # Only normal pieces come out of merges: sentencepiece never builds a control symbol or a byte from text.
+    scores = {text: piece.score for text, piece in pieces if piece.type == _Piece.NORMAL}
+    merges = generate_merges({text: vocab[text] for text in scores}, scores)
+    return BPE(vocab=vocab, merges=merges, unk_token=unk, byte_fallback=True)
+
+
+def _unigram(pieces: Sequence[tuple[str, _Piece]], file: Path) -> Unigram:
+    """Both libraries look for the segmentation with the largest sum of scores, one in single precision and one in
+    double: the same only where both are exact. (Otherwise 8 of 234 files of the Python standard library differ.)"""
+    if any(piece.type == _Piece.USER_DEFINED for _, piece in pieces) or any(
+        piece.score * UNIGRAM_SCORE_STEPS % 1 for _, piece in pieces
+    ):
+        raise UserError(
+            f"tokenizer {file} is a unigram model with user-defined symbols or scores that are no multiples of "
+            f"1/{UNIGRAM_SCORE_STEPS}, for which transformers gives other ids for some texts; export the weights "
+            f"without a tokenizer, or train one with tools/train_tokenizer.py"
+        )
+    return Unigram([(text, piece.score) for text, piece in pieces], unk_id=0, byte_fallback=True)
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
