@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,15 @@ SMALL = [
 ]
 
 
+def environment() -> dict[str, str]:
+    """Of a launcher: our programs first, one thread per rank, a port of its own for mpirun."""
+    ours = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return {"DS_ACCELERATOR": "cpu", **os.environ, **ours, "MASTER_PORT": str(free_port())}
+
+
 def run(*command: str, code: int = 0) -> str:
     """Run a command of the project from its root; returns what it printed."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    environment["MASTER_PORT"] = str(free_port())
-    environment.setdefault("DS_ACCELERATOR", "cpu")
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     output = done.stdout + done.stderr
     assert done.returncode == code, output
     return output
@@ -173,6 +178,32 @@ def test_resuming_is_as_if_never_stopped(routed: Path, data: Path, tmp_path: Pat
     assert a.step == b.step == STEPS
     for name in b.weight_names():
         assert torch.equal(a.weight(name), b.weight(name)), name
+
+
+def test_a_preempted_run_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
+    """SIGUSR1 to what keeps the real launcher running, as Slurm sends it; the same command then goes on to the end."""
+    steps, folder = 60, tmp_path / "run"
+    keys = [*SMALL, *data_keys(data), f"train.output_dir={folder}", f"train.steps={steps}", "evaluate.every_steps=1"]
+    keys += ["checkpoint.every_steps=1000", "evaluate.strategies=[full]"]
+    keep = [sys.executable, "launch/keep_running.py", "--output-dir", str(folder), "--"]
+    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "launch/pretrain.py"]
+    command = [*keep, *launcher, *keys]
+    first = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while first.poll() is None and not ((folder / "metrics.jsonl").exists() and records(folder)):
+        time.sleep(0.05)
+    first.send_signal(signal.SIGUSR1)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 75, output
+    stopped = Checkpoint(folder).step
+    assert 0 < stopped < steps
+    assert f"SIGTERM ended the run after step {stopped}, which is saved; start it again" in output
+    assert "not started again after SIGUSR1" in output
+    assert Checkpoint(folder).facts["evaluation_due"]
+    assert f"at step {stopped}" in run(*command)
+    for tag in ("train/loss", "evaluate/loss/full"):
+        assert [record["step"] for record in records(folder) if tag in record] == list(range(1, steps + 1))
 
 
 def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -> None:

@@ -70,6 +70,12 @@ def pretrain(config: Config) -> None:
     interrupts = InterruptListener(mesh)
     interrupted = None
 
+    def evaluate(step: int) -> None:
+        losses = {name: engine.evaluate(held_out, s.kv_source_layers) for name, s in strategies.items()}
+        reporter.evaluation(step, losses)
+
+    if resumed and resumed.facts["evaluation_due"]:
+        evaluate(first_step)
     for step in range(first_step + 1, config.train.steps + 1):
         started, sent_before, waited_before = time.perf_counter(), engine.sent_bytes, batches.seconds
         plan = plans.next()
@@ -96,11 +102,13 @@ def pretrain(config: Config) -> None:
             report_skipped(config, engine.guard, step, reporter, log)
         interrupted = interrupts.received()
         last = step == config.train.steps
-        if last or (step % config.evaluate.every_steps == 0 and not interrupted):
-            losses = {name: engine.evaluate(held_out, s.kv_source_layers) for name, s in strategies.items()}
-            reporter.evaluation(step, losses)
+        due = last or step % config.evaluate.every_steps == 0
+        put_off = due and bool(interrupted) and not last  # whoever interrupts does not wait for long
+        if due and not put_off:
+            evaluate(step)
         if last or interrupted or step % config.checkpoint.every_steps == 0:
-            save(config, mesh, saver, engine, step, fingerprint, reporter)
+            facts = {"data_fingerprint": fingerprint, "evaluation_due": put_off}
+            save(config, mesh, saver, engine, step, facts, reporter)
         if interrupted:
             break
     with naming_the_operation(mesh, "the last checkpoint"):
@@ -205,16 +213,16 @@ def save(
     saver: Saver,
     engine: RoutedPipelineEngine,
     step: int,
-    fingerprint: dict[str, Any],
+    facts: dict[str, Any],
     reporter: Reporter,
 ) -> None:
     """Start to write a checkpoint, which goes on while the next steps run; collective."""
     facts = {
+        **facts,
         **place_of(engine, step),
         "tokens_seen": step * config.train.global_batch_size * config.data.sequence_length,
         "layout": layout_of(config, mesh.world_size),
         "routing": config.routing.model_dump(),
-        "data_fingerprint": fingerprint,
         "versions": software_versions(),
     }
     with naming_the_operation(mesh, f"the checkpoint of step {step}"):
