@@ -12,8 +12,11 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -455,6 +458,21 @@ def test_a_data_set_behind_a_pipe_is_read_the_same(prepared: Path) -> None:
     assert list(texts_of(remote)) == list(texts_of(local))
     with pytest.raises(UserError, match=r"cannot read pipe:cat /nowhere/manifest.json: "):
         Dataset.open("pipe:cat /nowhere/{file}")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http with curl")
+def test_a_data_set_behind_a_web_server_is_read_the_same(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(prepared))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        local, remote = Dataset.open(prepared / "train"), Dataset.open(f"{address}/train")
+        assert remote.manifest == local.manifest
+        assert list(texts_of(remote)) == list(texts_of(local))
+        with pytest.raises(UserError, match=rf"cannot read {address}/nowhere/manifest.json: "):
+            Dataset.open(f"{address}/nowhere")
+        server.shutdown()
 
 
 # The command lines.
