@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hf_models import STRATEGIES, random_weights, routed_model, shape_of
+from optimum.quanto.library.extensions import cpp as quanto_cpp
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
@@ -21,6 +23,18 @@ from skvr_dist.routing import CacheStrategy
 CONFIG = shape_of("qwen3")
 LAYERS = CONFIG.num_hidden_layers
 PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 16, 12, 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quanto_without_a_compiler() -> Iterator[None]:
+    """Quanto would compile a kernel for a minute, one that takes packed numbers apart."""
+
+    def unpack(packed: Tensor, bits: int) -> Tensor:
+        return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quanto_cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
+        yield
 
 
 @pytest.fixture(scope="module")
