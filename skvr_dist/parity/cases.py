@@ -30,7 +30,6 @@ SHAPE: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "qk_norm": True,
     "tie_word_embeddings": False,
-    "initializer_range": 0.1,  # large enough that every gradient is well above rounding
 }
 LLAMA = {"architecture": "llama", "qk_norm": False, "attention_bias": True}
 POLICIES: dict[str, dict[str, Any]] = {
@@ -109,12 +108,14 @@ class Case:
     precision: str = "fp32"
     attention: str = "sdpa"
     steps: int = 3
+    initializer_range: float = 0.1  # large enough that every gradient is well above rounding
 
     @property
     def shape(self) -> dict[str, Any]:
         """The model section."""
         family = LLAMA if self.family == "llama" else {}
-        return {**SHAPE, **family, "tie_word_embeddings": self.tied, "attention": self.attention}
+        own = {"tie_word_embeddings": self.tied, "attention": self.attention}
+        return {**SHAPE, **family, **own, "initializer_range": self.initializer_range}
 
     def config(self) -> Config:
         """As a run would have it; its data sets are not opened."""
