@@ -13,6 +13,7 @@ import pytest
 import torch
 from hf_models import load_into, random_weights, shape_of
 from safetensors.torch import load_file, save_file
+from test_checkpoint import start_from_weights
 from test_hf_tokenizer import train_ours
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig, PreTrainedModel
@@ -28,6 +29,8 @@ from skvr_dist.hf.tokenizer import convert_tokenizer
 from skvr_dist.model.config import ModelConfig, RopeScaling
 from skvr_dist.model.decoder import next_token_loss
 from skvr_dist.parity import reference
+from skvr_dist.parity.cases import CLIP, LAYOUTS, OPTIMIZER, Case, batches
+from skvr_dist.parity.ranks import run_ranks
 
 LLAMA3 = RopeScaling(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
@@ -101,6 +104,20 @@ def test_training_goes_on(tmp_path: Path) -> None:
         wanted = torch.zeros_like(parameter) if wanted is None else wanted
         assert parameter.grad is not None
         assert (parameter.grad - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("layout", ["TP2xPP2", "PP2xDP2 ZeRO-3"])
+def test_training_goes_on_in_any_layout(tmp_path: Path, layout: str) -> None:
+    case = Case(layout, tied=True)
+    config = ModelConfig.model_validate(case.shape)
+    published(config, tmp_path / "theirs")
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours")
+    plans = [case.config().plan(step).donors.tolist() for step in range(2)]
+    wanted = reference.train(random_weights(config), case.shape, batches(2), plans, clip=CLIP, optimizer=OPTIMIZER)[
+        "losses"
+    ]
+    for losses in run_ranks(LAYOUTS[layout].ranks, start_from_weights, case, str(tmp_path / "ours")):
+        assert losses == pytest.approx(wanted, rel=1e-6)
 
 
 def test_tokenizer_files_travel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,6 +227,7 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
         (["data.lanes=2", "train.micro_batch_size=1"], "has train.micro_batch_size 2, the configuration 1"),
         (["train.resume=never"], "already holds checkpoints"),
         (["train.resume=/nowhere"], "/nowhere is neither a checkpoint"),
+        (["train.output_dir=/new", "train.initial_weights=/nowhere"], "/nowhere is neither a checkpoint"),
         (["data.train=/nowhere"], "/nowhere holds no complete data set"),
         (["data.tokenizer=pyproject.toml"], "is not a sentencepiece model"),
         (["model.vocab_size=100"], "has a vocabulary of 512, but model.vocab_size is 100"),

@@ -42,7 +42,7 @@ def look_ahead(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoint |
     """The checkpoint that a run would go on from, as far as one process can tell without reading its tensors.
 
     Raises:
-        UserError: it does not fit the configuration.
+        UserError: it does not fit the configuration; or the weights of a new run are no checkpoint.
     """
     for path in resumable(config):
         try:
@@ -53,6 +53,8 @@ def look_ahead(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoint |
             continue
         require_fits(checkpoint, config, data_fingerprint)
         return checkpoint
+    if config.train.initial_weights:
+        Checkpoint(config.train.initial_weights)
     return None
 
 
