@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from skvr_dist.checkpoint.folder import FORMAT, Checkpoint, candidates, forget_old, publish, sha256_of, step_folder
+from skvr_dist.checkpoint.folder import FORMAT, Checkpoint, candidates, forget_old, publish, step_folder
 from skvr_dist.checkpoint.pieces import pieces_of
 from skvr_dist.errors import UserError
 from skvr_dist.model.config import ModelConfig
@@ -223,14 +223,15 @@ def test_weights_of_another_architecture_are_refused(run_folder: Path) -> None:
     assert "has no tensor weights.lm_head.weight; it is one of another architecture" in message
 
 
-def test_a_newer_format_and_a_folder_without_a_checkpoint_are_refused(run_folder: Path, tmp_path: Path) -> None:
-    folder = run_folder / "checkpoints/step-00000001"
-    facts = folder / "checkpoint.json"
-    facts.write_text(facts.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
-    names = [file.name for file in folder.iterdir() if not file.name.startswith("manifest")]
-    publish(folder, folder.with_name("step-00000009"), {name: sha256_of(folder / name) for name in names})
-    with pytest.raises(UserError, match=rf"has format {FORMAT + 1}, newer than this release's {FORMAT}"):
-        Checkpoint(folder.with_name("step-00000009"))
+def test_another_format_and_a_folder_without_a_checkpoint_are_refused(run_folder: Path, tmp_path: Path) -> None:
+    for other, kind in ((FORMAT + 1, "newer"), (FORMAT - 1, "older")):
+        partial, folder = tmp_path / f"{kind}.partial", tmp_path / kind
+        shutil.copytree(run_folder / "checkpoints/step-00000001", partial, ignore=shutil.ignore_patterns("manifest.*"))
+        facts = partial / "checkpoint.json"
+        facts.write_text(facts.read_text().replace(f'"format": {FORMAT}', f'"format": {other}'))
+        publish(partial, folder, {})
+        with pytest.raises(UserError, match=rf"has format {other}, {kind} than this release's {FORMAT}; u"):
+            Checkpoint(folder)
     with pytest.raises(UserError, match="is neither a checkpoint"):
         Checkpoint(tmp_path / "nothing")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import skvr_dist.hf.export as export_module
-from skvr_dist.checkpoint.folder import digests_of, partial_folder, publish, step_folder, write_facts
+from skvr_dist.checkpoint.folder import partial_folder, publish, step_folder, write_facts
 from skvr_dist.checkpoint.pieces import WEIGHTS, Piece
 from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.errors import UserError
@@ -323,7 +323,7 @@ def run(tokenizer_file: Path, tmp_path: Path) -> Path:
     facts = {"step": 40, "tokens_seen": 12345, "layout": {"pipeline": 2}}
     write_facts(partial, config_text=yaml.safe_dump(tree), facts=facts, tokenizer=tokenizer_file)
     folder = partial.with_name(step_folder(40))
-    publish(partial, folder, digests_of(partial))
+    publish(partial, folder, {})
     points = [RetentionPoint("full", 3, 1.0, 384, 2.371), RetentionPoint("prefix:1", 1, 1 / 3, 128, 2.402)]
     (folder / "retention.json").write_text(json.dumps({"sequences": 64, "points": as_records(points)}))
     return tmp_path / "run"

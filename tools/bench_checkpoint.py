@@ -3,8 +3,9 @@
     python tools/bench_checkpoint.py
     deepspeed --num_gpus 2 tools/bench_checkpoint.py --json checkpoint.json parallel.pipeline=2
 
-Steps with a save under way and steps without take turns. Saving and loading are also timed alone, against copying a
-checkpoint's files with the operating system. Exit code 1: the median ratio is above the bound (`--bound`).
+A save starts before every third step; the steps that it touches are timed against those before and after. Saving and
+loading are also timed alone, against copying a checkpoint's files with the operating system. Exit code 1: the median
+ratio is above the bound (`--bound`).
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ def main() -> int:
             ["saving alone, checked and published", f"{megabytes / cost.save_seconds:.0f} MB/s"],
             ["loading", f"{megabytes / cost.load_seconds:.0f} MB/s"],
             ["copying the files", f"{megabytes / cost.plain_copy_seconds:.0f} MB/s"],
+            ["steps that a save touches, the mean", f"{cost.steps_touched:.1f}"],
         ]
         print(tabulate(rows, tablefmt="github"))
         print(
             f"\nstep while a save writes / step without: {cost.ratio.median:.3f} (quartiles "
-            f"{cost.ratio.lower_quartile:.3f} to {cost.ratio.upper_quartile:.3f}, {cost.pairs} pairs); bound "
+            f"{cost.ratio.lower_quartile:.3f} to {cost.ratio.upper_quartile:.3f}, {cost.saves} saves); bound "
             f"{options.bound:.2f}: {'met' if passed else 'missed'}"
         )
         if options.json:

@@ -34,8 +34,8 @@ from skvr_dist.model.decoder import Decoder
 
 CONFIG_FILE, FACTS_FILE, TOKENIZER_FILE, LATEST_FILE = "config.yaml", "checkpoint.json", "tokenizer.model", "latest"
 MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
-FORMAT = 1
-"""Version of this layout of files; a newer one is refused."""
+FORMAT = 2
+"""Version of this layout of files; another one is refused."""
 _READ_BYTES = 1 << 22
 
 
@@ -66,18 +66,16 @@ def write_facts(partial: Path, *, config_text: str, facts: dict[str, Any], token
         shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
 
 
-def digests_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by name."""
-    return {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
-
-
 def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
     """Complete a partial folder under its final name; on one rank, after all files were written.
 
     Args:
-        digests: SHA-256 of every file, by name.
+        digests: SHA-256 of the files for which it is known from writing them, by name; the others are read.
     """
-    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]} for name in sorted(digests)}
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": digests.get(file.name) or sha256_of(file)}
+        for file in sorted(partial.iterdir())
+    }
     manifest = json.dumps({"files": files}, indent=1).encode()
     (partial / MANIFEST_FILE).write_bytes(manifest)
     (partial / DIGEST_FILE).write_bytes(hashlib.sha256(manifest).hexdigest().encode())
@@ -158,10 +156,10 @@ class Checkpoint:
         try:
             self.config_text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
             self.facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-            if self.facts["format"] > FORMAT:
+            if (written := self.facts["format"]) != FORMAT:
+                age, way_out = ("newer", "update skvr_dist") if written > FORMAT else ("older", "use its own release")
                 raise UserError(
-                    f"checkpoint {folder} has format {self.facts['format']}, newer than this release's {FORMAT}; "
-                    f"update skvr_dist"
+                    f"checkpoint {folder} has format {written}, {age} than this release's {FORMAT}; {way_out}"
                 )
             self.config_tree: dict[str, Any] = yaml.safe_load(self.config_text)
             self.model_config = ModelConfig.model_validate(self.config_tree["model"])

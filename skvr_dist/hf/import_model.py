@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 
-from skvr_dist.checkpoint.folder import Checkpoint, digests_of, partial_folder, publish, step_folder, write_facts
+from skvr_dist.checkpoint.folder import Checkpoint, partial_folder, publish, step_folder, write_facts
 from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
 from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.errors import UserError
@@ -98,18 +98,19 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
         run = Path(temporary) / output.name
         partial = run / "checkpoints" / partial_folder(0)
         partial.mkdir(parents=True)
-        dtypes = _write(partial, shapes, weights)
+        dtypes = {name: weights.dtype(name) for name in shapes}
+        digests = _write(partial, shapes, dtypes, weights)
         copy_tokenizer(folder, partial)
         tree = {"model": config.model_dump(), "routing": {"policy": "none"}}
         facts = {"step": 0, "tokens_seen": 0, "imported_from": source}
         write_facts(partial, config_text=yaml.safe_dump(tree, sort_keys=False), facts=facts, tokenizer=None)
         final = run / "checkpoints" / step_folder(0)
-        publish(partial, final, digests_of(partial))
+        publish(partial, final, digests)
         report = ImportReport(
             architecture=config.architecture,
             parameters=sum(shape.numel() for shape in shapes.values()),
             bytes=sum(file.stat().st_size for file in final.glob("*.distcp")),
-            dtypes=tuple(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})),
+            dtypes=tuple(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})),
             check=check_export(folder, config, Checkpoint(final).weight, None, None) if check else None,
         )
         if report.failures():
@@ -177,9 +178,10 @@ class _SourceWeights:
             return opened.get_tensor(stored)
 
 
-def _write(folder: Path, shapes: dict[str, torch.Size], weights: _SourceWeights) -> set[torch.dtype]:
-    """Write the weights in the format that `Checkpoint` reads, one in memory at a time; returns their dtypes."""
-    dtypes = {name: weights.dtype(name) for name in shapes}
+def _write(
+    folder: Path, shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype], weights: _SourceWeights
+) -> dict[str, str]:
+    """Write the weights in the format that `Checkpoint` reads, one in memory at a time; returns the files' digests."""
     with tqdm(total=len(shapes), desc="importing weights", unit="tensor", disable=None) as progress:
 
         def read(name: str) -> Tensor:
@@ -190,8 +192,7 @@ def _write(folder: Path, shapes: dict[str, torch.Size], weights: _SourceWeights)
         for name, shape in shapes.items():
             like = torch.empty(shape, dtype=dtypes[name], device="meta")
             pieces[WEIGHTS + name] = [LazyPiece(tuple(shape), (0,) * len(shape), like, functools.partial(read, name))]
-        write_pieces(folder, pieces, alone=True)
-    return set(dtypes.values())
+        return write_pieces(folder, pieces, alone=True)
 
 
 def _checked(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -24,8 +24,10 @@ class SavingCost:
     """What asynchronous saving costs."""
 
     ratio: Ratio
-    """Seconds of a step while a save writes, over those of a step without, in pairs."""
-    pairs: int
+    """Seconds of the steps that a save touches, over those of as many steps without one."""
+    saves: int
+    steps_touched: float
+    """By a save; the mean."""
     bytes: int
     """Of a checkpoint."""
     files: int
@@ -39,12 +41,15 @@ class SavingCost:
 
 
 def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder: Path, saves: int) -> SavingCost:
-    """Start saves in turn with stretches without one, and time the steps; collective over all ranks.
-
-    A step counts as one with a save if the save was still writing when it ended.
-    """
+    """Start saves, and time the steps that they touch and the ones before and after; collective over all ranks."""
     batches = random_batches(config)
-    saver = Saver(folder, config_text=config.to_yaml(), tokenizer=None, keep_last=1, keep_every_steps=None)
+    saver = Saver(
+        folder,
+        config_text=config.to_yaml(),
+        tokenizer=None,
+        keep_last=1,
+        keep_every_steps=None,
+    )
     number = 0
 
     def step() -> float:
@@ -61,16 +66,16 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
         return time.perf_counter() - started
 
     step()
-    copies, ratios = [], []
+    copies, ratios, touched = [], [], []
     for _ in range(saves):
+        before = step()
         copies.append(save())
-        beside = []
+        beside = [step()]
         while mesh.sum_over_ranks([float(saver.is_writing)])[0]:
             beside.append(step())
         saver.finish()
-        without = [step() for _ in beside]
-        # The last step was not beside the save to its end.
-        ratios += [a / b for a, b in zip(beside[:-1], without[:-1], strict=True)]
+        ratios.append(statistics.fmean(beside) / ((before + step()) / 2))
+        touched.append(len(beside))
     mesh.sum_over_ranks([0.0])
     started = time.perf_counter()
     save()
@@ -88,7 +93,8 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
             os.fsync(copied.fileno())
     return SavingCost(
         ratio=Ratio.between(ratios),
-        pairs=len(ratios),
+        saves=saves,
+        steps_touched=statistics.fmean(touched),
         bytes=sum(facts["bytes"] for facts in checkpoint.files.values()),
         files=len(checkpoint.files),
         copy_seconds=statistics.median(copies),
