@@ -17,7 +17,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file, save_file
-from test_hf_tokenizer import train_hugging_face, train_other, train_ours, train_unigram
+from test_hf_tokenizer import train_hugging_face, train_normalizing, train_other, train_ours, train_unigram
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -156,7 +156,7 @@ def test_config_reloads_as_it_was(tmp_path: Path) -> None:
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 777.0}
 
 
-@pytest.mark.parametrize("train", [train_ours, train_unigram, train_hugging_face])
+@pytest.mark.parametrize("train", [train_ours, train_unigram, train_hugging_face, train_normalizing])
 def test_tokenizer_and_card(train: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = MODELS["qwen3 tied, biased"]
     report = export(config, random_weights(config), tmp_path / "out", train(tmp_path / "tokenizer.model"))

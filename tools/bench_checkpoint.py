@@ -3,7 +3,7 @@
     python tools/bench_checkpoint.py
     deepspeed --num_gpus 2 tools/bench_checkpoint.py --json checkpoint.json parallel.pipeline=2
 
-A save starts before every third step; the steps that it touches are timed against those before and after. Saving and
+The steps that a save touches are timed against the one before and the one after it, again and again. Saving and
 loading are also timed alone, against copying a checkpoint's files with the operating system. Exit code 1: the median
 ratio is above the bound (`--bound`).
 """
@@ -53,7 +53,7 @@ def main() -> int:
         rows = [
             ["state", f"{megabytes:.0f} MB in {cost.files} files"],
             ["copying it to the host, while training stands", f"{1e3 * cost.copy_seconds:.0f} ms"],
-            ["saving alone, checked and published", f"{megabytes / cost.save_seconds:.0f} MB/s"],
+            ["saving alone, hashed and published", f"{megabytes / cost.save_seconds:.0f} MB/s"],
             ["loading", f"{megabytes / cost.load_seconds:.0f} MB/s"],
             ["copying the files", f"{megabytes / cost.plain_copy_seconds:.0f} MB/s"],
             ["steps that a save touches, the mean", f"{cost.steps_touched:.1f}"],

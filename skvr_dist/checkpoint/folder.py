@@ -71,10 +71,14 @@ def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
 
     Args:
         digests: SHA-256 of the files for which it is known from writing them, by name; the others are read.
+
+    Raises:
+        OSError: a file cannot be written, or one of those in `digests` is not here.
     """
+    names = sorted(digests.keys() | {file.name for file in partial.iterdir()})
     files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": digests.get(file.name) or sha256_of(file)}
-        for file in sorted(partial.iterdir())
+        name: {"bytes": (partial / name).stat().st_size, "sha256": digests.get(name) or sha256_of(partial / name)}
+        for name in names
     }
     manifest = json.dumps({"files": files}, indent=1).encode()
     (partial / MANIFEST_FILE).write_bytes(manifest)

@@ -94,7 +94,8 @@ class Saver:
 
     def _copy(self, state: Pieces) -> None:
         """Into the memory of the save before: the steps beside memory that comes and goes took 1.1 times as long."""
-        if not self._copied:
+        if _layout(self._copied) != _layout(state):  # the first save, or the first with moments
+            self._copied = {}
             self._copied = {name: [piece.copy() for piece in pieces] for name, pieces in state.items()}
             return
         for name, pieces in state.items():
@@ -102,27 +103,42 @@ class Saver:
                 copy.tensor.copy_(piece.tensor.detach())
 
     def _write(self, step: int, state: Pieces, facts: dict[str, Any], done: Callable[[Path], None]) -> None:
-        partial, first = self._checkpoints / partial_folder(step), dist.get_rank() == 0
+        partial, final = self._checkpoints / partial_folder(step), self._checkpoints / step_folder(step)
+
+        def begin() -> None:
+            shutil.rmtree(partial, ignore_errors=True)  # what an interrupted save left
+            partial.mkdir(parents=True)
+            write_facts(partial, config_text=self._config_text, facts=facts, tokenizer=self._tokenizer)
+
+        self._on_first_rank(begin, partial)
+        mine = write_pieces(partial, state, self._group)
+        gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine, group=self._group)
+
+        def complete() -> None:
+            publish(partial, final, {name: digest for part in gathered for name, digest in part.items()})
+            forget_old(self._checkpoints, **self._keep)
+            done(final)
+
+        self._on_first_rank(complete, partial)
+
+    def _on_first_rank(self, work: Callable[[], None], partial: Path) -> None:
+        """Do it there, while the others wait, and let all of them know if it fails."""
         failed = None
-        if first:
+        if dist.get_rank() == 0:
             try:
-                shutil.rmtree(partial, ignore_errors=True)  # what an interrupted save left
-                partial.mkdir(parents=True)
-                write_facts(partial, config_text=self._config_text, facts=facts, tokenizer=self._tokenizer)
+                work()
             except OSError as error:
                 failed = f"{error.strerror}: {error.filename}"
         said: list[str | None] = [failed]
         dist.broadcast_object_list(said, src=0, group=self._group)
         if said[0]:
             raise UserError(
-                f"checkpoint {partial} could not be written ({said[0]}); give train.output_dir space or rights"
+                f"checkpoint {partial} could not be written ({said[0]}); give train.output_dir space, rights and "
+                f"a file system that all hosts share"
             )
-        mine = write_pieces(partial, state, self._group)
-        gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine, group=self._group)
-        if first:
-            final = self._checkpoints / step_folder(step)
-            publish(partial, final, {name: digest for part in gathered for name, digest in part.items()})
-            forget_old(self._checkpoints, **self._keep)
-            done(final)
-        dist.barrier(group=self._group)
+
+
+def _layout(state: Pieces) -> dict[str, list[tuple[Any, ...]]]:
+    """Which memory a copy of a state needs."""
+    return {name: [(p.shape, p.offsets, p.tensor.dtype) for p in pieces] for name, pieces in state.items()}

@@ -3,14 +3,14 @@
 Every tensor is stored whole, cut into the rectangles that the ranks held; any other set of rectangles can be read back
 from it. torch plans who writes and reads what. It would keep the index as a pickle, which could run anything when it is
 opened, and each rectangle as a zip file of its own. Here the index is JSON, and a file per rank holds the elements of
-its rectangles as they are in memory: less work beside training, and nothing to unpickle.
+its rectangles as they are in memory (little-endian): less work beside training, and nothing to unpickle.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +52,7 @@ from skvr_dist.checkpoint.pieces import Piece, Pieces
 from skvr_dist.errors import UserError
 
 INDEX_FILE = "index.json"
-# Large enough that each call leaves the interpreter to training; small enough to be hashed and written in cache.
+# Hashing and writing that much lets go of the interpreter, which training needs; and it fits into a cache.
 _BLOCK_BYTES = 1 << 20
 
 
@@ -228,7 +228,9 @@ class _Writer(FileSystemWriter):
         with (self._folder / name).open("wb") as file:
             for item in plan.items:
                 rectangle = planner.resolve_data(item)
-                assert isinstance(rectangle, Tensor)
+                assert isinstance(rectangle, Tensor) and item.tensor_data is not None
+                assert rectangle.dtype == item.tensor_data.properties.dtype
+                assert rectangle.shape == item.tensor_data.chunk.sizes
                 elements = rectangle.detach().cpu().contiguous().reshape(-1)
                 content: NDArray[np.uint8] = elements.view(torch.uint8).numpy()
                 place = _StorageInfo(name, file.tell(), len(content))
@@ -276,22 +278,27 @@ class _Reader(FileSystemReader):
         for name, items in by_file.items():
             # Only the pages of what is asked for are read. A private copy, since torch wants memory it may write to.
             with (self._folder / name).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            for item in items:
-                stored = _rectangle(self._stored(item, mapped), item.storage_offsets, item.lengths)
-                planner.resolve_tensor(item).copy_(stored)
+                for item in items:
+                    planner.resolve_tensor(item).copy_(self._read(item, file))
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _stored(self, item: ReadItem, mapped: mmap.mmap) -> Tensor:
-        """The whole rectangle that an item reads from."""
+    def _read(self, item: ReadItem, file: io.BufferedReader) -> Tensor:
+        """What an item asks for of a stored rectangle, of which only the rows that it needs are read."""
         index = item.storage_index
         described = self._metadata.state_dict_metadata[index.fqn]
         assert isinstance(described, TensorStorageMetadata)
         sizes = next(chunk.sizes for chunk in described.chunks if chunk.offsets == index.offset)
-        offset, dtype = self.storage_data[index].offset, described.properties.dtype
-        return torch.frombuffer(mapped, dtype=dtype, count=sizes.numel(), offset=offset).view(sizes)
+        first, count = (item.storage_offsets[0], item.lengths[0]) if sizes else (0, 1)
+        rows = torch.empty((count, *sizes[1:]), dtype=described.properties.dtype)
+        content: NDArray[np.uint8] = rows.reshape(-1).view(torch.uint8).numpy()
+        file.seek(self.storage_data[index].offset + first * (len(content) // count))
+        if file.readinto(content.data) != len(content):
+            raise OSError(f"{file.name} ends within tensor {index.fqn}")
+        return _rectangle(
+            rows.view(count, *sizes[1:]) if sizes else rows[0], (0, *item.storage_offsets[1:]), item.lengths
+        )
 
 
 def _rectangle(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:

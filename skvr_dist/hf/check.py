@@ -66,7 +66,7 @@ class CheckReport:
     tokenizer_texts: int
     """Texts that both tokenizers were given; 0 without a tokenizer."""
     differing_texts: tuple[str, ...]
-    """Texts that they encode differently, or that do not decode to themselves."""
+    """Texts that they encode or decode differently."""
 
     @property
     def relative_logit_difference(self) -> float:
@@ -110,7 +110,7 @@ def check_export(
     Args:
         weight: ours, by canonical name.
         dtype: of the weights in the folder; None where they have the dtype of ours.
-        tokenizer_file: the sentencepiece model that the folder's tokenizer must agree with, if any.
+        tokenizer_file: the data set's tokenizer, with which the folder's must agree, if any.
         pruned_to: the one strategy that the folder serves; None for a plain checkpoint.
     """
     differing_texts: tuple[str, ...] = ()
@@ -154,7 +154,7 @@ def check_export(
         strategies=tuple(strategies),
         max_logit_difference=float(torch.tensor(differences).max()),  # NaN wins, unlike in max()
         largest_logit=max(float(logits.abs().max()) for logits in wanted),
-        tokenizer_texts=0 if tokenizer_file is None else len(SAMPLE_TEXTS),
+        tokenizer_texts=0 if tokenizer_file is None else len(SAMPLE_TEXTS) + 1,
         differing_texts=differing_texts,
     )
 
@@ -182,9 +182,9 @@ def _drawn_sequences(config: ModelConfig) -> list[Tensor]:
 def _differing_texts(folder: Path, source: Tokenizer) -> tuple[str, ...]:
     exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     differing = []
-    for text in SAMPLE_TEXTS:
+    for text in (*SAMPLE_TEXTS, f"a{exported.eos_token}b"):  # the name is just text
         ids = source.encode(text)
         found = exported(text, verbose=False)["input_ids"]  # not verbose: a text may be longer than a sequence
-        if found != ids or exported.decode(ids) != text:
+        if found != ids or exported.decode(ids) != source.decode(ids):
             differing.append(text)
     return tuple(differing)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -32,7 +31,10 @@ class Reporter:
         self._started = time.perf_counter()
         if self._enabled:
             self._writer = SummaryWriter(str(tensorboard), purge_step=first_step + 1)
-            self._metrics = _reopen(metrics, first_step)
+            kept = _kept_records(metrics, first_step)
+            metrics.write_text("".join(kept), encoding="utf-8")
+            self._metrics = metrics.open("a", encoding="utf-8")
+            self._evaluated = {json.loads(line)["step"] for line in kept if '"evaluate/' in line}
             # The bar is for terminals; the lines below carry the time left everywhere else.
             self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
 
@@ -52,8 +54,8 @@ class Reporter:
             self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {shown}  {self._time_left(step)} left")
 
     def evaluation(self, step: int, losses: Values) -> None:
-        """Record held-out losses by strategy."""
-        if not self._enabled:
+        """Record held-out losses by strategy; once, however often a run is started again at this step."""
+        if not self._enabled or step in self._evaluated:
             return
         self._record(step, {f"evaluate/loss/{name}": loss for name, loss in losses.items()})
         self.say(f"step {step}  held-out loss  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
@@ -78,9 +80,7 @@ class Reporter:
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _reopen(metrics: Path, last_step: int) -> TextIO:
-    """metrics.jsonl for appending, without the records of steps that a resumed run does again."""
+def _kept_records(metrics: Path, last_step: int) -> list[str]:
+    """The lines of metrics.jsonl without those of steps that a resumed run does again."""
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-    metrics.write_text("".join(kept), encoding="utf-8")
-    return metrics.open("a", encoding="utf-8")
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]

@@ -24,7 +24,7 @@ class SavingCost:
     """What asynchronous saving costs."""
 
     ratio: Ratio
-    """Seconds of the steps that a save touches, over those of as many steps without one."""
+    """Mean seconds of the steps that a save touches, over those of the step before and the one after, by save."""
     saves: int
     steps_touched: float
     """By a save; the mean."""
