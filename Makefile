@@ -44,6 +44,8 @@ $(QUICKSTART)/hf/config.json: $(QUICKSTART)/routed/finished
 	rm -rf $(@D)
 	$(BIN)/python tools/export_hf.py $(QUICKSTART)/routed $(@D)
 
+# Two processes run the tests; with several threads each they would fight for the cores.
+test: export OMP_NUM_THREADS := 1
 test: env lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
