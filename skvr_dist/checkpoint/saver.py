@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -31,6 +32,7 @@ class Saver:
         tokenizer: copied into each checkpoint.
         keep_last: newest checkpoints to keep.
         keep_every_steps: older ones to keep too; null keeps none.
+        megabytes_per_second: that this rank writes until somebody waits for it; null for as fast as it can.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Saver:
         tokenizer: Path | None,
         keep_last: int,
         keep_every_steps: int | None,
+        megabytes_per_second: float | None = None,
     ) -> None:
         self._checkpoints = checkpoints
         self._config_text = config_text
@@ -48,6 +51,8 @@ class Saver:
         self._keep: dict[str, Any] = {"keep_last": keep_last, "keep_every_steps": keep_every_steps}
         # The thread talks to those of the other ranks while the ranks themselves train.
         self._group = dist.new_group(backend="gloo")
+        self._bytes_per_second = 1e6 * megabytes_per_second if megabytes_per_second else math.inf
+        self._awaited = threading.Event()
         self._copied: Pieces = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -71,6 +76,7 @@ class Saver:
             except BaseException as error:
                 self._error = error
 
+        self._awaited.clear()
         self._thread = threading.Thread(target=write, name=f"save step {step}")
         self._thread.start()
 
@@ -85,6 +91,7 @@ class Saver:
         Raises:
             UserError: it failed; nothing was published, and earlier checkpoints stand.
         """
+        self._awaited.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -102,6 +109,10 @@ class Saver:
             for copy, piece in zip(self._copied[name], pieces, strict=True):
                 copy.tensor.copy_(piece.tensor.detach())
 
+    def _pause(self, written: int) -> None:
+        """After so many bytes; none once somebody waits."""
+        self._awaited.wait(written / self._bytes_per_second)
+
     def _write(self, step: int, state: Pieces, facts: dict[str, Any], done: Callable[[Path], None]) -> None:
         partial, final = self._checkpoints / partial_folder(step), self._checkpoints / step_folder(step)
 
@@ -111,7 +122,7 @@ class Saver:
             write_facts(partial, config_text=self._config_text, facts=facts, tokenizer=self._tokenizer)
 
         self._on_first_rank(begin, partial)
-        mine = write_pieces(partial, state, self._group)
+        mine = write_pieces(partial, state, self._group, pause=self._pause)
         gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
         dist.all_gather_object(gathered, mine, group=self._group)
 

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,24 @@ from skvr_dist.errors import UserError
 INDEX_FILE = "index.json"
 # Hashing and writing that much lets go of the interpreter, which training needs; and it fits into a cache.
 _BLOCK_BYTES = 1 << 20
+_SYNC_BYTES = 1 << 25
 
 
 def write_pieces(
-    folder: Path, pieces: Pieces, group: dist.ProcessGroup | None = None, *, alone: bool = False
+    folder: Path,
+    pieces: Pieces,
+    group: dist.ProcessGroup | None = None,
+    *,
+    alone: bool = False,
+    pause: Callable[[int], None] = lambda written: None,
 ) -> dict[str, str]:
     """Store what all ranks hold; collective over `group`, or `alone` in a process without any.
 
     No two ranks may hold overlapping pieces of a tensor, unless they are the same. Pieces are asked for their tensor
     when it is written, one after the other.
+
+    Args:
+        pause: called after each block with its bytes; it may take its time.
 
     Returns:
         SHA-256 of the files with tensors that this rank wrote, by name.
@@ -70,7 +79,7 @@ def write_pieces(
     Raises:
         UserError: a file cannot be written.
     """
-    writer, planner = _Writer(folder), _PieceSavePlanner()
+    writer, planner = _Writer(folder, pause), _PieceSavePlanner()
     try:
         dcp.save(dict(pieces), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
     except (CheckpointException, OSError) as error:
@@ -218,13 +227,15 @@ class _PieceLoadPlanner(LoadPlanner):
 class _Writer(FileSystemWriter):
     """torch's writer, with a file of plain bytes per rank and the index as JSON."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pause: Callable[[int], None]) -> None:
         super().__init__(folder)
         self._folder = folder
+        self._pause = pause
         self.digests: dict[str, str] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name, digest, results = f"{plan.storage_data.prefix}0.distcp", hashlib.sha256(), []
+        unsynced = 0
         with (self._folder / name).open("wb") as file:
             for item in plan.items:
                 rectangle = planner.resolve_data(item)
@@ -238,6 +249,11 @@ class _Writer(FileSystemWriter):
                     block = content[start : start + _BLOCK_BYTES]
                     digest.update(block.data)
                     file.write(block.data)
+                    unsynced += len(block)
+                    if unsynced >= _SYNC_BYTES:  # bit by bit, or the disk would be busy with all of it at the end
+                        os.fdatasync(file.fileno())
+                        unsynced = 0
+                    self._pause(len(block))
                 results.append(WriteResult(index=item.index, size_in_bytes=len(content), storage_data=place))
             file.flush()
             os.fsync(file.fileno())

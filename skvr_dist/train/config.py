@@ -65,6 +65,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep; with more than one, a damaged one does not end a run."""
     keep_every_steps: int | None = Field(default=None, gt=0)
     """Keep those of every n-th step as well; null keeps none."""
+    megabytes_per_second: float | None = Field(default=100.0, gt=0)
+    """That a rank writes beside training, so that a save is spread over steps; once somebody waits for it, it is
+    written as fast as it can be. Null: always so."""
 
 
 class EvaluateConfig(Section):

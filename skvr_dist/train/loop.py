@@ -204,6 +204,7 @@ def build_saver(config: Config, run: RunFolder) -> Saver:
         tokenizer=Path(config.data.tokenizer),
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=config.checkpoint.keep_every_steps,
+        megabytes_per_second=config.checkpoint.megabytes_per_second,
     )
 
 

@@ -49,6 +49,7 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
         tokenizer=None,
         keep_last=1,
         keep_every_steps=None,
+        megabytes_per_second=config.checkpoint.megabytes_per_second,
     )
     number = 0
 
