@@ -460,7 +460,6 @@ def test_a_data_set_behind_a_pipe_is_read_the_same(prepared: Path) -> None:
         Dataset.open("pipe:cat /nowhere/{file}")
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http with curl")
 def test_a_data_set_behind_a_web_server_is_read_the_same(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     handler = partial(SimpleHTTPRequestHandler, directory=str(prepared))

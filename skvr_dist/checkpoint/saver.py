@@ -100,7 +100,7 @@ class Saver:
             raise error
 
     def _copy(self, state: Pieces) -> None:
-        """Into the memory of the save before: the steps beside memory that comes and goes took 1.1 times as long."""
+        """Into the memory of the save before: new memory each time would slow down the steps beside it (new pages)."""
         if _layout(self._copied) != _layout(state):  # the first save, or the first with moments
             self._copied = {}
             self._copied = {name: [piece.copy() for piece in pieces] for name, pieces in state.items()}

@@ -161,7 +161,7 @@ class SentencePieceTokenizer(Tokenizer):
         if trainer.model_type == trainer.UNIGRAM:
             # What reads like the name of a special token is divided after its first character. Sentencepiece makes no
             # such token of a text, but transformers' unigram model would, if it found the whole name.
-            rests: dict[str, list[str]] = {}  # by first character: an alternative per name takes 50 times as long
+            rests: dict[str, list[str]] = {}  # by first character: hundreds of alternatives would be tried everywhere
             for name_of_token in special_names(settings):
                 rests.setdefault(name_of_token[0], []).append(re.escape(name_of_token[1:]))
             self._within_names = re.compile(
