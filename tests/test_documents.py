@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import flash_on_cpu
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -37,8 +39,9 @@ def test_positions_begin_anew_with_each_document() -> None:
     assert bounds.tolist() == [0, 3, 4, 6, 7, 12] and longest == 5
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_packed_documents_are_what_each_is_alone(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flash"])
+def test_packed_documents_are_what_each_is_alone(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_on_cpu)
     decoder = Decoder(ModelConfig.model_validate({**SHAPE, "attention": backend}))
     initialize(decoder, seed=3)
     (batch,) = micro_batches(1)

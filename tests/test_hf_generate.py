@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from functools import cache
 from types import SimpleNamespace
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from flash_on_cpu import give_to_transformers
 from hf_models import STRATEGIES, random_weights, routed_model, shape_of
 from optimum.quanto.library.extensions import cpp as quanto_cpp
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import CacheLayerMixin, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
 from skvr_dist.errors import UserError
 from skvr_dist.model.decoder import KV, Decoder
@@ -34,6 +36,34 @@ def quanto_without_a_compiler() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quanto_cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
+        yield
+
+
+class Stream(contextlib.nullcontext[None]):
+    """Stands for a stream of a GPU."""
+
+    def wait_stream(self, other: Stream) -> None:
+        assert isinstance(other, Stream)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offloading_without_a_gpu() -> Iterator[None]:
+    """A layer that transformers' cache sends away is full of NaN until it is fetched; only a GPU has the real thing."""
+
+    def send_away(layer: Any) -> None:
+        if layer.is_initialized and getattr(layer, "away", None) is None:
+            layer.away = layer.keys, layer.values
+            layer.keys, layer.values = (torch.full_like(part, torch.nan) for part in layer.away)
+
+    def fetch(layer: Any) -> None:
+        if getattr(layer, "away", None) is not None:
+            (layer.keys, layer.values), layer.away = layer.away, None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "Stream", Stream)
+        patch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+        patch.setattr(CacheLayerMixin, "offload", send_away)
+        patch.setattr(CacheLayerMixin, "prefetch", fetch)
         yield
 
 
@@ -88,6 +118,8 @@ CACHES: dict[str, dict[str, Any]] = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},
     "static, prefill in chunks": {"cache_implementation": "static", "prefill_chunk_size": 5},
+    "offloaded": {"cache_implementation": "offloaded"},
+    "offloaded, static": {"cache_implementation": "offloaded_static"},
     "quanto": {
         "cache_implementation": "quantized",
         "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 16},
@@ -111,12 +143,32 @@ def test_bytes(model: Any, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("retained", STRATEGIES.values(), ids=STRATEGIES)
-@pytest.mark.parametrize("kind", ["dynamic", "static", "static, prefill in chunks"])
+@pytest.mark.parametrize("kind", [kind for kind, options in CACHES.items() if "cache_config" not in options])
 def test_greedy_tokens(model: Any, kind: str, retained: tuple[int, ...]) -> None:
     model.set_cache_strategy(retained)
     found = generate(model, **CACHES[kind])
     assert torch.equal(found.sequences, reference_tokens(retained))
-    assert type(found.past_key_values) is (DynamicCache if kind == "dynamic" else StaticCache)
+    assert type(found.past_key_values) is (StaticCache if "static" in kind else DynamicCache)
+    if "offloaded" in kind:
+        held = [layer for layer in found.past_key_values.layers if layer.is_initialized]
+        assert all(layer.away is not None for layer in held[1:])
+
+
+def test_compiled_decoding(model: Any) -> None:
+    """With a static cache `generate` compiles each step by itself on a GPU, and here if told to."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def run_as_it_is(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, mode=None, backend=run_as_it_is)  # type: ignore[arg-type]
+    config._compile_all_devices = True
+    model.set_cache_strategy("every:4")
+    torch._dynamo.reset()
+    found = generate(model, **CACHES["static"], compile_config=config).sequences
+    assert torch.equal(found, reference_tokens(STRATEGIES["every:4"]))
+    assert len(graphs) == 1
 
 
 @torch.no_grad()
@@ -155,7 +207,11 @@ def test_greedy_tokens_of_quantized_caches(model: Any, kind: str, retained: tupl
     assert torch.equal(found, quantized_reference(kind, retained, prompts(), NEW_TOKENS))
 
 
-def test_left_padding(model: Any) -> None:
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+def test_left_padding(model: Any, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.config, "_attn_implementation", kernel)
+    if kernel == "flash":
+        monkeypatch.setattr(model.config, "_attn_implementation", give_to_transformers(monkeypatch))
     model.set_cache_strategy("prefix:3")
     lengths = [4, 12, 9]
     rows = [prompts()[i, :length] for i, length in enumerate(lengths)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flash_on_cpu import give_to_transformers
 from hf_models import CLASSES, STRATEGIES, load_into, random_weights, routed_model, shape_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3ForCausalLM
@@ -50,13 +52,13 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 @torch.no_grad()
-def test_logits_of_our_decoder(config: ModelConfig) -> None:
+def test_logits_of_our_decoder(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model, decoder, x = routed_model(config), decoder_of(config), tokens()
     for spec, retained in {"full": tuple(range(LAYERS)), **STRATEGIES}.items():
         model.set_cache_strategy(spec if spec != "irregular" else retained)
         assert model.retained_layers == retained
         wanted = decoder(x, CacheStrategy(LAYERS, retained).kv_source_layers)
-        for kernel in ("sdpa", "eager"):
+        for kernel in ("sdpa", "eager", give_to_transformers(monkeypatch)):
             model.set_attn_implementation(kernel)
             assert_close(model(x).logits, wanted)
             for keep in (1, 5, 60, 99):  # layers above the last retained one run on these positions alone
@@ -103,8 +105,33 @@ def test_work_that_is_skipped() -> None:
 
 
 @torch.no_grad()
-def test_left_padding() -> None:
+def test_keys_live_as_long_as_they_are_read() -> None:
+    """Else an offloaded or a quantized cache would save nothing: its layers are whole again while they are read."""
+    model = routed_model(MODELS["qwen3"])
+    handed_out: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def count(*_: Any) -> None:
+        alive.append(sum(reference() is not None for reference in handed_out))
+
+    def remember(layer: torch.nn.Module, args: Any, output: Any) -> None:
+        handed_out.extend(weakref.ref(tensor) for tensor in output[1:] if tensor is not None)
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(count)
+        layer.register_forward_hook(remember)
+    for strategy, wanted in {"full": [0] * 8, "every:4": [0, 2, 2, 2, 0, 2, 2, 2]}.items():
+        model.set_cache_strategy(strategy)
+        alive.clear()
+        model(tokens(), use_cache=False)
+        assert alive == wanted
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@torch.no_grad()
+def test_left_padding(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, decoder = routed_model(MODELS["llama"]), decoder_of(MODELS["llama"])
+    model.set_attn_implementation(give_to_transformers(monkeypatch) if kernel == "flash" else kernel)
     model.set_cache_strategy("prefix:3")
     short = tokens(1, 20)
     padded = torch.cat((torch.zeros(1, 15, dtype=torch.long), short), dim=1)
@@ -118,6 +145,23 @@ def test_left_padding() -> None:
         wanted = decoder(short, sources)[0]
         assert_close(found[0, -(keep or 20) :], wanted[-(keep or 20) :])
         assert_close(found[1], decoder(both[1:], sources)[0, -keep:])
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@torch.no_grad()
+def test_packed_texts(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions that begin anew in the middle keep texts apart, also where only the last logits are wanted."""
+    model, decoder = routed_model(MODELS["qwen3"]), decoder_of(MODELS["qwen3"])
+    model.set_attn_implementation(give_to_transformers(monkeypatch) if kernel == "flash" else kernel)
+    model.set_cache_strategy("prefix:3")
+    first, second = tokens(1, 9), tokens(1, 20)[:, 9:]
+    positions = torch.cat((torch.arange(9), torch.arange(11)))[None]
+    packed = torch.cat((first, second), dim=1)
+    sources = CacheStrategy.prefix(3, LAYERS).kv_source_layers
+    wanted = torch.cat((decoder(first, sources), decoder(second, sources)), dim=1)
+    for keep in (0, 1, 4, 12):
+        found = model(packed, position_ids=positions, logits_to_keep=keep, use_cache=False).logits
+        assert_close(found, wanted[:, -keep:])
 
 
 @torch.no_grad()

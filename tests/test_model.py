@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import flash_on_cpu
 import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -55,10 +57,12 @@ def tokens(batch: int, sequence: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 9), (3, 9)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_backends_agree(queries: int, keys: int, kv_heads: int) -> None:
+def test_backends_agree(queries: int, keys: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_on_cpu)
     q = torch.randn(2, queries, 4, 8)
     k, v = torch.randn(2, 2, keys, kv_heads, 8)
-    torch.testing.assert_close(attend(q, k, v, "sdpa"), attend(q, k, v, "eager"), rtol=1e-5, atol=1e-5)
+    for backend in ("sdpa", "flash"):
+        torch.testing.assert_close(attend(q, k, v, backend), attend(q, k, v, "eager"), rtol=1e-5, atol=1e-5)
 
 
 def test_backend_names() -> None:

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3 import modeling_qwen3
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
 from skvr_dist.errors import UserError
@@ -189,8 +189,9 @@ class RoutedModel:
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        # The block masks of flex attention belong to all positions.
-        if last_positions is not None and (last_positions >= positions or not isinstance(mask, Tensor | None)):
+        if last_positions is not None and (
+            last_positions >= positions or self._needs_all_positions(mask, position_ids)
+        ):
             last_positions = None
         if last_positions is not None:
             last_mask = _last_rows(mask, last_positions)
@@ -206,6 +207,7 @@ class RoutedModel:
         read = set(sources)
         if past_key_values is not None:
             _require_same_strategy(past_key_values, read)
+        last_reader = {source: reader for reader, source in enumerate(sources)}
         known: dict[int, tuple[Tensor, Tensor]] = {}
         for number, layer in enumerate(self.layers):
             stops_here = last_positions if number == max(read) else None
@@ -225,12 +227,22 @@ class RoutedModel:
             )
             if k is not None:
                 known[number] = (k, v)
+            # Offloaded and quantized caches hold less than what the layers read of them, which must not pile up.
+            known = {source: kv for source, kv in known.items() if last_reader[source] > number}
+            del k, v
             if stops_here is not None:
                 rope = _last_rope(rope, stops_here)
                 position_ids = position_ids[:, -stops_here:]
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
         )
+
+    def _needs_all_positions(self: Any, mask: Any, position_ids: Tensor) -> bool:
+        """Whether attention cannot be asked for the last queries alone."""
+        if mask is None and is_flash_attention_requested(self.config):
+            # It tells packed texts apart by positions that begin anew, taking those of the queries for the keys' too.
+            return bool((position_ids.diff() < 0).any())
+        return not isinstance(mask, Tensor | None)  # the block masks of flex attention belong to all positions
 
 
 def _require_same_strategy(cache: Cache, read: set[int]) -> None:
