@@ -13,6 +13,8 @@ from skvr_dist.hf.config import hf_config
 from skvr_dist.hf.weights import hf_name
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder
+from skvr_dist.parity import reference
+from skvr_dist.routing import CacheStrategy
 
 CLASSES: dict[str, Any] = {
     "qwen3": RoutedQwen3ForCausalLM,
@@ -66,3 +68,14 @@ def routed_model(config: ModelConfig, weights: dict[str, Tensor] | None = None) 
     ids = {"pad_token_id": 0}
     model = CLASSES[config.architecture](hf_config(config, torch.float32, ids))
     return load_into(model, weights or random_weights(config))
+
+
+@torch.no_grad()
+def reference_tokens(config: ModelConfig, retained: tuple[int, ...], inputs: Tensor, count: int) -> Tensor:
+    """Inputs int [B, S] and `count` greedy tokens, without a cache, by the reference that shares no code with us."""
+    weights, shape = random_weights(config), config.model_dump()
+    sources = list(CacheStrategy(config.num_hidden_layers, retained).kv_source_layers)
+    for _ in range(count):
+        logits = reference.logits(weights, shape, inputs, sources)[:, -1]
+        inputs = torch.cat((inputs, logits.argmax(-1, keepdim=True)), dim=1)
+    return inputs

@@ -1,4 +1,4 @@
-"""Parity with the single-process reference on a GPU: `python -m pytest -m gpu`."""
+"""What only a GPU can show, against the plain reference: `python -m pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from hf_models import STRATEGIES, random_weights, routed_model, shape_of
+from test_hf_generate import CACHES, CONFIG, generate, prompts, wanted_tokens
 
 from skvr_dist.model.attention import flash_is_installed
+from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.launcher import start_process_group
 from skvr_dist.parity.cases import Case
 from skvr_dist.parity.compare import compare
 from skvr_dist.parity.measure import run_case
+from skvr_dist.routing import CacheStrategy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,12 +32,56 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def require_flash() -> None:
+    if not flash_is_installed():
+        pytest.skip("flash-attn is not installed")
+
+
 @pytest.mark.parametrize("policy", ["none", "uniform", "strategy"])
 @pytest.mark.parametrize(("precision", "attention"), [("fp32", "sdpa"), ("bf16", "sdpa"), ("bf16", "flash")])
 def test_one_gpu_follows_the_reference(policy: str, precision: str, attention: str) -> None:
-    if attention == "flash" and not flash_is_installed():
-        pytest.skip("flash-attn is not installed")
+    if attention == "flash":
+        require_flash()
     # One rank of a data-parallel layout: bf16 needs ZeRO-1.
     case = Case("DP2 ZeRO-1", policy, tied=True, precision=precision, attention=attention)
     outcome = compare(case, [run_case(case)])
     assert not outcome.misses, outcome
+
+
+@pytest.mark.parametrize("retained", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded", "offloaded, static"])
+def test_greedy_tokens_of_caches(kind: str, retained: tuple[int, ...]) -> None:
+    """In fp32; `generate` compiles the steps with a static cache."""
+    torch._dynamo.reset()
+    model = routed_model(CONFIG).cuda()
+    model.set_cache_strategy(retained)
+    found = generate(model, prompts().cuda(), **CACHES[kind])
+    assert torch.equal(found.sequences.cpu(), wanted_tokens(retained))
+    if "offloaded" in kind:
+        held = [layer for layer in found.past_key_values.layers if layer.is_initialized]
+        assert {layer.keys.device.type for layer in held[1:]} == {"cpu"}
+
+
+@pytest.mark.parametrize("retained", STRATEGIES.values(), ids=STRATEGIES)
+@torch.no_grad()
+def test_flash_attention_of_transformers(retained: tuple[int, ...]) -> None:
+    """In bf16, with a padded row: no further from fp32 than the formula in bf16 is, within a factor of two."""
+    require_flash()
+    config = shape_of("qwen3", hidden_size=64, head_dim=32)
+    decoder = Decoder(config)
+    decoder.load_state_dict(random_weights(config, scale=0.1))
+    model = routed_model(config, random_weights(config, scale=0.1)).to("cuda", torch.bfloat16)
+    model.set_cache_strategy(retained)
+    x, mask = prompts(), torch.ones(16, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    sources = CacheStrategy(config.num_hidden_layers, retained).kv_source_layers
+    wanted = decoder(x, sources)
+    wanted[1, 5:] = decoder(x[1:2, 5:], sources)[0]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for keep in (0, 1, 3):
+        errors = {}
+        for kernel in ("eager", "flash_attention_2"):
+            model.set_attn_implementation(kernel)
+            found = model(x.cuda(), attention_mask=mask.cuda(), position_ids=positions.cuda(), logits_to_keep=keep)
+            errors[kernel] = ((found.logits.cpu().float() - wanted[:, -keep:]) * mask[:, -keep:, None]).norm()
+        assert errors["flash_attention_2"] <= 2 * errors["eager"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flash_on_cpu import give_to_transformers
-from hf_models import STRATEGIES, random_weights, routed_model, shape_of
+from hf_models import STRATEGIES, random_weights, reference_tokens, routed_model, shape_of
 from optimum.quanto.library.extensions import cpp as quanto_cpp
 from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, StaticCache
@@ -19,7 +19,6 @@ from transformers.cache_utils import CacheLayerMixin, HQQQuantizedLayer, Quantiz
 
 from skvr_dist.errors import UserError
 from skvr_dist.model.decoder import KV, Decoder
-from skvr_dist.parity import reference
 from skvr_dist.routing import CacheStrategy
 
 CONFIG = shape_of("qwen3")
@@ -77,16 +76,8 @@ def prompts() -> Tensor:
 
 
 @cache
-@torch.no_grad()
-def reference_tokens(retained: tuple[int, ...]) -> Tensor:
-    """Greedy, without a cache, by the reference that shares no code with the library."""
-    weights, shape = random_weights(CONFIG), CONFIG.model_dump()
-    sources = list(CacheStrategy(LAYERS, retained).kv_source_layers)
-    found = prompts()
-    for _ in range(NEW_TOKENS):
-        logits = reference.logits(weights, shape, found, sources)[:, -1]
-        found = torch.cat((found, logits.argmax(-1, keepdim=True)), dim=1)
-    return found
+def wanted_tokens(retained: tuple[int, ...]) -> Tensor:
+    return reference_tokens(CONFIG, retained, prompts(), NEW_TOKENS)
 
 
 def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
@@ -147,7 +138,7 @@ def test_bytes(model: Any, options: dict[str, Any]) -> None:
 def test_greedy_tokens(model: Any, kind: str, retained: tuple[int, ...]) -> None:
     model.set_cache_strategy(retained)
     found = generate(model, **CACHES[kind])
-    assert torch.equal(found.sequences, reference_tokens(retained))
+    assert torch.equal(found.sequences, wanted_tokens(retained))
     assert type(found.past_key_values) is (StaticCache if "static" in kind else DynamicCache)
     if "offloaded" in kind:
         held = [layer for layer in found.past_key_values.layers if layer.is_initialized]
@@ -167,7 +158,7 @@ def test_compiled_decoding(model: Any) -> None:
     model.set_cache_strategy("every:4")
     torch._dynamo.reset()
     found = generate(model, **CACHES["static"], compile_config=config).sequences
-    assert torch.equal(found, reference_tokens(STRATEGIES["every:4"]))
+    assert torch.equal(found, wanted_tokens(STRATEGIES["every:4"]))
     assert len(graphs) == 1
 
 
@@ -239,12 +230,12 @@ def test_assisted_by_itself_at_a_smaller_cache(model: Any) -> None:
     assistant = routed_model(CONFIG)
     assistant.set_cache_strategy("prefix:3")
     found = generate(model, prompts()[:1], assistant_model=assistant, max_new_tokens=24).sequences
-    assert torch.equal(found, reference_tokens(STRATEGIES["every:2"])[:1, : PROMPT_LENGTH + 24])
+    assert torch.equal(found, wanted_tokens(STRATEGIES["every:2"])[:1, : PROMPT_LENGTH + 24])
 
 
 def test_a_users_cache_goes_on_but_not_at_another_strategy(model: Any) -> None:
     model.set_cache_strategy("every:2")
-    wanted = reference_tokens(STRATEGIES["every:2"])
+    wanted = wanted_tokens(STRATEGIES["every:2"])
     held = DynamicCache()
     first = generate(model, past_key_values=held, max_new_tokens=10).sequences
     assert torch.equal(generate(model, first, past_key_values=held, max_new_tokens=54).sequences, wanted)

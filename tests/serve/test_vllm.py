@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CACHE_GIB
-from hf_models import STRATEGIES, random_weights, shape_of
+from hf_models import STRATEGIES, random_weights, reference_tokens, shape_of
 from torch import Tensor
 from vllm import LLM, SamplingParams
 
@@ -26,7 +26,6 @@ from skvr_dist.errors import UserError
 from skvr_dist.hf.card import Training
 from skvr_dist.hf.export import export_model
 from skvr_dist.model.config import ModelConfig
-from skvr_dist.parity import reference
 from skvr_dist.routing import CacheStrategy, RoutingConfig
 from skvr_dist.serve.sharing import require_one_stage
 
@@ -70,15 +69,8 @@ def prompts() -> Tensor:
     return torch.randint(3, 400, (16, 12), generator=torch.Generator().manual_seed(9))
 
 
-@torch.no_grad()
-def reference_tokens(config: ModelConfig, retained: tuple[int, ...], inputs: Tensor) -> list[list[int]]:
-    """Greedy, without a cache, by the reference that shares no code with the library."""
-    weights, sources = random_weights(config), list(CacheStrategy(LAYERS, retained).kv_source_layers)
-    found = inputs
-    for _ in range(NEW_TOKENS):
-        logits = reference.logits(weights, config.model_dump(), found, sources)[:, -1]
-        found = torch.cat((found, logits.argmax(-1, keepdim=True)), dim=1)
-    return found[:, inputs.shape[1] :].tolist()
+def wanted_tokens(config: ModelConfig, retained: tuple[int, ...], inputs: Tensor) -> list[list[int]]:
+    return reference_tokens(config, retained, inputs, NEW_TOKENS)[:, inputs.shape[1] :].tolist()
 
 
 def serve(folder: Path, **overrides: Any) -> tuple[list[list[int]], int]:
@@ -110,13 +102,13 @@ def test_tokens_and_capacity(family: str, exports: Mapping[str, Path]) -> None:
     strategies = {"full": tuple(range(LAYERS)), **STRATEGIES}
     for name, retained in strategies.items():
         tokens, held = serve(exports[family], kv_profile=name)
-        assert tokens == reference_tokens(config, retained, prompts()), name
+        assert tokens == wanted_tokens(config, retained, prompts()), name
         assert capacity(config, len(retained)) - BLOCK < held <= capacity(config, len(retained)), name
 
 
 def test_other_ways_to_name_a_strategy(exports: Mapping[str, Path], tmp_path: Path) -> None:
     """By a map; in config.json; and pruned. All are every:4."""
-    wanted = reference_tokens(CONFIGS["qwen3"], STRATEGIES["every:4"], prompts())
+    wanted = wanted_tokens(CONFIGS["qwen3"], STRATEGIES["every:4"], prompts())
     assert serve(exports["qwen3"], kv_source_layers=[0, 0, 0, 0, 4, 4, 4, 4])[0] == wanted
     assert serve(exports["pruned"])[0] == wanted
     for file in exports["qwen3"].iterdir():
@@ -203,5 +195,5 @@ def test_over_http(server: str) -> None:
     with urllib.request.urlopen(request, timeout=60) as response:
         answer = json.load(response)
     found = [choice["token_ids"] for choice in answer["choices"]]
-    assert found == reference_tokens(CONFIGS["qwen3"], STRATEGIES["irregular"], inputs)
+    assert found == wanted_tokens(CONFIGS["qwen3"], STRATEGIES["irregular"], inputs)
     assert all(choice["text"] for choice in answer["choices"])
