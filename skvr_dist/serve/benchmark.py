@@ -1,4 +1,4 @@
-"""Throughput of vLLM at several cache strategies under one budget for the cache, measured in one run."""
+"""vLLM at several cache strategies under one budget for the cache, measured in one run."""
 
 from __future__ import annotations
 
@@ -15,71 +15,86 @@ from vllm import LLM, SamplingParams
 
 
 @dataclass
-class Throughput:
-    """One strategy; tokens per second in the order of the rounds."""
+class Serving:
+    """One strategy; one value of each list for each engine, in the order of the rounds."""
 
     strategy: str
     cache_tokens: int = 0
     """Tokens that the budget holds, as vLLM reports it."""
     tokens_per_second: list[float] = field(default_factory=list)
     """Generated tokens of all requests over the time until the last one is done."""
+    first_token_seconds: list[float] = field(default_factory=list)
+    """Of one long prompt alone; median over some."""
 
-    def ratio_to(self, other: Throughput) -> float:
-        """Median over the rounds of this strategy's throughput over the other's in the same round."""
-        pairs = zip(self.tokens_per_second, other.tokens_per_second, strict=True)
+    def ratio_to(self, other: Serving, what: str) -> float:
+        """Median over the rounds of this strategy's figure over the other's in the same round."""
+        pairs = zip(getattr(self, what), getattr(other, what), strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
-def measure_throughput(
-    model: Path,
-    strategies: Sequence[str],
-    *,
-    budget_bytes: int,
-    requests: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    rounds: int,
-) -> list[Throughput]:
-    """Serve the same requests at each strategy in turn, with an engine of its own each time.
+@dataclass(frozen=True)
+class Load:
+    """What an engine is asked."""
+
+    requests: int
+    prompt_tokens: int
+    new_tokens: int
+    """Of each request."""
+    long_prompt_tokens: int
+    """Of the prompts that are answered with one token, each alone."""
+    long_prompts: int = 7
+
+
+def measure_serving(
+    model: Path, strategies: Sequence[str], load: Load, *, dtype: str, budget_bytes: int, rounds: int
+) -> list[Serving]:
+    """Serve the same requests at each strategy in turn, with an engine of its own each time and fast prefill.
 
     Args:
         model: an export.
+        dtype: of weights and cache; left to itself vLLM makes bfloat16 of float32.
         budget_bytes: for the cache, whatever the strategy.
         rounds: of each strategy.
     """
-    found = {spec: Throughput(spec) for spec in strategies}
+    found = {spec: Serving(spec) for spec in strategies}
     for spec in tqdm(list(strategies) * rounds, desc="engines", disable=None):
-        tokens_per_second, found[spec].cache_tokens = _serve(
-            model, spec, budget_bytes, requests, prompt_tokens, new_tokens
-        )
-        found[spec].tokens_per_second.append(tokens_per_second)
+        _serve(model, found[spec], load, dtype, budget_bytes)
     return list(found.values())
 
 
-def _serve(
-    model: Path, strategy: str, budget_bytes: int, requests: int, prompt_tokens: int, new_tokens: int
-) -> tuple[float, int]:
+def _serve(model: Path, found: Serving, load: Load, dtype: str, budget_bytes: int) -> None:
+    longest = max(load.prompt_tokens + load.new_tokens, load.long_prompt_tokens + 1)
     llm = LLM(
         str(model),
+        dtype=dtype,
         enforce_eager=True,
         enable_prefix_caching=False,
-        max_model_len=prompt_tokens + new_tokens,
-        max_num_seqs=requests,
+        max_model_len=longest,
+        max_num_batched_tokens=max(longest, 2048),
+        max_num_seqs=load.requests,
         kv_cache_memory_bytes=budget_bytes,
-        hf_overrides={"kv_profile": strategy},
+        kv_sharing_fast_prefill=True,
+        hf_overrides={"kv_profile": found.strategy},
     )
     try:
         vocabulary = llm.llm_engine.model_config.get_vocab_size()
         generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(vocabulary, (requests, prompt_tokens), generator=generator).tolist()
-        inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
-        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-        llm.generate(inputs[:2], sampling, use_tqdm=False)  # the first requests warm up
-        started = time.perf_counter()
-        llm.generate(inputs, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - started
+
+        def seconds(prompts: int, prompt_tokens: int, new_tokens: int) -> float:
+            tokens = torch.randint(vocabulary, (prompts, prompt_tokens), generator=generator).tolist()
+            inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in tokens]
+            sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+            started = time.perf_counter()
+            llm.generate(inputs, sampling, use_tqdm=False)
+            return time.perf_counter() - started
+
+        seconds(2, load.prompt_tokens, load.new_tokens)  # the first requests warm up
+        taken = seconds(load.requests, load.prompt_tokens, load.new_tokens)
+        found.tokens_per_second.append(load.requests * load.new_tokens / taken)
+        alone = [seconds(1, load.long_prompt_tokens, 1) for _ in range(load.long_prompts)]
+        found.first_token_seconds.append(statistics.median(alone))
         cache = llm.llm_engine.vllm_config.cache_config
         assert cache.num_gpu_blocks is not None
-        return requests * new_tokens / seconds, cache.num_gpu_blocks * cache.block_size
+        found.cache_tokens = cache.num_gpu_blocks * cache.block_size
     finally:
         llm.llm_engine.engine_core.shutdown()

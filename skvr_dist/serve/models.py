@@ -13,6 +13,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
 from skvr_dist.hf.configuration import sources_of, warn_if_untrained
+from skvr_dist.serve.fast_prefill import stop_prefill_early
 from skvr_dist.serve.sharing import reader_weights, share
 
 
@@ -23,6 +24,7 @@ class _Shared:
         self.kv_sources = sources_of(config)
         warn_if_untrained(config, self.kv_sources)
         share(self.model, self.kv_sources, vllm_config, maybe_prefix(prefix, "model"))
+        stop_prefill_early(self.model, self.kv_sources, vllm_config)
 
     def load_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return super().load_weights(reader_weights(weights, self.kv_sources))  # type: ignore[misc]

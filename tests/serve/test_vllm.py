@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,29 @@ def wanted_tokens(config: ModelConfig, retained: tuple[int, ...], inputs: Tensor
     return reference_tokens(config, retained, inputs, NEW_TOKENS)[:, inputs.shape[1] :].tolist()
 
 
-def serve(folder: Path, **overrides: Any) -> tuple[list[list[int]], int]:
-    """The greedy tokens of all prompts, and the tokens that the cache holds."""
-    llm = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=128, hf_overrides=overrides)
+@contextmanager
+def engine(folder: Path, overrides: Mapping[str, Any], **options: Any) -> Iterator[LLM]:
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, **options}
+    llm = LLM(str(folder), hf_overrides=dict(overrides), **options)
     try:
-        sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-        inputs: list[Any] = [{"prompt_token_ids": row} for row in prompts().tolist()]
-        found = [list(out.outputs[0].token_ids) for out in llm.generate(inputs, sampling, use_tqdm=False)]
-        cache = llm.llm_engine.vllm_config.cache_config
-        assert cache.num_gpu_blocks is not None
-        return found, cache.num_gpu_blocks * cache.block_size
+        yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def greedy_tokens(llm: LLM) -> list[list[int]]:
+    """After each of the prompts."""
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    inputs: list[Any] = [{"prompt_token_ids": row} for row in prompts().tolist()]
+    return [list(out.outputs[0].token_ids) for out in llm.generate(inputs, sampling, use_tqdm=False)]
+
+
+def serve(folder: Path, **overrides: Any) -> tuple[list[list[int]], int]:
+    """The greedy tokens of all prompts, and the tokens that the cache holds."""
+    with engine(folder, overrides) as llm:
+        cache = llm.llm_engine.vllm_config.cache_config
+        assert cache.num_gpu_blocks is not None
+        return greedy_tokens(llm), cache.num_gpu_blocks * cache.block_size
 
 
 def capacity(config: ModelConfig, retained: int) -> int:
@@ -117,6 +129,54 @@ def test_other_ways_to_name_a_strategy(exports: Mapping[str, Path], tmp_path: Pa
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({**stored, "kv_profile": "every:4"}))
     assert serve(tmp_path)[0] == wanted
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_fast_prefill(family: str, exports: Mapping[str, Path]) -> None:
+    """Layers above the last retained one see a prompt's last position alone; the tokens stay the same."""
+    seen: dict[int, int] = {}
+
+    def watch(model: Any) -> None:
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_pre_hook(
+                lambda module, args, n=number: seen.update({n: seen.get(n, 0) + len(args[0])})
+            )
+
+    config, options = CONFIGS[family], {"kv_sharing_fast_prefill": True, "max_num_batched_tokens": 40}
+    for name in ("prefix:3", "irregular"):
+        with engine(exports[family], {"kv_profile": name}, **options) as llm:
+            llm.apply_model(watch)
+            seen.clear()
+            assert greedy_tokens(llm) == wanted_tokens(config, STRATEGIES[name], prompts()), name
+        prompt_tokens, new_tokens = prompts().numel(), len(prompts()) * (NEW_TOKENS - 1)
+        everywhere = [number for number, positions in seen.items() if positions == prompt_tokens + new_tokens]
+        assert everywhere == list(range(STRATEGIES[name][-1] + 1))
+        # A prompt that is computed in two pieces has a last position in each.
+        assert all(seen[n] < new_tokens + 2 * len(prompts()) for n in seen if n not in everywhere)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"enforce_eager": False}, "without --enforce-eager"),
+        ({"enable_lora": True}, "with LoRA adapters"),
+    ],
+)
+def test_impossible_fast_prefill_is_refused(options: dict[str, Any], shown: str, exports: Mapping[str, Path]) -> None:
+    overrides = {"kv_profile": "prefix:3"}
+    with (
+        pytest.raises(UserError, match=rf"does not work {shown}; .*: layers 3 to 7 then see the whole prompt$"),
+        engine(exports["qwen3"], overrides, kv_sharing_fast_prefill=True, **options),
+    ):
+        pass
+
+
+def test_tensor_parallel(exports: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers are sharded like the layers that they stand for."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "kv_sharing_fast_prefill": True}
+    with engine(exports["qwen3"], {"kv_profile": "prefix:3"}, **options) as llm:
+        assert greedy_tokens(llm) == wanted_tokens(CONFIGS["qwen3"], STRATEGIES["prefix:3"], prompts())
 
 
 def test_an_unknown_profile_is_refused(exports: Mapping[str, Path]) -> None:
