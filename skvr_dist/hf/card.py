@@ -25,6 +25,14 @@ _POLICIES = {
 }
 
 
+# What a checkpoint's facts and configuration hold that a reader of the card wants to know.
+_FACTS = ("step", "tokens_seen", "imported_from")
+_SETTINGS = {
+    "data": ("sequence_length", "documents"),
+    "train": ("global_batch_size", "learning_rate", "weight_decay", "precision"),
+}
+
+
 @dataclass(frozen=True)
 class Training:
     """What the card tells about the training."""
@@ -41,17 +49,17 @@ class Training:
     def of(cls, checkpoint: Checkpoint) -> Training:
         """What a checkpoint knows, with the retention curve if `tools/retention.py` left one in it."""
         tree = checkpoint.config_tree
-        facts = {name: value for name, value in checkpoint.facts.items() if isinstance(value, int | str)}
-        length = tree.get("data", {}).get("sequence_length")  # an import has not been trained here
-        if length is not None:
-            facts["sequence_length"] = length
+        facts = {name: checkpoint.facts[name] for name in _FACTS if name in checkpoint.facts}
+        for section, names in _SETTINGS.items():
+            settings = tree.get(section, {})  # an import has not been trained here
+            facts |= {name: settings[name] for name in names if name in settings}
         table = None
         measured = checkpoint.folder / RETENTION_FILE
         if measured.exists():
             record = json.loads(measured.read_text())
             points = [RetentionPoint(**point) for point in record["points"]]
             table = as_table({f"step {checkpoint.step}": points})
-            table += f"\n\nOver {record['sequences']} held-out sequences of {length} tokens."
+            table += f"\n\nOver {record['sequences']} held-out sequences of {facts['sequence_length']} tokens."
         profiles = tree.get("evaluate", {}).get("profiles", {})
         return cls(RoutingConfig.model_validate(tree["routing"]), facts, table, profiles)
 
