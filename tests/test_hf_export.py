@@ -395,6 +395,8 @@ with torch.no_grad():
     small.set_cache_strategy([0])
     routed.set_cache_strategy("prefix:1")
     assert torch.equal(routed(tokens).logits, small(tokens).logits)
+small.set_cache_strategy([0, 2])
+routed.set_cache_strategy("two")
 try:
     small.set_cache_strategy("full")
 except ValueError as error:
@@ -403,13 +405,24 @@ try:
     AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=False)
 except ValueError as error:
     print(error)
+for model, folder in ((routed, "third"), (small, "fourth")):
+    model.save_pretrained(folder)
+for folder in ("again", "third", "pruned again", "fourth"):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(routed(tokens).logits, model(tokens).logits)
+    stored = json.load(open(f"{folder}/config.json"))
+    assert stored["architectures"] == ["PrunedLlamaForCausalLM" if "pruned" in folder or folder == "fourth" else
+        "LlamaForCausalLM"]
+    assert "kv_profile" not in json.load(open(f"{folder}/generation_config.json"))
+assert type(AutoModelForCausalLM.from_pretrained("third")) is LlamaForCausalLM
 print(small.num_parameters(), plain.num_parameters())
 assert not [name for name in sys.modules if name.startswith("skvr_dist")]
 """
 
 
 def test_an_export_brings_its_code_along(tmp_path: Path) -> None:
-    """In a process without our package: plain, at a profile, and pruned."""
+    """In a process without our package: plain, at a profile, and pruned; also once they are saved again."""
     config, weights = MODELS["llama biased"], random_weights(MODELS["llama biased"])
     strategy = CacheStrategy(3, (0, 2))
     training = Training(TRAINING.routing, {}, profiles={"two": "0,2"})
@@ -419,6 +432,13 @@ def test_an_export_brings_its_code_along(tmp_path: Path) -> None:
     assert len(unused) == 4  # weights and biases
     assert report.parameters == sum(w.numel() for w in weights.values()) - sum(w.numel() for w in unused)
 
+    for folder, options in {"whole": {"kv_profile": "two"}, "pruned": {}}.items():
+        again = tmp_path / ("again" if folder == "whole" else "pruned again")
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder, **options).save_pretrained(again)
+    with pytest.raises(UserError, match=r"layer 1 was pruned from this checkpoint"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", kv_profile="full")
+    with pytest.raises(UserError, match=r"layer 1 was pruned from this checkpoint"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", kv_source_layers=[0, 1, 1])
     done = subprocess.run(
         [sys.executable, "-c", ALONE, tmp_path / "whole", tmp_path / "pruned"],
         env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},

@@ -233,6 +233,13 @@ def test_assisted_by_itself_at_a_smaller_cache(model: Any) -> None:
     assert torch.equal(found, wanted_tokens(STRATEGIES["every:2"])[:1, : PROMPT_LENGTH + 24])
 
 
+@pytest.mark.parametrize("options", [{"assistant_early_exit": 4}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_drafts_of_its_own(model: Any, options: dict[str, Any]) -> None:
+    model.set_cache_strategy("every:2")
+    found = generate(model, prompts()[:1], max_new_tokens=24, **options).sequences
+    assert torch.equal(found, wanted_tokens(STRATEGIES["every:2"])[:1, : PROMPT_LENGTH + 24])
+
+
 def test_a_users_cache_goes_on_but_not_at_another_strategy(model: Any) -> None:
     model.set_cache_strategy("every:2")
     wanted = wanted_tokens(STRATEGIES["every:2"])

@@ -210,6 +210,8 @@ def test_what_the_auto_class_makes(tmp_path: Path) -> None:
         ({"kv_profile": "bulky"}, r"cannot read cache strategy 'bulky'; .* or a named profile \(bulk\)$"),
         ({"kv_profile": "1,3"}, r"\[1, 3\] does not retain layer 0"),
         ({"kv_profile": "0,8"}, r"retains layer 8, but the model has layers 0 to 7"),
+        ({"kv_profile": 4}, r"\[4\] does not retain layer 0"),
+        ({"kv_source_layers": [0.0] * 8}, r"must be a list of layer numbers, one for each of 8 layers"),
         ({"kv_source_layers": [0] * 7}, r"names 7 sources, but the model has 8 layers; name one for each"),
         (
             {"kv_source_layers": [0, 2, 2, 2, 2, 2, 2, 2]},

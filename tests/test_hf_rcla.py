@@ -108,15 +108,51 @@ def test_the_policy_of_inference_and_going_on() -> None:
 
 def test_evaluation_and_disabling_change_nothing() -> None:
     model, batch = plain_model("llama"), tokens(1)[0]
-    with torch.no_grad():
-        wanted = model(batch).logits
-        enable_rcla(model, seed=SEED)
-        assert not torch.equal(model(batch).logits, wanted)
-        assert torch.equal(model.eval()(batch).logits, wanted)
-        disable_rcla(model)
-        assert torch.equal(model.train()(batch).logits, wanted)
+    wanted = model(batch).logits
+    answer = model.generate(batch, max_new_tokens=8, do_sample=False)
+    draw = enable_rcla(model, seed=SEED)
+    assert not torch.equal(model(batch).logits, wanted)
+    assert torch.equal(model.generate(batch, max_new_tokens=8, do_sample=False), answer)  # of a model in training mode
+    assert torch.equal(model.eval()(batch).logits, wanted)
+    assert draw.passes == 1
+    disable_rcla(model)
+    assert torch.equal(model.train()(batch).logits, wanted)
     names = {type(module).__name__ for module in model.modules()}
     assert {"LlamaDecoderLayer", "LlamaAttention"} <= names  # by which FSDP policies find them
+
+
+def test_a_model_that_accelerate_placed(tmp_path: Path) -> None:
+    """Its modules hold their forwards of before."""
+    plain_model("mistral").save_pretrained(tmp_path / "model")
+    devices = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    devices |= {f"model.layers.{number}": "disk" if number == 3 else "cpu" for number in range(LAYERS)}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=devices, offload_folder=tmp_path / "disk", dtype=torch.float32
+    ).train()
+    enable_rcla(model, cross_layer_prob=0.6, seed=SEED)
+    batch = tokens(1)[0]
+    weights = initial_weights("mistral")
+    wanted = reference.loss(weights, shape("mistral").model_dump(), batch, donors(0))
+    assert_close(model(batch, labels=batch).loss.detach(), wanted, "loss", float(wanted))
+
+
+def test_compiled() -> None:
+    model = plain_model("qwen3")
+    enable_rcla(model, cross_layer_prob=0.6, seed=SEED)
+    compiled, batches = torch.compile(model, backend="eager"), tokens(3)
+    for batch in batches:
+        (compiled(batch, labels=batch).loss / 3).backward()
+    plans = [donors(number) for number in range(3)]
+    assert_gradients(gradients(model), reference_gradients("qwen3", batches, plans))
+
+
+def test_a_saved_model_tells_that_it_was_trained_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = plain_model("qwen3")
+    enable_rcla(model, cross_layer_prob=0.6, seed=SEED)
+    model.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path, kv_profile="every:2")
+    assert not [record for record in caplog.records if "not trained" in record.getMessage()]
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__module__.startswith("transformers.")
 
 
 def test_lora() -> None:

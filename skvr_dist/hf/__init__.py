@@ -5,7 +5,9 @@ Mistral checkpoints still become the classes of transformers, unless `kv_profile
 """
 
 from skvr_dist.hf.auto import register
-from skvr_dist.hf.causal_lm import RoutedLlamaForCausalLM, RoutedMistralForCausalLM, RoutedQwen3ForCausalLM
+from skvr_dist.hf.causal_lm import LlamaForCausalLM as RoutedLlamaForCausalLM
+from skvr_dist.hf.causal_lm import MistralForCausalLM as RoutedMistralForCausalLM
+from skvr_dist.hf.causal_lm import Qwen3ForCausalLM as RoutedQwen3ForCausalLM
 from skvr_dist.hf.rcla import disable_rcla, enable_rcla
 
 __all__ = [

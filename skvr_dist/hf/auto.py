@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedConfig,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
-from skvr_dist.hf.causal_lm import (
-    PrunedLlamaForCausalLM,
-    PrunedMistralForCausalLM,
-    PrunedQwen3ForCausalLM,
-    RoutedLlamaForCausalLM,
-    RoutedMistralForCausalLM,
-    RoutedQwen3ForCausalLM,
-)
+from skvr_dist.hf import causal_lm
 from skvr_dist.hf.configuration import PrunedLlamaConfig, PrunedMistralConfig, PrunedQwen3Config
+from skvr_dist.hf.remote_code import add_code
 
 _SPEAKS_OF_CACHES = ("kv_profiles", "kv_profile", "kv_source_layers")
 
@@ -50,25 +35,26 @@ class _Choice:
 
 
 class _Qwen3(_Choice):
-    plain, routed = Qwen3ForCausalLM, RoutedQwen3ForCausalLM
+    plain, routed = transformers.Qwen3ForCausalLM, causal_lm.Qwen3ForCausalLM
 
 
 class _Llama(_Choice):
-    plain, routed = LlamaForCausalLM, RoutedLlamaForCausalLM
+    plain, routed = transformers.LlamaForCausalLM, causal_lm.LlamaForCausalLM
 
 
 class _Mistral(_Choice):
-    plain, routed = MistralForCausalLM, RoutedMistralForCausalLM
+    plain, routed = transformers.MistralForCausalLM, causal_lm.MistralForCausalLM
 
 
 def register() -> None:
-    """Teach the Auto classes of this process our models."""
+    """Teach the Auto classes of this process our models, and these to be saved with their code."""
+    causal_lm.RoutedForCausalLM.add_code = staticmethod(add_code)
     for config, choice in ((Qwen3Config, _Qwen3), (LlamaConfig, _Llama), (MistralConfig, _Mistral)):
         AutoModelForCausalLM.register(config, choice, exist_ok=True)
     for config, model in (
-        (PrunedQwen3Config, PrunedQwen3ForCausalLM),
-        (PrunedLlamaConfig, PrunedLlamaForCausalLM),
-        (PrunedMistralConfig, PrunedMistralForCausalLM),
+        (PrunedQwen3Config, causal_lm.PrunedQwen3ForCausalLM),
+        (PrunedLlamaConfig, causal_lm.PrunedLlamaForCausalLM),
+        (PrunedMistralConfig, causal_lm.PrunedMistralForCausalLM),
     ):
         AutoConfig.register(config.model_type, config)
         AutoModelForCausalLM.register(config, model)

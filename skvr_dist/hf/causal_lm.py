@@ -1,23 +1,29 @@
 """Causal language models of transformers at any cache strategy, and those that were pruned to one.
 
-This file travels inside exports.
+Classes for whole checkpoints have the names of transformers' own, which is what `save_pretrained` calls the
+architecture: it stays a plain one. This file travels inside exports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import Cache, LlamaForCausalLM, MistralForCausalLM, PreTrainedConfig, Qwen3ForCausalLM
+from transformers import Cache, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen3 import modeling_qwen3
 
-from skvr_dist.errors import UserError
 from skvr_dist.hf.configuration import (
     PrunedLlamaConfig,
     PrunedMistralConfig,
     PrunedQwen3Config,
     Sources,
+    require_stored,
     sources_of,
     warn_if_untrained,
 )
@@ -31,6 +37,9 @@ class RoutedForCausalLM:
     Besides what those take, `from_pretrained` takes `kv_profile` or `kv_source_layers`.
     """
 
+    add_code: ClassVar[Callable[[Path, PreTrainedConfig, str], None] | None] = None
+    """Puts this code into the folder of a configuration; None in a copy of it, which transformers copies itself."""
+
     def __init__(
         self: Any,
         config: PreTrainedConfig,
@@ -39,7 +48,11 @@ class RoutedForCausalLM:
     ) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         route(self)
+        self._remove_pruned()
         self._set_sources(sources_of(config, kv_profile, kv_source_layers))
+
+    def _remove_pruned(self) -> None:
+        """Whole checkpoints have all projections."""
 
     def set_cache_strategy(self: Any, strategy: str | Sequence[int]) -> None:
         """Choose the layers that keep a cache from the next prompt on.
@@ -54,6 +67,7 @@ class RoutedForCausalLM:
             sources = sources_of(self.config, kv_profile=strategy)
         else:
             sources = CacheStrategy(self.config.num_hidden_layers, tuple(strategy)).kv_source_layers
+            require_stored(self.config, sources)
         self._set_sources(sources)
 
     @property
@@ -62,12 +76,6 @@ class RoutedForCausalLM:
         return tuple(sorted(set(self.model.kv_sources)))
 
     def _set_sources(self: Any, sources: Sources) -> None:
-        for number in set(sources):
-            if not hasattr(self.model.layers[number].self_attn, "k_proj"):
-                raise UserError(
-                    f"layer {number} was pruned from this checkpoint and cannot keep a cache; retain some of layers "
-                    f"{sorted(set(sources_of(self.config)))}, or load the whole checkpoint"
-                )
         warn_if_untrained(self.config, sources)
         self.model.kv_sources = sources
 
@@ -103,51 +111,61 @@ class RoutedForCausalLM:
             **kwargs,
         )
 
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers. The strategy is saved, too, and the code for it; plain classes load the rest."""
+        sources = self.model.kv_sources
+        shares = sources != tuple(range(len(sources)))
+        self.config.kv_profile, self.config.kv_source_layers = None, list(sources) if shares else None
+        for name in ("kv_profile", "kv_source_layers"):  # transformers takes arguments of loading for its own
+            vars(self.generation_config).pop(name, None)
+        if self.add_code is not None and kwargs.get("is_main_process", True):
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            self.add_code(Path(save_directory), self.config, type(self).__name__)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
     def _get_static_cache_init_shape(self) -> None:
         """No early start of a static cache: it would give memory to layers that keep nothing."""
         return
 
 
-class RoutedQwen3ForCausalLM(RoutedForCausalLM, Qwen3ForCausalLM):
+class Qwen3ForCausalLM(RoutedForCausalLM, modeling_qwen3.Qwen3ForCausalLM):
     """Qwen3 at any cache strategy."""
 
 
-class RoutedLlamaForCausalLM(RoutedForCausalLM, LlamaForCausalLM):
+class LlamaForCausalLM(RoutedForCausalLM, modeling_llama.LlamaForCausalLM):
     """Llama at any cache strategy."""
 
 
-class RoutedMistralForCausalLM(RoutedForCausalLM, MistralForCausalLM):
+class MistralForCausalLM(RoutedForCausalLM, modeling_mistral.MistralForCausalLM):
     """Mistral at any cache strategy."""
 
 
 class _Pruned:
-    """Without the key and value projections that the configuration's strategy does not read."""
+    """Without the key and value projections that were not stored."""
 
-    def __init__(self: Any, config: PreTrainedConfig, **kwargs: Any) -> None:
-        super().__init__(config, **kwargs)  # type: ignore[call-arg]
-        owners = set(sources_of(config, kv_source_layers=config.kv_source_layers))
+    def _remove_pruned(self: Any) -> None:
         for number, layer in enumerate(self.model.layers):
-            if number not in owners:
+            if number not in self.config.kv_pruned_to:
                 for name in ("k_proj", "v_proj", "k_norm"):
                     if hasattr(layer.self_attn, name):
                         delattr(layer.self_attn, name)
 
 
-class PrunedQwen3ForCausalLM(_Pruned, RoutedQwen3ForCausalLM):
+class PrunedQwen3ForCausalLM(_Pruned, Qwen3ForCausalLM):
     """Qwen3 for one strategy."""
 
     config: PrunedQwen3Config
     config_class = PrunedQwen3Config
 
 
-class PrunedLlamaForCausalLM(_Pruned, RoutedLlamaForCausalLM):
+class PrunedLlamaForCausalLM(_Pruned, LlamaForCausalLM):
     """Llama for one strategy."""
 
     config: PrunedLlamaConfig
     config_class = PrunedLlamaConfig
 
 
-class PrunedMistralForCausalLM(_Pruned, RoutedMistralForCausalLM):
+class PrunedMistralForCausalLM(_Pruned, MistralForCausalLM):
     """Mistral for one strategy."""
 
     config: PrunedMistralConfig

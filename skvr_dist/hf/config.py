@@ -52,7 +52,7 @@ def hf_config(
     scaling = config.rope_scaling.model_dump(exclude_none=True) if config.rope_scaling else {"rope_type": "default"}
     if pruned_to is not None:
         model_type, architecture = f"skvr_{model_type}", f"Pruned{architecture}"  # type: ignore[assignment]
-        family["kv_source_layers"] = list(pruned_to.kv_source_layers)
+        family |= {"kv_pruned_to": list(pruned_to.retained), "kv_source_layers": list(pruned_to.kv_source_layers)}
     return AutoConfig.for_model(
         model_type,
         architectures=[architecture],

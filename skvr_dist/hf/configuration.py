@@ -4,8 +4,9 @@
     kv_profile        the strategy to run: one of those names, or a strategy such as every:4
     kv_source_layers  the same as a full map, one source per layer; `kv_profile` decides where both are given
     kv_training       the routing that the checkpoint was trained with, and its retention table if one was measured
+    kv_pruned_to      the layers whose key and value projections are stored, if not all are
 
-Without any of the two in the middle a model runs at full retention. This file travels inside exports.
+Without `kv_profile` and `kv_source_layers` a model runs at full retention. This file travels inside exports.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def sources_of(
     """The layer that each layer reads; what is given here goes before what the configuration holds.
 
     Raises:
-        UserError: an unknown profile, or a strategy that is impossible for this many layers.
+        UserError: an unknown profile, a strategy that is impossible for this many layers, or one that was pruned.
     """
     if kv_profile is None and kv_source_layers is None:
         kv_profile = getattr(config, "kv_profile", None)
@@ -39,11 +40,28 @@ def sources_of(
     layers = config.num_hidden_layers
     if kv_profile is not None:
         profiles = getattr(config, "kv_profiles", None)
-        return CacheStrategy.parse(kv_profile, layers, profiles).kv_source_layers
-    return tuple(range(layers)) if kv_source_layers is None else _checked(tuple(kv_source_layers), layers)
+        sources = CacheStrategy.parse(str(kv_profile), layers, profiles).kv_source_layers
+    else:
+        sources = tuple(range(layers)) if kv_source_layers is None else _checked(kv_source_layers, layers)
+    require_stored(config, sources)
+    return sources
 
 
-def _checked(sources: Sources, layers: int) -> Sources:
+def require_stored(config: PreTrainedConfig, sources: Sources) -> None:
+    """Raises `UserError` if a layer that is read was pruned from the checkpoint."""
+    stored: Sequence[int] = getattr(config, "kv_pruned_to", None) or range(config.num_hidden_layers)
+    missing = sorted(set(sources) - set(stored))
+    if missing:
+        raise UserError(
+            f"layer {missing[0]} was pruned from this checkpoint and cannot keep a cache; retain some of layers "
+            f"{list(stored)}, or load the whole checkpoint"
+        )
+
+
+def _checked(given: Sequence[int], layers: int) -> Sources:
+    if not isinstance(given, Sequence) or not all(type(source) is int for source in given):
+        raise UserError(f"kv_source_layers {given} must be a list of layer numbers, one for each of {layers} layers")
+    sources = tuple(given)
     if len(sources) != layers:
         raise UserError(
             f"kv_source_layers names {len(sources)} sources, but the model has {layers} layers; name one for each layer"
@@ -78,18 +96,18 @@ def warn_if_untrained(config: PreTrainedConfig, sources: Sources) -> None:
 
 # A pruned checkpoint lacks projections that the plain architecture needs: types of their own keep plain loaders off it.
 class PrunedQwen3Config(Qwen3Config):
-    """Qwen3 for one strategy, `kv_source_layers`, and those that keep fewer of its layers."""
+    """Qwen3 with the projections of layers `kv_pruned_to` alone."""
 
     model_type = "skvr_qwen3"
 
 
 class PrunedLlamaConfig(LlamaConfig):
-    """Llama for one strategy, `kv_source_layers`, and those that keep fewer of its layers."""
+    """Llama with the projections of layers `kv_pruned_to` alone."""
 
     model_type = "skvr_llama"
 
 
 class PrunedMistralConfig(MistralConfig):
-    """Mistral for one strategy, `kv_source_layers`, and those that keep fewer of its layers."""
+    """Mistral with the projections of layers `kv_pruned_to` alone."""
 
     model_type = "skvr_mistral"

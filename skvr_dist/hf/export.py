@@ -14,7 +14,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.hf.card import Training, model_card
 from skvr_dist.hf.check import TOLERANCE, CheckReport, check_export
 from skvr_dist.hf.config import hf_config, write_config
-from skvr_dist.hf.remote_code import describe_routing, write_remote_code
+from skvr_dist.hf.remote_code import add_code, describe_routing
 from skvr_dist.hf.tokenizer import convert_tokenizer, copy_tokenizer, special_ids, write_tokenizer
 from skvr_dist.hf.weights import WeightReader, check_names, parameter_shapes, pruned_names, write_weights
 from skvr_dist.model.config import ModelConfig
@@ -118,8 +118,8 @@ def export_model(
         folder = Path(temporary) / output.name
         folder.mkdir()
         write_weights(folder, shapes, weight, dtype, max_shard_size)
+        add_code(folder, published_config, published_config.architectures[0])
         write_config(folder, published_config)
-        write_remote_code(folder)
         GenerationConfig(**ids).save_pretrained(folder)
         if ours:
             write_tokenizer(folder, tokenizer)

@@ -10,6 +10,7 @@ E head_dim, L layers. This file travels inside exports.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -151,7 +152,7 @@ class RoutedModel:
     kv_sources: Sources
     """The layer that each layer reads, unless `draw_sources` draws them."""
     draw_sources: Callable[[], Sequence[int]] | None = None
-    """In training mode: the donors of one forward pass, int [L]."""
+    """In training mode, with gradients: the donors of one forward pass, int [L]."""
 
     @merge_with_config_defaults
     @capture_outputs
@@ -203,13 +204,16 @@ class RoutedModel:
                 last_mask = (torch.arange(keys, device=hidden.device) <= rows[:, None])[None, None]
         rope = self.rotary_emb(hidden, position_ids=position_ids)
 
-        sources = self.draw_sources() if self.training and self.draw_sources is not None else self.kv_sources
+        draws = self.training and torch.is_grad_enabled() and self.draw_sources is not None
+        sources = self.draw_sources() if draws else self.kv_sources
+        layers = self.layers[: self.config.num_hidden_layers]  # transformers lowers it to draft with the first ones
+        sources = sources[: len(layers)]
         read = set(sources)
         if past_key_values is not None:
             _require_same_strategy(past_key_values, read)
         last_reader = {source: reader for reader, source in enumerate(sources)}
         known: dict[int, tuple[Tensor, Tensor]] = {}
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(layers):
             stops_here = last_positions if number == max(read) else None
             if stops_here is not None:
                 mask = last_mask
@@ -251,7 +255,7 @@ def _require_same_strategy(cache: Cache, read: set[int]) -> None:
     if filled and filled != sorted(read):
         raise UserError(
             f"this cache holds layers {filled}, but the model's strategy reads layers {sorted(read)}; start with a new "
-            f"cache after a change of strategy"
+            f"cache after a change of strategy, and let the model be the first to fill it"
         )
 
 
@@ -338,6 +342,8 @@ def route(model: nn.Module) -> Any:
         for plain, routed in _ROUTED.items():
             if type(module) is plain:
                 module.__class__ = routed
+                if "_old_forward" in vars(module):  # accelerate placed it on a device: what its hook calls
+                    module._old_forward = types.MethodType(type(module).forward, module)
     # transformers looks the outputs that can be captured up by class, and registers classes where they are constructed.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(base)), base._can_record_outputs)
     base.kv_sources = tuple(range(base.config.num_hidden_layers))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -27,6 +28,7 @@ class DonorDraw:
         self.passes = 0
         """Forward passes so far; set it to go on where an earlier training stopped."""
 
+    @torch.compiler.disable  # it cannot trace numpy's generators
     def __call__(self) -> Sequence[int]:
         alone = self.shared or not dist.is_initialized()
         rank, ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
@@ -39,11 +41,12 @@ class DonorDraw:
 def enable_rcla(
     model: nn.Module, cross_layer_prob: float = 0.6, *, seed: int = 0, policy: str = "uniform"
 ) -> DonorDraw:
-    """Let the layers of a Qwen3, Llama or Mistral model read random donors whenever it is in training mode.
+    """Let the layers of a Qwen3, Llama or Mistral model read random donors whenever it trains.
 
-    Call it after `TrainingArguments` were made and before the model is wrapped or sharded. It works in place and
-    keeps parameters, names and adapters; in evaluation mode nothing changes. Each rank draws for itself, so ranks
-    must be data parallel. `torch.compile` would compile anew for each draw.
+    That is in training mode, where gradients are recorded; elsewhere nothing changes. Call it after
+    `TrainingArguments` were made and before the model is wrapped or sharded. It works in place and keeps parameters,
+    names and adapters. Each rank draws for itself, so ranks must be data parallel. `torch.compile` compiles anew for
+    each draw that it has not seen, up to its limit.
 
     Args:
         model: of transformers, or a PEFT model around one.
@@ -66,6 +69,7 @@ def enable_rcla(
     routing = RoutingConfig(policy=policy, cross_layer_prob=float(cross_layer_prob))  # type: ignore[arg-type]
     zero3 = is_deepspeed_zero3_enabled()
     base.draw_sources = DonorDraw(routing, base.config.num_hidden_layers, seed, shared=zero3)
+    base.config.kv_training = routing.model_dump(exclude_none=True)
     for layer in base.layers:
         layer.self_attn.unread = zero_gradients
     if zero3:

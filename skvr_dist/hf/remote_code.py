@@ -17,11 +17,16 @@ _FILES = {
     "skvr_dist.hf.modeling": "skvr_layers.py",
     "skvr_dist.hf.causal_lm": "modeling_skvr.py",
 }
-_PRUNED = "Pruned"
 
 
-def write_remote_code(folder: Path) -> None:
-    """Copy the code that `trust_remote_code=True` runs, with relative imports, so that it needs transformers alone."""
+def add_code(folder: Path, config: PreTrainedConfig, architecture: str) -> None:
+    """Copy the code that `trust_remote_code=True` runs, so that it needs transformers alone, and refer to it.
+
+    Args:
+        folder: of the checkpoint.
+        config: its configuration, which gets an `auto_map`.
+        architecture: the class of the model.
+    """
     root = Path(skvr_dist.__file__).parent.parent
     for module, name in _FILES.items():
         text = (root / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
@@ -30,16 +35,13 @@ def write_remote_code(folder: Path) -> None:
         (folder / name).write_text(
             f"# Part of skvr_dist {skvr_dist.__version__}, Apache-2.0.\n{text}", encoding="utf-8"
         )
+    config.auto_map = {"AutoModelForCausalLM": f"modeling_skvr.{architecture}"}
+    if type(config).__name__.startswith("Pruned"):
+        config.auto_map["AutoConfig"] = f"configuration_skvr.{type(config).__name__}"
 
 
 def describe_routing(config: PreTrainedConfig, training: Training) -> None:
-    """Write into a configuration where its code is, which profiles it has, and how it was trained."""
-    architecture = config.architectures[0]
-    if architecture.startswith(_PRUNED):
-        names = {"AutoConfig": f"configuration_skvr.{type(config).__name__}"}
-    else:
-        names, architecture = {}, f"Routed{architecture}"
-    config.auto_map = {**names, "AutoModelForCausalLM": f"modeling_skvr.{architecture}"}
+    """Write into a configuration which profiles it has, and how it was trained."""
     config.kv_profiles = dict(training.profiles)
     config.kv_training = training.routing.model_dump(exclude_none=True)
     if training.retention_table:
