@@ -87,6 +87,17 @@ def test_round_trip(config: ModelConfig, dtype: torch.dtype, tmp_path: Path) -> 
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+def test_several_dtypes_stay_what_they_are(tmp_path: Path) -> None:
+    published(MODELS["llama tied"], tmp_path / "theirs")
+    edit_weights(lambda w: w.update({name: w[name].bfloat16() for name in w if "norm" in name}))(tmp_path / "theirs")
+    assert run_tool("import_hf.py", tmp_path / "theirs", tmp_path / "ours") == 0
+    assert run_tool("export_hf.py", tmp_path / "ours", tmp_path / "again") == 0
+    before, after = stored(tmp_path / "theirs"), stored(tmp_path / "again")
+    assert {tensor.dtype for tensor in before.values()} == {torch.float32, torch.bfloat16}
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "float32"
+
+
 def test_training_goes_on(tmp_path: Path) -> None:
     """A step on the imported weights, with donors, has the reference's gradients."""
     config = MODELS["llama tied"]
@@ -202,11 +213,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "shape": (
         edit_weights(lambda w: w.update({NORM: torch.ones(16)})),
-        r"weight model.norm.weight has shape \[16\], but config.json makes it \[32\]; use the config.json that",
+        r"^weight model.norm.weight has shape \[16\], but config.json makes it \[32\]; use the config.json that",
     ),
     "dtype": (
         edit_weights(lambda w: w.update({NORM: torch.ones(32, dtype=torch.int8)})),
-        r"weight model.norm.weight is stored as torch.int8, which cannot be trained; import the original in bf16 or",
+        r"^weight model.norm.weight is stored as torch.int8, which cannot be trained; import the original in bf16 or",
     ),
     "untied head": (
         edit_weights(lambda w: w.update({"lm_head.weight": torch.ones(101, 32)})),
@@ -217,6 +228,20 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
         r"model.safetensors are missing or damaged .*; download them again",
     ),
+    "head without embedding": (
+        edit_weights(lambda w: w.update({"lm_head.weight": w.pop("model.embed_tokens.weight")})),
+        r"1 missing \(embed_tokens.weight\) and 1 unexpected \(lm_head.weight\)",
+    ),
+    "broken index": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{"),
+        r"model.safetensors.index.json is damaged \(JSONDecodeError",
+    ),
+    "empty index": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        r"model.safetensors.index.json is damaged \(KeyError",
+    ),
+    "number in quotes": (edit_config(hidden_size="32"), r"cannot read .*/config.json \(.*hidden_size"),
+    "no heads": (edit_config(num_attention_heads=0, head_dim=None), r"cannot read .*/config.json \("),
 }
 
 

@@ -44,16 +44,16 @@ def main() -> int | None:
     training, layers = Training.of(checkpoint), checkpoint.model_config.num_hidden_layers
     training = replace(training, profiles={**training.profiles, **_profiles(arguments.profile, layers)})
     pruned_to = CacheStrategy.parse(arguments.prune, layers, training.profiles) if arguments.prune else None
-    problem = None
+    names, problem = checkpoint.weight_names(), None
     try:
         report = export_model(
             checkpoint.model_config,
-            checkpoint.weight_names(),
+            names,
             checkpoint.weight,
             None if arguments.without_tokenizer else _tokenizer(checkpoint),
             arguments.output,
             training=training,
-            dtype=DTYPES[arguments.dtype] if arguments.dtype else checkpoint.weight("norm.weight").dtype,
+            dtype=DTYPES[arguments.dtype] if arguments.dtype else {n: checkpoint.weight_dtype(n) for n in names},
             pruned_to=pruned_to,
         )
     except ExportMismatchError as error:

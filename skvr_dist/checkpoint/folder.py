@@ -193,9 +193,12 @@ class Checkpoint:
 
     def weight(self, name: str) -> Tensor:
         """One whole weight, on the host, in the precision it was trained in."""
-        tensor = self.index.read(WEIGHTS + name)
+        return self.index.read(WEIGHTS + name).to(self.weight_dtype(name))
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """The precision it was trained in; stored are the master weights."""
         trained_in = self.config_tree.get("train", {}).get("precision")
-        return tensor.bfloat16() if trained_in == "bf16" else tensor
+        return torch.bfloat16 if trained_in == "bf16" else self.index.dtype(WEIGHTS + name)
 
     @torch.no_grad()
     def load_decoder(self) -> Decoder:

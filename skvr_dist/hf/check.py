@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,18 +99,18 @@ def check_export(
     folder: Path,
     config: ModelConfig,
     weight: WeightReader,
-    dtype: torch.dtype | None,
+    dtypes: Mapping[str, torch.dtype] | None,
     tokenizer_file: Path | None,
     pruned_to: CacheStrategy | None = None,
 ) -> CheckReport:
     """Load a folder of Hugging Face and compare it, in float32 on the CPU, with our decoder.
 
-    Both sides hold the weights as stored, so rounding them to `dtype` is no difference. One of the two models is
+    Both sides hold the weights as stored, so rounding them to `dtypes` is no difference. One of the two models is
     in memory at a time, in float32.
 
     Args:
         weight: ours, by canonical name.
-        dtype: of the weights in the folder; None where they have the dtype of ours.
+        dtypes: of the weights in the folder, by canonical name; None where they have the dtypes of ours.
         tokenizer_file: the data set's tokenizer, with which the folder's must agree, if any.
         pruned_to: the one strategy that the folder serves; None for a plain checkpoint.
     """
@@ -129,12 +130,15 @@ def check_export(
         folder, dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True
     )
     loaded = exported.state_dict()
+
+    def as_stored(name: str) -> Tensor:
+        ours = weight(name)
+        return ours.to(dtypes[name] if dtypes and name in dtypes else ours.dtype).float()
+
     decoder = _meta_decoder(config)
     names = list(decoder.state_dict())
     stored = [name for name in names if pruned_to is None or hf_name(name) in loaded]
-    differing_weights = tuple(
-        name for name in stored if not torch.equal(loaded[hf_name(name)], _as_stored(weight(name), dtype))
-    )
+    differing_weights = tuple(name for name in stored if not torch.equal(loaded[hf_name(name)], as_stored(name)))
     found = []
     for strategy in strategies.values():
         if strategy.retention < 1 and pruned_to is None:
@@ -142,7 +146,7 @@ def check_export(
         found.append(torch.cat([exported(tokens[None], use_cache=False).logits[0] for tokens in sequences]))
     del exported, loaded
 
-    decoder.load_state_dict({name: _as_stored(weight(name), dtype) for name in names}, assign=True)
+    decoder.load_state_dict({name: as_stored(name) for name in names}, assign=True)
     wanted = [
         torch.cat([decoder(tokens[None], strategy.kv_source_layers)[0] for tokens in sequences])
         for strategy in strategies.values()
@@ -168,10 +172,6 @@ def _shared(config: ModelConfig) -> dict[str, CacheStrategy]:
 def _meta_decoder(config: ModelConfig) -> Decoder:
     with torch.device("meta"):
         return Decoder(config.model_copy(update={"attention": ATTENTION}))
-
-
-def _as_stored(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return weight.to(dtype or weight.dtype).float()
 
 
 def _drawn_sequences(config: ModelConfig) -> list[Tensor]:

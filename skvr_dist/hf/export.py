@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class ExportReport:
     file_bytes: dict[str, int]
     parameters: int
     dtype: torch.dtype
+    """Of all weights, or of most of the parameters."""
     check: CheckReport
 
     def figures(self) -> dict[str, object]:
@@ -59,7 +61,7 @@ def export_model(
     output: Path,
     *,
     training: Training,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
     max_shard_size: str = "5GB",
     pruned_to: CacheStrategy | None = None,
 ) -> ExportReport:
@@ -75,7 +77,7 @@ def export_model(
             that belong to it; or None for a model without one.
         output: the folder to make; it may exist if it is empty.
         training: what the model card tells.
-        dtype: of the stored weights.
+        dtype: of the stored weights, one for all or one for each canonical name.
         max_shard_size: of a weight file, such as "5GB".
         pruned_to: leave out what this strategy does not use. Such a checkpoint needs the code that is written with
             it, and serves that strategy and those that retain fewer of its layers.
@@ -102,22 +104,27 @@ def export_model(
                 f"tokenizer {tokenizer_file} has {len(tokenizer)} tokens, but the model's vocab_size is "
                 f"{config.vocab_size}; export with the tokenizer that the model was trained with"
             )
-    ids = special_ids(tokenizer) if tokenizer else {}
-    published_config = hf_config(config, dtype, ids, pruned_to)
-    describe_routing(published_config, training)
-    shapes = parameter_shapes(hf_config(config, dtype, ids))
+    shapes = parameter_shapes(hf_config(config, torch.float32, {}))
     way_out = "export with the model section that the weights were trained with"
     check_names(names, shapes, config.architecture, way_out)
     if pruned_to is not None:
         unused = pruned_names(pruned_to)
         shapes = {name: shape for name, shape in shapes.items() if name not in unused}
     parameters = sum(shape.numel() for shape in shapes.values())
+    dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else {name: dtype[name] for name in shapes}
+    elements: Counter[torch.dtype] = Counter()
+    for name, shape in shapes.items():
+        elements[dtypes[name]] += shape.numel()
+    main_dtype = elements.most_common(1)[0][0]
+    ids = special_ids(tokenizer) if tokenizer else {}
+    published_config = hf_config(config, main_dtype, ids, pruned_to)
+    describe_routing(published_config, training)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as temporary:
         folder = Path(temporary) / output.name
         folder.mkdir()
-        write_weights(folder, shapes, weight, dtype, max_shard_size)
+        write_weights(folder, shapes, weight, dtypes, max_shard_size)
         add_code(folder, published_config, published_config.architectures[0])
         write_config(folder, published_config)
         GenerationConfig(**ids).save_pretrained(folder)
@@ -130,8 +137,8 @@ def export_model(
         report = ExportReport(
             file_bytes={file.name: file.stat().st_size for file in sorted(folder.iterdir())},
             parameters=parameters,
-            dtype=dtype,
-            check=check_export(folder, config, weight, dtype, tokenizer_file if ours else None, pruned_to),
+            dtype=main_dtype,
+            check=check_export(folder, config, weight, dtypes, tokenizer_file if ours else None, pruned_to),
         )
         if report.check.failures():
             raise ExportMismatchError(report)

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +35,7 @@ from skvr_dist.hf.config import hf_config, model_config
 from skvr_dist.hf.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from skvr_dist.hf.weights import check_names, hf_name, parameter_shapes
 
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -85,20 +90,20 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
     folder = _local_folder(source)
     try:
         published = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot read {folder}/config.json ({reason}); give the folder of a checkpoint") from None
     config = model_config(published)
     weights = _SourceWeights(folder, tied=config.tie_word_embeddings)
     shapes = parameter_shapes(_plain(published))
     check_names(weights.names(), shapes, config.architecture, f"download {folder} again or give another checkpoint")
+    dtypes = {name: _trainable_dtype(name, *weights.shape_and_dtype(name), shape) for name, shape in shapes.items()}
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as temporary:
         run = Path(temporary) / output.name
         partial = run / "checkpoints" / partial_folder(0)
         partial.mkdir(parents=True)
-        dtypes = {name: weights.dtype(name) for name in shapes}
         digests = _write(partial, shapes, dtypes, weights)
         copy_tokenizer(folder, partial)
         tree = {"model": config.model_dump(), "routing": {"policy": "none"}}
@@ -141,7 +146,10 @@ class _SourceWeights:
         self._file_of: dict[str, Path] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+            try:
+                files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from None
         else:
             files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -154,8 +162,8 @@ class _SourceWeights:
                 raise UserError(f"weights {file} are missing or damaged ({error}); download them again") from None
         # Old Llama checkpoints store the rotary frequencies, which follow from the configuration.
         self._file_of = {name: f for name, f in self._file_of.items() if not name.endswith("rotary_emb.inv_freq")}
-        if tied and _HEAD in self._file_of:
-            if not torch.equal(self.read(_HEAD), self.read("embed_tokens.weight")):
+        if tied and _HEAD in self._file_of and hf_name(_EMBEDDING) in self._file_of:
+            if not torch.equal(self.read(_HEAD), self.read(_EMBEDDING)):
                 raise UserError(
                     f"{folder} says tie_word_embeddings true, but its {_HEAD} is not its embedding; set it to false in "
                     f"config.json"
@@ -167,10 +175,11 @@ class _SourceWeights:
         canonical = {name: name.removeprefix("model.") for name in self._file_of}
         return [ours if hf_name(ours) == name else f"({name})" for name, ours in canonical.items()]
 
-    def dtype(self, name: str) -> torch.dtype:
+    def shape_and_dtype(self, name: str) -> tuple[list[int], torch.dtype]:
         stored = hf_name(name)
         with safe_open(self._file_of[stored], framework="pt") as opened:
-            return opened.get_slice(stored)[:0].dtype
+            tensor = opened.get_slice(stored)
+            return tensor.get_shape(), tensor[:0].dtype
 
     def read(self, name: str) -> Tensor:
         stored = hf_name(name)
@@ -186,7 +195,7 @@ def _write(
 
         def read(name: str) -> Tensor:
             progress.update()
-            return _checked(name, weights.read(name), shapes[name])
+            return weights.read(name)
 
         pieces: Pieces = {}
         for name, shape in shapes.items():
@@ -195,15 +204,15 @@ def _write(
         return write_pieces(folder, pieces, alone=True)
 
 
-def _checked(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    if tensor.shape != shape:
+def _trainable_dtype(name: str, shape: list[int], dtype: torch.dtype, wanted: torch.Size) -> torch.dtype:
+    """The dtype, if a weight can be trained as it is stored."""
+    if tuple(shape) != wanted:
         raise UserError(
-            f"weight {hf_name(name)} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}; use the "
+            f"weight {hf_name(name)} has shape {shape}, but config.json makes it {list(wanted)}; use the "
             f"config.json that belongs to the weights"
         )
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(
-            f"weight {hf_name(name)} is stored as {tensor.dtype}, which cannot be trained; import the "
-            f"original in bf16 or fp32"
+            f"weight {hf_name(name)} is stored as {dtype}, which cannot be trained; import the original in bf16 or fp32"
         )
-    return tensor
+    return dtype

@@ -7,7 +7,7 @@ stay in the files, so that the same weights serve any cache strategy, unless an 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -63,7 +63,11 @@ def check_names(names: Collection[str], shapes: dict[str, torch.Size], architect
 
 
 def write_weights(
-    folder: Path, shapes: dict[str, torch.Size], weight: WeightReader, dtype: torch.dtype, max_shard_size: str
+    folder: Path,
+    shapes: dict[str, torch.Size],
+    weight: WeightReader,
+    dtypes: Mapping[str, torch.dtype],
+    max_shard_size: str,
 ) -> None:
     """Write safetensors files of at most `max_shard_size`, with an index when there are several.
 
@@ -72,14 +76,15 @@ def write_weights(
     Raises:
         UserError: a weight has another shape than transformers expects, or holds NaN or infinities.
     """
-    stored = {hf_name(name): torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    stored = {hf_name(name): torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
     split = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_size)
     canonical = {hf_name(name): name for name in shapes}
     with tqdm(total=len(shapes), desc="writing weights", unit="tensor", disable=None) as progress:
         for file, members in split.filename_to_tensors.items():
             tensors = {}
             for member in members:
-                tensors[member] = _checked(canonical[member], weight, shapes, dtype)
+                name = canonical[member]
+                tensors[member] = _checked(name, weight(name), shapes[name]).to(dtypes[name]).contiguous()
                 progress.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
@@ -87,13 +92,12 @@ def write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _checked(name: str, weight: WeightReader, shapes: dict[str, torch.Size], dtype: torch.dtype) -> Tensor:
-    tensor = weight(name)
-    if tensor.shape != shapes[name]:
+def _checked(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    if tensor.shape != shape:
         raise UserError(
-            f"weight {name} has shape {list(tensor.shape)}, but this configuration makes it {list(shapes[name])}; "
+            f"weight {name} has shape {list(tensor.shape)}, but this configuration makes it {list(shape)}; "
             f"export with the model section that the weights were trained with"
         )
     if not tensor.isfinite().all():
         raise UserError(f"weight {name} holds NaN or infinite values; export a checkpoint from before the divergence")
-    return tensor.to(dtype).contiguous()
+    return tensor
