@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,21 @@ def test_round_trip(config: ModelConfig, dtype: torch.dtype, tmp_path: Path) -> 
             for name in ("theirs", "again")
         )
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_few_weights_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published(MODELS["qwen3"], tmp_path / "theirs")
+    read, handed_out, alive = import_module._SourceWeights.read, [], []
+
+    def watched(weights: Any, name: str) -> Tensor:
+        tensor = read(weights, name)
+        handed_out.append(weakref.ref(tensor))
+        alive.append(sum(reference() is not None for reference in handed_out))
+        return tensor
+
+    monkeypatch.setattr(import_module._SourceWeights, "read", watched)
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours", check=False)
+    assert len(alive) > 90 and max(alive) <= 2
 
 
 def test_several_dtypes_stay_what_they_are(tmp_path: Path) -> None:

@@ -104,6 +104,22 @@ def test_work_that_is_skipped() -> None:
     assert [counter.positions for counter in mlps] == [60] * 2 + [1] * 6
 
 
+def test_gradient_checkpointing_at_a_strategy() -> None:
+    model, x = routed_model(MODELS["qwen3"]).train(), tokens()
+    model.set_cache_strategy(STRATEGIES["irregular"])
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(x, labels=x).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, recomputed = found
+    assert len(plain) == len(list(model.parameters())) - 4 * 3  # of four readers: projections and norm of keys
+    assert plain.keys() == recomputed.keys()
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
 @torch.no_grad()
 def test_keys_live_as_long_as_they_are_read() -> None:
     """Else an offloaded or a quantized cache would save nothing: its layers are whole again while they are read."""

@@ -93,7 +93,6 @@ def stop_prefill_early(model: Any, sources: Sequence[int], vllm_config: VllmConf
     obstacles = {
         "without --enforce-eager": vllm_config.compilation_config.mode != CompilationMode.NONE,
         "over several pipeline stages": vllm_config.parallel_config.pipeline_parallel_size > 1,
-        "with LoRA adapters": vllm_config.lora_config is not None,
     }
     for obstacle, is_there in obstacles.items():
         if is_there:

@@ -71,6 +71,11 @@ def share(model: Any, sources: Sequence[int], vllm_config: VllmConfig, prefix: s
         prefix: of the names of its modules.
     """
     require_one_stage(sources, model.start_layer, model.end_layer)
+    if vllm_config.lora_config is not None and len(set(sources)) < len(sources):
+        raise UserError(
+            "vLLM would leave out what LoRA adapters add to layers that read the cache of others; merge the adapter "
+            "into the checkpoint, or serve at full retention"
+        )
     for number in range(model.start_layer, model.end_layer):
         if sources[number] == number:
             continue
@@ -80,7 +85,7 @@ def share(model: Any, sources: Sequence[int], vllm_config: VllmConfig, prefix: s
             attention.total_num_heads * attention.head_dim,
             bias=attention.qkv_proj.bias is not None,
             quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.layers.{number}.self_attn.{_QUERY}",
+            prefix=f"{prefix}.layers.{number}.self_attn.q_proj",  # by which quantized checkpoints know it
         )
         del attention.qkv_proj
         if hasattr(attention, "k_norm"):
@@ -91,10 +96,19 @@ def share(model: Any, sources: Sequence[int], vllm_config: VllmConfig, prefix: s
 
 
 def reader_weights(weights: Iterable[tuple[str, Tensor]], sources: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    """The weights by the names that readers have, without those that they do not."""
+    """The weights by the names that readers have, without those that they do not.
+
+    Raises:
+        UserError: the checkpoint scales the cache of each layer, which a reader shares with another one.
+    """
     readers = tuple(f".layers.{number}.self_attn." for number, source in enumerate(sources) if source != number)
     for name, weight in weights:
         if not any(reader in name for reader in readers):
             yield name, weight
+        elif name.endswith((".k_scale", ".v_scale")):
+            raise UserError(
+                f"{name} scales a cache that this layer has not: checkpoints with scales for a quantized cache can be "
+                f"served at full retention only; export one without"
+            )
         elif not any(part in name for part in _UNUSED):
             yield name.replace(".q_proj.", f".{_QUERY}."), weight

@@ -28,7 +28,7 @@ from skvr_dist.hf.card import Training
 from skvr_dist.hf.export import export_model
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.routing import CacheStrategy, RoutingConfig
-from skvr_dist.serve.sharing import require_one_stage
+from skvr_dist.serve.sharing import reader_weights, require_one_stage
 
 LAYERS, NEW_TOKENS = 8, 64
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": 400}
@@ -143,32 +143,41 @@ def test_fast_prefill(family: str, exports: Mapping[str, Path]) -> None:
             )
 
     config, options = CONFIGS[family], {"kv_sharing_fast_prefill": True, "max_num_batched_tokens": 40}
-    for name in ("prefix:3", "irregular"):
-        with engine(exports[family], {"kv_profile": name}, **options) as llm:
-            llm.apply_model(watch)
-            seen.clear()
-            assert greedy_tokens(llm) == wanted_tokens(config, STRATEGIES[name], prompts()), name
-        prompt_tokens, new_tokens = prompts().numel(), len(prompts()) * (NEW_TOKENS - 1)
-        everywhere = [number for number, positions in seen.items() if positions == prompt_tokens + new_tokens]
-        assert everywhere == list(range(STRATEGIES[name][-1] + 1))
-        # A prompt that is computed in two pieces has a last position in each.
-        assert all(seen[n] < new_tokens + 2 * len(prompts()) for n in seen if n not in everywhere)
+    with engine(exports[family], {"kv_profile": "prefix:3"}, **options) as llm:
+        llm.apply_model(watch)
+        assert greedy_tokens(llm) == wanted_tokens(config, STRATEGIES["prefix:3"], prompts())
+    prompt_tokens, new_tokens = prompts().numel(), len(prompts()) * (NEW_TOKENS - 1)
+    assert [number for number, positions in seen.items() if positions == prompt_tokens + new_tokens] == [0, 1, 2]
+    # A prompt that is computed in two pieces has a last position in each.
+    assert all(seen[number] < new_tokens + 2 * len(prompts()) for number in range(3, LAYERS))
 
 
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
-        ({"enforce_eager": False}, "without --enforce-eager"),
-        ({"enable_lora": True}, "with LoRA adapters"),
+        (
+            {"kv_sharing_fast_prefill": True, "enforce_eager": False},
+            r"does not work without --enforce-eager; .*: layers 3 to 7 then see the whole prompt$",
+        ),
+        ({"enable_lora": True}, r"LoRA adapters add to layers that read the cache of others; merge the adapter"),
     ],
+    ids=["fast prefill", "LoRA"],
 )
-def test_impossible_fast_prefill_is_refused(options: dict[str, Any], shown: str, exports: Mapping[str, Path]) -> None:
-    overrides = {"kv_profile": "prefix:3"}
-    with (
-        pytest.raises(UserError, match=rf"does not work {shown}; .*: layers 3 to 7 then see the whole prompt$"),
-        engine(exports["qwen3"], overrides, kv_sharing_fast_prefill=True, **options),
-    ):
+def test_impossible_options_are_refused(options: dict[str, Any], shown: str, exports: Mapping[str, Path]) -> None:
+    with pytest.raises(UserError, match=shown), engine(exports["qwen3"], {"kv_profile": "prefix:3"}, **options):
         pass
+
+
+def test_a_pruned_layer_is_refused(exports: Mapping[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"layer 2 was pruned from this checkpoint .*; retain some of layers \[0, 4\]"):
+        serve(exports["pruned"], kv_profile="every:2")
+
+
+def test_scales_of_a_reader_are_refused() -> None:
+    weights = [("model.layers.1.self_attn.k_proj.k_scale", torch.ones(1))]
+    assert list(reader_weights(weights, [0, 1])) == weights
+    with pytest.raises(UserError, match=r"layers.1.self_attn.k_proj.k_scale scales a cache that this layer has not"):
+        list(reader_weights(weights, [0, 0]))
 
 
 def test_tensor_parallel(exports: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
