@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from hf_models import STRATEGIES, random_weights, routed_model, shape_of
-from test_hf_generate import CACHES, CONFIG, generate, prompts, wanted_tokens
+from hf_models import STRATEGIES, random_weights, reference_tokens, routed_model, shape_of
 
 from skvr_dist.model.attention import flash_is_installed
 from skvr_dist.model.decoder import Decoder
@@ -48,15 +47,22 @@ def test_one_gpu_follows_the_reference(policy: str, precision: str, attention: s
     assert not outcome.misses, outcome
 
 
+def prompts() -> torch.Tensor:
+    return torch.randint(1, 101, (16, 12), generator=torch.Generator().manual_seed(9))
+
+
 @pytest.mark.parametrize("retained", STRATEGIES.values(), ids=STRATEGIES)
-@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded", "offloaded, static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded", "offloaded_static"])
 def test_greedy_tokens_of_caches(kind: str, retained: tuple[int, ...]) -> None:
     """In fp32; `generate` compiles the steps with a static cache."""
     torch._dynamo.reset()
-    model = routed_model(CONFIG).cuda()
+    config = shape_of("qwen3")
+    model = routed_model(config).cuda()
     model.set_cache_strategy(retained)
-    found = generate(model, prompts().cuda(), **CACHES[kind])
-    assert torch.equal(found.sequences.cpu(), wanted_tokens(retained))
+    found = model.generate(
+        prompts().cuda(), max_new_tokens=64, do_sample=False, return_dict_in_generate=True, cache_implementation=kind
+    )
+    assert torch.equal(found.sequences.cpu(), reference_tokens(config, retained, prompts(), 64))
     if "offloaded" in kind:
         held = [layer for layer in found.past_key_values.layers if layer.is_initialized]
         assert {layer.keys.device.type for layer in held[1:]} == {"cpu"}

@@ -245,7 +245,20 @@ def fsdp_gradients() -> dict[str, Tensor]:
     return {name: gradient.full_tensor() for name, gradient in backward(model, model).items()}
 
 
-def zero3_gradients() -> dict[str, Tensor]:
+def accelerate_gradients() -> dict[str, Tensor]:
+    from accelerate import Accelerator
+
+    model = plain_model("qwen3")
+    enable_rcla(model, cross_layer_prob=0.6, seed=SEED)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    wrapped = accelerator.prepare(model)
+    for batch in tokens(6)[accelerator.process_index :: 2]:
+        with accelerator.accumulate(wrapped):
+            accelerator.backward(wrapped(input_ids=batch, labels=batch).loss)
+    return gradients(model)
+
+
+def deepspeed_gradients(stage: int) -> dict[str, Tensor]:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
     from transformers.integrations import HfDeepSpeedConfig
@@ -253,7 +266,7 @@ def zero3_gradients() -> dict[str, Tensor]:
     settings = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": 3,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
@@ -280,14 +293,20 @@ def backward(wrapped: Any, model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("wrapping", "plan_numbers"),
-    [(ddp_gradients, range(6)), (fsdp_gradients, range(6)), (zero3_gradients, [0, 0, 1, 1, 2, 2])],
-    ids=["DDP", "FSDP2", "ZeRO-3"],
+    ("wrapping", "arguments", "plan_numbers"),
+    [
+        (ddp_gradients, (), range(6)),
+        (accelerate_gradients, (), range(6)),
+        (fsdp_gradients, (), range(6)),
+        (deepspeed_gradients, (2,), [0, 0, 1, 1, 2, 2]),
+        (deepspeed_gradients, (3,), [0, 0, 1, 1, 2, 2]),
+    ],
+    ids=["DDP", "accelerate", "FSDP2", "ZeRO-2", "ZeRO-3"],
 )
-def test_two_ranks(wrapping: Any, plan_numbers: Sequence[int]) -> None:
-    """Each rank draws for itself, except under ZeRO-3."""
+def test_two_ranks(wrapping: Any, arguments: tuple[int, ...], plan_numbers: Sequence[int]) -> None:
+    """Each rank draws for itself, except under ZeRO."""
     wanted = reference_gradients("qwen3", tokens(6), [donors(number) for number in plan_numbers])
-    for found in run_ranks(2, wrapping):
+    for found in run_ranks(2, wrapping, *arguments):
         assert_gradients(found, wanted)
 
 

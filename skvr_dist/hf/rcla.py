@@ -1,8 +1,8 @@
 """Training a model of transformers with stochastic KV routing, in anyone's own training loop.
 
-The donors of a forward pass are a function of (seed, number of the pass, rank); under ZeRO-3, where ranks must use
-their parameters in the same order, of (seed, number of the pass). Every parameter gets a gradient in
-every pass, zero where routing left it out, so that DDP, FSDP and ZeRO meet the same graph on every rank.
+The donors of a forward pass are a function of (seed, number of the pass, rank); under DeepSpeed's ZeRO, where all
+ranks must use parameters and reduce gradients in the same order, of (seed, number of the pass). Every parameter gets
+a gradient in every pass, zero where routing left it out, as DDP and FSDP expect.
 """
 
 from __future__ import annotations
@@ -21,21 +21,30 @@ from skvr_dist.routing import RoutingConfig, draw_plan
 
 
 class DonorDraw:
-    """Draws the donors of one forward pass after the other."""
+    """Draws the donors of one forward pass of a model after the other."""
 
-    def __init__(self, routing: RoutingConfig, num_layers: int, seed: int, shared: bool) -> None:
-        self.routing, self.num_layers, self.seed, self.shared = routing, num_layers, seed, shared
+    def __init__(self, model: nn.Module, routing: RoutingConfig, seed: int) -> None:
+        self.model, self.routing, self.seed = model, routing, seed
         self.passes = 0
         """Forward passes so far; set it to go on where an earlier training stopped."""
 
     @torch.compiler.disable  # it cannot trace numpy's generators
     def __call__(self) -> Sequence[int]:
-        alone = self.shared or not dist.is_initialized()
+        alone = not dist.is_initialized() or _is_under_zero(self.model)
         rank, ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
         number = self.passes * ranks + rank
         self.passes += 1
-        plan = draw_plan(self.routing, num_layers=self.num_layers, num_micro_batches=1, seed=self.seed, step=number)
+        layers = len(self.model.layers)  # type: ignore[arg-type]
+        plan = draw_plan(self.routing, num_layers=layers, num_micro_batches=1, seed=self.seed, step=number)
         return [int(donor) for donor in plan.donors[0]]
+
+
+def _is_under_zero(model: nn.Module) -> bool:
+    """Whether DeepSpeed shards its parameters (which then have a `ds_id`), or their gradients or optimizer states.
+
+    ZeRO-2 sums gradients in the order in which they arrive, and where a layer is not read its own arrive in another.
+    """
+    return any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters())
 
 
 def enable_rcla(
@@ -67,12 +76,11 @@ def enable_rcla(
         )
     base = route(model)
     routing = RoutingConfig(policy=policy, cross_layer_prob=float(cross_layer_prob))  # type: ignore[arg-type]
-    zero3 = is_deepspeed_zero3_enabled()
-    base.draw_sources = DonorDraw(routing, base.config.num_hidden_layers, seed, shared=zero3)
+    base.draw_sources = DonorDraw(base, routing, seed)
     base.config.kv_training = routing.model_dump(exclude_none=True)
     for layer in base.layers:
         layer.self_attn.unread = zero_gradients
-    if zero3:
+    if is_deepspeed_zero3_enabled():
         from deepspeed.utils import set_z3_leaf_modules
 
         # A skipped projection is not fetched on its own, yet its gradient is reduced: whole layers are fetched.
