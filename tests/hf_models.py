@@ -70,6 +70,11 @@ def routed_model(config: ModelConfig, weights: dict[str, Tensor] | None = None) 
     return load_into(model, weights or random_weights(config))
 
 
+def prompts() -> Tensor:
+    """int [16, 12]."""
+    return torch.randint(1, 101, (16, 12), generator=torch.Generator().manual_seed(9))
+
+
 @torch.no_grad()
 def reference_tokens(config: ModelConfig, retained: tuple[int, ...], inputs: Tensor, count: int) -> Tensor:
     """Inputs int [B, S] and `count` greedy tokens, without a cache, by the reference that shares no code with us."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from hf_models import STRATEGIES, random_weights, reference_tokens, routed_model, shape_of
+from hf_models import STRATEGIES, prompts, random_weights, reference_tokens, routed_model, shape_of
 
 from skvr_dist.model.attention import flash_is_installed
 from skvr_dist.model.decoder import Decoder
@@ -45,10 +45,6 @@ def test_one_gpu_follows_the_reference(policy: str, precision: str, attention: s
     case = Case("DP2 ZeRO-1", policy, tied=True, precision=precision, attention=attention)
     outcome = compare(case, [run_case(case)])
     assert not outcome.misses, outcome
-
-
-def prompts() -> torch.Tensor:
-    return torch.randint(1, 101, (16, 12), generator=torch.Generator().manual_seed(9))
 
 
 @pytest.mark.parametrize("retained", STRATEGIES.values(), ids=STRATEGIES)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flash_on_cpu import give_to_transformers
-from hf_models import STRATEGIES, random_weights, reference_tokens, routed_model, shape_of
+from hf_models import STRATEGIES, prompts, random_weights, reference_tokens, routed_model, shape_of
 from optimum.quanto.library.extensions import cpp as quanto_cpp
 from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, StaticCache
@@ -23,7 +23,7 @@ from skvr_dist.routing import CacheStrategy
 
 CONFIG = shape_of("qwen3")
 LAYERS = CONFIG.num_hidden_layers
-PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 16, 12, 64
+PROMPT_LENGTH, NEW_TOKENS = 12, 64
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,10 +69,6 @@ def offloading_without_a_gpu() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return routed_model(CONFIG)
-
-
-def prompts() -> Tensor:
-    return torch.randint(1, 101, (PROMPTS, PROMPT_LENGTH), generator=torch.Generator().manual_seed(9))
 
 
 @cache
@@ -200,9 +196,8 @@ def test_greedy_tokens_of_quantized_caches(model: Any, kind: str, retained: tupl
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
 def test_left_padding(model: Any, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.config, "_attn_implementation", kernel)
-    if kernel == "flash":
-        monkeypatch.setattr(model.config, "_attn_implementation", give_to_transformers(monkeypatch))
+    name = give_to_transformers(monkeypatch) if kernel == "flash" else kernel
+    monkeypatch.setattr(model.config, "_attn_implementation", name)
     model.set_cache_strategy("prefix:3")
     lengths = [4, 12, 9]
     rows = [prompts()[i, :length] for i, length in enumerate(lengths)]

@@ -143,11 +143,16 @@ def test_keys_live_as_long_as_they_are_read() -> None:
         assert alive == wanted
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.fixture(params=["sdpa", "flash"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An implementation of attention, by the name that transformers has for it."""
+    return give_to_transformers(monkeypatch) if request.param == "flash" else request.param
+
+
 @torch.no_grad()
-def test_left_padding(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_left_padding(kernel: str) -> None:
     model, decoder = routed_model(MODELS["llama"]), decoder_of(MODELS["llama"])
-    model.set_attn_implementation(give_to_transformers(monkeypatch) if kernel == "flash" else kernel)
+    model.set_attn_implementation(kernel)
     model.set_cache_strategy("prefix:3")
     short = tokens(1, 20)
     padded = torch.cat((torch.zeros(1, 15, dtype=torch.long), short), dim=1)
@@ -163,12 +168,11 @@ def test_left_padding(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(found[1], decoder(both[1:], sources)[0, -keep:])
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
 @torch.no_grad()
-def test_packed_texts(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_texts(kernel: str) -> None:
     """Positions that begin anew in the middle keep texts apart, also where only the last logits are wanted."""
     model, decoder = routed_model(MODELS["qwen3"]), decoder_of(MODELS["qwen3"])
-    model.set_attn_implementation(give_to_transformers(monkeypatch) if kernel == "flash" else kernel)
+    model.set_attn_implementation(kernel)
     model.set_cache_strategy("prefix:3")
     first, second = tokens(1, 9), tokens(1, 20)[:, 9:]
     positions = torch.cat((torch.arange(9), torch.arange(11)))[None]

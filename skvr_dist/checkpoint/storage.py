@@ -292,7 +292,6 @@ class _Reader(FileSystemReader):
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in by_file.items():
-            # Only the pages of what is asked for are read. A private copy, since torch wants memory it may write to.
             with (self._folder / name).open("rb") as file:
                 for item in items:
                     planner.resolve_tensor(item).copy_(self._read(item, file))
@@ -312,9 +311,7 @@ class _Reader(FileSystemReader):
         file.seek(self.storage_data[index].offset + first * (len(content) // count))
         if file.readinto(content.data) != len(content):
             raise OSError(f"{file.name} ends within tensor {index.fqn}")
-        return _rectangle(
-            rows.view(count, *sizes[1:]) if sizes else rows[0], (0, *item.storage_offsets[1:]), item.lengths
-        )
+        return _rectangle(rows if sizes else rows[0], (0, *item.storage_offsets[1:]), item.lengths)
 
 
 def _rectangle(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:

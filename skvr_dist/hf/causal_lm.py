@@ -23,7 +23,6 @@ from skvr_dist.hf.configuration import (
     PrunedMistralConfig,
     PrunedQwen3Config,
     Sources,
-    require_stored,
     sources_of,
     warn_if_untrained,
 )
@@ -66,8 +65,8 @@ class RoutedForCausalLM:
         if isinstance(strategy, str):
             sources = sources_of(self.config, kv_profile=strategy)
         else:
-            sources = CacheStrategy(self.config.num_hidden_layers, tuple(strategy)).kv_source_layers
-            require_stored(self.config, sources)
+            chosen = CacheStrategy(self.config.num_hidden_layers, tuple(strategy))
+            sources = sources_of(self.config, kv_source_layers=chosen.kv_source_layers)
         self._set_sources(sources)
 
     @property

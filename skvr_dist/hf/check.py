@@ -133,7 +133,7 @@ def check_export(
 
     def as_stored(name: str) -> Tensor:
         ours = weight(name)
-        return ours.to(dtypes[name] if dtypes and name in dtypes else ours.dtype).float()
+        return ours.to((dtypes or {}).get(name, ours.dtype)).float()
 
     decoder = _meta_decoder(config)
     names = list(decoder.state_dict())

@@ -43,11 +43,11 @@ def sources_of(
         sources = CacheStrategy.parse(str(kv_profile), layers, profiles).kv_source_layers
     else:
         sources = tuple(range(layers)) if kv_source_layers is None else _checked(kv_source_layers, layers)
-    require_stored(config, sources)
+    _require_stored(config, sources)
     return sources
 
 
-def require_stored(config: PreTrainedConfig, sources: Sources) -> None:
+def _require_stored(config: PreTrainedConfig, sources: Sources) -> None:
     """Raises `UserError` if a layer that is read was pruned from the checkpoint."""
     stored: Sequence[int] = getattr(config, "kv_pruned_to", None) or range(config.num_hidden_layers)
     missing = sorted(set(sources) - set(stored))
