@@ -94,6 +94,8 @@ def _table(report: ExportReport) -> str:
         "differing weights": len(check.differing_weights),
         "largest logit difference": f"{check.max_logit_difference:.2g} over {check.positions} tokens at "
         f"{', '.join(check.strategies)} ({check.relative_logit_difference:.1e} of the largest logit)",
+        "decoding with a cache": f"{max(check.decoding_errors.values()):.1e} of the largest logit from none, over "
+        f"{len(check.decoding_errors)} strategies and kinds of cache",
         "tokenizer": f"{agreeing} of {check.tokenizer_texts} texts agree" if check.tokenizer_texts else "none",
     }
     return tabulate(rows.items(), headers=["export", ""], tablefmt="github", disable_numparse=True)

@@ -11,13 +11,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.utils import logging
 
+from skvr_dist.errors import UserError
 from skvr_dist.hf.configuration import (
     PrunedLlamaConfig,
     PrunedMistralConfig,
@@ -26,8 +31,48 @@ from skvr_dist.hf.configuration import (
     sources_of,
     warn_if_untrained,
 )
-from skvr_dist.hf.modeling import route
+from skvr_dist.hf.modeling import CACHE, CACHE_NAMES, route, take_cache
 from skvr_dist.routing.strategy import CacheStrategy
+
+logger = logging.get_logger(__name__)
+
+NEWEST_TESTED = Version("5.24")
+"""The newest minor release of transformers that all tests ran with; a newer one is checked when it is met."""
+_fault: str | None = None
+"""Why this code refuses the installed transformers, if it does."""
+
+
+def require_working_transformers() -> None:
+    """Raises `UserError` if the installed transformers is newer than any tested, and decodes wrongly with this code."""
+    if _fault is not None:
+        raise UserError(_fault)
+
+
+@torch.no_grad()
+def decoding_error(model: Any, prompt: Tensor, new_tokens: int, **options: Any) -> float:
+    """How far greedy decoding with a cache is from the same tokens without one.
+
+    Args:
+        prompt: int [1, S].
+        options: of `generate`, such as `cache_implementation`.
+
+    Returns:
+        the largest difference of the logits of the new tokens, as a share of the largest logit.
+    """
+    found = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        synced_gpus=False,
+        **options,
+    )
+    wanted = model(found.sequences, use_cache=False).logits[0, prompt.shape[1] - 1 : -1].float()
+    return float((torch.cat(found.logits) - wanted).abs().max() / wanted.abs().max())
 
 
 class RoutedForCausalLM:
@@ -45,6 +90,7 @@ class RoutedForCausalLM:
         kv_profile: str | None = None,
         kv_source_layers: Sequence[int] | None = None,
     ) -> None:
+        require_working_transformers()
         super().__init__(config)  # type: ignore[call-arg]
         route(self)
         self._remove_pruned()
@@ -83,14 +129,23 @@ class RoutedForCausalLM:
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As in transformers; layers above the last retained one compute the positions of `logits_to_keep` only."""
+        """As in transformers; layers above the last retained one compute the positions of `logits_to_keep` only.
+
+        Args:
+            cache: also taken as `past_key_values`, with every version of transformers that is supported.
+
+        Raises:
+            TypeError: a keyword that nobody reads, or a cache that cannot be used.
+        """
+        return_dict = {"return_dict": kwargs.pop("return_dict")} if "return_dict" in kwargs else {}
+        cache = take_cache(cache, kwargs)
         captures = any(
             kwargs.get(name, getattr(self.config, name, False))
             for name in ("output_hidden_states", "output_attentions")
@@ -102,13 +157,21 @@ class RoutedForCausalLM:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{CACHE: cache},
+            **return_dict,
             **kwargs,
         )
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a cache is taken as `cache` and as `past_key_values`, which older ones do not know."""
+        given = [name for name in CACHE_NAMES if kwargs.get(name) is not None]
+        if len(given) == 1:
+            kwargs[CACHE] = kwargs.pop(given[0])
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers. The strategy is saved, too, and the code for it; plain classes load the rest."""
@@ -169,3 +232,36 @@ class PrunedMistralForCausalLM(_Pruned, MistralForCausalLM):
 
     config: PrunedMistralConfig
     config_class = PrunedMistralConfig
+
+
+def _find_fault() -> str | None:
+    """Decode with small random models; why the installed transformers has to be refused, or None."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": None}
+    prompt = torch.arange(1, 9)[None]
+    installed = f"transformers {transformers.__version__} is newer than {NEWEST_TESTED}, the newest tested"
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for config, model_class in (
+            (Qwen3Config, Qwen3ForCausalLM),
+            (LlamaConfig, LlamaForCausalLM),
+            (MistralConfig, MistralForCausalLM),
+        ):
+            for sources in ((0, 1), (0, 0)):
+                model = model_class(config(**shape, **heads)).float()
+                model.model.kv_sources = sources
+                for parameter in model.parameters():
+                    parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+                error = decoding_error(model.eval(), prompt, 4)
+                if not error < 1e-3:  # rounding makes 1e-6; a cache that is lost makes 1
+                    raise ArithmeticError(f"{model_class.__name__} decodes otherwise with a cache than without")
+    except Exception as fault:
+        way_out = f"install transformers {NEWEST_TESTED}, or a newer skvr_dist"
+        return f"{installed}, and {type(fault).__name__}: {fault}; {way_out}"
+    logger.warning_once(f"{installed}; small random models decode rightly with it")
+    return None
+
+
+if Version(transformers.__version__).release[:2] > NEWEST_TESTED.release:
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        _fault = _find_fault()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM
 
 from skvr_dist.data.tokenizer import Tokenizer
-from skvr_dist.hf.causal_lm import PrunedLlamaForCausalLM, PrunedMistralForCausalLM, PrunedQwen3ForCausalLM
+from skvr_dist.hf import causal_lm
 from skvr_dist.hf.modeling import route
 from skvr_dist.hf.weights import WeightReader, hf_name
 from skvr_dist.model.config import ModelConfig
@@ -31,12 +31,20 @@ ATTENTION = "sdpa"
 """The kernel of both sides."""
 SEQUENCE_LENGTH = 128
 """Tokens per compared sequence."""
+PROMPT_LENGTH, DECODED_TOKENS = 16, 8
+"""What is decoded with each cache at each strategy."""
+CACHES = ("dynamic", "static")
 
 _PLAIN_CLASSES: dict[str, Any] = {"qwen3": Qwen3ForCausalLM, "llama": LlamaForCausalLM, "mistral": MistralForCausalLM}
+_ROUTED_CLASSES: dict[str, Any] = {
+    "qwen3": causal_lm.Qwen3ForCausalLM,
+    "llama": causal_lm.LlamaForCausalLM,
+    "mistral": causal_lm.MistralForCausalLM,
+}
 _PRUNED_CLASSES: dict[str, Any] = {
-    "qwen3": PrunedQwen3ForCausalLM,
-    "llama": PrunedLlamaForCausalLM,
-    "mistral": PrunedMistralForCausalLM,
+    "qwen3": causal_lm.PrunedQwen3ForCausalLM,
+    "llama": causal_lm.PrunedLlamaForCausalLM,
+    "mistral": causal_lm.PrunedMistralForCausalLM,
 }
 
 SAMPLE_TEXTS = (
@@ -64,6 +72,8 @@ class CheckReport:
     """What the logits were compared at: by the plain class at full retention, by the routed one at the others."""
     max_logit_difference: float
     largest_logit: float
+    decoding_errors: dict[str, float]
+    """Of greedy decoding with a cache against none, as a share of the largest logit, by strategy and kind of cache."""
     tokenizer_texts: int
     """Texts that both tokenizers were given; 0 without a tokenizer."""
     differing_texts: tuple[str, ...]
@@ -86,6 +96,12 @@ class CheckReport:
                 f"logits differ by {self.max_logit_difference:.3g}, {self.relative_logit_difference:.3g} of the "
                 f"largest one; {TOLERANCE:.0e} is accepted"
             )
+        for where, error in self.decoding_errors.items():
+            if not error <= TOLERANCE:
+                found.append(
+                    f"greedy decoding at {where} gives logits that differ by {error:.3g} of the largest one from those "
+                    f"without a cache; {TOLERANCE:.0e} is accepted"
+                )
         if self.differing_texts:
             found.append(
                 f"the tokenizers disagree on {len(self.differing_texts)} of {self.tokenizer_texts} texts, "
@@ -139,11 +155,21 @@ def check_export(
     names = list(decoder.state_dict())
     stored = [name for name in names if pruned_to is None or hf_name(name) in loaded]
     differing_weights = tuple(name for name in stored if not torch.equal(loaded[hf_name(name)], as_stored(name)))
-    found = []
+    found, decoding_errors = [], {}
     for strategy in strategies.values():
         if strategy.retention < 1 and pruned_to is None:
             route(exported).kv_sources = strategy.kv_source_layers
         found.append(torch.cat([exported(tokens[None], use_cache=False).logits[0] for tokens in sequences]))
+    if pruned_to is None:
+        exported.__class__ = _ROUTED_CLASSES[config.architecture]  # as whoever loads it at a strategy gets it
+    new_tokens = min(DECODED_TOKENS, config.max_position_embeddings - 1)
+    prompt = sequences[0][None, : min(PROMPT_LENGTH, config.max_position_embeddings - new_tokens)]
+    for name, strategy in strategies.items():
+        exported.model.kv_sources = strategy.kv_source_layers
+        for kind in CACHES:
+            options = {"cache_implementation": "static", "disable_compile": True} if kind == "static" else {}
+            error = causal_lm.decoding_error(exported, prompt, new_tokens, **options)
+            decoding_errors[f"{name} with a {kind} cache"] = error
     del exported, loaded
 
     decoder.load_state_dict({name: as_stored(name) for name in names}, assign=True)
@@ -158,6 +184,7 @@ def check_export(
         strategies=tuple(strategies),
         max_logit_difference=float(torch.tensor(differences).max()),  # NaN wins, unlike in max()
         largest_logit=max(float(logits.abs().max()) for logits in wanted),
+        decoding_errors=decoding_errors,
         tokenizer_texts=0 if tokenizer_file is None else len(SAMPLE_TEXTS) + 1,
         differing_texts=differing_texts,
     )

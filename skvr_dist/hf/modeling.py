@@ -10,19 +10,23 @@ E head_dim, L layers. This file travels inside exports.
 
 from __future__ import annotations
 
+import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
@@ -31,6 +35,51 @@ from skvr_dist.hf.configuration import Sources
 
 RopeTables = tuple[Tensor, Tensor]
 """cos and sin, each [B, S, E]."""
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What the installed transformers calls the cache: `cache` from 5.24 on, `past_key_values` before."""
+CACHE_NAMES = ("cache", "past_key_values")
+_KEYWORDS = (
+    TransformersKwargs.__optional_keys__
+    | TransformersKwargs.__required_keys__
+    | (inspect.signature(ForCausalLMLoss).parameters.keys() - {"logits", "labels", "vocab_size", "kwargs"})
+)
+"""What the installed transformers passes through models to layers, attention kernels and the loss."""
+
+
+def take_cache(given: Cache | PagedAttentionCache | None, kwargs: dict[str, Any]) -> Any:
+    """The one cache of a call, given by position or as `cache` or `past_key_values`, which leave `kwargs`.
+
+    Raises:
+        TypeError: two caches, one that is none, or a keyword that nobody reads: a cache under a name of another
+            version would be lost silently, and tokens computed without what they follow.
+    """
+    found = {"cache": given, "past_key_values": kwargs.pop("past_key_values", None)}
+    found = {name: cache for name, cache in found.items() if cache is not None}
+    if len(found) > 1:
+        raise TypeError(f"the cache was given twice, as {' and as '.join(found)}; give it once")
+    for name, cache in found.items():
+        if not isinstance(cache, Cache | PagedAttentionCache):
+            raise TypeError(
+                f"{name} is a {type(cache).__name__}, not a Cache of transformers; give "
+                f"DynamicCache(config=model.config)"
+            )
+    cache = next(iter(found.values()), None)
+    if not isinstance(cache, PagedAttentionCache):  # continuous batching has keywords of its own for its kernels
+        _require_known(kwargs)
+    return cache
+
+
+def _require_known(kwargs: Mapping[str, Any]) -> None:
+    unknown = [name for name in kwargs if name not in _KEYWORDS]
+    if unknown:
+        raise TypeError(
+            f"forward() got an unexpected keyword argument {unknown[0]!r}, a {type(kwargs[unknown[0]]).__name__}; a "
+            f"cache is given as {' or '.join(CACHE_NAMES)}"
+        )
+    unused = [name for name, value in kwargs.items() if isinstance(value, Cache)]
+    if unused:
+        raise TypeError(f"{unused[0]} holds a cache that would not be used; give it as {' or '.join(CACHE_NAMES)}")
 
 
 def _rotate(x: Tensor, rope: RopeTables) -> Tensor:
@@ -61,9 +110,19 @@ class RoutedAttention:
         return _rotate(k.transpose(1, 2), rope), v.transpose(1, 2)
 
     def forward(
-        self: Any, x: Tensor, rope: RopeTables, attention_mask: Any, k: Tensor, v: Tensor, **kwargs: Any
+        self: Any,
+        x: Tensor,
+        rope: RopeTables,
+        attention_mask: Any,
+        k: Tensor,
+        v: Tensor,
+        paged: PagedAttentionCache | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from normed hidden states x [B, S, D] to keys and values of T positions.
+
+        Args:
+            paged: the cache of continuous batching, in which every layer has pages of its own, also for a donor's keys.
 
         Returns:
             [B, S, D], and the attention weights where the kernel has them.
@@ -75,6 +134,10 @@ class RoutedAttention:
             self.config._attn_implementation, modeling_llama.eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
+        if paged is not None and CACHE == "cache":
+            k, v = paged.update(k, v, self.layer_idx, kwargs=kwargs)
+        elif paged is not None:  # then the kernel updates it
+            kwargs["cache"] = paged
         out, weights = attend(
             self,
             _rotate(q.transpose(1, 2), rope),
@@ -102,10 +165,9 @@ class RoutedDecoderLayer:
         last_positions: int | None,
         position_embeddings: RopeTables,
         attention_mask: Any,
-        past_key_values: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """One layer.
+        """One layer. The cache comes under the name that transformers' checkpointing of layers knows.
 
         Args:
             hidden_states: [B, S, D].
@@ -116,16 +178,17 @@ class RoutedDecoderLayer:
         Returns:
             hidden states, and this layer's own keys and values if they are read.
         """
+        cache: Cache | None = kwargs.pop(CACHE)
         x = self.input_layernorm(hidden_states)
         attention = self.self_attn
         own_k = own_v = None
         if own_is_read:
             own_k, own_v = attention.project_kv(x, position_embeddings)
-            if past_key_values is not None:
-                if past_key_values.offloading and len(past_key_values.layers) > attention.layer_idx:
+            if cache is not None:
+                if cache.offloading and len(cache.layers) > attention.layer_idx:
                     # An offloaded cache fetches the next layer ahead, which need not be the next one that it holds.
-                    past_key_values.layers[attention.layer_idx].prefetch()
-                own_k, own_v = past_key_values.update(own_k, own_v, attention.layer_idx)
+                    cache.layers[attention.layer_idx].prefetch()
+                own_k, own_v = cache.update(own_k, own_v, attention.layer_idx)
         elif attention.unread is not None and torch.is_grad_enabled():
             x = attention.unread(x, attention.kv_parameters())
         if last_positions is not None:
@@ -161,24 +224,31 @@ class RoutedModel:
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | PagedAttentionCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         last_positions: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As in transformers.
+        """As in transformers, of any version that is supported.
 
         Args:
+            cache: also taken as `past_key_values`.
             last_positions: return hidden states of that many last positions only. Nobody needs the others once the
                 last keys and values that are read have been computed, so the layers above run on those alone.
+
+        Raises:
+            TypeError: a keyword that nobody reads, or a cache that cannot be used.
         """
+        cache = take_cache(cache, kwargs)
+        paged = cache if isinstance(cache, PagedAttentionCache) else None
+        cache = None if paged is not None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None and paged is None:
+            cache = DynamicCache(config=self.config)
+        seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
         positions = hidden.shape[1]
@@ -187,8 +257,8 @@ class RoutedModel:
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: paged if paged is not None and CACHE == "cache" else cache},
         )
         if last_positions is not None and (
             last_positions >= positions or self._needs_all_positions(mask, position_ids)
@@ -199,7 +269,7 @@ class RoutedModel:
             if last_mask is None and self.config._attn_implementation == "sdpa":
                 # Without a mask SDPA takes several queries for those of the first keys, and lets a single one see all
                 # keys, also those that a static cache has not filled.
-                keys = positions if past_key_values is None else past_key_values.get_mask_sizes(positions, 0)[0]
+                keys = positions if cache is None else cache.get_mask_sizes(positions, 0)[0]
                 rows = torch.arange(positions, device=hidden.device)[-last_positions:] + seen
                 last_mask = (torch.arange(keys, device=hidden.device) <= rows[:, None])[None, None]
         rope = self.rotary_emb(hidden, position_ids=position_ids)
@@ -209,8 +279,8 @@ class RoutedModel:
         layers = self.layers[: self.config.num_hidden_layers]  # transformers lowers it to draft with the first ones
         sources = sources[: len(layers)]
         read = set(sources)
-        if past_key_values is not None:
-            _require_same_strategy(past_key_values, read)
+        if cache is not None:
+            _require_same_strategy(cache, read)
         last_reader = {source: reader for reader, source in enumerate(sources)}
         known: dict[int, tuple[Tensor, Tensor]] = {}
         for number, layer in enumerate(layers):
@@ -224,9 +294,10 @@ class RoutedModel:
                 last_positions=stops_here,
                 position_embeddings=rope,
                 attention_mask=mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids if stops_here is None else position_ids[:, -stops_here:],
                 use_cache=use_cache,
+                paged=paged,
+                **{CACHE: cache},
                 **kwargs,
             )
             if k is not None:
@@ -237,9 +308,7 @@ class RoutedModel:
             if stops_here is not None:
                 rope = _last_rope(rope, stops_here)
                 position_ids = position_ids[:, -stops_here:]
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache if use_cache else None})
 
     def _needs_all_positions(self: Any, mask: Any, position_ids: Tensor) -> bool:
         """Whether attention cannot be asked for the last queries alone."""

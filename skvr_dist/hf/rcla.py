@@ -15,6 +15,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from skvr_dist.errors import UserError
+from skvr_dist.hf.causal_lm import require_working_transformers
 from skvr_dist.hf.modeling import route
 from skvr_dist.model.decoder import zero_gradients
 from skvr_dist.routing import RoutingConfig, draw_plan
@@ -74,6 +75,7 @@ def enable_rcla(
             f"enable_rcla with policy {policy} and cross_layer_prob {cross_layer_prob}: the policy must be uniform or "
             f"strategy, the probability between 0 and 1"
         )
+    require_working_transformers()
     base = route(model)
     routing = RoutingConfig(policy=policy, cross_layer_prob=float(cross_layer_prob))  # type: ignore[arg-type]
     base.draw_sources = DonorDraw(base, routing, seed)

@@ -19,6 +19,10 @@ _FILES = {
 }
 
 
+CODE_FILES = tuple(_FILES.values())
+"""The code files of an export."""
+
+
 def add_code(folder: Path, config: PreTrainedConfig, architecture: str) -> None:
     """Copy the code that `trust_remote_code=True` runs, so that it needs transformers alone, and refer to it.
 
