@@ -57,6 +57,17 @@ def test_bf16_follows_fp32_and_keeps_its_state_in_fp32(layout: str) -> None:
     require_ok([compare(case, results)])
 
 
+@pytest.mark.parametrize("layout", ["PP2xDP2 ZeRO-1", "TP2xDP2 ZeRO-3", "DP2 ZeRO-2", "PP2xDP2 ZeRO-3"])
+def test_ragged_labels(layout: str) -> None:
+    """Micro-batches and replicas differ in how many labels they have; the reference knows of neither."""
+    require_ok(list(run_matrix([Case(layout, ragged=True)])))
+
+
+@pytest.mark.parametrize("layout", ["PP2xDP2 ZeRO-1"])
+def test_ragged_labels_in_bf16(layout: str) -> None:
+    require_ok(list(run_matrix([Case(layout, ragged=True, tied=True, precision="bf16")])))
+
+
 def test_the_comparison_sees_a_wrong_gradient() -> None:
     """A relative error of 1e-4 in one gradient of one rank, and a rank that holds a byte too much for its share."""
     case = Case("DP2 ZeRO-1")

@@ -80,7 +80,8 @@ class StageModule(PipelineModule):
             documents: int [B, S], if attention stays within documents.
 
         Returns:
-            on the last stage the mean cross entropy; else what the next stage gets.
+            on the last stage the sum of the labels' cross entropy, over B x S: the mean if no label is ignored; on the
+            others what the next stage gets.
         """
         if isinstance(inputs, Handover):
             hidden, received = inputs.hidden, inputs.kv
@@ -88,7 +89,9 @@ class StageModule(PipelineModule):
             hidden, received = self.decoder.embed(inputs), {}
         hidden, known = self.decoder.run_layers(hidden, donors, received, documents=documents)
         if labels is not None:
-            return self.decoder.loss(hidden, labels)
+            # Not over the number of its labels: what a token weighs must not depend on the micro-batch it is in. That
+            # the step divides by, once it is known (`RoutedPipelineEngine`).
+            return self.decoder.summed_loss(hidden, labels) / labels.numel()
         return Handover(hidden, {layer: known[layer] for layer in leaving})
 
     # What PipelineModule calls while it is built.

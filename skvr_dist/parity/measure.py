@@ -19,7 +19,7 @@ from skvr_dist.model.parts import Shard
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.guard import gradient_tensors
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.parity.cases import Case, batches
+from skvr_dist.parity.cases import Case, micro_batches
 from skvr_dist.train.loop import build_engine, plan_stream
 
 Held = dict[str, tuple[Shard, Tensor]]
@@ -75,7 +75,7 @@ def run_case(case: Case) -> RankResult:
     engine._take_model_step = look_and_step  # type: ignore[method-assign]
     plans = plan_stream(config, mesh, first_step=0)
     result: dict[str, list[Any]] = {"losses": [], "norms": [], "donors": []}
-    for batch in batches(case.steps):
+    for batch in micro_batches(case):
         plan = plans.next()
         result["donors"].append(plan.donors.tolist())
         result["losses"].append(engine.train_step(iter(batch[mesh.replica :: mesh.replicas]), plan))
