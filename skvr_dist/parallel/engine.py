@@ -260,10 +260,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _exec_reduce_tied_grads(self) -> None:
-        if self.reduces_in_backward:
-            self.sum_tied_partitions(self.module.get_tied_weights_and_groups())
-        else:
-            super()._exec_reduce_tied_grads()
+        self.sum_tied_gradients(self.module.get_tied_weights_and_groups())
 
     def _exec_reduce_grads(self) -> None:
         if not self.reduces_in_backward:
@@ -317,6 +314,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         if not (self.zero_optimization() or self.bfloat16_enabled()):
             self._global_grad_norm = self._clip_by_global_norm()
         super()._take_model_step(lr_kwargs)
+        self.copy_tied_weights(self.module.get_tied_weights_and_groups())
 
     def _skip_model_step(self) -> None:
         """All that a step does except the update."""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import set_z3_leaf_modules
@@ -23,6 +22,7 @@ from skvr_dist.parallel.config import ParallelConfig
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.parallel.tensor import TensorParts
+from skvr_dist.parallel.zero import TiedWeights
 
 
 class StageModule(PipelineModule):
@@ -135,7 +135,7 @@ class StageModule(PipelineModule):
     def _synchronize_tied_weights(self) -> None:
         """Nothing to send: both stages draw or load the same weights by name."""
 
-    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
+    def get_tied_weights_and_groups(self) -> TiedWeights:
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
 
