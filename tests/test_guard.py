@@ -83,6 +83,7 @@ def break_the_bad_step(config: Config, kind: str) -> list[dict[str, Any]]:
         ("single", "fp32", "loss"),
         ("DP2 ZeRO-1", "fp32", "gradient"),
         ("DP2 ZeRO-2", "bf16", "gradient"),
+        ("DP2 ZeRO-2 offload", "bf16", "gradient"),
         ("DP2 ZeRO-3 offload", "fp32", "gradient"),
         ("PP2", "fp32", "gradient"),
         ("PP2xDP2 ZeRO-1", "bf16", "gradient"),

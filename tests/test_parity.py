@@ -63,7 +63,7 @@ def test_ragged_labels(layout: str) -> None:
     require_ok(list(run_matrix([Case(layout, ragged=True)])))
 
 
-@pytest.mark.parametrize("layout", ["PP2xDP2 ZeRO-1"])
+@pytest.mark.parametrize("layout", ["PP2xDP2 ZeRO-1", "PP2xDP2 ZeRO-1 offload", "DP2 ZeRO-2 offload"])
 def test_ragged_labels_in_bf16(layout: str) -> None:
     require_ok(list(run_matrix([Case(layout, ragged=True, tied=True, precision="bf16")])))
 
