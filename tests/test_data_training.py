@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -92,16 +93,20 @@ def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(da
     shard.write_bytes(whole[:600])
     try:
         assert "email/train/shard-00001.tar has 600 bytes, but the manifest names" in refusal(data, run)
-        pretrain(data, run, "data.damage=skip", "data.workers=2")
+        said = pretrain(data, run, "data.damage=skip", "data.workers=2")
     finally:
         shard.write_bytes(whole)
     log = (run / "logs" / "rank-00000.log").read_text()
     assert (
         log.count("left out: shard ") == 1 and "shard-00001.tar is damaged: chunk 0 at byte 512: the file ends" in log
     )
-    events = EventAccumulator(str(run / "tensorboard")).Reload().Scalars("data/skipped_tokens")
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
     # Sequence 5 is the first of lane 1 that comes from the second source; a label of each position of it is lost.
-    assert [event.value for event in events] == [0.0, 64.0, 64.0]
+    assert [event.value for event in events.Scalars("data/skipped_tokens")] == [0.0, 64.0, 64.0]
+    all_tokens = load_config([QUICKSTART]).train.global_batch_size * 64
+    predicted = [event.value for event in events.Scalars("train/predicted_tokens")]
+    assert predicted == [all_tokens, all_tokens - 64, all_tokens]
+    assert f"over {all_tokens - 64} tokens gradient norm" in log and f"over {all_tokens:,} tokens  lr" in said
     assert Dataset.open(data / "email" / "train").manifest.shards[1].tokens > 64
 
     other = ["train.steps=4", "data.lanes=2", "data.sequence_length=32"]
@@ -110,3 +115,15 @@ def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(da
     assert "data.on_resume=other_data" in said
     start(data, run, *other, "data.on_resume=other_data")
     assert "has train.seed 0, the configuration 1; give the checkpoint's own" in refusal(data, run, "train.seed=1")
+
+
+def test_the_documented_offload(data: Path, tmp_path: Path) -> None:
+    """As the guide says it, word for word."""
+    page = (ROOT / "docs" / "parallel.md").read_text()
+    (line,) = (line for line in page.splitlines() if "offload_optimizer: {" in line)
+    overrides = [word for word in shlex.split(line) if "=" in word]
+    assert "parallel.zero_stage=2" in overrides and any(word.startswith("deepspeed.") for word in overrides)
+    pretrain(data, tmp_path / "run", *overrides)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["train/loss"] for record in records if "train/loss" in record]
+    assert len(losses) == 3 and losses[2] < losses[0]

@@ -53,8 +53,21 @@ def test_bf16_follows_fp32_and_keeps_its_state_in_fp32(layout: str) -> None:
     for result in results:
         assert {tensor.dtype for _, tensor in result.weights.values()} == {torch.bfloat16}
         assert {tensor.dtype for _, tensor in result.gradients.values()} == {torch.float32}
+        if layout.endswith("ZeRO-1"):  # they were added up in fp32, over replicas too
+            assert all(not torch.equal(g, g.bfloat16().float()) for _, g in result.gradients.values())
         assert result.state_dtypes == {torch.float32}
     require_ok([compare(case, results)])
+
+
+@pytest.mark.parametrize("layout", ["PP2xDP2 ZeRO-1", "TP2xDP2 ZeRO-3", "DP2 ZeRO-2", "PP2xDP2 ZeRO-3"])
+def test_ragged_labels(layout: str) -> None:
+    """Micro-batches and replicas differ in how many labels they have; the reference knows of neither."""
+    require_ok(list(run_matrix([Case(layout, ragged=True)])))
+
+
+@pytest.mark.parametrize("layout", ["PP2xDP2 ZeRO-1", "PP2xDP2 ZeRO-1 offload", "DP2 ZeRO-2 offload"])
+def test_ragged_labels_in_bf16(layout: str) -> None:
+    require_ok(list(run_matrix([Case(layout, ragged=True, tied=True, precision="bf16")])))
 
 
 def test_the_comparison_sees_a_wrong_gradient() -> None:

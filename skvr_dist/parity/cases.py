@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skvr_dist.data.batch import IGNORED, MicroBatch
 from skvr_dist.train.config import Config
 from skvr_dist.train.load_config import validate_config
 
@@ -50,6 +51,9 @@ SEED, MICRO_BATCHES, BATCH, SEQUENCE = 7, 4, 2, 12
 # Adam divides a gradient by its own size: eps keeps it from blowing up the rounding of gradients that are nearly
 # zero (a bias on all keys hardly changes a softmax), so that weights can be compared as tightly as gradients.
 OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
+# Labels of each sequence of a step's four micro-batches; in the next step they move on by one sequence. Micro-batches
+# differ in their number of labels, and so do replicas; one has none.
+RAGGED = (12, 1, 7, 2, 0, 0, 3, 12)
 CLIP = 0.5  # below the norms that occur, so clipping is at work
 
 
@@ -75,7 +79,9 @@ LAYOUTS = {
         Layout("DP2 ZeRO-1", 2, {"zero_stage": 1}),
         Layout("DP2 ZeRO-2", 2, {"zero_stage": 2}),
         Layout("DP2 ZeRO-3", 2, {"zero_stage": 3}, _PARTITION_ALL),
-        Layout("DP2 ZeRO-3 offload", 2, {"zero_stage": 3}, {"zero_force_ds_cpu_optimizer": False, **_OFFLOAD}),
+        Layout("DP2 ZeRO-1 offload", 2, {"zero_stage": 1}, _OFFLOAD),
+        Layout("DP2 ZeRO-2 offload", 2, {"zero_stage": 2}, _OFFLOAD),
+        Layout("DP2 ZeRO-3 offload", 2, {"zero_stage": 3}, _OFFLOAD),
         Layout("TP2", 2, {"tensor": 2, "zero_stage": 0}),
         Layout("TP2 SP", 2, _TP2_SP),
         Layout("TP4 SP", 4, {"tensor": 4, "sequence_parallel": True}),
@@ -83,6 +89,8 @@ LAYOUTS = {
         Layout("PP4 uneven", 4, {"pipeline": 4, "stage_layers": [1, 2, 1, 1]}),
         Layout("PP2xDP2 ZeRO-1", 4, {"pipeline": 2}),
         Layout("PP2xDP2 ZeRO-3", 4, {"pipeline": 2, "zero_stage": 3}, _PARTITION_ALL),
+        Layout("PP2xDP2 ZeRO-1 offload", 4, {"pipeline": 2}, _OFFLOAD),
+        Layout("PP2xDP2 ZeRO-3 offload", 4, {"pipeline": 2, "zero_stage": 3}, _OFFLOAD),
         Layout("TP2xPP2", 4, {"tensor": 2, "pipeline": 2}),
         Layout("TP2xDP2 ZeRO-3", 4, {"tensor": 2, "zero_stage": 3}, _PARTITION_ALL),
         Layout("TP2xPP2xDP2 ZeRO-1", 8, {"tensor": 2, "pipeline": 2}),
@@ -107,6 +115,8 @@ class Case:
     family: str = "qwen3"
     precision: str = "fp32"
     attention: str = "sdpa"
+    ragged: bool = False
+    """Whether sequences have labels at their beginning only, from all to none of them (`RAGGED`)."""
     steps: int = 3
     initializer_range: float = 0.1  # large enough that every gradient is well above rounding
 
@@ -151,6 +161,26 @@ def batches(steps: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = (MICRO_BATCHES, BATCH, SEQUENCE + 1)
     return [torch.randint(0, SHAPE["vocab_size"], shape, generator=generator) for _ in range(steps)]
+
+
+def labelled(case: Case) -> list[Tensor]:
+    """Which tokens of `batches` (but the first of each sequence) are to be predicted: per step, bool [Q, B, S]."""
+    masks = []
+    for step in range(case.steps):
+        lengths = torch.tensor(RAGGED).roll(step) if case.ragged else torch.full((len(RAGGED),), SEQUENCE)
+        masks.append(torch.arange(SEQUENCE) < lengths.view(MICRO_BATCHES, BATCH, 1))
+    return masks
+
+
+def micro_batches(case: Case) -> list[list[MicroBatch]]:
+    """The Q micro-batches of every step."""
+    return [
+        [
+            MicroBatch(tokens[:, :-1], tokens[:, 1:].masked_fill(~mask, IGNORED))
+            for tokens, mask in zip(batch, masks, strict=True)
+        ]
+        for batch, masks in zip(batches(case.steps), labelled(case), strict=True)
+    ]
 
 
 def full_matrix() -> list[Case]:

@@ -14,7 +14,7 @@ from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder, initialize
 from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.parity import reference
-from skvr_dist.parity.cases import BATCH, CLIP, MICRO_BATCHES, OPTIMIZER, SEED, SEQUENCE, Case, batches
+from skvr_dist.parity.cases import BATCH, CLIP, MICRO_BATCHES, OPTIMIZER, SEED, SEQUENCE, Case, batches, labelled
 from skvr_dist.parity.measure import Held, RankResult
 from skvr_dist.routing import crossing_elements
 
@@ -77,9 +77,9 @@ class Outcome:
 
 
 @functools.cache
-def expected(family: str, tied: bool, policy: str, steps: int) -> dict[str, Any]:
+def expected(family: str, tied: bool, policy: str, steps: int, ragged: bool = False) -> dict[str, Any]:
     """What the reference gets: initial weights, donors, losses, norms, gradients of step 1 and final weights."""
-    case = Case("single", policy, tied=tied, family=family)
+    case = Case("single", policy, tied=tied, family=family, ragged=ragged, steps=steps)
     decoder = Decoder(ModelConfig.model_validate(case.shape))
     initialize(decoder, SEED)
     initial = {name: p.detach() for name, p in decoder.named_parameters()}
@@ -87,7 +87,9 @@ def expected(family: str, tied: bool, policy: str, steps: int) -> dict[str, Any]
     plans = [config.plan(step).donors.tolist() for step in range(steps)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on tensors this small threads only wait for each other
-    trained = reference.train(initial, case.shape, batches(steps), plans, clip=CLIP, optimizer=OPTIMIZER)
+    trained = reference.train(
+        initial, case.shape, batches(steps), plans, clip=CLIP, optimizer=OPTIMIZER, labelled=labelled(case)
+    )
     torch.set_num_threads(threads)
     return {**trained, "initial": initial, "donors": plans}
 
@@ -98,7 +100,7 @@ def compare(case: Case, results: Sequence[RankResult]) -> Outcome:
     Raises:
         AssertionError: ranks used another plan, or together do not hold every weight.
     """
-    wanted = expected(case.family, case.tied, case.policy, case.steps)
+    wanted = expected(case.family, case.tied, case.policy, case.steps, case.ragged)
     assert all(result.donors == wanted["donors"] for result in results), "a rank used another routing plan"
     gradients = _errors([r.gradients for r in results], wanted["gradients"])
     worst = max(gradients, key=lambda name: gradients[name])

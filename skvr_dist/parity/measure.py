@@ -19,7 +19,7 @@ from skvr_dist.model.parts import Shard
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.guard import gradient_tensors
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.parity.cases import Case, batches
+from skvr_dist.parity.cases import Case, micro_batches
 from skvr_dist.train.loop import build_engine, plan_stream
 
 Held = dict[str, tuple[Shard, Tensor]]
@@ -75,7 +75,7 @@ def run_case(case: Case) -> RankResult:
     engine._take_model_step = look_and_step  # type: ignore[method-assign]
     plans = plan_stream(config, mesh, first_step=0)
     result: dict[str, list[Any]] = {"losses": [], "norms": [], "donors": []}
-    for batch in batches(case.steps):
+    for batch in micro_batches(case):
         plan = plans.next()
         result["donors"].append(plan.donors.tolist())
         result["losses"].append(engine.train_step(iter(batch[mesh.replica :: mesh.replicas]), plan))
@@ -117,15 +117,22 @@ def _held(shards: dict[str, Shard], tensors: dict[str, Tensor]) -> Held:
 def expected_bytes(case: Case, mesh: Mesh, parameters: int) -> dict[str, int]:
     """Bytes that this rank should hold, from its number of parameters (before ZeRO shares them out).
 
-    DeepSpeed keeps fp32 master weights apart from the parameters from ZeRO-1 on, in fp32 runs too; and, in bf16 with
-    ZeRO-1, whole fp32 gradients beside the bf16 ones.
+    DeepSpeed keeps fp32 master weights apart from the parameters from ZeRO-1 on, in fp32 runs too; in bf16 with ZeRO-1
+    whole fp32 gradients beside the bf16 ones; and with an offloaded optimizer, in bf16 with ZeRO-1 and 2, the fp32
+    gradients that the host gets a copy of.
     """
-    zero, bf16 = case.config().parallel.zero_stage, case.precision == "bf16"
+    config, bf16 = case.config(), case.precision == "bf16"
+    zero, offload = config.parallel.zero_stage, config.offloads_optimizer
     shared = parameters // mesh.replicas
     adam = 8
+    gradients = 4 * (shared if zero >= 1 else parameters)
+    if bf16 and offload and zero < 3:
+        gradients = 8 * shared
+    elif bf16 and zero == 1:
+        gradients = 6 * parameters
     return {
         "parameters": (2 if bf16 else 4) * (shared if zero == 3 else parameters),
-        "gradients": 6 * parameters if bf16 and zero == 1 else 4 * (shared if zero >= 1 else parameters),
+        "gradients": gradients,
         "optimizer": (adam + 4) * shared if zero >= 1 else adam * parameters,
     }
 

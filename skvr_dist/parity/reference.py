@@ -72,11 +72,16 @@ def logits(w: Weights, shape: dict, tokens: Tensor, donors: list[int]) -> Tensor
     return hidden @ w["embed_tokens.weight" if shape["tie_word_embeddings"] else "lm_head.weight"].T
 
 
-def loss(w: Weights, shape: dict, tokens: Tensor, donors: list[int]) -> Tensor:
-    """Mean next-token cross entropy of sequences [B, S + 1]."""
+def token_losses(w: Weights, shape: dict, tokens: Tensor, donors: list[int]) -> Tensor:
+    """Cross entropy [B, S] of every token but the first of sequences [B, S + 1]."""
     predicted = logits(w, shape, tokens[:, :-1], donors)
     log_probability = predicted - predicted.logsumexp(-1, keepdim=True)
-    return -log_probability.gather(-1, tokens[:, 1:, None]).mean()
+    return -log_probability.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def loss(w: Weights, shape: dict, tokens: Tensor, donors: list[int]) -> Tensor:
+    """Mean next-token cross entropy of sequences [B, S + 1]."""
+    return token_losses(w, shape, tokens, donors).mean()
 
 
 def train(
@@ -87,10 +92,12 @@ def train(
     *,
     clip: float,
     optimizer: dict,
+    labelled: list[Tensor] | None = None,
 ) -> dict:
     """AdamW (with the parameters in `optimizer`) over steps, matrices decayed.
 
-    `batches[t]` is [Q, B, S + 1] and `plans[t]` the donors [Q][L] of step t.
+    `batches[t]` is [Q, B, S + 1] and `plans[t]` the donors [Q][L] of step t. Its loss is the mean over all tokens of
+    the batch that are predicted: those that `labelled[t]`, bool [Q, B, S], marks; without it all but each first.
 
     Returns losses and gradient norms per step, the gradients of the first step, and the final weights.
     """
@@ -100,9 +107,10 @@ def train(
     groups: list[dict] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, **optimizer)
     result: dict = {"losses": [], "norms": []}
-    for batch, plan in zip(batches, plans, strict=True):
-        losses = [loss(w, shape, tokens, donors) for tokens, donors in zip(batch, plan, strict=True)]
-        total = torch.stack(losses).mean()
+    masks = labelled or [torch.ones_like(batch[..., 1:], dtype=torch.bool) for batch in batches]
+    for batch, mask, plan in zip(batches, masks, plans, strict=True):
+        losses = [token_losses(w, shape, tokens, donors) for tokens, donors in zip(batch, plan, strict=True)]
+        total = torch.stack(losses)[mask].mean()
         # A weight that no micro-batch used has a gradient of zero, not none: AdamW must still decay it.
         gradients = torch.autograd.grad(total, list(w.values()), allow_unused=True, materialize_grads=True)
         result.setdefault("gradients", {name: grad.clone() for name, grad in zip(w, gradients, strict=True)})
