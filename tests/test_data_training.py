@@ -92,16 +92,20 @@ def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(da
     shard.write_bytes(whole[:600])
     try:
         assert "email/train/shard-00001.tar has 600 bytes, but the manifest names" in refusal(data, run)
-        pretrain(data, run, "data.damage=skip", "data.workers=2")
+        said = pretrain(data, run, "data.damage=skip", "data.workers=2")
     finally:
         shard.write_bytes(whole)
     log = (run / "logs" / "rank-00000.log").read_text()
     assert (
         log.count("left out: shard ") == 1 and "shard-00001.tar is damaged: chunk 0 at byte 512: the file ends" in log
     )
-    events = EventAccumulator(str(run / "tensorboard")).Reload().Scalars("data/skipped_tokens")
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
     # Sequence 5 is the first of lane 1 that comes from the second source; a label of each position of it is lost.
-    assert [event.value for event in events] == [0.0, 64.0, 64.0]
+    assert [event.value for event in events.Scalars("data/skipped_tokens")] == [0.0, 64.0, 64.0]
+    all_tokens = load_config([QUICKSTART]).train.global_batch_size * 64
+    predicted = [event.value for event in events.Scalars("train/predicted_tokens")]
+    assert predicted == [all_tokens, all_tokens - 64, all_tokens]
+    assert f"over {all_tokens - 64} tokens gradient norm" in log and f"over {all_tokens:,} tokens  lr" in said
     assert Dataset.open(data / "email" / "train").manifest.shards[1].tokens > 64
 
     other = ["train.steps=4", "data.lanes=2", "data.sequence_length=32"]

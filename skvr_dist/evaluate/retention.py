@@ -12,7 +12,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from skvr_dist.data.batch import MicroBatch
-from skvr_dist.model.decoder import Decoder, next_token_loss
+from skvr_dist.model.decoder import Decoder, summed_next_token_loss
+from skvr_dist.model.parts import count_labels
 from skvr_dist.routing import CacheStrategy
 
 RETENTION_FILE = "retention.json"
@@ -38,16 +39,20 @@ class RetentionPoint:
 def retention_curve(
     decoder: Decoder, batches: Sequence[MicroBatch | Tensor], strategies: Mapping[str, CacheStrategy]
 ) -> list[RetentionPoint]:
-    """Mean loss over batches, or plain sequences, int [B, S + 1], all of one shape, at each strategy.
+    """Mean loss over the tokens of all batches, or plain sequences, int [B, S + 1], at each strategy.
 
     Returns:
         one point per strategy, in the order given.
     """
+    micro_batches = [MicroBatch.of(batch) for batch in batches]
+    tokens = int(sum(count_labels(batch.labels) for batch in micro_batches))
     points = []
     for name, strategy in strategies.items():
-        losses = [
-            next_token_loss(decoder(batch.tokens, strategy.kv_source_layers, documents=batch.documents), batch.labels)
-            for batch in map(MicroBatch.of, batches)
+        summed = [
+            summed_next_token_loss(
+                decoder(batch.tokens, strategy.kv_source_layers, documents=batch.documents), batch.labels
+            )
+            for batch in micro_batches
         ]
         points.append(
             RetentionPoint(
@@ -59,7 +64,7 @@ def retention_curve(
                     head_dim=decoder.config.head_dim,
                     bytes_per_element=CACHE_BYTES_PER_ELEMENT,
                 ),
-                loss=float(torch.stack(losses).mean()),
+                loss=float(torch.stack(summed).sum(dtype=torch.float64) / tokens),
             )
         )
     return points

@@ -27,7 +27,7 @@ from torch.autograd.function import FunctionCtx
 from skvr_dist.model import recompute
 from skvr_dist.model.attention import Documents, attend, resolve_backend
 from skvr_dist.model.config import ModelConfig
-from skvr_dist.model.parts import IGNORED, Parts, shards_of
+from skvr_dist.model.parts import Parts, count_labels, shards_of
 from skvr_dist.model.recompute import ActivationCheckpointing
 from skvr_dist.model.rope import rope_tables, rotate
 
@@ -274,23 +274,26 @@ class Decoder(nn.Module):
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return head(self.parts.enter(self.norm(hidden)), predict=True)
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy in nats per token, in float32, from the last layer's hidden states [B, S, D].
+    def summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum over tokens of the cross entropy in nats, in float32, from the last layer's hidden states [B, S, D].
 
         Args:
-            labels: int [B, S], the token that follows each; those that are `IGNORED` do not count.
+            labels: int [B, S], the token that follows each; those that are `IGNORED` add nothing.
         """
-        return mean_over_labels(self.parts.cross_entropy(self.logits(hidden), labels), labels)
+        return self.parts.cross_entropy(self.logits(hidden), labels).sum()
+
+
+def summed_next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of the cross entropy in nats, in float32: whole logits [B, S, V] against labels, int [B, S]."""
+    return Parts().cross_entropy(logits, labels).sum()
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy in nats per token, in float32: whole logits [B, S, V] against labels, int [B, S]."""
-    return mean_over_labels(Parts().cross_entropy(logits, labels), labels)
+    """Mean cross entropy in nats per token, in float32: whole logits [B, S, V] against labels, int [B, S].
 
-
-def mean_over_labels(losses: Tensor, labels: Tensor) -> Tensor:
-    """Mean of the losses [B * S] of the labels [B, S] that are not `IGNORED`; 0 where all are."""
-    return losses.sum() / (labels != IGNORED).sum().clamp(min=1)
+    0 where all labels are `IGNORED`. Means of several batches are not to be averaged: they may differ in their tokens.
+    """
+    return summed_next_token_loss(logits, labels) / count_labels(labels).clamp(min=1)
 
 
 class _ZeroGradients(torch.autograd.Function):

@@ -20,6 +20,11 @@ IGNORED = -100
 """A label that is not to be predicted (PyTorch's own mark)."""
 
 
+def count_labels(labels: Tensor) -> Tensor:
+    """How many labels are to be predicted, int64 []."""
+    return (labels != IGNORED).sum()
+
+
 @dataclass(frozen=True)
 class Shard:
     """The part of a whole weight that a parameter holds: `length` entries from `start` along `dim`.

@@ -2,11 +2,14 @@
 
 Kept from DeepSpeed: the 1F1B schedule, gradient reduction, ZeRO, mixed precision, the optimizer step, checkpoints.
 Replaced: what a stage computes and what crosses between stages. Sizes come from the routing plan, so there is no
-handshake; a stage's backward runs once per micro-batch, whatever crosses.
+handshake; a stage's backward runs once per micro-batch, whatever crosses. The loss and its gradient are means over the
+labels of the global batch, not over its micro-batches: DeepSpeed averages the micro-batches' sums over equally many
+positions, and before the optimizer step all is multiplied by positions over labels, which are 1 if none is ignored.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
@@ -22,9 +25,10 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
 from skvr_dist.data.batch import MicroBatch
+from skvr_dist.model.parts import count_labels
 from skvr_dist.parallel.boundary import Handover, MicroBatchShape, connect
 from skvr_dist.parallel.failure import naming_the_operation
-from skvr_dist.parallel.guard import UpdateGuard, drop_gradients, gradient_tensors
+from skvr_dist.parallel.guard import UpdateGuard, drop_gradients, gradient_tensors, scale_gradients
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.parallel.zero import ZeroUnderPipeline, compare_module_order_within, reduce_layer_by_layer
@@ -81,13 +85,18 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         """Bytes of activations that this rank has sent to the next stage since it started."""
         self.backward_passes = 0
         """Backward passes that this stage has run since it started."""
+        self.predicted_tokens = 0
+        """Labels that counted in the last step or evaluation, over the global batch."""
+        self._mean_loss = 0.0
+        self._labels = 0  # of the micro-batches that this rank has run, on the last stage
+        self._update_is_admitted = True
         self._plan: RoutingPlan | None = None
         self._done: Counter[type] = Counter()
         self._gradients: Handover | None = None
         self.total_loss: Tensor | None = None
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
-        shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
-        self.before, self.after = connect(module.model_config, mesh, module.starts, shape, dtype, self.device)
+        self._shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
+        self.before, self.after = connect(module.model_config, mesh, module.starts, self._shape, dtype, self.device)
 
     def train_step(self, micro_batches: Iterator[MicroBatch | Tensor], plan: RoutingPlan) -> float:
         """One optimizer step.
@@ -98,7 +107,8 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
             plan: the donors of all global micro-batches of the step.
 
         Returns:
-            the mean loss over the global batch, in nats per token, on every rank.
+            the mean loss over the labels of the global batch, in nats per token, on every rank; not a number if all
+            are ignored.
         """
         if plan.num_micro_batches != self.micro_batches * self.mesh.replicas:
             raise ValueError(
@@ -111,7 +121,11 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
             return float(self.train_batch(micro_batches))
 
     def evaluate(self, micro_batches: Sequence[MicroBatch | Tensor], donors: Iterable[int]) -> float:
-        """Mean loss over every replica's micro-batches (equally many on each), with the same donors in all of them."""
+        """Mean loss over the labels of every replica's micro-batches, with the same donors in all of them.
+
+        Args:
+            micro_batches: equally many on each replica.
+        """
         self._plan = fixed_plan(tuple(donors), len(micro_batches) * self.mesh.replicas)
         with naming_the_operation(self.mesh, "the evaluation"):
             return float(self.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches)))
@@ -127,6 +141,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         self.fwd_outputs: list[Tensor] = []
+        self._labels = 0
         self._done.clear()
         self._expect_tensors(training=isinstance(pipe_schedule, schedule.TrainSchedule))
         for instructions in pipe_schedule:
@@ -165,6 +180,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
             self.pipe_buffers["inputs"][buffer_id] = batch.tokens.to(self.device)
         if self.is_last_stage():
             self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
+            self._labels += int(count_labels(batch.labels))
 
     def set_dataiterator(self, iterator: Iterator[MicroBatch | Tensor] | None) -> None:
         """On every stage; DeepSpeed's own forgets it between the outer ones."""
@@ -244,23 +260,61 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _exec_reduce_tied_grads(self) -> None:
-        if self.reduces_in_backward:
-            self.sum_tied_partitions(self.module.get_tied_weights_and_groups())
-        else:
-            super()._exec_reduce_tied_grads()
+        self.sum_tied_gradients(self.module.get_tied_weights_and_groups())
 
     def _exec_reduce_grads(self) -> None:
         if not self.reduces_in_backward:
             super()._exec_reduce_grads()
 
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        square = float(torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))) ** 2
+        square, weight = self._sum_over_batch(square)
+        self._update_is_admitted = self.guard.admits(self._mean_loss, square * weight**2, self.predicted_tokens)
+        if self._update_is_admitted and weight != 1.0:
+            scale_gradients(self.optimizer, self.module, weight)
+        super()._exec_optimizer_step(lr_kwargs)
+
+    def _sum_over_batch(self, square: float = 0.0) -> tuple[float, float]:
+        """Set the mean loss and the number of labels of what all ranks have just run; collective.
+
+        Args:
+            square: anything else to be summed.
+
+        Returns:
+            its sum over all ranks, and the positions of the batch over its labels: what averages over positions must be
+            multiplied by. If all labels are ignored there is nothing to average, and it is 0.
+        """
+        mine = [0.0, 0.0, 0.0]
+        if self.is_last_stage() and self.total_loss is not None:
+            positions = self._shape.batch * self._shape.sequence
+            mine = [float(self.total_loss) * positions, float(self._labels), float(len(self.fwd_outputs) * positions)]
+        square, loss, labels, positions_of_all = self.mesh.sum_over_ranks([square, *mine])
+        # Tensor-parallel ranks of the last stage hold the same labels; that cancels out but in their number.
+        self.predicted_tokens = round(labels) // self.mesh.tensors
+        self._mean_loss = loss / labels if labels else math.nan
+        return square, positions_of_all / labels if labels else 0.0
+
+    def _aggregate_total_loss(self) -> Tensor:
+        """What `train_batch` returns; the optimizer step has found it already."""
+        return torch.tensor(self._mean_loss, dtype=torch.float64)
+
+    def _reduce_outputs(self, outputs: list[Tensor], **kwargs: Any) -> list[Tensor]:
+        """Nothing yet: DeepSpeed would average the micro-batches, and only then tell the other stages."""
+        return outputs
+
+    def _bcast_pipe_scalar(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What `eval_batch` returns."""
+        self._sum_over_batch()
+        return torch.tensor(self._mean_loss, dtype=torch.float64)
+
     def _take_model_step(self, lr_kwargs: Any) -> None:
-        loss = float(self.total_loss) / self.micro_batches if self.total_loss is not None else None
-        if not self.guard.admits(loss, gradient_tensors(self.optimizer, self.module)):
+        if not self._update_is_admitted:
             self._skip_model_step()
             return
         if not (self.zero_optimization() or self.bfloat16_enabled()):
             self._global_grad_norm = self._clip_by_global_norm()
         super()._take_model_step(lr_kwargs)
+        self.copy_tied_weights(self.module.get_tied_weights_and_groups())
 
     def _skip_model_step(self) -> None:
         """All that a step does except the update."""
@@ -299,6 +353,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         schedule.SendGrad: _exec_send_grads,
         schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
         schedule.ReduceGrads: _exec_reduce_grads,
+        schedule.OptimizerStep: _exec_optimizer_step,
     }
 
 

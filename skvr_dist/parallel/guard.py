@@ -1,6 +1,6 @@
 """Whether a step's update is applied: never if loss or gradient are not finite; where asked for, not upon a spike.
 
-All ranks decide alike, before the optimizer step, from one small sum over the world. An update that is refused is
+All ranks decide alike, before the optimizer step, from sums over the world. An update that is refused is
 dropped exactly: weights and moments stay as they are, while the step counter and the learning-rate schedule, which are
 functions of the step, go on. The batch is gone, as if the run had never trained on it.
 """
@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from skvr_dist.errors import UserError
-from skvr_dist.parallel.mesh import Mesh
 
 _HISTORY = 32  # losses whose median a spike is measured against
 _LARGEST_SQUARE = torch.finfo(torch.float32).max  # DeepSpeed squares norms in fp32
@@ -32,8 +31,7 @@ class UpdateGuard:
         max_skipped_in_a_row: the run ends after as many refused updates without one applied between.
     """
 
-    def __init__(self, mesh: Mesh, *, max_loss_ratio: float | None, max_skipped_in_a_row: int) -> None:
-        self._mesh = mesh
+    def __init__(self, *, max_loss_ratio: float | None, max_skipped_in_a_row: int) -> None:
         self._max_loss_ratio = max_loss_ratio
         self._max_skipped_in_a_row = max_skipped_in_a_row
         self._losses: deque[float] = deque(maxlen=_HISTORY)
@@ -43,25 +41,25 @@ class UpdateGuard:
         self.reason: str | None = None
         """Why the last update was refused; None when it was applied."""
 
-    def admits(self, loss: float | None, gradients: Iterable[Tensor]) -> bool:
-        """Whether the update may be applied, the same on every rank; collective.
+    def admits(self, loss: float, square: float, tokens: int) -> bool:
+        """Whether the update may be applied. Ranks that pass the same get the same answer.
 
         Args:
-            loss: the mean over this rank's micro-batches, where it is known: on the last stage.
-            gradients: what this rank's optimizer will use, reduced over the replicas or not.
+            loss: the mean over the global batch.
+            square: a bound of the gradient's squared norm: gradients that several ranks hold may be counted each time.
+            tokens: labels that the loss is the mean of.
         """
-        square = float(torch.nn.utils.get_total_norm(gradients)) ** 2
-        share = 0.0 if loss is None else loss / (self._mesh.replicas * self._mesh.tensors)
-        square, mean_loss = self._mesh.sum_over_ranks([square, share])
-        self.reason = self._why_not(mean_loss, square)
-        if math.isfinite(mean_loss):
-            self._losses.append(mean_loss)
+        self.reason = self._why_not(loss, square, tokens)
+        if math.isfinite(loss):
+            self._losses.append(loss)
         refused = self.reason is not None
         self.skipped_steps += refused
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if refused else 0
         return not refused
 
-    def _why_not(self, loss: float, square: float) -> str | None:
+    def _why_not(self, loss: float, square: float, tokens: int) -> str | None:
+        if not tokens:
+            return "none of its tokens has a label to predict"
         if not math.isfinite(loss):
             return f"its loss is {loss}"
         if not square <= _LARGEST_SQUARE:  # nan compares false
@@ -113,7 +111,19 @@ def gradient_tensors(optimizer: Any, module: torch.nn.Module) -> list[Tensor]:
         *getattr(optimizer, "fp32_partitioned_groups_flat", []),  # ZeRO-3
     ]
     offloaded = [master.grad for master in masters if master.grad is not None]
+    if offloaded:
+        get_accelerator().synchronize()  # they may still be on their way to the host
     return [*own, *averaged, *flat, *offloaded]
+
+
+@torch.no_grad()
+def scale_gradients(optimizer: Any, module: torch.nn.Module, factor: float) -> None:
+    """Multiply the gradients that the optimizer step is about to use."""
+    for gradient in gradient_tensors(optimizer, module):
+        gradient.mul_(factor)
+    norms = getattr(optimizer, "norm_for_param_grads", {})  # taken when a gradient was offloaded
+    for parameter, norm in norms.items():
+        norms[parameter] = norm * factor
 
 
 def drop_gradients(optimizer: Any) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import set_z3_leaf_modules
@@ -23,6 +22,7 @@ from skvr_dist.parallel.config import ParallelConfig
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.parallel.tensor import TensorParts
+from skvr_dist.parallel.zero import TiedWeights
 
 
 class StageModule(PipelineModule):
@@ -80,7 +80,8 @@ class StageModule(PipelineModule):
             documents: int [B, S], if attention stays within documents.
 
         Returns:
-            on the last stage the mean cross entropy; else what the next stage gets.
+            on the last stage the sum of the labels' cross entropy, over B x S: the mean if no label is ignored; on the
+            others what the next stage gets.
         """
         if isinstance(inputs, Handover):
             hidden, received = inputs.hidden, inputs.kv
@@ -88,7 +89,9 @@ class StageModule(PipelineModule):
             hidden, received = self.decoder.embed(inputs), {}
         hidden, known = self.decoder.run_layers(hidden, donors, received, documents=documents)
         if labels is not None:
-            return self.decoder.loss(hidden, labels)
+            # Not over the number of its labels: what a token weighs must not depend on the micro-batch it is in. That
+            # the step divides by, once it is known (`RoutedPipelineEngine`).
+            return self.decoder.summed_loss(hidden, labels) / labels.numel()
         return Handover(hidden, {layer: known[layer] for layer in leaving})
 
     # What PipelineModule calls while it is built.
@@ -132,7 +135,7 @@ class StageModule(PipelineModule):
     def _synchronize_tied_weights(self) -> None:
         """Nothing to send: both stages draw or load the same weights by name."""
 
-    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
+    def get_tied_weights_and_groups(self) -> TiedWeights:
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
 

@@ -25,6 +25,9 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 
 _FIRST_REFUSED_STAGE = 2
 
+TiedWeights = list[tuple[torch.nn.Parameter, dist.ProcessGroup]]
+"""What the first and the last stage share, with the group of both."""
+
 
 class ZeroUnderPipeline(DeepSpeedEngine):
     """Stands between PipelineEngine and DeepSpeedEngine in the order of classes."""
@@ -49,21 +52,43 @@ class ZeroUnderPipeline(DeepSpeedEngine):
         if self.reduces_in_backward:
             self.enable_backward_allreduce = True  # PipelineEngine turns it off, and reduces at the end of the step
             self._force_grad_boundary = last
-            self.optimizer.micro_step_id = micro_batch
+            # ZeRO-2 counts up when the first gradient of the backward pass arrives, ZeRO-3 only after it.
+            counted_up = 0 if self.zero_optimization_partition_weights() else 1
+            self.optimizer.micro_step_id = micro_batch - counted_up
 
     def end_backward(self) -> None:
         """After it."""
         self._force_grad_boundary = False
 
-    def sum_tied_partitions(self, weights: list[tuple[torch.nn.Parameter, dist.ProcessGroup]]) -> None:
-        """Add the gradient partitions of tied weights up over the stages that share them (ZeRO-3).
+    def sum_tied_gradients(self, weights: TiedWeights) -> None:
+        """Add the gradients of tied weights up over the stages that share them.
 
-        The stages hold the same partition: the same weight over equally many replicas.
+        With ZeRO-3 they are partitions, already reduced over the replicas. The stages hold the same partition: the same
+        weight over equally many replicas.
         """
         for weight, group in weights:
-            gradient = self.optimizer.get_local_fp32_grad_for_param(weight)
-            dist.all_reduce(gradient, group=group)
-            self.optimizer.set_local_grad_for_param(gradient, weight)
+            if self.zero_optimization_partition_weights():
+                gradient = self.optimizer.get_local_fp32_grad_for_param(weight)
+                dist.all_reduce(gradient, group=group)
+                self.optimizer.set_local_grad_for_param(gradient, weight)
+            elif self.using_bf16_optimizer:
+                dist.all_reduce(weight._hp_grad, group=group)  # type: ignore[attr-defined]
+            elif self.zero_optimization():
+                dist.all_reduce(self.optimizer.get_gradient_for_reduction(weight), group=group)
+            else:
+                dist.all_reduce(weight.grad, group=group)
+
+    def copy_tied_weights(self, weights: TiedWeights) -> None:
+        """Give the last stage the first one's tied weights.
+
+        Each has stepped with the same gradient, but for the last bit: in which order the replicas are added up depends
+        on where a weight lies among those of its stage. What is not made equal drifts apart.
+        """
+        for weight, group in weights:
+            # With ZeRO-3 a rank holds its partition, and the whole of those that are too small to be shared out.
+            for held in (weight.data, getattr(weight, "ds_tensor", None)):
+                if held is not None and held.numel():
+                    dist.broadcast(held, group=group, group_src=0)
 
 
 def compare_module_order_within(group: dist.ProcessGroup) -> None:

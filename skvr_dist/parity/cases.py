@@ -87,7 +87,6 @@ _PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}
 _OFFLOAD: dict[str, Any] = {
     "zero_optimization": {**_PARTITION_ALL["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
 }
-_OFFLOAD["zero_force_ds_cpu_optimizer"] = False
 _TP2_SP = {"tensor": 2, "sequence_parallel": True}
 LAYOUTS = {
     layout.name: layout

@@ -123,15 +123,22 @@ def _held(shards: dict[str, Shard], tensors: dict[str, Tensor]) -> Held:
 def expected_bytes(case: Case, mesh: Mesh, parameters: int) -> dict[str, int]:
     """Bytes that this rank should hold, from its number of parameters (before ZeRO shares them out).
 
-    DeepSpeed keeps fp32 master weights apart from the parameters from ZeRO-1 on, in fp32 runs too; and, in bf16 with
-    ZeRO-1, whole fp32 gradients beside the bf16 ones.
+    DeepSpeed keeps fp32 master weights apart from the parameters from ZeRO-1 on, in fp32 runs too; in bf16 with ZeRO-1
+    whole fp32 gradients beside the bf16 ones; and with an offloaded optimizer, in bf16 with ZeRO-1 and 2, the fp32
+    gradients that the host gets a copy of.
     """
-    zero, bf16 = case.config().parallel.zero_stage, case.precision == "bf16"
+    config, bf16 = case.config(), case.precision == "bf16"
+    zero, offload = config.parallel.zero_stage, config.offloads_optimizer
     shared = parameters // mesh.replicas
     adam = 8
+    gradients = 4 * (shared if zero >= 1 else parameters)
+    if bf16 and offload and zero < 3:
+        gradients = 8 * shared
+    elif bf16 and zero == 1:
+        gradients = 6 * parameters
     return {
         "parameters": (2 if bf16 else 4) * (shared if zero == 3 else parameters),
-        "gradients": 6 * parameters if bf16 and zero == 1 else 4 * (shared if zero >= 1 else parameters),
+        "gradients": gradients,
         "optimizer": (adam + 4) * shared if zero >= 1 else adam * parameters,
     }
 

@@ -170,6 +170,12 @@ class Config(Section):
             )
         return replicas
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether master weights, moments and the optimizer step are on the host."""
+        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+        return offload.get("device", "none") != "none"
+
     def deepspeed_json(self, world_size: int) -> dict[str, Any]:
         """The DeepSpeed configuration of this run."""
         replicas = self.data_parallel_size(world_size)
@@ -185,7 +191,14 @@ class Config(Section):
             generated["data_types"] = {"grad_accum_dtype": "fp32"}
         # DeepSpeed prints nothing of its own unless its timers are asked for.
         timed = self.deepspeed.get("wall_clock_breakdown", False)
-        passed = {"steps_per_print": self.train.log_every_steps if timed else None, **self.deepspeed}
+        defaults: dict[str, Any] = {"steps_per_print": self.train.log_every_steps if timed else None}
+        if self.train.precision == "bf16":
+            # What was accumulated in fp32 is reduced in fp32; DeepSpeed would round it to bf16 on the way.
+            defaults["communication_data_type"] = "fp32"
+        if self.offloads_optimizer:
+            # The optimizer stays torch's AdamW; DeepSpeed asks for its own, which is compiled when a run starts.
+            defaults["zero_force_ds_cpu_optimizer"] = False
+        passed = {**defaults, **self.deepspeed}
         zero = {**passed.pop("zero_optimization", {}), **generated.pop("zero_optimization")}
         return {**passed, **generated, "zero_optimization": zero}
 

@@ -81,11 +81,13 @@ def pretrain(config: Config) -> None:
         plan = plans.next()
         learning_rate = engine.get_lr()[0]
         loss = engine.train_step(batches, plan)
+        tokens = engine.predicted_tokens
         seconds = time.perf_counter() - started
         values: Values = {
             "train/loss": loss,
             "train/learning_rate": learning_rate,
             "train/gradient_norm": engine.gradient_norm,
+            "train/predicted_tokens": tokens,
             "train/skipped_steps": engine.guard.skipped_steps,
             "train/tokens_per_second": config.train.global_batch_size * config.data.sequence_length / seconds,
             "train/data_wait_share": (batches.seconds - waited_before) / seconds,
@@ -97,7 +99,7 @@ def pretrain(config: Config) -> None:
             lost_tokens = batches.lost_tokens if engine.is_first_stage() and mesh.tensor == 0 else 0
             values["data/skipped_tokens"] = mesh.sum_over_ranks([float(lost_tokens)])[0]
         reporter.step(step, values, show=step % config.train.log_every_steps == 0 or step == config.train.steps)
-        log.info("step %d loss %.6f gradient norm %.6f", step, loss, engine.gradient_norm)
+        log.info("step %d loss %.6f over %d tokens gradient norm %.6f", step, loss, tokens, engine.gradient_norm)
         if engine.guard.reason:
             report_skipped(config, engine.guard, step, reporter, log)
         interrupted = interrupts.received()
@@ -130,7 +132,6 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
         StageModule(config.model, config.parallel, mesh, config.train.seed),
         mesh,
         guard=UpdateGuard(
-            mesh,
             max_loss_ratio=config.train.max_loss_ratio,
             max_skipped_in_a_row=config.train.max_skipped_steps_in_a_row,
         ),

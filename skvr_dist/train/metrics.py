@@ -14,6 +14,7 @@ Values = dict[str, float]
 # TensorBoard tag -> how the console shows it; the others are for TensorBoard and metrics.jsonl.
 _CONSOLE = {
     "train/loss": "loss {:.4f}",
+    "train/predicted_tokens": "over {:,.0f} tokens",
     "train/learning_rate": "lr {:.2e}",
     "train/gradient_norm": "grad norm {:.3f}",
     "train/tokens_per_second": "{:,.0f} tokens/s",
