@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,15 @@ def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(da
     assert "data.on_resume=other_data" in said
     start(data, run, *other, "data.on_resume=other_data")
     assert "has train.seed 0, the configuration 1; give the checkpoint's own" in refusal(data, run, "train.seed=1")
+
+
+def test_the_documented_offload(data: Path, tmp_path: Path) -> None:
+    """As the guide says it, word for word."""
+    page = (ROOT / "docs" / "parallel.md").read_text()
+    (line,) = (line for line in page.splitlines() if "offload_optimizer: {" in line)
+    overrides = [word for word in shlex.split(line) if "=" in word]
+    assert "parallel.zero_stage=2" in overrides and any(word.startswith("deepspeed.") for word in overrides)
+    pretrain(data, tmp_path / "run", *overrides)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["train/loss"] for record in records if "train/loss" in record]
+    assert len(losses) == 3 and losses[2] < losses[0]

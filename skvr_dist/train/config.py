@@ -126,6 +126,15 @@ class Config(Section):
             section, _, key = path.partition(".")
             if section in self.deepspeed and (not key or key in self.deepspeed[section]):
                 raise ValueError(f"deepspeed.{path} cannot be passed through; {instead}")
+        if self.offloads_optimizer and self.parallel.zero_stage == 0:
+            raise ValueError(
+                "deepspeed.zero_optimization.offload_optimizer has no effect at parallel.zero_stage 0; use 1, 2 or 3"
+            )
+        if self.deepspeed.get("zero_force_ds_cpu_optimizer"):
+            raise ValueError(
+                "deepspeed.zero_force_ds_cpu_optimizer true asks for DeepSpeed's own Adam, but runs train with torch's "
+                "AdamW; leave it out"
+            )
         return self
 
     @property
