@@ -54,48 +54,51 @@ def per_token(kept: tuple[int, ...]) -> tuple[float, float]:
     return loss.item(), norm.item()
 
 
-def train_once(layout: str, micro_batch_size: int, kept: tuple[int, ...]) -> dict[str, Any]:
+def train_once(layout: str, micro_batch_sizes: list[int], kept: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Evaluate the batch and train one step on it, cut into micro-batches of each of these sizes."""
     from skvr_dist.parallel.mesh import Mesh
     from skvr_dist.train.loop import build_engine
 
-    config = configured(layout, micro_batch_size)
-    mesh = Mesh.build(config.parallel, config.model)
-    engine = build_engine(config, mesh)
-    tokens, labels = (part.split(micro_batch_size) for part in sequences(kept))
-    mine = [MicroBatch(*both) for both in zip(tokens, labels, strict=True)][mesh.replica :: mesh.replicas]
-    held_out, evaluated = engine.evaluate(mine, range(5)), engine.predicted_tokens
-    loss = engine.train_step(iter(mine), config.plan(0))
-    return {
-        "losses": [held_out, loss],
-        "norm": engine.gradient_norm,
-        "tokens": [evaluated, engine.predicted_tokens],
-        "guarded": engine.guard.state()["losses"],
-    }
+    results = []
+    for size in micro_batch_sizes:
+        config = configured(layout, size)
+        mesh = Mesh.build(config.parallel, config.model)
+        engine = build_engine(config, mesh)
+        tokens, labels = (part.split(size) for part in sequences(kept))
+        mine = [MicroBatch(*both) for both in zip(tokens, labels, strict=True)][mesh.replica :: mesh.replicas]
+        held_out, evaluated = engine.evaluate(mine, range(5)), engine.predicted_tokens
+        loss = engine.train_step(iter(mine), config.plan(0))
+        results.append(
+            {
+                "losses": [held_out, loss],
+                "norm": engine.gradient_norm,
+                "tokens": [evaluated, engine.predicted_tokens],
+                "guarded": engine.guard.state()["losses"],
+            }
+        )
+        engine.destroy()
+    return results
 
 
-@pytest.mark.parametrize(
-    ("layout", "micro_batch_size"),
-    [("single", 1), ("single", 2), ("single", 4), ("single", 8), ("DP2 ZeRO-1", 1), ("DP2 ZeRO-1", 4), ("PP2", 1)],
-)
-def test_every_micro_batch_size_gives_the_loss_and_gradient_of_the_whole_batch(
-    layout: str, micro_batch_size: int
-) -> None:
+@pytest.mark.parametrize(("layout", "sizes"), [("single", [1, 2, 4, 8]), ("DP2 ZeRO-1", [1, 2, 4]), ("PP2", [1, 4])])
+def test_every_micro_batch_size_gives_the_loss_and_gradient_of_the_whole_batch(layout: str, sizes: list[int]) -> None:
     loss, norm = per_token(KEPT)
     assert (loss, norm) == pytest.approx((4.683575, 4.163782), abs=1e-6)
-    for rank in run_ranks(LAYOUTS[layout].ranks, train_once, layout, micro_batch_size, KEPT):
-        assert rank["losses"] == pytest.approx([loss, loss], rel=1e-6)
-        assert rank["norm"] == pytest.approx(norm, rel=1e-5)
-        assert rank["tokens"] == [sum(KEPT)] * 2
-        assert rank["guarded"] == rank["losses"][1:]
+    for by_size in run_ranks(LAYOUTS[layout].ranks, train_once, layout, sizes, KEPT):
+        for found in by_size:
+            assert found["losses"] == pytest.approx([loss, loss], rel=1e-6)
+            assert found["norm"] == pytest.approx(norm, rel=1e-5)
+            assert found["tokens"] == [sum(KEPT)] * 2
+            assert found["guarded"] == found["losses"][1:]
 
 
 def test_micro_batches_that_are_lost_change_neither_loss_nor_gradient_of_the_others() -> None:
     """As with `data.damage: skip`; the replica of the second two has nothing left."""
     kept = (12, 12, 0, 0, 12, 12, 0, 0)
     loss, norm = per_token(kept)
-    for rank in run_ranks(2, train_once, "DP2 ZeRO-1", 2, kept):
-        assert rank["losses"] == pytest.approx([loss, loss], rel=1e-6)
-        assert rank["norm"] == pytest.approx(norm, rel=1e-5)
+    for (found,) in run_ranks(2, train_once, "DP2 ZeRO-1", [2], kept):
+        assert found["losses"] == pytest.approx([loss, loss], rel=1e-6)
+        assert found["norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def train_without_labels(config: Config) -> dict[str, Any]:

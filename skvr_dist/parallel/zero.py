@@ -1,12 +1,14 @@
-"""ZeRO-2 and ZeRO-3 with routing, in DeepSpeed's PipelineEngine, which refuses both.
+"""ZeRO with routing, in DeepSpeed's PipelineEngine, which refuses ZeRO-2 and ZeRO-3.
 
 Nothing in their optimizers forbids it. What is missing is done here:
 
-* they reduce gradients in every backward pass, and must be told which one it is in the step, and which is the last;
+* both reduce gradients in every backward pass, and must be told which one it is in the step, and which is the last;
 * ZeRO-2 fills its buckets in the order in which gradients appear. That order depends on the routing, which differs
   between replicas: they would add gradients of different parameters;
 * ZeRO-3 compares the order of its modules over all ranks of the world, but stages hold different modules;
-* the gradient of a tied embedding is a partition by the time the stages that share it add theirs up;
+* the stages that share a tied embedding add its gradients up. They are where the optimizer will look for them: with
+  ZeRO-3 in a partition, with ZeRO-1 in another place for each precision;
+* those stages must hold the same weight after any number of steps, to the last bit;
 * a parameter is in the gradient norm if it is marked, or if its rank is the first of its model-parallel group, which
   under a pipeline is true of the first stage only (see `StageModule`).
 """

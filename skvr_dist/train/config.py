@@ -130,6 +130,12 @@ class Config(Section):
             raise ValueError(
                 "deepspeed.zero_optimization.offload_optimizer has no effect at parallel.zero_stage 0; use 1, 2 or 3"
             )
+        device = self._offload_device
+        if device not in ("none", "cpu"):
+            raise ValueError(
+                f"deepspeed.zero_optimization.offload_optimizer.device is {device}, but gradients that are not in "
+                f"memory can neither be checked nor weighed by token; use cpu"
+            )
         if self.deepspeed.get("zero_force_ds_cpu_optimizer"):
             raise ValueError(
                 "deepspeed.zero_force_ds_cpu_optimizer true asks for DeepSpeed's own Adam, but runs train with torch's "
@@ -182,8 +188,12 @@ class Config(Section):
     @property
     def offloads_optimizer(self) -> bool:
         """Whether master weights, moments and the optimizer step are on the host."""
+        return self._offload_device != "none"
+
+    @property
+    def _offload_device(self) -> str:
         offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
-        return offload.get("device", "none") != "none"
+        return offload.get("device", "none")
 
     def deepspeed_json(self, world_size: int) -> dict[str, Any]:
         """The DeepSpeed configuration of this run."""
@@ -200,13 +210,14 @@ class Config(Section):
             generated["data_types"] = {"grad_accum_dtype": "fp32"}
         # DeepSpeed prints nothing of its own unless its timers are asked for.
         timed = self.deepspeed.get("wall_clock_breakdown", False)
-        defaults: dict[str, Any] = {"steps_per_print": self.train.log_every_steps if timed else None}
+        defaults: dict[str, Any] = {
+            "steps_per_print": self.train.log_every_steps if timed else None,
+            # With offload too the optimizer is torch's AdamW; DeepSpeed's own is compiled when a run starts.
+            "zero_force_ds_cpu_optimizer": False,
+        }
         if self.train.precision == "bf16":
             # What was accumulated in fp32 is reduced in fp32; DeepSpeed would round it to bf16 on the way.
             defaults["communication_data_type"] = "fp32"
-        if self.offloads_optimizer:
-            # The optimizer stays torch's AdamW; DeepSpeed asks for its own, which is compiled when a run starts.
-            defaults["zero_force_ds_cpu_optimizer"] = False
         passed = {**defaults, **self.deepspeed}
         zero = {**passed.pop("zero_optimization", {}), **generated.pop("zero_optimization")}
         return {**passed, **generated, "zero_optimization": zero}
