@@ -88,17 +88,40 @@ def test_ragged_labels_in_bf16(layout: str) -> None:
     require_ok(list(run_matrix([Case(layout, ragged=True, tied=True, **BF16)])))
 
 
+@functools.cache
+def fp32_results() -> tuple[Case, list[RankResult]]:
+    case = Case("DP2 ZeRO-1")
+    return case, run_ranks(2, run_case, case)
+
+
 def test_the_comparison_sees_a_wrong_gradient() -> None:
     """A relative error of 1e-4 in one gradient of one rank, and a rank that holds a byte too much for its share."""
-    case = Case("DP2 ZeRO-1")
-    results = run_ranks(2, run_case, case)
+    case, results = fp32_results()
     assert not compare(case, results).misses
+    results = copy.deepcopy(results)
     results[1].gradients[0]["layers.2.self_attn.k_proj.weight"][1].mul_(1 + 1e-4)
     results[1].bytes["optimizer"] *= 2
     outcome = compare(case, results)
     assert outcome.misses == ["gradient", "bytes of optimizer"]
     assert outcome.worst_gradient == "layers.2.self_attn.k_proj.weight"
     assert outcome.bytes_ratio["optimizer"] == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_comparison_sees_what_is_not_a_number(rank: int) -> None:
+    """On either rank: no comparison with it is true."""
+    case, results = fp32_results()
+    name = "layers.2.mlp.up_proj.weight"
+    broken = copy.deepcopy(results)
+    broken[rank].losses[1] = broken[rank].norms[1] = math.nan
+    assert compare(case, broken).misses == ["loss", "gradient norm"]
+    for figure, held in (("gradient", lambda r: r.gradients[0]), ("later gradients", lambda r: r.gradients[1])):
+        broken = copy.deepcopy(results)
+        held(broken[rank])[name][1][0, 0] = math.nan
+        assert {figure, "gradient scale"} <= set(compare(case, broken).misses)
+    broken = copy.deepcopy(results)
+    broken[rank].initial[name][1][0, 0] = broken[rank].weights[name][1][0, 0] = math.nan
+    assert {"initial weights", "weights"} <= set(compare(case, broken).misses)
 
 
 def with_a_wrong_draw(case: Case, of: str) -> RankResult:

@@ -96,23 +96,23 @@ class Outcome:
     def misses(self) -> list[str]:
         """What is out of tolerance."""
         tolerance = tolerance_of(self.case)
-        wrong = {
-            "donors": not self.same_donors,
-            "initial weights": self.initial != 0.0,
-            "loss": self.loss > tolerance.loss,
-            "gradient": self.gradient > tolerance.gradient,
-            "later gradients": self.later_gradients > tolerance.later_gradients,
-            "gradient scale": self.gradient_scale > tolerance.gradient_scale,
-            "gradient norm": self.norm > tolerance.norm,
-            "update": self.update > tolerance.update,
-            "weights": self.weights > tolerance.weights,
-            "rounded weights": not self.rounded,
-            "crossing bytes": self.crossing_ratio != 1.0,
-            "backward passes": self.backward_ratio != 1.0,
+        right = {
+            "donors": self.same_donors,
+            "initial weights": self.initial == 0.0,
+            "loss": self.loss <= tolerance.loss,
+            "gradient": self.gradient <= tolerance.gradient,
+            "later gradients": self.later_gradients <= tolerance.later_gradients,
+            "gradient scale": self.gradient_scale <= tolerance.gradient_scale,
+            "gradient norm": self.norm <= tolerance.norm,
+            "update": self.update <= tolerance.update,
+            "weights": self.weights <= tolerance.weights,
+            "rounded weights": self.rounded,
+            "crossing bytes": self.crossing_ratio == 1.0,
+            "backward passes": self.backward_ratio == 1.0,
         }
         for kind, ratio in self.bytes_ratio.items():
-            wrong[f"bytes of {kind}"] = not _BYTES_RATIO[0] <= ratio <= _BYTES_RATIO[1]
-        return [name for name, missed in wrong.items() if missed]
+            right[f"bytes of {kind}"] = _BYTES_RATIO[0] <= ratio <= _BYTES_RATIO[1]
+        return [name for name, met in right.items() if not met]
 
 
 def how_to_train(case: Case) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def gradient_scales(by_step: Sequence[Sequence[Held]], wanted: Sequence[dict[str
             right = torch.stack([shard.cut(gradients[name]) for gradients in wanted]).double()
             size = float(right.square().sum())
             if size:
-                scales[name] = max(scales[name], abs(float((found * right).sum()) / size - 1))
+                scales[name] = max(scales[name], _finite(abs(float((found * right).sum()) / size - 1)))
     return scales
 
 
@@ -237,7 +237,7 @@ def _errors(held: Sequence[Held], wanted: dict[str, Tensor]) -> dict[str, float]
     for rank in held:
         for name, (shard, tensor) in rank.items():
             shard.cut(covered[name]).fill_(True)
-            square = float((tensor.float() - shard.cut(wanted[name])).square().sum())
+            square = _finite(float((tensor.float() - shard.cut(wanted[name])).square().sum()))
             place = (shard.dim, shard.start)
             squares[name][place] = max(square, squares[name].get(place, 0.0))
     for name, tensor in wanted.items():
@@ -248,7 +248,12 @@ def _errors(held: Sequence[Held], wanted: dict[str, Tensor]) -> dict[str, float]
 
 
 def _relative(actual: Sequence[float], wanted: Sequence[float]) -> float:
-    return max(abs(a - w) / abs(w) for a, w in zip(actual, wanted, strict=True))
+    return max(_finite(abs(a - w) / abs(w)) for a, w in zip(actual, wanted, strict=True))
+
+
+def _finite(error: float) -> float:
+    """The error, or infinity if it is not a number, which `max` would pass over."""
+    return error if math.isfinite(error) else math.inf
 
 
 def _crossing_ratio(case: Case, results: Sequence[RankResult]) -> float:
