@@ -35,12 +35,13 @@ class Tolerance:
 
 
 # Gradients of later steps are those at weights that differ already: a few times what they may in the first.
-FP32 = Tolerance(loss=1e-6, norm=1e-5, gradient=1e-5, later_gradients=5e-5, gradient_scale=1e-5, weights=1e-5)
+FP32 = Tolerance(loss=1e-6, norm=1e-5, gradient=1e-5, later_gradients=5e-5, gradient_scale=5e-5, weights=1e-5)
 # With the usual eps, Adam makes whole steps of gradients however small. A relative error of e in a weight's gradients
 # leaves the sign of about one element in 1 / e undecided, and that element may go two learning rates astray: no bound
 # on the weights themselves would be both safe and sharp. They are bounded in two parts: what the gradients were, in
-# every step, and what AdamW made of them (`update`).
-FP32_USUAL_EPS = dataclasses.replace(FP32, weights=math.inf)
+# every step, and what AdamW made of them (`update`). Gradients of later steps feel one such element: 2 * 1e-3 in a
+# matrix of norm 4 is 5e-4. Losses and norms hardly do, since its gradient is so small.
+FP32_USUAL_EPS = dataclasses.replace(FP32, later_gradients=1e-3, gradient_scale=1e-3, weights=math.inf)
 # bf16 rounds to 2^-9, and a gradient passes some hundred roundings: sqrt(100) * 2^-9 is 2 %, and differences, as in a
 # softmax's gradient, multiply that: 2 to 4 % of a weight's gradient in most steps, 10 % where a small weight's gradient
 # happens to be small. That hides an error of 3 % in any single number. But rounding errors do not point along the
