@@ -12,7 +12,7 @@ from hf_models import STRATEGIES, prompts, random_weights, reference_tokens, rou
 from skvr_dist.model.attention import flash_is_installed
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.launcher import start_process_group
-from skvr_dist.parity.cases import Case
+from skvr_dist.parity.cases import BF16, Case
 from skvr_dist.parity.compare import compare
 from skvr_dist.parity.measure import run_case
 from skvr_dist.routing import CacheStrategy
@@ -42,7 +42,7 @@ def test_one_gpu_follows_the_reference(policy: str, precision: str, attention: s
     if attention == "flash":
         require_flash()
     # One rank of a data-parallel layout: bf16 needs ZeRO-1.
-    case = Case("DP2 ZeRO-1", policy, tied=True, precision=precision, attention=attention)
+    case = Case("DP2 ZeRO-1", policy, tied=True, attention=attention, **(BF16 if precision == "bf16" else {}))
     outcome = compare(case, [run_case(case)])
     assert not outcome.misses, outcome
 

@@ -117,7 +117,9 @@ def test_several_dtypes_stay_what_they_are(tmp_path: Path) -> None:
 def test_training_goes_on(tmp_path: Path) -> None:
     """A step on the imported weights, with donors, has the reference's gradients."""
     config = MODELS["llama tied"]
-    config = config.model_copy(update={"rope_scaling": None})  # which the reference has not
+    config = config.model_copy(
+        update={"rope_scaling": None}
+    )  # with it, weights this large round further than the bound
     published(config, tmp_path / "theirs")
     import_model(str(tmp_path / "theirs"), tmp_path / "ours")
     decoder = Checkpoint(tmp_path / "ours").load_decoder().train()

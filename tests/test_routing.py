@@ -62,53 +62,6 @@ def test_draws_are_pinned() -> None:
     ]
 
 
-def test_seeds_steps_and_rows_differ() -> None:
-    routing = RoutingConfig(policy="uniform", cross_layer_prob=0.5)
-    plans = {plan_of(routing, 24, seed=seed, step=step).donors.tobytes() for seed in range(5) for step in range(5)}
-    assert len(plans) == 25
-    rows = plan_of(routing, 24, rows=50).donors
-    assert len({tuple(row) for row in rows.tolist()}) == 50
-
-
-ROWS = 20_000
-
-
-def expected_distribution(policy: str, layer: int, prob: float, window: int, group: int) -> list[float]:
-    """Probability of each donor 0..layer, from the definition of the policy."""
-    own = [0.0] * layer + [1.0]
-    if layer == 0:
-        return own
-    other = {
-        "none": own,
-        "uniform": [1 / layer] * layer + [0.0],
-        "window": [1 / min(window, layer) if layer - donor <= window else 0.0 for donor in range(layer)] + [0.0],
-        "cla": [float(donor == layer // group * group) for donor in range(layer + 1)],
-        "rd_cla": [float(donor == layer // group * group) for donor in range(layer + 1)],
-        # Donor j is the nearest retained layer: the layers j+1..layer-1 are dropped, j is kept (layer 0 always is).
-        "strategy": [prob ** (layer - 1 - donor) * (1.0 if donor == 0 else 1 - prob) for donor in range(layer)] + [0.0],
-    }[policy]
-    share = {"none": 0.0, "cla": 1.0}.get(policy, prob)
-    return [share * a + (1 - share) * b for a, b in zip(other, own, strict=True)]
-
-
-@pytest.mark.parametrize("policy", ["none", "uniform", "strategy", "window", "cla", "rd_cla"])
-@pytest.mark.parametrize("prob", [0.0, 0.3, 0.75, 1.0])
-def test_policies_draw_what_they_define(policy: str, prob: float) -> None:
-    window, group, layers = 3, 4, 9
-    parameters = {
-        "none": {},
-        "cla": {"group_size": group},
-        "rd_cla": {"cross_layer_prob": prob, "group_size": group},
-        "window": {"cross_layer_prob": prob, "window": window},
-    }.get(policy, {"cross_layer_prob": prob})
-    donors = plan_of(RoutingConfig(policy=policy, **parameters), layers, rows=ROWS).donors
-    for layer in range(layers):
-        seen = np.bincount(donors[:, layer], minlength=layer + 1) / ROWS
-        wanted = expected_distribution(policy, layer, prob, window, group)
-        # Five standard deviations of a share over ROWS draws, at most.
-        assert seen == pytest.approx(wanted, abs=5 * 0.5 / ROWS**0.5)
-
-
 @given(donors=DONOR_ROWS)
 def test_liveness_against_brute_force(donors: tuple[int, ...]) -> None:
     layers = range(len(donors))

@@ -27,21 +27,23 @@ def run_matrix(cases: Iterable[Case]) -> Iterator[Outcome]:
 
 
 def as_table(outcomes: Iterable[Outcome]) -> str:
-    """A line per case, in Markdown."""
-    header = ["layout", "policy", "checkpointing", "tied", "steps", "initial", "loss", "gradient", "norm", "weights"]
+    """A line per case, in Markdown; what a case has beyond the plainest one is in the column `also`."""
+    header = ["layout", "policy", "checkpointing", "tied", "also", "initial", "loss", "gradient"]
+    header += ["later gradients", "gradient scale", "norm", "update", "weights"]
     header += ["bytes: parameters", "gradients", "optimizer", "sent / bound", "verdict"]
     return tabulate([_row(outcome) for outcome in outcomes], headers=header, tablefmt="github", disable_numparse=True)
 
 
 def _row(outcome: Outcome) -> list[str]:
     case = outcome.case
-    errors = [outcome.initial, outcome.loss, outcome.gradient, outcome.norm, outcome.weights]
+    errors = [outcome.initial, outcome.loss, outcome.gradient, outcome.later_gradients, outcome.gradient_scale]
+    errors += [outcome.norm, outcome.update, outcome.weights]
     return [
         case.layout,
         case.policy,
         case.checkpointing,
         "yes" if case.tied else "no",
-        str(case.steps),
+        ", ".join(case.also),
         *(f"{error:.0e}" if error else "0" for error in errors),
         *(f"{ratio:.3f}" for ratio in outcome.bytes_ratio.values()),
         f"{outcome.crossing_ratio:.3f}" if LAYOUTS[case.layout].parallel.get("pipeline", 1) > 1 else "-",
@@ -52,3 +54,13 @@ def _row(outcome: Outcome) -> list[str]:
 def as_json(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
     """A dictionary per case."""
     return [{**asdict(outcome), "misses": outcome.misses} for outcome in outcomes]
+
+
+def from_json(outcomes: Iterable[dict[str, Any]]) -> list[Outcome]:
+    """What `as_json` made dictionaries of.
+
+    Raises:
+        TypeError: another version of this made them.
+    """
+    fields = [{name: value for name, value in outcome.items() if name != "misses"} for outcome in outcomes]
+    return [Outcome(**{**each, "case": Case(**each["case"])}) for each in fields]

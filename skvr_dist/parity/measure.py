@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero import GatheredParameters
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from skvr_dist.model.parts import Shard
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.guard import gradient_tensors
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.parity.cases import Case, micro_batches
+from skvr_dist.parity.cases import Case
 from skvr_dist.train.loop import build_engine, plan_stream
 
 Held = dict[str, tuple[Shard, Tensor]]
@@ -36,10 +36,12 @@ class RankResult:
     donors: list[list[list[int]]]
     """The routing plans it used, [step][micro-batch][layer]."""
     initial: Held
-    gradients: Held
-    """Of the first step, before clipping."""
+    gradients: list[Held]
+    """Of every step, before clipping."""
     weights: Held
     """After the last step."""
+    masters: Held
+    """The fp32 weights that the optimizer keeps, then; the weights themselves in fp32."""
     sent_bytes: int
     backward_passes: int
     bytes: dict[str, int]
@@ -62,26 +64,29 @@ def run_case(case: Case) -> RankResult:
     stage = engine.stage
     parameters = dict(stage.decoder.named_parameters())
     initial = {name: whole(parameter) for name, parameter in parameters.items()}
-    gradients: dict[str, Tensor] = {}
+    gradients: list[Held] = []
     sizes: dict[str, int] = {}
     take_model_step = engine._take_model_step
 
     def look_and_step(lr_kwargs: Any) -> None:
         if not gradients:
-            gradients.update({name: safe_get_full_grad(p).clone() for name, p in parameters.items()})
             sizes["gradients"] = _bytes(gradient_tensors(engine.optimizer, engine.stage))
+        gradients.append(_held(stage.shards, {name: safe_get_full_grad(p) for name, p in parameters.items()}))
         take_model_step(lr_kwargs)
 
     engine._take_model_step = look_and_step  # type: ignore[method-assign]
     plans = plan_stream(config, mesh, first_step=0)
     result: dict[str, list[Any]] = {"losses": [], "norms": [], "donors": []}
-    for batch in micro_batches(case):
+    for batch in case.micro_batches():
         plan = plans.next()
         result["donors"].append(plan.donors.tolist())
         result["losses"].append(engine.train_step(iter(batch[mesh.replica :: mesh.replicas]), plan))
         result["norms"].append(engine.gradient_norm)
     plans.close()
     weights = {name: whole(parameter) for name, parameter in parameters.items()}
+    masters = weights
+    if case.precision == "bf16":
+        masters = {name: safe_get_full_fp32_param(parameter) for name, parameter in parameters.items()}
     states = _optimizer_tensors(engine)
     sizes["parameters"] = _bytes(getattr(p, "ds_tensor", p) for p in parameters.values())
     sizes["optimizer"] = _bytes(states)
@@ -89,8 +94,9 @@ def run_case(case: Case) -> RankResult:
         stage=mesh.stage,
         **result,
         initial=_held(stage.shards, initial),
-        gradients=_held(stage.shards, gradients),
+        gradients=gradients,
         weights=_held(stage.shards, weights),
+        masters=_held(stage.shards, masters),
         sent_bytes=engine.sent_bytes,
         backward_passes=engine.backward_passes,
         bytes=sizes,
@@ -111,7 +117,7 @@ def whole(parameter: nn.Parameter) -> Tensor:
 
 
 def _held(shards: dict[str, Shard], tensors: dict[str, Tensor]) -> Held:
-    return {name: (shards[name], shards[name].unpadded(tensor.cpu())) for name, tensor in tensors.items()}
+    return {name: (shards[name], shards[name].unpadded(tensor.cpu()).clone()) for name, tensor in tensors.items()}
 
 
 def expected_bytes(case: Case, mesh: Mesh, parameters: int) -> dict[str, int]:

@@ -1,9 +1,9 @@
 """Routing policies: the rules that draw a donor for each layer.
 
 Every policy is a function of two draws per layer, whether it reads a donor and which one, so that a row of a plan is
-a pure function of its random bits. Layer 0 always reads its own keys and values.
+a pure function of its random bits. Layer 0 always reads its own keys and values. docs/draws.md has it to the bit.
 
-Shapes: L layers.
+Shapes: Q micro-batches, L layers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ Flags = NDArray[np.bool_]
 Uniforms = NDArray[np.float64]
 
 
-def _own(num_layers: int) -> Donors:
-    return np.arange(num_layers, dtype=np.int64)
+def _own(pick: Uniforms) -> Donors:
+    """int64 [L]: every layer's own number."""
+    return np.arange(pick.shape[-1], dtype=np.int64)
 
 
 def _pick_below(pick: Uniforms, count: Donors) -> Donors:
@@ -31,18 +32,18 @@ def _pick_below(pick: Uniforms, count: Donors) -> Donors:
 
 def _none(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """Standard training: every layer reads its own."""
-    return _own(len(pick))
+    return _own(pick)
 
 
 def _uniform(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """The paper's rule (section 3): with cross_layer_prob a donor uniform in {0..l-1}."""
-    own = _own(len(pick))
+    own = _own(pick)
     return np.where(reads_donor, _pick_below(pick, own), own)
 
 
 def _window(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """With cross_layer_prob a donor uniform in the `window` layers below the reader."""
-    own = _own(len(pick))
+    own = _own(pick)
     assert routing.window is not None
     reach = np.minimum(own, routing.window)
     return np.where(reads_donor, own - 1 - _pick_below(pick, reach), own)
@@ -54,26 +55,26 @@ def _strategy(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Don
     Each layer l > 0 is dropped with cross_layer_prob, so that is the probability of reading another layer,
     as under `uniform`; at most one layer's keys and values are read across any depth.
     """
-    own = _own(len(pick))
-    return np.maximum.accumulate(np.where(reads_donor, 0, own))
+    own = _own(pick)
+    return np.maximum.accumulate(np.where(reads_donor, 0, own), axis=-1)
 
 
-def _leader(num_layers: int, group_size: int) -> Donors:
-    own = _own(num_layers)
+def _leader(pick: Uniforms, group_size: int) -> Donors:
+    own = _own(pick)
     return own - own % group_size
 
 
 def _cla(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """CLA@k: groups of k consecutive layers always read the first one's keys and values."""
     assert routing.group_size is not None
-    return _leader(len(pick), routing.group_size)
+    return _leader(pick, routing.group_size)
 
 
 def _rd_cla(routing: RoutingConfig, reads_donor: Flags, pick: Uniforms) -> Donors:
     """RD-CLA@k: the groups of CLA, with a coin per layer between the group's leader and its own."""
     assert routing.group_size is not None
-    own = _own(len(pick))
-    return np.where(reads_donor, _leader(len(pick), routing.group_size), own)
+    own = _own(pick)
+    return np.where(reads_donor, _leader(pick, routing.group_size), own)
 
 
 POLICIES: dict[str, Callable[[RoutingConfig, Flags, Uniforms], Donors]] = {
@@ -87,16 +88,16 @@ POLICIES: dict[str, Callable[[RoutingConfig, Flags, Uniforms], Donors]] = {
 
 
 def draw_donors(routing: RoutingConfig, coin: Uniforms, pick: Uniforms) -> Donors:
-    """Donors of one micro-batch.
+    """Donors of every micro-batch.
 
     Args:
         routing: the policy and its parameters.
-        coin, pick: float [L], uniform in [0, 1). Entry 0 is drawn but not used: layer 0 has no donor.
+        coin, pick: float [Q, L], uniform in [0, 1). Layer 0's are drawn but not used: it has no donor.
 
     Returns:
-        int64 [L] with donors[l] <= l and donors[0] == 0.
+        int64 [Q, L] with donors[q, l] <= l and donors[q, 0] == 0.
     """
     reads_donor = coin < (routing.cross_layer_prob or 0.0)
-    donors = POLICIES[routing.policy](routing, reads_donor, pick)
-    donors[0] = 0
+    donors = np.broadcast_to(POLICIES[routing.policy](routing, reads_donor, pick), coin.shape).copy()
+    donors[:, 0] = 0
     return donors
