@@ -1,8 +1,9 @@
 """The routed pipeline engine: DeepSpeed's PipelineEngine with routed stages and packed boundaries.
 
 Kept from DeepSpeed: the 1F1B schedule, gradient reduction, ZeRO, mixed precision, the optimizer step, checkpoints.
-Replaced: what a stage computes and what crosses between stages. Sizes come from the routing plan, so there is no
-handshake; a stage's backward runs once per micro-batch, whatever crosses.
+Replaced: what a stage computes, what crosses between stages, and the order of a step's instructions: sends come first.
+Sizes come from the routing plan, so there is no handshake; a stage's backward runs once per micro-batch, whatever
+crosses.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from skvr_dist.parallel.boundary import Handover, MicroBatchShape, connect
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard, drop_gradients, gradient_tensors
 from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.schedule import sends_first
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.parallel.zero import ZeroUnderPipeline, compare_module_order_within, reduce_layer_by_layer
 from skvr_dist.routing import RoutingPlan, fixed_plan
@@ -87,7 +89,8 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         self.total_loss: Tensor | None = None
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
-        self.before, self.after = connect(module.model_config, mesh, module.starts, shape, dtype, self.device)
+        with naming_the_operation(mesh, "connecting the pipeline stages"):
+            self.before, self.after = connect(module.model_config, mesh, module.starts, shape, dtype, self.device)
 
     def train_step(self, micro_batches: Iterator[MicroBatch | Tensor], plan: RoutingPlan) -> float:
         """One optimizer step.
@@ -129,7 +132,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         self.fwd_outputs: list[Tensor] = []
         self._done.clear()
         self._expect_tensors(training=isinstance(pipe_schedule, schedule.TrainSchedule))
-        for instructions in pipe_schedule:
+        for instructions in sends_first(pipe_schedule):
             for instruction in instructions:
                 kind = type(instruction)
                 with naming_the_operation(self.mesh, kind.__name__, self._done[kind]):
