@@ -62,7 +62,7 @@ class FirstUses:
 
 
 @contextlib.contextmanager
-def first_use_blocks(seconds: float = 60.0) -> Iterator[FirstUses]:
+def first_use_blocks(seconds: float = 30.0) -> Iterator[FirstUses]:
     """Let every group of the default backend obey the rule, whoever uses it: this project, DeepSpeed or torch.
 
     Per process: enter it on all ranks, after the process group has started. Groups that are made with `backend="gloo"`
