@@ -4,12 +4,14 @@
     python tools/parity.py --matrix full --json parity.json
     python tools/parity.py --matrix full --json parity.json --resume
     python tools/parity.py --matrix full --only "offload|bf16"
+    python tools/parity.py --first-use
     python tools/parity.py --support
 
 Runs on the CPU of this machine, several processes at a time. Errors are relative: of losses, of the worst weight's
 gradient in the first step and in later ones, of its length over all steps, of the gradient norm before clipping, of
 what AdamW made of the gradients, and of the worst weight after the last step; bytes are measured over expected on the
-rank furthest off. Exits 1 when a figure is out of tolerance.
+rank furthest off. Exits 1 when a figure is out of tolerance. With --first-use groups obey NCCL's rule that the first
+use of a communicator blocks until its ranks have come, so that what would hang on GPUs fails here.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--layout", help="only layouts whose name contains this")
     parser.add_argument("--only", metavar="PATTERN", help="only cases in whose name this regular expression is found")
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and stop")
+    parser.add_argument("--first-use", action="store_true", help="keep NCCL's rule of first use")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes there too")
     parser.add_argument("--resume", action="store_true", help="keep the outcomes in --json FILE, run what is missing")
     parser.add_argument("--support", action="store_true", help="print which combinations are supported, and stop")
@@ -62,7 +65,7 @@ def main() -> int:
     known = {outcome.case for outcome in outcomes}
     cases = [case for case in cases if case not in known]
     started = time.perf_counter()
-    for outcome in tqdm(run_matrix(cases), total=len(cases), unit="case", disable=None):
+    for outcome in tqdm(run_matrix(cases, first_use=args.first_use), total=len(cases), unit="case", disable=None):
         outcomes.append(outcome)
         if outcome.misses:  # not only in the table, which a long run prints at its end
             tqdm.write(f"out of tolerance: {', '.join(outcome.misses)} of {outcome.case.name}")

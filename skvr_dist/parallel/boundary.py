@@ -126,6 +126,11 @@ def connect(
     Args:
         starts: the first layer of every stage.
     """
+    # Making a channel waits for the rank at its other end, and making a group for all ranks. All ranks come to those
+    # they take part in in one and the same order: boundary by boundary, activations before gradients. Of the channels
+    # and groups that some rank is waiting for, take the first: whoever is missing there cannot be waiting at a later
+    # one, which it comes to afterwards, nor at an earlier one, since there is none. So it comes, and no ranks wait for
+    # each other in a circle.
     pipes = mesh.topology.get_axis_comm_lists("pipe")
 
     def channel(sender: int, receiver: int) -> Channel | None:

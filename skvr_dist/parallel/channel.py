@@ -20,6 +20,10 @@ class Channel:
     can be posted before its tensor is due and can never stand in the way of anything else: on NCCL the operations of a
     group wait for each other.
 
+    Making one is collective over its two ranks. NCCL connects them when they first use the group, and holds the host
+    of whoever comes first until the other has come too. So that this never happens in the middle of a step, where the
+    other may be waiting for something else of this rank, a channel is used once when it is made.
+
     Args:
         group: sender and receiver, and nobody else.
     """
@@ -33,6 +37,16 @@ class Channel:
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
         self._sizes: Iterator[int] = iter(())
         self._posted: tuple[dist.Work, Tensor] | None = None
+        self._connect()
+
+    def _connect(self) -> None:
+        """Carry one element, of no meaning."""
+        if dist.get_rank() == self._sender:
+            self.send(torch.zeros(1, dtype=self._dtype, device=self._device))
+            self.finish_sends()
+        else:
+            self.expect([1])
+            self.receive()
 
     def send(self, tensor: Tensor) -> None:
         """Start to send; it goes on while this rank computes."""
@@ -46,25 +60,30 @@ class Channel:
             work.wait()
 
     def expect(self, sizes: Iterable[int]) -> None:
-        """Say how many elements each of the next tensors has, and start to receive the first."""
+        """Say how many elements each of the next tensors has.
+
+        Nothing is posted yet. On NCCL a posted receive occupies the device until its tensor has come, and holds up
+        whatever synchronises the device: an allocation that must free memory first, a kernel that is loaded when it is
+        first launched. The first gradients come only after forward passes of this rank, which would never run.
+        """
+        assert self._posted is None, "tensors that were expected before have not been received"
         self._sizes = iter(sizes)
-        self._post()
 
     def receive(self) -> Tensor:
         """The next tensor [N]; the one after it is being received when this returns."""
-        assert self._posted is not None, "more tensors received than expected"
-        work, tensor = self._posted
+        posted = self._posted or self._post()
+        assert posted is not None, "more tensors received than expected"
+        work, tensor = posted
         work.wait()
-        self._post()
+        self._posted = self._post()
         return tensor
 
-    def _post(self) -> None:
+    def _post(self) -> tuple[dist.Work, Tensor] | None:
         size = next(self._sizes, None)
         if size is None:
-            self._posted = None
-            return
+            return None
         tensor = torch.empty(size, dtype=self._dtype, device=self._device)
-        self._posted = (_started(dist.irecv(tensor, self._sender, group=self._group)), tensor)
+        return _started(dist.irecv(tensor, self._sender, group=self._group)), tensor
 
 
 def _started(work: dist.Work | None) -> dist.Work:

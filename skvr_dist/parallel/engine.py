@@ -1,10 +1,11 @@
 """The routed pipeline engine: DeepSpeed's PipelineEngine with routed stages and packed boundaries.
 
 Kept from DeepSpeed: the 1F1B schedule, gradient reduction, ZeRO, mixed precision, the optimizer step, checkpoints.
-Replaced: what a stage computes and what crosses between stages. Sizes come from the routing plan, so there is no
-handshake; a stage's backward runs once per micro-batch, whatever crosses. The loss and its gradient are means over the
-labels of the global batch, not over its micro-batches: DeepSpeed averages the micro-batches' sums over equally many
-positions, and before the optimizer step all is multiplied by positions over labels, which are 1 if none is ignored.
+Replaced: what a stage computes, what crosses between stages, and the order of a step's instructions: sends come first.
+Sizes come from the routing plan, so there is no handshake; a stage's backward runs once per micro-batch, whatever
+crosses. The loss and its gradient are means over the labels of the global batch, not over its micro-batches: DeepSpeed
+averages the micro-batches' sums over equally many positions, and before the optimizer step all is multiplied by
+positions over labels, which are 1 if none is ignored.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from skvr_dist.parallel.boundary import Handover, MicroBatchShape, connect
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard, drop_gradients, gradient_tensors, scale_gradients
 from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.schedule import sends_first
 from skvr_dist.parallel.stage import StageModule
 from skvr_dist.parallel.zero import ZeroUnderPipeline, compare_module_order_within, reduce_layer_by_layer
 from skvr_dist.routing import RoutingPlan, fixed_plan
@@ -96,7 +98,8 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         self.total_loss: Tensor | None = None
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         self._shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
-        self.before, self.after = connect(module.model_config, mesh, module.starts, self._shape, dtype, self.device)
+        with naming_the_operation(mesh, "connecting the pipeline stages"):
+            self.before, self.after = connect(module.model_config, mesh, module.starts, self._shape, dtype, self.device)
 
     def train_step(self, micro_batches: Iterator[MicroBatch | Tensor], plan: RoutingPlan) -> float:
         """One optimizer step.
@@ -144,7 +147,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         self._labels = 0
         self._done.clear()
         self._expect_tensors(training=isinstance(pipe_schedule, schedule.TrainSchedule))
-        for instructions in pipe_schedule:
+        for instructions in sends_first(pipe_schedule):
             for instruction in instructions:
                 kind = type(instruction)
                 with naming_the_operation(self.mesh, kind.__name__, self._done[kind]):

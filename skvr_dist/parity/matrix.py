@@ -17,11 +17,16 @@ from skvr_dist.parity.ranks import run_ranks
 _SECONDS_PER_CASE = 120.0
 
 
-def run_matrix(cases: Iterable[Case]) -> Iterator[Outcome]:
-    """The outcome of every case; neighbouring cases of one layout share their processes."""
+def run_matrix(cases: Iterable[Case], *, first_use: bool = False) -> Iterator[Outcome]:
+    """The outcome of every case; neighbouring cases of one layout share their processes.
+
+    Args:
+        first_use: under NCCL's rule of first use (`skvr_dist.parity.first_use`).
+    """
     for layout, group in itertools.groupby(cases, key=lambda case: case.layout):
         together = list(group)
-        by_rank = run_ranks(LAYOUTS[layout].ranks, run_cases, together, seconds=_SECONDS_PER_CASE * len(together))
+        seconds = _SECONDS_PER_CASE * len(together)
+        by_rank = run_ranks(LAYOUTS[layout].ranks, run_cases, together, first_use, seconds=seconds)
         for case, *results in zip(together, *by_rank, strict=True):
             yield compare(case, results)
 

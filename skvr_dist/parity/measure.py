@@ -5,6 +5,7 @@ Ranks return the shards they hold; `skvr_dist.parity.compare` puts them together
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.guard import gradient_tensors
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parity.cases import Case
+from skvr_dist.parity.first_use import first_use_blocks
 from skvr_dist.train.loop import build_engine, plan_stream
 
 Held = dict[str, tuple[Shard, Tensor]]
@@ -51,9 +53,10 @@ class RankResult:
     state_dtypes: set[torch.dtype]
 
 
-def run_cases(cases: list[Case]) -> list[RankResult]:
+def run_cases(cases: list[Case], first_use: bool = False) -> list[RankResult]:
     """Train every case on this rank, one after the other; they are of one layout."""
-    return [run_case(case) for case in cases]
+    with first_use_blocks() if first_use else contextlib.nullcontext():
+        return [run_case(case) for case in cases]
 
 
 def run_case(case: Case) -> RankResult:
