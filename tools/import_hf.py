@@ -4,7 +4,8 @@
     python tools/import_hf.py models/model.Q4_1.gguf runs/model
 
 SOURCE is a folder with config.json and safetensors files, a repository of the Hub, or a GGUF file, whose weights are
-dequantized to float32. OUT then holds a checkpoint at step 0. Exit code 1: our decoder does not compute what transformers does, and OUT was not written.
+dequantized to float32. OUT then holds a checkpoint at step 0. Exit code 1: our decoder does not compute what
+transformers does, and OUT was not written.
 """
 
 from __future__ import annotations

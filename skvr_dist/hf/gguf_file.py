@@ -34,8 +34,6 @@ _KNOWN = {*_REQUIRED, _KV_HEADS, _KEY_LENGTH, _VALUE_LENGTH, _ROTATED, _THETA, _
 _DEFAULT_THETA = 10000.0
 _ROPE_FACTORS = "rope_freqs.weight"
 """By how much each rotary frequency is divided: all that a file keeps of Llama 3's scaling."""
-# The bands of every Llama 3.1 and later; the factor differs between models.
-_LLAMA3_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Llama's query and key rows are stored in the order of its first release, pairs of a rotation side by side.
 _PAIRED_ROWS = {"llama": True, "qwen3": False}
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -63,7 +61,7 @@ class GGUFFile:
         self.file = file
         try:
             reader = gguf.GGUFReader(file)
-            self._metadata = {name: field for name, field in reader.fields.items()}
+            self._metadata = dict(reader.fields)
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.gguf_architecture = self._value("general.architecture")
         except (OSError, ValueError, KeyError, IndexError) as error:
@@ -137,7 +135,9 @@ class GGUFFile:
             return f"none, for transformers cannot make one of type {kind} ({' '.join(str(error).split())[:200]})"
         write_tokenizer(folder, tokenizer)
         template = "with its chat template" if tokenizer.chat_template else "without a chat template"
-        return f"made by transformers from type {kind}" + (f", text split as {split}" if split else "") + f", {template}"
+        return (
+            f"made by transformers from type {kind}" + (f", text split as {split}" if split else "") + f", {template}"
+        )
 
     def _has_these_tokens(self, file: Path) -> bool:
         tokens = self._value("tokenizer.ggml.tokens") or []
@@ -195,7 +195,13 @@ class GGUFFile:
     def _scaled(self, config: ModelConfig) -> ModelConfig:
         """The configuration with the scaling whose table of divisors the file holds."""
         divisors = torch.from_numpy(np.array(self._tensors[_ROPE_FACTORS].data))
-        scaling = RopeScaling(rope_type="llama3", factor=float(divisors.max()), **_LLAMA3_BANDS)
+        scaling = RopeScaling(
+            rope_type="llama3",
+            factor=float(divisors.max()),
+            low_freq_factor=1.0,  # the bands of Llama 3.1 and later; the factor differs between models
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        )
         scaled = config.model_copy(update={"rope_scaling": scaling})
         wanted = inverse_frequencies(config) / inverse_frequencies(scaled)
         if divisors.shape != wanted.shape or not torch.allclose(divisors, wanted, rtol=1e-4):

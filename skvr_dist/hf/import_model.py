@@ -129,7 +129,9 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
             dtypes=tuple(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})),
             dequantized_from=dequantized_from,
             tokenizer=tokenizer,
-            check=check_export(folder, config, Checkpoint(final).weight, None, None, loading=loading) if check else None,
+            check=check_export(folder, config, Checkpoint(final).weight, None, None, loading=loading)
+            if check
+            else None,
         )
         if report.failures():
             raise ImportMismatchError(report)
