@@ -53,12 +53,15 @@ def write_gguf(
     weights: Mapping[str, Tensor],
     kinds: Mapping[str, Kind],
     tokenizer: Tokenizer | None = None,
+    *,
+    split: str = "gpt-2",
     **more: Any,
 ) -> dict[str, NDArray[Any]]:
     """Write a model as llama.cpp's converter does; returns what its weights then are, by canonical name.
 
     Args:
         kinds: type of the tensors whose canonical name ends so; float32 for the others.
+        split: name of the rule by which the tokenizer splits texts.
         more: further metadata under the architecture's name, with dots as double underscores.
     """
     architecture = "qwen3" if config.architecture == "qwen3" else "llama"
@@ -81,7 +84,7 @@ def write_gguf(
         key = f"{architecture}.{name.replace('__', '.')}"
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     if tokenizer is not None:
-        _add_tokenizer(writer, tokenizer)
+        _add_tokenizer(writer, tokenizer, split)
     if config.rope_scaling is not None:
         plain = inverse_frequencies(config.model_copy(update={"rope_scaling": None}))
         writer.add_tensor("rope_freqs.weight", (plain / inverse_frequencies(config)).numpy())
@@ -108,12 +111,12 @@ def write_gguf(
     return stored
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, split: str) -> None:
     tokens = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
     merges = [" ".join(pair) for pair in _merges(tokenizer)]
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types([control if token in SPECIAL_TOKENS else normal for token in tokens])
     writer.add_token_merges(merges)

@@ -108,7 +108,7 @@ def test_the_card_tells_what_the_weights_were(tmp_path: Path) -> None:
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     """With its ids, special tokens and chat template; made of the file, or the one beside it if it is the same."""
     report = imported(tmp_path, MODELS["llama"])
-    assert report.tokenizer == "made by transformers from type gpt2, text split as gpt-2, with its chat template"
+    assert report.tokenizer == "made by transformers, with its chat template"
     found = AutoTokenizer.from_pretrained(Checkpoint(tmp_path / "ours").folder)
     assert found(TEXT)["input_ids"] == TOKENIZER.encode(TEXT).ids
     assert (found.bos_token, found.eos_token, found.chat_template) == ("<|im_start|>", "<|im_end|>", CHAT_TEMPLATE)
@@ -119,9 +119,11 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (Checkpoint(tmp_path / "beside").folder / name).read_bytes() == (tmp_path / name).read_bytes()
 
+    write(tmp_path / "model.gguf", MODELS["llama"], split="smollm")
     byte_level_tokenizer([TEXT.upper()], VOCABULARY).save(str(tmp_path / "tokenizer.json"))
     other = import_model(str(tmp_path / "model.gguf"), tmp_path / "other", check=False)
-    assert other.tokenizer.startswith("made by transformers")
+    assert other.tokenizer.startswith("made by transformers, with its chat template; it splits texts as GPT-2 did, ")
+    assert "the original as smollm does: some texts get other ids" in other.tokenizer
 
 
 def test_a_file_without_a_tokenizer_says_so(tmp_path: Path) -> None:

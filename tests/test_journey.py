@@ -34,10 +34,10 @@ ROOT = Path(__file__).parent.parent
 STEPS = 2
 # What makes the documented commands small.
 SMALLER = {
-    "--input stdlib": "--input texts --workers 1 --validation-share 0.4",
+    "--input stdlib": "--input texts --workers 1 --shards 4 --validation-share 0.4",
     "--sequence-length 512": "--sequence-length 32",
     "--sequences 64": "--sequences 9",
-    "--count 1": "--count 1 data.sequence_length=32",
+    "--count 1": "--count 1 data.sequence_length=32 data.lanes=4",
     "deepspeed --num_gpus 2": "python",
 }
 OVERRIDES = {
@@ -65,7 +65,7 @@ def documented() -> tuple[list[list[str]], str]:
 
 
 def start(words: Sequence[str]) -> int:
-    """A tool in this process, which has imported what it needs; the training in one of its own. Returns the exit code."""
+    """A tool in this process, which has all modules; the training in one of its own. Returns the exit code."""
     script = Path(words[1])
     assert words[0] == "python" and script.exists()
     if script.parts[0] == "launch":
@@ -202,5 +202,7 @@ def test_data_of_another_tokenizer_is_refused(workspace: Path) -> None:
     other = Tokenizer.load(workspace / "other")
     prepare(Corpus(workspace / "texts"), other, workspace / "data", num_shards=1, validation_share=0.4, workers=1)
     checkpoint = Checkpoint("runs/imported")
-    with pytest.raises(UserError, match=r"was made with tokenizer \w+, but checkpoint .* has \w+; prepare one with --t"):
+    with pytest.raises(
+        UserError, match=r"was made with tokenizer \w+, but checkpoint .* has \w+; prepare one with --t"
+    ):
         HeldOutData.of(checkpoint, "data/validation", 32).require_fits(checkpoint)

@@ -6,6 +6,7 @@ as the scaling of rotary frequencies. Tensors are memory-mapped and dequantized 
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -128,16 +130,17 @@ class GGUFFile:
             return "the files beside it"
         kind, split = self._value("tokenizer.ggml.model"), self._value("tokenizer.ggml.pre")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.file.parent, gguf_file=self.file.name, config=hf_config(self.config, torch.float32, {})
-            )
+            with tempfile.TemporaryDirectory() as alone:  # else files beside it would be mixed in
+                Path(alone, self.file.name).symlink_to(self.file.absolute())
+                config = hf_config(self.config, torch.float32, {})
+                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=self.file.name, config=config)
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"none, for transformers cannot make one of type {kind} ({' '.join(str(error).split())[:200]})"
         write_tokenizer(folder, tokenizer)
-        template = "with its chat template" if tokenizer.chat_template else "without a chat template"
-        return (
-            f"made by transformers from type {kind}" + (f", text split as {split}" if split else "") + f", {template}"
-        )
+        said = f"made by transformers, {'with its' if tokenizer.chat_template else 'without a'} chat template"
+        if kind == "gpt2" and split != "gpt-2" and isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel):
+            said += f"; it splits texts as GPT-2 did, the original as {split} does: some texts get other ids"
+        return said
 
     def _has_these_tokens(self, file: Path) -> bool:
         tokens = self._value("tokenizer.ggml.tokens") or []
