@@ -16,14 +16,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_models import CHAT_TEMPLATE, byte_level_tokenizer, write_gguf
-from hf_models import random_weights, shape_of
+from hf_models import export_checkpoint, random_weights, shape_of
 from test_hf_tokenizer import TEXT
 from transformers import AutoTokenizer
 
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.errors import UserError
-from skvr_dist.hf.card import Training
-from skvr_dist.hf.export import export_model
 from skvr_dist.hf.import_model import ImportReport, import_model
 from skvr_dist.model.config import ModelConfig, RopeScaling
 
@@ -90,16 +88,7 @@ def test_every_weight_is_the_dequantized_one(config: ModelConfig, tmp_path: Path
 
 def test_the_card_tells_what_the_weights_were(tmp_path: Path) -> None:
     report = imported(tmp_path, MODELS["qwen3"])
-    checkpoint = Checkpoint(tmp_path / "ours")
-    export_model(
-        checkpoint.model_config,
-        checkpoint.weight_names(),
-        checkpoint.weight,
-        checkpoint.tokenizer_file,
-        tmp_path / "again",
-        training=Training.of(checkpoint),
-        dtype=torch.float32,
-    )
+    export_checkpoint(tmp_path / "ours", tmp_path / "again")
     card = (tmp_path / "again/README.md").read_text()
     assert f"Its weights were dequantized from {report.dequantized_from}: they have no more precision" in card
     assert re.search(rf"\| dequantized_from +\| {report.dequantized_from} +\|", card)

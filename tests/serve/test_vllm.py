@@ -17,11 +17,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import CACHE_GIB
-from hf_models import STRATEGIES, random_weights, reference_tokens, shape_of
+from hf_models import STRATEGIES, export_checkpoint, random_weights, reference_tokens, shape_of
 from torch import Tensor
 from vllm import LLM, SamplingParams
 
-from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.data.sources import Document
 from skvr_dist.data.tokenizer import train_tokenizer
 from skvr_dist.errors import UserError
@@ -136,16 +135,7 @@ def test_other_ways_to_name_a_strategy(exports: Mapping[str, Path], tmp_path: Pa
 def test_what_was_imported_is_served(exports: Mapping[str, Path], tmp_path: Path) -> None:
     """Import, export, serve: a published checkpoint at any strategy, though nothing here has trained it."""
     import_model(str(exports["llama"]), tmp_path / "ours")
-    checkpoint = Checkpoint(tmp_path / "ours")
-    export_model(
-        checkpoint.model_config,
-        checkpoint.weight_names(),
-        checkpoint.weight,
-        checkpoint.tokenizer_file,
-        tmp_path / "again",
-        training=Training.of(checkpoint),
-        dtype=torch.float32,
-    )
+    export_checkpoint(tmp_path / "ours", tmp_path / "again")
     for name in ("every:2", "prefix:3"):
         tokens, _ = serve(tmp_path / "again", kv_profile=name)
         assert tokens == wanted_tokens(CONFIGS["llama"], STRATEGIES[name], prompts()), name
