@@ -133,6 +133,7 @@ def test_the_documented_journey(workspace: Path, capsys: pytest.CaptureFixture[s
     assert record_of(trained)["points"][1]["loss"] == again[0].loss
 
     assert "======== sequence 0 from train: 32 tokens" in shown
+    assert re.search(r"^\| tokenizer +\| copied as it is", shown, re.M)
     report = (workspace / "runs/trained-on/report.md").read_text()
     assert "`standard` was imported from model.gguf; `routed` was imported from model.gguf, then trained here" in report
     assert json.loads((workspace / "runs/trained-on/report.json").read_text())["measured"]["tokens"] == 16 * 32

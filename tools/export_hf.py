@@ -103,6 +103,7 @@ def _profiles(texts: list[str], num_layers: int) -> dict[str, str]:
 
 def _table(report: ExportReport) -> str:
     check = report.check
+    copied = "copied as it is" if "tokenizer.json" in report.file_bytes else "none"
     agreeing = check.tokenizer_texts - len(check.differing_texts)
     rows = {
         "files": len(report.file_bytes),
@@ -111,7 +112,7 @@ def _table(report: ExportReport) -> str:
         "differing weights": len(check.differing_weights),
         "largest logit difference": f"{check.max_logit_difference:.2g} over {check.positions} tokens at "
         f"{', '.join(check.strategies)} ({check.relative_logit_difference:.1e} of the largest logit)",
-        "tokenizer": f"{agreeing} of {check.tokenizer_texts} texts agree" if check.tokenizer_texts else "none",
+        "tokenizer": f"{agreeing} of {check.tokenizer_texts} texts agree" if check.tokenizer_texts else copied,
     }
     return tabulate(rows.items(), headers=["export", ""], tablefmt="github", disable_numparse=True)
 
