@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.hf import RoutedLlamaForCausalLM, RoutedMistralForCausalLM, RoutedQwen3ForCausalLM
+from skvr_dist.hf.card import Training
 from skvr_dist.hf.config import hf_config
+from skvr_dist.hf.export import export_model
 from skvr_dist.hf.weights import hf_name
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder
@@ -61,6 +65,20 @@ def load_into(model: PreTrainedModel, weights: dict[str, Tensor]) -> Any:
     assert not unexpected and missing in ([], ["lm_head.weight"])
     model.tie_weights()
     return model.eval()
+
+
+def export_checkpoint(run: Path, output: Path) -> None:
+    """Export a run's latest checkpoint with its tokenizer, in float32."""
+    checkpoint = Checkpoint(run)
+    export_model(
+        checkpoint.model_config,
+        checkpoint.weight_names(),
+        checkpoint.weight,
+        checkpoint.tokenizer_file,
+        output,
+        training=Training.of(checkpoint),
+        dtype=torch.float32,
+    )
 
 
 def routed_model(config: ModelConfig, weights: dict[str, Tensor] | None = None) -> Any:

@@ -60,7 +60,7 @@ def test_commands_name_what_exists(page: Path) -> None:
         assert {word.split("=")[0] for word in arguments if word.startswith("--")} <= known, shlex.join(words)
         configs = [Path(word) for word in arguments if word.startswith("configs/")]
         assert all((ROOT / config).exists() for config in configs), shlex.join(words)
-        if script == "launch/pretrain.py" and configs:
+        if script == "launch/pretrain.py" and len(configs) == arguments.count("--config") > 0:
             overrides = [word for word in arguments if re.match(r"[a-z]+\.[\w.]+=", word)]
             load_config([ROOT / config for config in configs], overrides)
         if "--print-config" in arguments:

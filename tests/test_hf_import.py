@@ -90,7 +90,7 @@ def test_round_trip(config: ModelConfig, dtype: torch.dtype, tmp_path: Path) -> 
 
 def test_few_weights_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published(MODELS["qwen3"], tmp_path / "theirs")
-    read, handed_out, alive = import_module._SourceWeights.read, [], []
+    read, handed_out, alive = import_module._Folder.read, [], []
 
     def watched(weights: Any, name: str) -> Tensor:
         tensor = read(weights, name)
@@ -98,7 +98,7 @@ def test_few_weights_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.M
         alive.append(sum(reference() is not None for reference in handed_out))
         return tensor
 
-    monkeypatch.setattr(import_module._SourceWeights, "read", watched)
+    monkeypatch.setattr(import_module._Folder, "read", watched)
     import_model(str(tmp_path / "theirs"), tmp_path / "ours", check=False)
     assert len(alive) > 90 and max(alive) <= 2
 

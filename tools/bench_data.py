@@ -86,7 +86,7 @@ def data_wait(folder: Path, tokenizer: Tokenizer, config_file: str, overrides: l
     start_process_group()
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
-    batches = training_batches(config, training_sequences(config), mesh, engine, first_step=0)
+    batches = training_batches(config, training_sequences(config.data, config.train.seed), mesh, engine, first_step=0)
     return data_wait_share(config, engine, mesh, WatchedBatches(batches, logging.getLogger("skvr_dist")), steps)
 
 

@@ -19,6 +19,7 @@ import torch
 from tabulate import tabulate
 
 from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import EXIT_MISSED, UserError, run_command
 from skvr_dist.hf.card import Training
 from skvr_dist.hf.export import ExportMismatchError, ExportReport, export_model
@@ -36,7 +37,14 @@ def main() -> int | None:
         "--profile", action="append", default=[], metavar="NAME=STRATEGY", help="name a strategy; may be repeated"
     )
     parser.add_argument("--prune", metavar="STRATEGY", help="leave out the projections that this strategy does not use")
-    parser.add_argument("--without-tokenizer", action="store_true", help="export the model only")
+    tokenizer = parser.add_mutually_exclusive_group()
+    tokenizer.add_argument("--without-tokenizer", action="store_true", help="export the model only")
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        type=Path,
+        help="the same tokenizer with all its files, such as a chat template: where the data set's was taken from",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of the check there")
     arguments = parser.parse_args()
 
@@ -50,7 +58,7 @@ def main() -> int | None:
             checkpoint.model_config,
             names,
             checkpoint.weight,
-            None if arguments.without_tokenizer else _tokenizer(checkpoint),
+            None if arguments.without_tokenizer else _tokenizer(checkpoint, arguments.tokenizer),
             arguments.output,
             training=training,
             dtype=DTYPES[arguments.dtype] if arguments.dtype else {n: checkpoint.weight_dtype(n) for n in names},
@@ -67,11 +75,20 @@ def main() -> int | None:
     return None
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Path | None:
-    """The checkpoint's tokenizer: the one of its data, or what came along when it was imported."""
-    imported = checkpoint.folder / "tokenizer.json"
-    found = [file for file in (imported, checkpoint.tokenizer_file) if file.exists()]
-    return found[0] if found else None
+def _tokenizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
+    """The checkpoint's own, or the files of the same one in a folder."""
+    own = checkpoint.tokenizer_file
+    if folder is None or own is None:
+        if folder is not None:
+            raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to hold {folder} against; copy its files")
+        return own
+    ours, given = Tokenizer.load(own).sha256, Tokenizer.load(folder).sha256
+    if ours != given:
+        raise UserError(
+            f"tokenizer {folder} is {given[:12]}, but {checkpoint.folder} was trained with {ours[:12]}; give the "
+            f"folder that the data set was prepared with"
+        )
+    return folder / "tokenizer.json"
 
 
 def _profiles(texts: list[str], num_layers: int) -> dict[str, str]:
@@ -86,6 +103,7 @@ def _profiles(texts: list[str], num_layers: int) -> dict[str, str]:
 
 def _table(report: ExportReport) -> str:
     check = report.check
+    copied = "copied as it is" if "tokenizer.json" in report.file_bytes else "none"
     agreeing = check.tokenizer_texts - len(check.differing_texts)
     rows = {
         "files": len(report.file_bytes),
@@ -96,7 +114,7 @@ def _table(report: ExportReport) -> str:
         f"{', '.join(check.strategies)} ({check.relative_logit_difference:.1e} of the largest logit)",
         "decoding with a cache": f"{max(check.decoding_errors.values()):.1e} of the largest logit from none, over "
         f"{len(check.decoding_errors)} strategies and kinds of cache",
-        "tokenizer": f"{agreeing} of {check.tokenizer_texts} texts agree" if check.tokenizer_texts else "none",
+        "tokenizer": f"{agreeing} of {check.tokenizer_texts} texts agree" if check.tokenizer_texts else copied,
     }
     return tabulate(rows.items(), headers=["export", ""], tablefmt="github", disable_numparse=True)
 

@@ -1,9 +1,11 @@
 """Import a Qwen3, Llama or Mistral checkpoint of Hugging Face to train it further, and check that it is the same model.
 
     python tools/import_hf.py Qwen/Qwen3-0.6B runs/qwen3
+    python tools/import_hf.py models/model.Q4_1.gguf runs/model
 
-SOURCE is a folder with config.json and safetensors files, or a repository of the Hub. OUT then holds a checkpoint at
-step 0. Exit code 1: our decoder does not compute what transformers does, and OUT was not written.
+SOURCE is a folder with config.json and safetensors files, a repository of the Hub, or a GGUF file, whose weights are
+dequantized to float32. OUT then holds a checkpoint at step 0. Exit code 1: our decoder does not compute what
+transformers does, and OUT was not written.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ def _table(report: ImportReport) -> str:
         "architecture": report.architecture,
         "parameters": f"{report.parameters:,} in {' and '.join(report.dtypes)}",
         "bytes": f"{report.bytes:,}",
+        **({"dequantized from": report.dequantized_from} if report.dequantized_from else {}),
+        "tokenizer": report.tokenizer,
     }
     if check := report.check:
         rows["differing weights"] = str(len(check.differing_weights))

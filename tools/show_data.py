@@ -3,6 +3,7 @@
     python tools/show_data.py --config configs/experiment/quickstart.yaml --first 0 --count 2
     python tools/show_data.py --config configs/experiment/quickstart.yaml --examples questions.jsonl
 
+Only the data section must be whole: the config.yaml of an imported checkpoint will do, with data.* overrides.
 A sequence has the number that it has in the run, whatever the number of replicas: step t reads sequences
 t * train.global_batch_size and following. Text in [[double brackets]] is read, but not predicted. With `--examples`
 the sequences are those of fine-tuning on a jsonl file of contexts, questions and answers.
@@ -21,7 +22,7 @@ from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.data.view import passages, render
 from skvr_dist.errors import UserError, run_command
 from skvr_dist.train.inputs import training_sequences
-from skvr_dist.train.load_config import load_config
+from skvr_dist.train.load_config import load_data_config
 
 
 def main() -> None:
@@ -35,18 +36,18 @@ def main() -> None:
     options = parser.parse_args()
     if options.first < 0 or options.count < 1:
         raise UserError(f"--first {options.first} must not be negative and --count {options.count} must be positive")
-    config = load_config(options.config, options.overrides)
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    data, seed = load_data_config(options.config, options.overrides)
+    tokenizer = Tokenizer.load(data.tokenizer)
     if options.examples:
         examples = FinetuneSequences(
             read_examples(options.examples),
             tokenizer,
-            sequence_length=config.data.sequence_length,
-            seed=config.train.seed,
+            sequence_length=data.sequence_length,
+            seed=seed,
         )
         read, source_of = examples.read, lambda _: options.examples
     else:
-        sequences = training_sequences(config)
+        sequences = training_sequences(data, seed)
         read, source_of = sequences.read, sequences.source_of
     records: list[dict[str, Any]] = []
     for number in range(options.first, options.first + options.count):
@@ -56,7 +57,7 @@ def main() -> None:
             print(f"left out: {sentence}")
         predicted = sum(passage.tokens for passage in sequence if passage.is_predicted)
         print(
-            f"======== sequence {number} from {source}: {config.data.sequence_length} tokens, {predicted} of them "
+            f"======== sequence {number} from {source}: {data.sequence_length} tokens, {predicted} of them "
             f"predicted, {sequence[-1].document + 1} documents"
         )
         print(render(sequence) + "\n")

@@ -4,7 +4,7 @@
     checkpoint.json    step, tokens seen, layout, routing, data fingerprint, software versions
     index.json         which tensors there are, whole, and in which file which part of them is
     *.distcp           the parts: weights (fp32 masters where there are any) and Adam's moments
-    tokenizer.model    the tokenizer the data was made with, where there is one
+    tokenizer.model    the tokenizer the data was made with, where there is one; an import has the files it came with
     manifest.json      size and SHA-256 of every file above
     manifest.sha256    SHA-256 of the manifest
 
@@ -28,12 +28,15 @@ from torch import Tensor
 
 from skvr_dist.checkpoint.pieces import WEIGHTS
 from skvr_dist.checkpoint.storage import Index
+from skvr_dist.checkpoint.stored_config import StoredConfig
 from skvr_dist.errors import UserError
-from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder
 
 CONFIG_FILE, FACTS_FILE, TOKENIZER_FILE, LATEST_FILE = "config.yaml", "checkpoint.json", "tokenizer.model", "latest"
+IMPORTED_TOKENIZER_FILE = "tokenizer.json"
 MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
+ORIGIN_FACTS = ("imported_from", "dequantized_from")
+"""Facts about where weights came from, which a run hands on from those it starts with."""
 FORMAT = 2
 """Version of this layout of files; another one is refused."""
 _READ_BYTES = 1 << 22
@@ -166,7 +169,8 @@ class Checkpoint:
                     f"checkpoint {folder} has format {written}, {age} than this release's {FORMAT}; {way_out}"
                 )
             self.config_tree: dict[str, Any] = yaml.safe_load(self.config_text)
-            self.model_config = ModelConfig.model_validate(self.config_tree["model"])
+            self.config = StoredConfig.model_validate(self.config_tree)
+            self.model_config = self.config.model
             self.index = Index(folder)
         except UserError:
             raise
@@ -179,8 +183,20 @@ class Checkpoint:
         return int(self.facts["step"])
 
     @property
-    def tokenizer_file(self) -> Path:
-        return self.folder / TOKENIZER_FILE
+    def tokenizer_file(self) -> Path | None:
+        """What came along when it was imported, or the tokenizer of its data; None without one."""
+        files = [self.folder / name for name in (IMPORTED_TOKENIZER_FILE, TOKENIZER_FILE)]
+        return next((file for file in files if file.exists()), None)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a run of ours wrote it; otherwise it is an import."""
+        return "data_fingerprint" in self.facts
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where its weights, or those it was trained on from, were imported from."""
+        return {name: self.facts[name] for name in ORIGIN_FACTS if name in self.facts}
 
     @property
     def has_moments(self) -> bool:
@@ -197,8 +213,7 @@ class Checkpoint:
 
     def weight_dtype(self, name: str) -> torch.dtype:
         """The precision it was trained in; stored are the master weights."""
-        trained_in = self.config_tree.get("train", {}).get("precision")
-        return torch.bfloat16 if trained_in == "bf16" else self.index.dtype(WEIGHTS + name)
+        return torch.bfloat16 if self.config.train.precision == "bf16" else self.index.dtype(WEIGHTS + name)
 
     @torch.no_grad()
     def load_decoder(self) -> Decoder:

@@ -9,8 +9,6 @@ Shapes: B sequences of a micro-batch, S sequence length, N sequences, Q micro-ba
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from typing import Any, NamedTuple, Protocol
@@ -147,15 +145,10 @@ class SequenceStream:
             "seed": self._seed,
             "documents": "separate" if self._separate_documents else "joined",
             "sources": {
-                name: {"weight": source.weight, "shards": _shards_sha256(source.dataset)}
+                name: {"weight": source.weight, "shards": source.dataset.fingerprint}
                 for name, source in self.sources.items()
             },
         }
-
-
-def _shards_sha256(dataset: Dataset) -> str:
-    shards = json.dumps([shard.sha256 for shard in dataset.manifest.shards])
-    return hashlib.sha256(shards.encode()).hexdigest()[:16]
 
 
 class MicroBatchReader(Iterator[MicroBatch]):

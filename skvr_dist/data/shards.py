@@ -6,6 +6,7 @@ fetched whole and kept in memory while it is open. `skvr_dist.data.shard_format`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -75,6 +76,12 @@ class Dataset:
                         named = "names it" if expected is None else f"names {expected} bytes"
                         raise DamageError(f"shard file {path} {found}, but the manifest {named}; {RESTORE}")
         return dataset
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two data sets with the same shards."""
+        shards = json.dumps([shard.sha256 for shard in self.manifest.shards])
+        return hashlib.sha256(shards.encode()).hexdigest()[:16]
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Refuse a model with too few embeddings for the tokens of this data set."""

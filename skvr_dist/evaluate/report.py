@@ -1,4 +1,7 @@
-"""The comparison of a standard and a routed run of the same model on the same tokens: one page and one picture."""
+"""The comparison of a standard and a routed model of the same shape: one page and one picture.
+
+Both are runs on the same tokens; or one is an imported checkpoint, such as the other was trained on from.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,9 @@ from tabulate import tabulate
 
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.data.reader import validation_sequences
-from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
-from skvr_dist.evaluate.checkpoints import evaluate_checkpoint
+from skvr_dist.evaluate.checkpoints import HeldOutData, Measurement, evaluate_checkpoint
 from skvr_dist.evaluate.generate import cache_bytes, generate
 from skvr_dist.evaluate.retention import RetentionPoint, as_records, as_table, percent, plot
 from skvr_dist.routing import CacheStrategy
@@ -33,36 +35,48 @@ class RunSummary:
 
     label: str
     checkpoint: Checkpoint
-    curve: list[RetentionPoint]
-    tokens_per_second: float
-    """Median over the steps."""
-    skipped_kv_share: float
+    measurement: Measurement
+    tokens_per_second: float | None
+    """Median over the steps; None, as below, where no steps were logged, as of an import."""
+    skipped_kv_share: float | None
     """Mean over the steps."""
-    crossing_bytes_per_step: float
+    crossing_bytes_per_step: float | None
     """Mean over the steps, all boundaries together."""
 
     @classmethod
-    def of(cls, label: str, run: Path, strategies: Sequence[str], sequences: int) -> RunSummary:
+    def of(cls, label: str, run: Path, measurement: Measurement) -> RunSummary:
         checkpoint = Checkpoint(run)
         steps = _training_records(run)
         crossing = [sum(v for tag, v in r.items() if tag.startswith("pipeline/crossing_bytes")) for r in steps]
         return cls(
             label=label,
             checkpoint=checkpoint,
-            curve=evaluate_checkpoint(checkpoint, strategies, sequences=sequences),
-            tokens_per_second=statistics.median(r["train/tokens_per_second"] for r in steps),
-            skipped_kv_share=statistics.mean(r["routing/skipped_kv_share"] for r in steps),
-            crossing_bytes_per_step=statistics.mean(crossing),
+            measurement=measurement,
+            tokens_per_second=statistics.median(r["train/tokens_per_second"] for r in steps) if steps else None,
+            skipped_kv_share=statistics.mean(r["routing/skipped_kv_share"] for r in steps) if steps else None,
+            crossing_bytes_per_step=statistics.mean(crossing) if steps else None,
         )
 
     @property
+    def curve(self) -> list[RetentionPoint]:
+        return self.measurement.points
+
+    @property
     def routing(self) -> str:
-        routing = self.checkpoint.facts["routing"]
+        routing = self.checkpoint.config.routing.model_dump()
         return " ".join([routing["policy"], *(f"{k} {v}" for k, v in routing.items() if k != "policy" and v)])
 
 
 def write_report(
-    standard: Path, routed: Path, output: Path, *, strategies: Sequence[str], sequences: int, prompt: str | None = None
+    standard: Path,
+    routed: Path,
+    output: Path,
+    *,
+    strategies: Sequence[str],
+    sequences: int,
+    prompt: str | None = None,
+    data: str | None = None,
+    sequence_length: int | None = None,
 ) -> Path:
     """Evaluate the latest checkpoints of two runs and write report.md, report.json and retention.png to `output`.
 
@@ -70,24 +84,38 @@ def write_report(
         strategies: the first one is the reference that the others are compared with.
         sequences: held-out sequences.
         prompt: the text that is continued; None takes the beginning of the held-out data.
+        data, sequence_length: as for `HeldOutData.of`; None takes those of the first run that has its own.
 
     Returns:
         the path of report.md.
 
     Raises:
-        UserError: the runs are not of the same model after the same number of tokens.
+        UserError: the runs are not of the same model after the same number of tokens, or there is no held-out data.
     """
+    folders = {"standard": standard, "routed": routed}
+    checkpoints = {label: Checkpoint(run) for label, run in folders.items()}
+    _require_comparable(*checkpoints.values())
+    trained = [checkpoint for checkpoint in checkpoints.values() if checkpoint.is_trained]
+    held_out = HeldOutData.of([*trained, *checkpoints.values()][0], data, sequence_length)
+    tokenizer = _tokenizer(list(checkpoints.values()))
     runs = [
-        RunSummary.of(name, run, strategies, sequences) for name, run in (("standard", standard), ("routed", routed))
+        RunSummary.of(
+            label,
+            folders[label],
+            evaluate_checkpoint(checkpoint, held_out, strategies, sequences=sequences),
+        )
+        for label, checkpoint in checkpoints.items()
     ]
-    _require_comparable(*(run.checkpoint for run in runs))
-    samples = [sample for run in runs for sample in _samples(run, prompt)]
+    samples = [sample for run in runs for sample in _samples(run, held_out, tokenizer, prompt)]
     output.mkdir(parents=True, exist_ok=True)
     plot({run.label: run.curve for run in runs}, output / PICTURE)
+    measured = runs[0].measurement.record()
+    del measured["points"]
     record = {
+        "measured": measured,
         "runs": {
             run.label: {
-                "routing": run.checkpoint.facts["routing"],
+                "routing": run.checkpoint.config.routing.model_dump(),
                 "step": run.checkpoint.step,
                 "tokens_seen": run.checkpoint.facts["tokens_seen"],
                 "tokens_per_second": run.tokens_per_second,
@@ -105,13 +133,17 @@ def write_report(
 
 
 def _training_records(run: Path) -> list[dict[str, float]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    file = run / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return [record for record in map(json.loads, lines) if "train/loss" in record]
 
 
 def _require_comparable(a: Checkpoint, b: Checkpoint) -> None:
-    if a.model_config != b.model_config:
+    shapes = [checkpoint.model_config.model_dump(exclude={"attention"}) for checkpoint in (a, b)]  # but for the kernel
+    if shapes[0] != shapes[1]:
         raise UserError(f"{a.folder} and {b.folder} are of different models; compare runs with the same model section")
+    if not (a.is_trained and b.is_trained):
+        return
     for fact in ("step", "tokens_seen", "data_fingerprint"):
         if a.facts[fact] != b.facts[fact]:
             raise UserError(
@@ -119,13 +151,22 @@ def _require_comparable(a: Checkpoint, b: Checkpoint) -> None:
             )
 
 
-def _samples(run: RunSummary, text: str | None) -> list[dict[str, Any]]:
+def _tokenizer(checkpoints: Sequence[Checkpoint]) -> Tokenizer:
+    """That of the first checkpoint which has one; `HeldOutData.require_fits` compares it with the data's."""
+    files = [file for checkpoint in checkpoints if (file := checkpoint.tokenizer_file)]
+    if not files:
+        raise UserError(
+            f"{' and '.join(str(checkpoint.folder) for checkpoint in checkpoints)} have no tokenizer to continue a "
+            f"text with; compare checkpoints that have one"
+        )
+    return Tokenizer.load(files[0])
+
+
+def _samples(run: RunSummary, held_out: HeldOutData, tokenizer: Tokenizer, text: str | None) -> list[dict[str, Any]]:
     """Continuations of one text at several strategies, with the size of the cache that was measured."""
     checkpoint = run.checkpoint
-    tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
     if text is None:
-        dataset = Dataset.open(checkpoint.config_tree["data"]["validation"])
-        prompt = validation_sequences(dataset, sequence_length=_PROMPT_TOKENS, num_sequences=1)[0, :-1]
+        prompt = validation_sequences(held_out.dataset, sequence_length=_PROMPT_TOKENS, num_sequences=1)[0, :-1]
     else:
         prompt = torch.tensor(tokenizer.encode(text))
     decoder = checkpoint.load_decoder()
@@ -151,7 +192,6 @@ def _samples(run: RunSummary, text: str | None) -> list[dict[str, Any]]:
 
 def _markdown(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> str:
     standard = runs[0]
-    facts = standard.checkpoint.facts
     smallest = min(range(len(standard.curve)), key=lambda i: standard.curve[i].retention)
     rise = [run.curve[smallest].loss - run.curve[0].loss for run in runs]
     speeds = tabulate(
@@ -159,9 +199,9 @@ def _markdown(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> 
             [
                 run.label,
                 run.routing,
-                f"{run.tokens_per_second:,.0f}",
-                f"{run.skipped_kv_share:.0%}",
-                f"{run.crossing_bytes_per_step / 1e6:.2f}",
+                _or_none(run.tokens_per_second, ",.0f"),
+                _or_none(run.skipped_kv_share, ".0%"),
+                _or_none(run.crossing_bytes_per_step, ".2f", 1e-6),
             ]
             for run in runs
         ],
@@ -172,8 +212,7 @@ def _markdown(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> 
     lines = [
         "# One set of weights, any cache budget",
         "",
-        f"The same {standard.checkpoint.model_config.num_hidden_layers}-layer decoder, trained twice on the same "
-        f"{facts['tokens_seen']:,} tokens: once as usual, once with stochastic KV routing. Then both were run with "
+        f"{_introduction(runs)} Then both were run with "
         f"fewer and fewer layers keeping a key/value cache; the others read the nearest retained layer below.",
         "",
         f"With {percent(standard.curve[smallest].retention)} of the cache, the loss of the standard model changes by "
@@ -195,6 +234,28 @@ def _markdown(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> 
         title = f"{sample['run']}, {percent(sample['retention'])} retention ({sample['cache_bytes']:,} bytes of cache)"
         lines += _fenced(title, sample["continuation"])
     return "\n".join(lines)
+
+
+def _introduction(runs: Sequence[RunSummary]) -> str:
+    standard = runs[0].checkpoint
+    layers, tokens = standard.model_config.num_hidden_layers, standard.facts["tokens_seen"]
+    if all(run.checkpoint.is_trained for run in runs):
+        return (
+            f"The same {layers}-layer decoder, trained twice on the same {tokens:,} tokens: once as usual, once with "
+            f"stochastic KV routing."
+        )
+    return f"Two {layers}-layer decoders of the same shape: {'; '.join(_story(run) for run in runs)}."
+
+
+def _story(run: RunSummary) -> str:
+    facts = run.checkpoint.facts
+    imported = f"imported from {facts['imported_from']}" if "imported_from" in facts else "drawn"
+    trained = f"then trained here on {facts['tokens_seen']:,} tokens" if run.checkpoint.is_trained else ""
+    return f"`{run.label}` was {', '.join(part for part in (imported, trained) if part)}"
+
+
+def _or_none(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "" if value is None else format(value * unit, form)
 
 
 def _fenced(title: str, text: str) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from tabulate import tabulate
 
-from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.checkpoint.folder import ORIGIN_FACTS, Checkpoint
 from skvr_dist.evaluate.retention import RETENTION_FILE, RetentionPoint, as_table
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.routing import CacheStrategy, RoutingConfig
@@ -25,12 +25,8 @@ _POLICIES = {
 }
 
 
-# What a checkpoint's facts and configuration hold that a reader of the card wants to know.
-_FACTS = ("step", "tokens_seen", "imported_from")
-_SETTINGS = {
-    "data": ("sequence_length", "documents"),
-    "train": ("global_batch_size", "learning_rate", "weight_decay", "precision"),
-}
+# What a checkpoint's facts hold that a reader of the card wants to know.
+_FACTS = ("step", "tokens_seen", *ORIGIN_FACTS)
 
 
 @dataclass(frozen=True)
@@ -48,20 +44,19 @@ class Training:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Training:
         """What a checkpoint knows, with the retention curve if `tools/retention.py` left one in it."""
-        tree = checkpoint.config_tree
+        config = checkpoint.config
         facts = {name: checkpoint.facts[name] for name in _FACTS if name in checkpoint.facts}
-        for section, names in _SETTINGS.items():
-            settings = tree.get(section, {})  # an import has not been trained here
-            facts |= {name: settings[name] for name in names if name in settings}
+        facts |= config.data.model_dump(exclude={"validation"}, exclude_none=True)
+        facts |= config.train.model_dump(exclude_none=True)
         table = None
         measured = checkpoint.folder / RETENTION_FILE
         if measured.exists():
             record = json.loads(measured.read_text())
             points = [RetentionPoint(**point) for point in record["points"]]
             table = as_table({f"step {checkpoint.step}": points})
-            table += f"\n\nOver {record['sequences']} held-out sequences of {facts['sequence_length']} tokens."
-        profiles = tree.get("evaluate", {}).get("profiles", {})
-        return cls(RoutingConfig.model_validate(tree["routing"]), facts, table, profiles)
+            length = record.get("sequence_length", config.data.sequence_length)  # earlier releases left it out
+            table += f"\n\nOver {record['sequences']} held-out sequences of {length} tokens."
+        return cls(config.routing, facts, table, config.evaluate.profiles)
 
 
 def model_card(
@@ -83,7 +78,7 @@ def model_card(
     routing = training.routing.model_dump(exclude_none=True)
     facts = {"parameters": f"{parameters:,}", "layers": config.num_hidden_layers, **routing, **training.facts}
     table = tabulate(facts.items(), headers=["fact", "value"], tablefmt="github", disable_numparse=True)
-    introduction = f"{_origin(config, training.routing)}\n\n{_retention(pruned_to)}"
+    introduction = f"{_origin(config, training)}\n\n{_retention(pruned_to)}"
     sections = [f"---\n{header.to_yaml()}\n---", f"# {name}", introduction, f"## Training\n\n{table}"]
     if training.retention_table:
         sections.append(f"## Quality by retention\n\nHeld-out loss in nats per token.\n\n{training.retention_table}")
@@ -93,7 +88,15 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _origin(config: ModelConfig, routing: RoutingConfig) -> str:
+def _origin(config: ModelConfig, training: Training) -> str:
+    quantization = training.facts.get("dequantized_from")
+    lossy = f" Its training began with weights dequantized from {quantization}, which had lost precision before."
+    if training.facts.get("step") == 0:
+        lossy = f" Its weights were dequantized from {quantization}: they have no more precision than those had."
+    return _trained(config, training.routing) + (lossy if quantization else "")
+
+
+def _trained(config: ModelConfig, routing: RoutingConfig) -> str:
     if routing.policy == "none":
         return f"A {config.architecture} decoder, trained without stochastic KV routing."
     drawn = "" if routing.policy == "cla" else ", drawn anew for each micro-batch"

@@ -118,6 +118,7 @@ def check_export(
     dtypes: Mapping[str, torch.dtype] | None,
     tokenizer_file: Path | None,
     pruned_to: CacheStrategy | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> CheckReport:
     """Load a folder of Hugging Face and compare it, in float32 on the CPU, with our decoder.
 
@@ -129,6 +130,7 @@ def check_export(
         dtypes: of the weights in the folder, by canonical name; None where they have the dtypes of ours.
         tokenizer_file: the data set's tokenizer, with which the folder's must agree, if any.
         pruned_to: the one strategy that the folder serves; None for a plain checkpoint.
+        loading: further arguments of `from_pretrained`, such as the GGUF file that holds the model.
     """
     differing_texts: tuple[str, ...] = ()
     sequences = _drawn_sequences(config)
@@ -143,7 +145,7 @@ def check_export(
 
     model_class = (_PLAIN_CLASSES if pruned_to is None else _PRUNED_CLASSES)[config.architecture]
     exported = model_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True
+        folder, dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True, **(loading or {})
     )
     loaded = exported.state_dict()
 

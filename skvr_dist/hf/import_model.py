@@ -1,6 +1,7 @@
 """Import of a Qwen3, Llama or Mistral checkpoint: a checkpoint of ours at step 0, from which training goes on.
 
-Weights are copied tensor by tensor in their stored dtype; one at a time is in memory.
+Weights are copied tensor by tensor in their stored dtype, those of a GGUF file dequantized to float32; one at a time is
+in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -24,7 +25,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from skvr_dist.checkpoint.folder import Checkpoint, partial_folder, publish, step_folder, write_facts
 from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
@@ -32,8 +33,10 @@ from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.errors import UserError
 from skvr_dist.hf.check import CheckReport, check_export
 from skvr_dist.hf.config import hf_config, model_config
+from skvr_dist.hf.gguf_file import GGUFFile
 from skvr_dist.hf.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from skvr_dist.hf.weights import check_names, hf_name, parameter_shapes
+from skvr_dist.model.config import ModelConfig
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
@@ -48,6 +51,10 @@ class ImportReport:
     """Of the weight files."""
     dtypes: tuple[str, ...]
     """Of the stored weights."""
+    dequantized_from: str | None
+    """Types of the blocks that the source held them in, as GGUF names them."""
+    tokenizer: str
+    """Where it came from, in words."""
     check: CheckReport | None
     """None if it was left out."""
 
@@ -75,7 +82,7 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
     It is written and checked in a temporary folder beside `output`, and renamed at the end.
 
     Args:
-        source: a local folder, or the name of a repository of the Hub.
+        source: a local folder, the name of a repository of the Hub, or a local GGUF file.
         output: the folder to make; it may exist if it is empty.
         check: compare the result with its source; this alone holds a whole model in memory, in float32.
 
@@ -87,27 +94,31 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
     output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists and is not an empty folder; choose another one, or remove it first")
-    folder = _local_folder(source)
-    try:
-        published = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot read {folder}/config.json ({reason}); give the folder of a checkpoint") from None
-    config = model_config(published)
-    weights = _SourceWeights(folder, tied=config.tie_word_embeddings)
-    shapes = parameter_shapes(_plain(published))
-    check_names(weights.names(), shapes, config.architecture, f"download {folder} again or give another checkpoint")
-    dtypes = {name: _trainable_dtype(name, *weights.shape_and_dtype(name), shape) for name, shape in shapes.items()}
+    original: _Original
+    if source.endswith(".gguf") and not Path(source).is_dir():
+        gguf = GGUFFile(Path(source))
+        original, config, dequantized_from = gguf, gguf.config, gguf.quantization
+        folder, way_out = gguf.file.parent, f"download {source} again or give another file"
+        loading = {"gguf_file": gguf.file.name, "config": hf_config(config, torch.float32, {})}
+    else:
+        folder, dequantized_from, loading = _local_folder(source), None, {}
+        config, way_out = _published_config(folder), f"download {folder} again or give another checkpoint"
+        original = _Folder(folder, tied=config.tie_word_embeddings)
+    shapes = parameter_shapes(hf_config(config, torch.float32, {}))
+    check_names(original.names(), shapes, config.architecture, way_out)
+    dtypes = {name: _trainable_dtype(name, *original.shape_and_dtype(name), shape) for name, shape in shapes.items()}
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as temporary:
         run = Path(temporary) / output.name
         partial = run / "checkpoints" / partial_folder(0)
         partial.mkdir(parents=True)
-        digests = _write(partial, shapes, dtypes, weights)
-        copy_tokenizer(folder, partial)
+        digests = _write(partial, shapes, dtypes, original)
+        tokenizer = original.write_tokenizer(partial)
         tree = {"model": config.model_dump(), "routing": {"policy": "none"}}
         facts = {"step": 0, "tokens_seen": 0, "imported_from": source}
+        if dequantized_from:
+            facts["dequantized_from"] = dequantized_from
         write_facts(partial, config_text=yaml.safe_dump(tree, sort_keys=False), facts=facts, tokenizer=None)
         final = run / "checkpoints" / step_folder(0)
         publish(partial, final, digests)
@@ -116,12 +127,32 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
             parameters=sum(shape.numel() for shape in shapes.values()),
             bytes=sum(file.stat().st_size for file in final.glob("*.distcp")),
             dtypes=tuple(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})),
-            check=check_export(folder, config, Checkpoint(final).weight, None, None) if check else None,
+            dequantized_from=dequantized_from,
+            tokenizer=tokenizer,
+            check=check_export(folder, config, Checkpoint(final).weight, None, None, loading=loading)
+            if check
+            else None,
         )
         if report.failures():
             raise ImportMismatchError(report)
         run.replace(output)
     return report
+
+
+class _Original(Protocol):
+    """What is imported, by canonical names."""
+
+    def names(self) -> list[str]:
+        """Of its weights; in brackets the names of those that have none here, which `check_names` refuses."""
+
+    def shape_and_dtype(self, name: str) -> tuple[list[int], torch.dtype]:
+        """As `read` returns it."""
+
+    def read(self, name: str) -> Tensor:
+        """One whole weight."""
+
+    def write_tokenizer(self, folder: Path) -> str:
+        """Write the files of its tokenizer; returns where they came from, in words."""
 
 
 def _local_folder(source: str) -> Path:
@@ -134,15 +165,23 @@ def _local_folder(source: str) -> Path:
         raise UserError(f"{source} is neither a folder here nor a repository of the Hub ({reason})") from None
 
 
-def _plain(published: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of an unrouted model of the same shape."""
-    return hf_config(model_config(published), torch.float32, {})
+def _published_config(folder: Path) -> ModelConfig:
+    try:
+        published = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        files = sorted(file.name for file in folder.glob("*.gguf"))
+        if files and not (folder / "config.json").exists():
+            raise UserError(f"{folder} holds GGUF files; name the one to import, such as {folder / files[0]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot read {folder}/config.json ({reason}); give the folder of a checkpoint") from None
+    return model_config(published)
 
 
-class _SourceWeights:
-    """Lazy access by canonical name to the safetensors of a checkpoint of Hugging Face."""
+class _Folder:
+    """The safetensors and the tokenizer of a checkpoint of Hugging Face, each weight read when it is asked for."""
 
     def __init__(self, folder: Path, tied: bool) -> None:
+        self._folder = folder
         self._file_of: dict[str, Path] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
@@ -171,7 +210,6 @@ class _SourceWeights:
             del self._file_of[_HEAD]
 
     def names(self) -> list[str]:
-        """Canonical names; in brackets the names of weights that have none, which `check_names` refuses."""
         canonical = {name: name.removeprefix("model.") for name in self._file_of}
         return [ours if hf_name(ours) == name else f"({name})" for name, ours in canonical.items()]
 
@@ -186,16 +224,20 @@ class _SourceWeights:
         with safe_open(self._file_of[stored], framework="pt") as opened:
             return opened.get_tensor(stored)
 
+    def write_tokenizer(self, folder: Path) -> str:
+        copied = copy_tokenizer(self._folder, folder)
+        return f"{', '.join(copied)}, as they are" if copied else "none"
+
 
 def _write(
-    folder: Path, shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype], weights: _SourceWeights
+    folder: Path, shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype], original: _Original
 ) -> dict[str, str]:
     """Write the weights in the format that `Checkpoint` reads, one in memory at a time; returns the files' digests."""
     with tqdm(total=len(shapes), desc="importing weights", unit="tensor", disable=None) as progress:
 
         def read(name: str) -> Tensor:
             progress.update()
-            return weights.read(name)
+            return original.read(name)
 
         pieces: Pieces = {}
         for name, shape in shapes.items():

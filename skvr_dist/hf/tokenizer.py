@@ -136,11 +136,12 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     file.write_text(json.dumps(stored, indent=2) + "\n")
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy somebody else's tokenizer as it is."""
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy somebody else's tokenizer as it is; returns the names of the files."""
+    found = [name for name in TOKENIZER_FILES if (source / name).exists()]
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    return found
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skvr_dist.data.batch import MicroBatch
+from skvr_dist.data.config import DataConfig
 from skvr_dist.data.reader import SequenceStream, SourceData, validation_sequences
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
             f"data.tokenizer {config.data.tokenizer} is {tokenizer.sha256[:12]}, but data set {held_out.location} was "
             f"made with {held_out.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
         )
-    sequences = training_sequences(config)
+    sequences = training_sequences(config.data, config.train.seed)
     for source in sequences.sources.values():
         source.dataset.require_same_tokenizer(held_out)
     round_size = config.train.micro_batch_size * replicas
@@ -55,22 +56,22 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     return Inputs(sequences, micro_batches)
 
 
-def training_sequences(config: Config) -> SequenceStream:
-    """The training sequences that a configuration names.
+def training_sequences(data: DataConfig, seed: int) -> SequenceStream:
+    """The training sequences that a configuration names: its `data` section, and `train.seed`, which orders them.
 
     Raises:
         UserError: a data set is missing or damaged, or they do not fit together.
     """
-    skip = config.data.damage == "skip"
+    skip = data.damage == "skip"
     sources = {
         name: SourceData(Dataset.open(source.path, check_sizes=not skip), source.weight)
-        for name, source in config.data.train.items()
+        for name, source in data.train.items()
     }
     return SequenceStream(
         sources,
-        sequence_length=config.data.sequence_length,
-        lanes=config.data.lanes,
-        seed=config.train.seed,
-        separate_documents=config.data.documents == "separate",
+        sequence_length=data.sequence_length,
+        lanes=data.lanes,
+        seed=seed,
+        separate_documents=data.documents == "separate",
         skip_damage=skip,
     )

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
+from skvr_dist.data.config import DataConfig
 from skvr_dist.errors import UserError
-from skvr_dist.train.config import Config
+from skvr_dist.train.config import Config, TrainConfig
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -29,12 +31,39 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     Raises:
         UserError: a file is missing or unreadable, a key is unknown, a value is of the wrong type or impossible.
     """
+    return validate_config(_merge_all(files, overrides))
+
+
+def load_data_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[DataConfig, int]:
+    """What says which sequences a run reads: the `data` section and `train.seed`.
+
+    Other sections may be missing, as they are in the configuration of an imported checkpoint; none may be wrong.
+
+    Raises:
+        UserError: as `load_config` does.
+    """
+    tree = _merge_all(files, overrides)
+    if "data" not in tree:
+        needed = [f"data.{name}=..." for name, field in DataConfig.model_fields.items() if field.is_required()]
+        raise UserError(f"the configuration names no data; add {' '.join(needed)}")
+    try:
+        config = Config.model_validate(tree)
+        return config.data, config.train.seed
+    except ValidationError as error:
+        wrong = [item for item in error.errors() if item["type"] != "missing" or item["loc"][0] == "data"]
+        if wrong:
+            raise UserError("; ".join(_sentences(wrong))) from None
+    seed = TrainConfig.model_fields["seed"].default
+    return DataConfig.model_validate(tree["data"]), tree.get("train", {}).get("seed", seed)
+
+
+def _merge_all(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for file in files:
         tree = _merge(tree, _read_yaml(Path(file)))
     for override in overrides:
         tree = _merge(tree, _parse_override(override))
-    return validate_config(tree)
+    return tree
 
 
 def validate_config(tree: Mapping[str, Any]) -> Config:
@@ -42,7 +71,7 @@ def validate_config(tree: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(tree))
     except ValidationError as error:
-        raise UserError("; ".join(_sentences(error))) from None
+        raise UserError("; ".join(_sentences(error.errors()))) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -95,9 +124,9 @@ def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _sentences(error: ValidationError) -> Iterator[str]:
+def _sentences(mistakes: Iterable[ErrorDetails]) -> Iterator[str]:
     """One sentence per mistake: the path of the key, the value, what is allowed, the nearest known name."""
-    for item in error.errors():
+    for item in mistakes:
         path = ".".join(str(part) for part in item["loc"])
         kind, value = item["type"], item["input"]
         if kind == "extra_forbidden":

@@ -50,12 +50,15 @@ def pretrain(config: Config) -> None:
     if resumed:
         require_fits(resumed, config, fingerprint)
     first_step = resumed.step if resumed else 0
+    origin = resumed.origin if resumed else {}
     with run.quiet():
         engine = build_engine(config, mesh)
         if resumed:
             load_state(engine, resumed)
         elif config.train.initial_weights:
-            load_weights(engine, Checkpoint(config.train.initial_weights))
+            initial = Checkpoint(config.train.initial_weights)
+            load_weights(engine, initial)
+            origin = initial.origin
     saver = build_saver(config, run)
     plans = plan_stream(config, mesh, first_step)
     batches = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
@@ -109,7 +112,7 @@ def pretrain(config: Config) -> None:
         if due and not put_off:
             evaluate(step)
         if last or interrupted or step % config.checkpoint.every_steps == 0:
-            facts = {"data_fingerprint": fingerprint, "evaluation_due": put_off}
+            facts = {"data_fingerprint": fingerprint, "evaluation_due": put_off, **origin}
             save(config, mesh, saver, engine, step, facts, reporter)
         if interrupted:
             break

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CACHE_GIB
-from hf_models import STRATEGIES, random_weights, reference_tokens, shape_of
+from hf_models import STRATEGIES, export_checkpoint, random_weights, reference_tokens, shape_of
 from torch import Tensor
 from vllm import LLM, SamplingParams
 
@@ -26,6 +26,7 @@ from skvr_dist.data.tokenizer import train_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.hf.card import Training
 from skvr_dist.hf.export import export_model
+from skvr_dist.hf.import_model import import_model
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.routing import CacheStrategy, RoutingConfig
 from skvr_dist.serve.sharing import reader_weights, require_one_stage
@@ -129,6 +130,15 @@ def test_other_ways_to_name_a_strategy(exports: Mapping[str, Path], tmp_path: Pa
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({**stored, "kv_profile": "every:4"}))
     assert serve(tmp_path)[0] == wanted
+
+
+def test_what_was_imported_is_served(exports: Mapping[str, Path], tmp_path: Path) -> None:
+    """Import, export, serve: a published checkpoint at any strategy, though nothing here has trained it."""
+    import_model(str(exports["llama"]), tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "again")
+    for name in ("every:2", "prefix:3"):
+        tokens, _ = serve(tmp_path / "again", kv_profile=name)
+        assert tokens == wanted_tokens(CONFIGS["llama"], STRATEGIES[name], prompts()), name
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -1,0 +1,52 @@
+"""What readers of a checkpoint ask of its config.yaml: typed, and tolerant of sections and keys that they do not read.
+
+That of a run is complete. An import has a model and its routing, and nothing else until it has been trained here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from skvr_dist.model.config import ModelConfig
+from skvr_dist.routing import RoutingConfig
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, protected_namespaces=())
+
+
+class StoredData(_Stored):
+    """Of `data:`; all None for an import."""
+
+    validation: str | None = None
+    """Where the held-out data set was."""
+    sequence_length: int | None = None
+    documents: Literal["joined", "separate"] | None = None
+
+
+class StoredTraining(_Stored):
+    """Of `train:`; all None for an import."""
+
+    global_batch_size: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    precision: Literal["fp32", "bf16"] | None = None
+
+
+class StoredEvaluation(_Stored):
+    """Of `evaluate:`."""
+
+    profiles: dict[str, str] = {}
+    """Named cache strategies."""
+
+
+class StoredConfig(_Stored):
+    """The configuration that a checkpoint was written with, whole or in part."""
+
+    model: ModelConfig
+    routing: RoutingConfig
+    data: StoredData = StoredData()
+    train: StoredTraining = StoredTraining()
+    evaluate: StoredEvaluation = StoredEvaluation()
