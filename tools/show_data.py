@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4, metavar="N", help="sequences (default: 4)")
     parser.add_argument("--json", metavar="FILE", help="write them here too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.first < 0 or options.count < 1:
         raise UserError(f"--first {options.first} must not be negative and --count {options.count} must be positive")
     if options.first + options.count > LAST_SEQUENCE:

@@ -32,7 +32,7 @@ from skvr_dist.data.sources import Corpus, hash_fraction
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.data.writer import ShardWriter, write_manifest
 from skvr_dist.errors import UserError
-from skvr_dist.files import local_path, prove_folder, write_whole
+from skvr_dist.files import local_path, naming_failure, prove_folder, write_whole
 
 TOKENIZER_FILE = "tokenizer.model"
 LEFT_OUT_FILE = "left-out.txt"
@@ -83,15 +83,20 @@ def prepare(
     if not 0 <= validation_share < 1:
         raise UserError(f"--validation-share {validation_share} must be at least 0 and below 1")
     output = local_path(output)
-    tasks = deal(corpus.files(), num_shards)
+    partial = output / "partial"
+    # The output may lie in the folder of the corpus; its lists of what was left out are no documents.
+    own = {(output / LEFT_OUT_FILE).absolute(), partial.absolute()}
+    files = [file for file in corpus.files() if own.isdisjoint((path := file.path.absolute(), path.parent))]
+    tasks = deal(files, num_shards)
     asked = {
         "tokenizer": tokenizer.sha256[:12],
         "number of shards": num_shards,
         "validation share": validation_share,
     }
-    if (output / TRAIN / MANIFEST).exists():
+    with naming_failure(output):
+        is_there = (output / TRAIN / MANIFEST).exists()
+    if is_there:
         return Prepared(_existing(output, corpus, tasks, asked, workers), written=False)
-    partial = output / "partial"
     is_made = (partial / TRAIN / MANIFEST).exists()  # and only the last renames are missing
     for split in (TRAIN, VALIDATION):
         if (output / split).exists() and not is_made:
@@ -110,7 +115,7 @@ def prepare(
                     workers=workers,
                 )
             except _EmptyShardError:
-                next(iter(corpus))  # says so if the whole corpus is empty, which no other division would change
+                next(corpus.documents(files))  # says so if all are empty, which no other division would change
                 raise
             _write_manifests(partial, tokenizer, validation_share)
         shutil.copyfile(partial / LEFT_OUT_FILE, output / LEFT_OUT_FILE)

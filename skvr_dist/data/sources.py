@@ -105,9 +105,16 @@ class Corpus:
                 require_file(self.root)
 
     def __iter__(self) -> Iterator[Document]:
+        return self.documents(self.files())
+
+    def documents(self, files: Sequence[FilePart]) -> Iterator[Document]:
+        """The documents of some of its files.
+
+        Raises:
+            UserError: a file cannot be read, a document is invalid, or there is no document at all.
+        """
         self.left_out.clear()
         empty = True
-        files = self.files()
         with progress_bar(files) as bar:
             for part in files:
                 for item in self.read(part, bar.update):
