@@ -165,6 +165,34 @@ def test_a_corpus_of_nothing_but_empty_documents_is_refused(tmp_path: Path) -> N
         list(Corpus(tmp_path))
 
 
+RANDOM_LINES = st.lists(
+    st.binary(max_size=30)
+    | st.sampled_from(
+        [b'{"text": "one"}', b'{"text": null}', b'{"text": [', b"[[[", b"\xef\xbb\xbf", b"\xff\xfe{\0", b"7" * 5000]
+    )
+).map(b"\n".join)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", *(f"a.jsonl{suffix}" for suffix in COMPRESSIONS)])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=RANDOM_LINES, is_compressed=st.booleans())
+def test_any_bytes_are_taken_left_out_or_refused(tmp_path: Path, name: str, data: bytes, is_compressed: bool) -> None:
+    path = tmp_path / name
+    path.write_bytes(compressed(data, path.suffix) if is_compressed else data)
+    part = FilePart(name, path, path.stat().st_size, 0, path.stat().st_size)
+    try:
+        found = list(read_part(part, "text", lambda _: None))
+    except UserError as error:  # the whole file
+        assert str(error).startswith(f"cannot read {path}: ")
+        assert not name.endswith((".txt", ".jsonl"))
+        return
+    for item in found:
+        if isinstance(item, Document):
+            assert item.text.encode().decode() == item.text != ""
+        else:
+            assert item.sentence.startswith(f"{item.place} ") and str(path) in item.place
+
+
 def test_names_need_not_be_text(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path)
     names = [b"caf\xe9.txt", b"d\xe9i.jsonl", b"z\xe9.parquet"]
