@@ -116,8 +116,8 @@ def test_a_line_without_text_stops_or_is_counted(tmp_path: Path, line: bytes, me
     "rest", ['"n": ' + "7" * 5000, '"n": 1e99999', '"n": NaN', '"n": 1, "n": 2', '"\\udc00": {"text": 1, "text": 2}']
 )
 def test_only_the_text_of_a_line_matters(tmp_path: Path, rest: str) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one", ' + rest + "}\r\n\r\n")
-    assert list(Corpus(tmp_path)) == [Document("a.jsonl:0", "one")]
+    (tmp_path / "a.jsonl").write_text('\ufeff\n{"text": "one", ' + rest + "}\r\n\r\n", newline="")
+    assert list(Corpus(tmp_path)) == [Document("a.jsonl:4", "one")]
 
 
 TEXTS: list[str | None] = ["eins", None, "", "zw\0ei\r\n", "\ufeffdrei"]

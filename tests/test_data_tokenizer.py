@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -211,6 +212,18 @@ def test_hugging_face_tokenizers_become_one_file(hf_folder: Path, tmp_path: Path
         (tmp_path / "tokenizer_config.json").write_text(config)
         with pytest.raises(UserError, match=message):
             Tokenizer.load(tmp_path / "tokenizer.json")
+    shutil.copy(hf_folder / "tokenizer_config.json", tmp_path)
+    for content, message in (
+        ('{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}', r"is not a Hugging Face tokenizer \("),
+        ('{"model": ' + "[" * 10**5 + "]" * 10**5 + "}", "is not a Hugging Face tokenizer: it or its configuration"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"cannot read .*tokenizer.json: it is a named pipe"):
+        Tokenizer.load(tmp_path)
     (tmp_path / "broken.model").write_text('{"eos_token": "a", "tokenizer": {}}')
     with pytest.raises(UserError, match=r"broken.model is not a Hugging Face tokenizer \("):
         Tokenizer.load(tmp_path / "broken.model")

@@ -101,10 +101,11 @@ def holds_records(name: str) -> bool:
 
 
 def _format(name: str) -> tuple[str, str]:
-    """(suffix of the content, suffix of the compression or nothing), both in lower case."""
-    path = Path(name.lower())
-    compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    return Path(path.name.removesuffix(compression)).suffix, compression
+    """(one of `RECORD_SUFFIXES`, one of `COMPRESSIONS`), each or nothing, whatever the case."""
+    name = name.lower()
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    content = name.removesuffix(compression)
+    return next((suffix for suffix in RECORD_SUFFIXES if content.endswith(suffix)), ""), compression
 
 
 def read_part(part: FilePart, text_key: str, advance: Advance) -> Iterator[Document | LeftOut]:

@@ -15,6 +15,7 @@ import tokenizers
 
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
+from skvr_dist.files import require_file
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -78,21 +79,29 @@ def _without_training_settings(tokenizer: dict[str, Any]) -> dict[str, Any]:
     return {**tokenizer, "truncation": None, "padding": None, "model": model}
 
 
+def _read_json(file: Path) -> Any:
+    require_file(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def read_hf_files(path: Path) -> bytes:
     """A tokenizer.json (or its folder) and the tokenizer_config.json beside it, as one file.
 
     Raises:
         OSError: one of them cannot be read.
-        UserError: they do not name an end-of-sequence token.
+        UserError: they are no such files or do not name an end-of-sequence token.
     """
-    folder = path if path.is_dir() else path.parent
+    file = path / "tokenizer.json" if path.is_dir() else path
+    folder = file.parent
     try:
-        tokenizer = json.loads((path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tokenizer, config = (_read_json(each) for each in (file, folder / "tokenizer_config.json"))
         eos = config.get("eos_token")
+    except UserError:
+        raise
     except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{path} is not a Hugging Face tokenizer: it or its configuration is no JSON object") from None
     eos = eos.get("content") if isinstance(eos, dict) else eos
     if not isinstance(eos, str):
         raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; a document must end with one")
-    return json.dumps({"eos_token": eos, "tokenizer": tokenizer}, ensure_ascii=False, sort_keys=True).encode()
+    both = json.dumps({"eos_token": eos, "tokenizer": tokenizer}, ensure_ascii=False, sort_keys=True)
+    return both.encode("utf-8", "surrogatepass")  # half a pair may be in it, which `HuggingFaceTokenizer` refuses
