@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -29,6 +30,8 @@ EXIT_AGAIN = RunInterrupted.exit_code
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command line: a `UserError` becomes one sentence on stderr and its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file need not be text, a terminal not know every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except UserError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 from collections import Counter
 from itertools import islice
@@ -96,6 +98,17 @@ def test_examples_are_read_or_refused(tmp_path: Path) -> None:
             UserError, match=r"examples.jsonl, line 2 is no example; it needs the keys context, question"
         ):
             list(read_examples(file))
+    half = json.dumps({"context": "\ud800", "question": "a", "answer": "b"})
+    deep = '{"context": "", "question": "a", "answer": "b", "more": ' + "[" * 10**5 + "]" * 10**5 + "}"
+    for line, why in ((half, r" \(holds half of a surrogate pair\)"), (deep, "")):
+        file.write_text(line)
+        with pytest.raises(UserError, match=f"line 1 is no example{why}; it needs"):
+            list(read_examples(file))
+    lines = "".join(json.dumps({**example._asdict(), "n": "number"}) + "\r\n\r\n" for example in EXAMPLES)
+    (tmp_path / "examples.jsonl.gz").write_bytes(
+        gzip.compress(codecs.BOM_UTF8 + lines.replace('"number"', "7" * 5000).encode())
+    )
+    assert list(read_examples(tmp_path / "examples.jsonl.gz")) == EXAMPLES
     file.write_text('{"context": "c", "question": "a", "answer": ""}')
     with pytest.raises(UserError, match="line 1 is no example"):
         list(read_examples(file))

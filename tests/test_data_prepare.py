@@ -162,8 +162,11 @@ def test_odd_document_names(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     for name in names:
         (tmp_path / "source" / name).write_text("text")
+    (tmp_path / "source" / "empty \udcff.txt").touch()
     made = prepare(Corpus(tmp_path / "source"), TOKENIZER, tmp_path / "data", num_shards=1, workers=1)
     assert sorted(name for name, _ in texts_of(made.datasets["train"])) == sorted(names)
+    left_out = (tmp_path / "data" / LEFT_OUT_FILE).read_bytes()
+    assert left_out == os.fsencode(tmp_path) + b"/source/empty \xff.txt is empty\n"
     assert check_dataset(made.datasets["train"]) == []
 
 
@@ -191,6 +194,11 @@ def test_what_is_left_out_is_named_and_counted(tmp_path: Path) -> None:
         f"{folder}/c.txt at byte 0 is not valid UTF-8",
         f"{folder}/e.txt is empty",
     ]
+    inside = tmp_path / "source" / "data"
+    for _ in range(2):
+        again = prepare(corpus, TOKENIZER, inside, num_shards=2, workers=1)
+        assert again.datasets["train"].manifest == made.manifest
+    assert not again.written
     with pytest.raises(UserError, match=r"c.txt at byte 0 is not valid UTF-8; convert it, or leave such"):
         prepare(Corpus(tmp_path / "source"), TOKENIZER, tmp_path / "other", num_shards=2, workers=2)
 
@@ -304,6 +312,8 @@ def test_a_full_disk_is_named_and_leaves_nothing_that_looks_complete(
         ({"num_shards": 1, "validation_share": 1.0}, "--validation-share 1.0 must be at least 0 and below 1"),
         ({"num_shards": 1, "validation_share": 1e-9}, "no document falls into --validation-share 1e-09; remove"),
         ({"num_shards": 500}, r"training shard \d+ would hold no document; ask for fewer --shards"),
+        ({"num_shards": 10**8}, r"--shards 100000000 are too many; ask for at most 100000"),
+        ({"num_shards": 1, "workers": 10**8}, r"--workers 100000000 are too many processes for \d+ cores; at most \d+"),
     ],
 )
 def test_impossible_requests_leave_no_data_set(
@@ -318,6 +328,35 @@ def test_too_few_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match="1 files are too few for --shards 2; ask for at most 1"):
         prepare(Corpus(tmp_path), TOKENIZER, tmp_path / "data", num_shards=2)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_corpus_of_empty_documents_is_not_a_matter_of_shards(tmp_path: Path, shards: int) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n' * 3)
+    # An output within the corpus is no part of it.
+    with pytest.raises(UserError, match="holds no text: 6 documents were left out, 6 because each is empty; give one"):
+        prepare(Corpus(tmp_path), TOKENIZER, tmp_path / "data", num_shards=shards, workers=1)
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_work(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output, message in (
+        (tmp_path / "file", rf"cannot write {tmp_path}/file: {tmp_path}/file is not a folder"),
+        (tmp_path / "file" / "data", rf"cannot write {tmp_path}/file/data: {tmp_path}/file is not a folder"),
+        (tmp_path / ("x" * 300), "cannot write .*: File name too long"),
+        (Path("s3://bucket/data"), "s3:/bucket/data is a URL"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(Corpus(source), TOKENIZER, output, num_shards=1, workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and not Path("s3:").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "\0"])
+def test_damaged_notes_of_unfinished_work_are_refused(source: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "job.json").write_text(content)
+    with pytest.raises(UserError, match=r"job.json is damaged; remove .*partial and start anew"):
+        prepare(Corpus(source), TOKENIZER, tmp_path, num_shards=1, workers=1)
 
 
 def test_another_tokenizer_in_the_output_is_refused(source: Path, tmp_path: Path) -> None:
@@ -460,6 +499,19 @@ def test_a_data_set_behind_a_pipe_is_read_the_same(prepared: Path) -> None:
         Dataset.open("pipe:cat /nowhere/{file}")
 
 
+def test_locations_that_cannot_be_opened_are_refused(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for location in ("s3://bucket/train", "nonsense://x/{file}"):
+        with pytest.raises(
+            UserError, match=rf"data set {location} cannot be opened: webdataset knows the schemes .*gs"
+        ):
+            Dataset.open(location)
+    with pytest.raises(UserError, match="s3://bucket is a URL"):
+        find_datasets("s3://bucket")
+    monkeypatch.setenv("HOME", str(prepared))
+    assert Dataset.open("~/train") == Dataset.open(prepared / "train")
+    assert find_datasets("~").keys() == {"train", "validation"}
+
+
 def test_a_data_set_behind_a_web_server_is_read_the_same(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     handler = partial(SimpleHTTPRequestHandler, directory=str(prepared))
@@ -526,6 +578,8 @@ def test_the_commands_refuse_bad_input(
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     TOKENIZER.save(tmp_path / "tokenizer.model")
     output = ["--output", tmp_path / "data"]
+    missing = tmp_path / "none" / "x.json"
+    training = ["--input", tmp_path / "bad.txt", "--vocab-size", "500"]
     prepared_with = ["--tokenizer", tmp_path / "tokenizer.model", "--shards", "1", *output]
     for tool, arguments, message in (
         ("train_tokenizer.py", ["--input", tmp_path / "empty", "--vocab-size", "500", *output], "holds no text"),
@@ -533,6 +587,12 @@ def test_the_commands_refuse_bad_input(
         ("prepare_data.py", ["--input", tmp_path / "bad.txt", *prepared_with], "bad.txt at byte 0 is not valid UTF-8"),
         ("prepare_data.py", ["--input", "stdlib", *output], "--input needs --tokenizer and --output"),
         ("prepare_data.py", ["--check", tmp_path / "data"], "holds no complete data set"),
+        ("prepare_data.py", ["--check", tmp_path, "--json", missing], f"cannot write {missing}: No such file or dire"),
+        ("prepare_data.py", ["--check", tmp_path, "--json", "s3://bucket/x"], "s3://bucket/x is a URL"),
+        ("prepare_data.py", ["--check", tmp_path, "--json", tmp_path], f"cannot write {tmp_path}: it is a folder"),
+        ("train_tokenizer.py", [*training, "--output", tmp_path / "bad.txt" / "x"], "bad.txt is not a folder"),
+        ("train_tokenizer.py", [*training, "--output", tmp_path], "it is a folder"),
+        ("train_tokenizer.py", [*training, "--output", "s3://bucket/x"], "s3://bucket/x is a URL"),
     ):
         assert run(monkeypatch, tool, *arguments) == EXIT_USAGE
         assert message in capsys.readouterr().err

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import random
+import re
 import shutil
 from pathlib import Path
 
@@ -80,11 +84,68 @@ def test_a_large_corpus_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert train_tokenizer([*lines, long_line], vocab_size=400).vocab_size == 400
 
 
-def test_a_vocabulary_that_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match=r"cannot train a vocabulary of 100 pieces: .*smaller than required_chars"):
-        train_tokenizer(CODE, vocab_size=100)
-    with pytest.raises(UserError, match=r"cannot train a vocabulary of 90000 pieces: .*too high"):
-        train_tokenizer(CODE, vocab_size=90_000)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_vocabulary_that_cannot_be_is_refused(kind: ModelType) -> None:
+    for size in (-5, 0, 259, 10**8, 10**30):
+        with pytest.raises(
+            UserError, match=rf"a vocabulary of {size} pieces cannot be: it has at least 260, for 256 b"
+        ):
+            train_tokenizer(CODE, vocab_size=size, model_type=kind)
+    short = [Document("a", "a b c")]
+    for size, message in (
+        (261, r"the characters of the documents need at least (\d+)"),
+        (400, r"the documents give at most (\d+); ask for fewer or give more documents"),
+        (10**7, r"the documents give at most (\d+); ask"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"^sentencepiece cannot train a vocabulary of {size} pieces: {message}"
+        ) as refused:
+            train_tokenizer(short, vocab_size=size, model_type=kind)
+        possible = int(re.findall(r"(?:least|most) (\d+)", str(refused.value))[0])
+        assert train_tokenizer(short, vocab_size=possible, model_type=kind).vocab_size == possible
+    with pytest.raises(UserError, match="learns nothing from documents of tabs and NUL characters"):
+        train_tokenizer([Document("a", "\t\0\t")], vocab_size=300, model_type=kind)
+
+
+def unspaced(seed: int, sentences: int, chars: str) -> str:
+    """Sentences without spaces, of words by Zipf's law."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices(chars, k=draw.choice((1, 2, 2, 3)))) for _ in range(400)]
+    weights = [1 / (n + 3) for n in range(len(words))]
+    return "".join(
+        "".join(draw.choices(words, weights, k=draw.randint(6, 20))) + "。" + "\n" * (n % 7 == 0)
+        for n in range(sentences)
+    )
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(("first", "letters"), [("\u4e00", 150), ("\u0e01", 46)], ids=["chinese", "thai"])
+def test_scripts_without_spaces_get_their_share(
+    kind: ModelType, first: str, letters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As few tokens as when training looks at all chunks, however many Latin words come before them by count."""
+    characters = "".join(chr(ord(first) + n) for n in range(letters))
+    draw = random.Random(1)
+    latin = "".join(f"{draw.getrandbits(16):x} " * 3 for _ in range(8_000))
+    documents = [Document("latin", latin), Document("other", unspaced(2, 2000, characters))]
+    held_out = unspaced(2, 2100, characters)[-2000:]
+    lengths = []
+    for chunks in (10, 10**6):
+        monkeypatch.setattr(tokenizer_module, "_CHUNKS_PER_PIECE", chunks)
+        lengths.append(len(train_tokenizer(documents, vocab_size=600, model_type=kind).encode(held_out)))
+    assert lengths[0] <= 1.1 * lengths[1]
+
+
+def test_a_paragraph_longer_than_sentencepiece_takes_is_learned_from() -> None:
+    text = unspaced(3, 4000, "".join(map(chr, range(0x4E00, 0x4E00 + 100)))).replace("\n", "")
+    lines = text.replace("。", "。\n")
+    one, many = (train_tokenizer([Document("a", form)], vocab_size=500) for form in (text, lines))
+    assert len(one.encode(text[:2000])) <= 1.05 * len(many.encode(text[:2000]))
+
+
+def test_nul_characters_hide_no_words() -> None:
+    separated = train_tokenizer([Document("a", "\0".join(f"word{n % 50}" for n in range(1000)))], vocab_size=275)
+    assert len(separated.encode("word1")) < len("word1")
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -151,9 +212,48 @@ def test_hugging_face_tokenizers_become_one_file(hf_folder: Path, tmp_path: Path
         (tmp_path / "tokenizer_config.json").write_text(config)
         with pytest.raises(UserError, match=message):
             Tokenizer.load(tmp_path / "tokenizer.json")
+    shutil.copy(hf_folder / "tokenizer_config.json", tmp_path)
+    for content, message in (
+        ('{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}', r"is not a Hugging Face tokenizer \("),
+        ('{"model": ' + "[" * 10**5 + "]" * 10**5 + "}", "is not a Hugging Face tokenizer: it or its configuration"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"cannot read .*tokenizer.json: it is a named pipe"):
+        Tokenizer.load(tmp_path)
     (tmp_path / "broken.model").write_text('{"eos_token": "a", "tokenizer": {}}')
     with pytest.raises(UserError, match=r"broken.model is not a Hugging Face tokenizer \("):
         Tokenizer.load(tmp_path / "broken.model")
+
+
+def test_settings_of_training_are_off(hf_folder: Path, tmp_path: Path) -> None:
+    """Dropout, truncation and padding, which a tokenizer.json may hold: the tokens depend on the text alone."""
+    text = CODE[0].text
+    expected = Tokenizer.load(hf_folder).encode(text)
+    shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
+    trained = tokenizers.Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
+    trained.model.dropout = 0.5
+    trained.enable_truncation(7)
+    trained.enable_padding(length=100)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert json.loads(tokenizer.model)["tokenizer"]["model"]["dropout"] == 0.5  # the file stays what was given
+    for used in (tokenizer, Tokenizer.from_bytes(tokenizer.model)):
+        assert used.encode(text) == expected
+        assert used.encode("") == []
+    assert tokenizer.for_export().encode(text).ids == expected
+
+
+def test_a_text_that_a_tokenizer_has_no_token_for_is_refused() -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<end>": 0, "a": 1}, unk_token="<none>"))
+    content = {"eos_token": "<end>", "tokenizer": json.loads(words.to_str())}
+    tokenizer = Tokenizer.from_bytes(json.dumps(content).encode(), "words.model")
+    assert tokenizer.encode("a") == [1]
+    with pytest.raises(UserError, match=r"words.model cannot encode a text \(WordLevel error: Missing \[UNK\]"):
+        tokenizer.encode("b")
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -168,6 +268,12 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=rf"cannot read tokenizer {tmp_path}: No such file.*{tmp_path}/tokenizer.json\)"
+    ):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="cannot read /dev/zero: it is a device"):
+        Tokenizer.load("/dev/zero")
     with pytest.raises(UserError, match=r"cannot read tokenizer .*none.model: No such file"):
         Tokenizer.load(tmp_path / "none.model")
     (tmp_path / "text.model").write_text("not a model")

@@ -84,3 +84,11 @@ def test_the_command_prints_what_a_run_reads(data: Path, tmp_path: Path) -> None
     assert [record["sequence"] for record in records] == [3, 4]
     assert sum(passage["tokens"] for passage in records[0]["passages"]) == 51
     assert "--count 0 must be positive" in show("--count", "0", code=2)
+    assert f"--first {10**30} and --count 4 go beyond sequence {10**12}" in show("--first", str(10**30), code=2)
+    missing = tmp_path / "none" / "shown.json"
+    assert f"cannot write {missing}: No such file or directory" in show("--json", str(missing), code=2)
+    TOKENIZER.save(tmp_path / "same.model")
+    show("--count", "1", f"data.tokenizer={tmp_path}/same.model")
+    train_tokenizer(open_corpus("stdlib", exclude=["[a-m]*"]), vocab_size=500).save(tmp_path / "other.model")
+    printed = show("--count", "1", f"data.tokenizer={tmp_path}/other.model", code=2)
+    assert "made with" in printed and "give the one beside the data set" in printed

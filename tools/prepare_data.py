@@ -22,6 +22,7 @@ from skvr_dist.data.shards import TRAIN, Dataset, check_dataset, find_datasets
 from skvr_dist.data.sources import INPUT_HELP, add_corpus_arguments, corpus_from
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import EXIT_MISSED, run_command
+from skvr_dist.files import prove_writable, write_whole
 
 
 def main() -> int | None:
@@ -38,9 +39,11 @@ def main() -> int | None:
     parser.add_argument("--shards", type=int, default=32, metavar="N", help="training shards, at least data.lanes")
     parser.add_argument("--validation-share", type=float, default=0.05, metavar="X", help="share of held-out documents")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
+    parser.add_argument("--json", metavar="FILE", help="write the table here too")
     add_corpus_arguments(parser)
     arguments = parser.parse_args()
+    if arguments.json:
+        arguments.json = prove_writable(arguments.json)
     if arguments.check:
         return _check(arguments.check, arguments.json)
     if not (arguments.tokenizer and arguments.output):
@@ -91,7 +94,7 @@ def _report(rows: list[dict[str, Any]], json_file: Path | None) -> None:
     headers = {key: key.replace("_", " ") for key in rows[0]}
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".3f"))
     if json_file:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_whole(json_file, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

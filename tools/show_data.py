@@ -14,15 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from skvr_dist.data.finetune import FinetuneSequences, read_examples
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.data.view import passages, render
 from skvr_dist.errors import UserError, run_command
-from skvr_dist.train.inputs import training_sequences
+from skvr_dist.files import prove_writable, write_whole
+from skvr_dist.train.inputs import require_made_with, training_sequences
 from skvr_dist.train.load_config import load_data_config
+
+LAST_SEQUENCE = 10**12
 
 
 def main() -> None:
@@ -31,11 +33,18 @@ def main() -> None:
     parser.add_argument("--examples", metavar="FILE", help="fine-tuning examples instead of data.train")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first sequence (default: 0)")
     parser.add_argument("--count", type=int, default=4, metavar="N", help="sequences (default: 4)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write them here too")
+    parser.add_argument("--json", metavar="FILE", help="write them here too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.first < 0 or options.count < 1:
         raise UserError(f"--first {options.first} must not be negative and --count {options.count} must be positive")
+    if options.first + options.count > LAST_SEQUENCE:
+        raise UserError(
+            f"--first {options.first} and --count {options.count} go beyond sequence {LAST_SEQUENCE}, the last that a "
+            f"run could read"
+        )
+    if options.json:
+        options.json = prove_writable(options.json)
     data, seed = load_data_config(options.config, options.overrides)
     tokenizer = Tokenizer.load(data.tokenizer)
     if options.examples:
@@ -48,6 +57,8 @@ def main() -> None:
         read, source_of = examples.read, lambda _: options.examples
     else:
         sequences = training_sequences(data, seed)
+        for training_set in sequences.sources.values():
+            require_made_with(training_set.dataset, tokenizer, data)
         read, source_of = sequences.read, sequences.source_of
     records: list[dict[str, Any]] = []
     for number in range(options.first, options.first + options.count):
@@ -61,9 +72,11 @@ def main() -> None:
             f"predicted, {sequence[-1].document + 1} documents"
         )
         print(render(sequence) + "\n")
-        records.append({"sequence": number, "source": source, "passages": [asdict(passage) for passage in sequence]})
+        if options.json:
+            shown = [asdict(passage) for passage in sequence]
+            records.append({"sequence": number, "source": source, "passages": shown})
     if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 from skvr_dist.data.sources import INPUT_HELP, add_corpus_arguments, corpus_from
 from skvr_dist.data.tokenizer import train_tokenizer
 from skvr_dist.errors import run_command
+from skvr_dist.files import prove_writable
 
 
 def main() -> None:
@@ -23,9 +24,10 @@ def main() -> None:
     add_corpus_arguments(parser)
     arguments = parser.parse_args()
     corpus = corpus_from(arguments)
+    output = prove_writable(arguments.output, make_folder=True)
     tokenizer = train_tokenizer(corpus, vocab_size=arguments.vocab_size, model_type=arguments.model_type)
-    tokenizer.save(arguments.output)
-    print(f"{arguments.output}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}")
+    tokenizer.save(output)
+    print(f"{output}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}")
     for reason, count in corpus.left_out.items():
         print(f"{count} documents of {arguments.input} were left out, each {reason}")
 

@@ -1,27 +1,45 @@
 """File formats of a corpus: the documents in a file, or in a part of one.
 
-Files of records (`.jsonl`, compressed or not, and `.parquet`) hold many documents and can be shared among processes;
-any other file is one document.
+Files of records (`.jsonl` and `.parquet`) hold many documents and can be shared among processes; any other file is one
+document. Each may be compressed, with one more suffix.
 """
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import gzip
 import io
 import json
+import lzma
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
 from skvr_dist.errors import UserError
+from skvr_dist.files import require_file
 
-COMPRESSED_SUFFIXES = (".jsonl.gz", ".jsonl.zst")
-RECORD_SUFFIXES = (".jsonl", *COMPRESSED_SUFFIXES, ".parquet")
+RECORD_SUFFIXES = (".jsonl", ".parquet")
+
+
+def _decompress_zstd(raw: BinaryIO) -> BinaryIO:
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+
+
+# The keys end the names of compressed files, after the suffix of what is in them.
+_DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _decompress_zstd,
+}
+COMPRESSIONS = tuple(_DECOMPRESS)
 
 Advance = Callable[[int], object]
 """Called with bytes of the file that have been dealt with."""
@@ -49,10 +67,18 @@ class LeftOut(NamedTuple):
     place: str
     reason: str
     """What is wrong with it, the same words for all that have the same fault; `EMPTY` is none."""
+    detail: str = ""
+    """What follows these words in a sentence about this very document."""
+    remedy: str = "convert it"
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.place} {self.reason}{self.detail}"
 
 
 EMPTY = "is empty"
 INVALID_UTF8 = "is not valid UTF-8"
+HALF_A_PAIR = "holds half of a surrogate pair"
 
 
 class FilePart(NamedTuple):
@@ -71,7 +97,15 @@ class FilePart(NamedTuple):
 
 
 def holds_records(name: str) -> bool:
-    return name.endswith(RECORD_SUFFIXES)
+    return _format(name)[0] in RECORD_SUFFIXES
+
+
+def _format(name: str) -> tuple[str, str]:
+    """(one of `RECORD_SUFFIXES`, one of `COMPRESSIONS`), each or nothing, whatever the case."""
+    name = name.lower()
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    content = name.removesuffix(compression)
+    return next((suffix for suffix in RECORD_SUFFIXES if content.endswith(suffix)), ""), compression
 
 
 def read_part(part: FilePart, text_key: str, advance: Advance) -> Iterator[Document | LeftOut]:
@@ -83,72 +117,139 @@ def read_part(part: FilePart, text_key: str, advance: Advance) -> Iterator[Docum
     Raises:
         UserError: the file cannot be read or is not in its format.
     """
-    with _reading(part.path):
-        if part.name.endswith(".parquet"):
-            yield from _read_parquet(part, text_key, advance)
-        elif part.name.endswith(COMPRESSED_SUFFIXES):
-            yield from _read_compressed(part, text_key, advance)
-        elif holds_records(part.name):
-            yield from _read_jsonl(part, text_key, advance)
-        else:
-            yield _decode(part.path.read_bytes(), part.name, str(part.path))
-            advance(part.size)
+    content, compression = _format(part.name)
+    if not part.size:
+        if not holds_records(part.name):
+            yield LeftOut(str(part.path), EMPTY)
+        return
+    with reading(part.path):
+        require_file(part.path)
+        with part.path.open("rb") as raw:
+            file = _DECOMPRESS[compression](raw) if compression else raw
+            if content == ".parquet":
+                yield from _read_parquet(file if file is raw else io.BytesIO(file.read()), part, text_key)
+                advance(part.stop - part.start)
+            elif content == ".jsonl" and compression:
+                yield from _read_compressed(raw, file, part, text_key, advance)
+            elif content == ".jsonl":
+                yield from _read_jsonl(raw, part, text_key, advance)
+            else:
+                yield _decode(file.read(), part.name, str(part.path), at_start=True)
+                advance(part.size)
 
 
-def _read_jsonl(part: FilePart, text_key: str, advance: Advance) -> Iterator[Document | LeftOut]:
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, decompressed if its name says so, without a byte-order mark at its beginning.
+
+    It is read once, so it may be a pipe.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    compression = _format(path.name)[1]
+    with reading(path), path.open("rb") as raw:
+        for number, line in enumerate(_DECOMPRESS[compression](raw) if compression else raw):
+            yield line if number else line.removeprefix(codecs.BOM_UTF8)
+
+
+def _read_jsonl(file: BinaryIO, part: FilePart, text_key: str, advance: Advance) -> Iterator[Document | LeftOut]:
     """The lines that begin in the part."""
-    with part.path.open("rb") as file:
-        position = part.start
-        if position:
-            file.seek(position - 1)
-            position += len(file.readline()) - 1  # the rest of a line that began before, or one line feed
-        while position < part.stop and (line := file.readline()):
-            if line.strip():
-                yield _parse_line(line, part, position, text_key)
-            position += len(line)
-            advance(len(line))
+    position = part.start
+    if position:
+        file.seek(position - 1)
+        position += len(file.readline()) - 1  # the rest of a line that began before, or one line feed
+    while position < part.stop and (line := file.readline()):
+        yield from _read_line(line, part, position, text_key)
+        position += len(line)
+        advance(len(line))
 
 
-def _read_compressed(part: FilePart, text_key: str, advance: Advance) -> Iterator[Document | LeftOut]:
+def _read_compressed(
+    raw: BinaryIO, file: BinaryIO, part: FilePart, text_key: str, advance: Advance
+) -> Iterator[Document | LeftOut]:
     position, reported = 0, 0
-    with part.path.open("rb") as raw, _decompress(raw, part.name) as file:
-        for number, line in enumerate(file):
-            if part.start <= (number * _SPREAD % 2**32) * part.size >> 32 < part.stop and line.strip():
-                yield _parse_line(line, part, position, text_key)
-            position += len(line)
-            done = raw.tell() * (part.stop - part.start) // part.size
-            advance(done - reported)
-            reported = done
+    for number, line in enumerate(file):
+        if part.start <= (number * _SPREAD % 2**32) * part.size >> 32 < part.stop:
+            yield from _read_line(line, part, position, text_key)
+        position += len(line)
+        done = raw.tell() * (part.stop - part.start) // part.size
+        advance(done - reported)
+        reported = done
 
 
-def _decompress(raw: BinaryIO, name: str) -> BinaryIO:
-    if name.endswith(".gz"):
-        return gzip.open(raw)  # type: ignore[return-value]
-    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
-
-
-def _parse_line(line: bytes, part: FilePart, position: int, text_key: str) -> Document | LeftOut:
+def _read_line(line: bytes, part: FilePart, position: int, text_key: str) -> Iterator[Document | LeftOut]:
+    """The document of a line, or none if it is blank."""
+    skipped = len(codecs.BOM_UTF8) if position == 0 and line.startswith(codecs.BOM_UTF8) else 0
+    if not line[skipped:].strip():
+        return
     place = f"{part.path}, the line at byte {position}"
     try:
-        record = json.loads(line.decode())
+        record = parse_json(line[skipped:])
     except UnicodeDecodeError as error:
-        return LeftOut(f"{part.path} at byte {position + error.start}", INVALID_UTF8)
+        yield LeftOut(f"{part.path} at byte {position + skipped + error.start}", INVALID_UTF8)
     except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON at its character {error.pos + 1}: {error.msg}") from None
-    text = record.get(text_key) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f"{place} has no text under the key {text_key!r}; name the right one with --text-key")
-    return _document(text, f"{part.name}:{position}", place)
+        yield LeftOut(place, "is not JSON", f" at its character {error.pos + 1}: {error.msg}", "mend it")
+    except NestingError as error:
+        yield LeftOut(place, str(error), remedy="mend it")
+    else:
+        yield _text_of(record, text_key, f"{part.name}:{position}", place)
 
 
-def _read_parquet(part: FilePart, text_key: str, advance: Advance) -> Iterator[Document | LeftOut]:
-    file = pyarrow.parquet.ParquetFile(part.path)
+def _text_of(record: Any, text_key: str, name: str, place: str) -> Document | LeftOut:
+    if not isinstance(record, dict) or not isinstance(text := record.get(text_key, 0), str | None):
+        return LeftOut(place, f"has no text under the key {text_key!r}", remedy="name the right one with --text-key")
+    if isinstance(record, _RepeatingDict) and text_key in record.repeated:
+        return LeftOut(place, f"has more than one text under the key {text_key!r}", remedy="mend it")
+    return _document(text or "", name, place)
+
+
+class NestingError(ValueError):
+    """JSON with more levels than can be read."""
+
+
+class _RepeatingDict(dict[str, Any]):
+    """A JSON object that gives some of its keys more than once; each has its last value."""
+
+    repeated: frozenset[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found = _RepeatingDict(found)
+        found.repeated = frozenset(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+    return found
+
+
+# Numbers are of no interest, and Python makes no int of more than 4,300 digits.
+_DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=_object)
+
+
+def parse_json(line: bytes) -> Any:
+    """The JSON value in a line; all numbers in it are floats.
+
+    Raises:
+        ValueError: a `UnicodeDecodeError`, a `json.JSONDecodeError` or a `NestingError`.
+    """
+    try:
+        return _DECODER.decode(line.decode())
+    except RecursionError:
+        raise NestingError("is nested too deeply") from None
+
+
+def _read_parquet(source: BinaryIO, part: FilePart, text_key: str) -> Iterator[Document | LeftOut]:
+    file = pyarrow.parquet.ParquetFile(source)
     schema, rows = file.schema_arrow, file.metadata.num_rows
-    if text_key not in schema.names:
+    named = schema.names.count(text_key)
+    if named != 1:
         columns = ", ".join(schema.names)
-        raise UserError(f"{part.path} has no column {text_key!r}, only {columns}; name the right one with --text-key")
-    if schema.field(text_key).type not in (pyarrow.string(), pyarrow.large_string()):
-        raise UserError(f"column {text_key!r} of {part.path} holds {schema.field(text_key).type}, not text")
+        found = f"has {named} columns {text_key!r}" if named else f"has no column {text_key!r}, only {columns}"
+        raise UserError(f"{part.path} {found}; name the right one with --text-key")
+    if not _holds_texts(schema.field(text_key).type):
+        raise UserError(
+            f"column {text_key!r} of {part.path} holds {schema.field(text_key).type}, not text; name the right one "
+            f"with --text-key"
+        )
     first, last = rows * part.start // part.size, rows * part.stop // part.size
     group_start = 0
     for group in range(file.num_row_groups):
@@ -157,19 +258,31 @@ def _read_parquet(part: FilePart, text_key: str, advance: Advance) -> Iterator[D
             row = group_start
             # Binary, because arrow does not look whether its strings are valid.
             for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[text_key]):
-                for value in batch.column(0).cast(pyarrow.large_binary()):
+                for value in batch.column(text_key).cast(pyarrow.large_binary()):
                     if first <= row < last:
                         yield _decode(value.as_py() or b"", f"{part.name}:{row}", f"{part.path}, row {row}")
                     row += 1
         group_start += group_rows
-    advance(part.stop - part.start)
 
 
-def _decode(data: bytes, name: str, place: str) -> Document | LeftOut:
+def _holds_texts(kind: Any) -> bool:
+    """Whether arrow turns values of a type into the bytes of texts: strings in all their forms, and bytes."""
+    types = pyarrow.types
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        kind = kind.storage_type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary")
+    return any(getattr(types, f"is_{test}")(kind) for test in (*tests, "null"))
+
+
+def _decode(data: bytes, name: str, place: str, *, at_start: bool = False) -> Document | LeftOut:
+    """A document from its bytes; a byte-order mark is no part of it `at_start` of a file."""
+    skipped = len(codecs.BOM_UTF8) if at_start and data.startswith(codecs.BOM_UTF8) else 0
     try:
-        return _document(data.decode(), name, place)
+        return _document(data[skipped:].decode(), name, place)
     except UnicodeDecodeError as error:
-        return LeftOut(f"{place} at byte {error.start}", INVALID_UTF8)
+        return LeftOut(f"{place} at byte {skipped + error.start}", INVALID_UTF8)
 
 
 def _document(text: str, name: str, place: str) -> Document | LeftOut:
@@ -178,13 +291,15 @@ def _document(text: str, name: str, place: str) -> Document | LeftOut:
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no UTF-8 text can hold
-        return LeftOut(place, "holds half of a surrogate pair")
+        return LeftOut(place, HALF_A_PAIR)
     return Document(name, text)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Say of any failure to read or decompress a file which it is and why."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError, pyarrow.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read {path}: {reason}") from None

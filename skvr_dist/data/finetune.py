@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skvr_dist.data.batch import IGNORED
+from skvr_dist.data.documents import HALF_A_PAIR, parse_json, read_lines
 from skvr_dist.data.order import ROW_ORDER, permutation
 from skvr_dist.data.reader import Rows
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
+from skvr_dist.files import local_path
 
 PROMPT = "{context}\n\nQuestion: {question}\nAnswer:"
 """What an example's answer, after a space, completes."""
@@ -49,27 +50,27 @@ class Encoded(NamedTuple):
 
 
 def read_examples(path: str | Path) -> Iterator[QuestionAnswer]:
-    """Examples from a jsonl file whose lines hold the keys context, question and answer.
+    """Examples from a jsonl file, compressed or not, whose lines hold the keys context, question and answer.
 
     Raises:
         UserError: the file cannot be read, or a line is not such an example.
     """
-    try:
-        with Path(path).open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    record = json.loads(line)
-                    texts = [record[key] for key in QuestionAnswer._fields]
-                    if not (all(isinstance(text, str) for text in texts) and texts[1] and texts[2]):
-                        raise TypeError
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(
-                        f"{path}, line {number} is no example; it needs the keys context, question and answer, each "
-                        f"a text, the last two not empty"
-                    ) from None
-                yield QuestionAnswer(*texts)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    for number, line in enumerate(read_lines(local_path(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+            texts = [record[key] for key in QuestionAnswer._fields]
+            if not (all(isinstance(text, str) for text in texts) and texts[1] and texts[2]):
+                raise TypeError
+            "".join(texts).encode()
+        except (ValueError, KeyError, TypeError) as error:
+            why = f" ({HALF_A_PAIR})" if isinstance(error, UnicodeEncodeError) else ""
+            raise UserError(
+                f"{path}, line {number} is no example{why}; it needs the keys context, question and answer, each "
+                f"a text, the last two not empty"
+            ) from None
+        yield QuestionAnswer(*texts)
 
 
 def encode_example(example: QuestionAnswer, tokenizer: Tokenizer) -> Encoded:

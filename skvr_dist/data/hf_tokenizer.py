@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
+from skvr_dist.files import require_file
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -32,16 +34,16 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             content = json.loads(model)
             self.eos_token = str(content["eos_token"])
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
+            stateless = _without_training_settings(content["tokenizer"])
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(stateless))
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{name} is not a Hugging Face tokenizer ({' '.join(str(error).split())})") from None
         eos_id = self._tokenizer.token_to_id(self.eos_token)
         if eos_id is None:
             raise UserError(f"{name} has no token {self.eos_token!r}, which its configuration names as the eos_token")
         self._eos_id = eos_id
+        self._name = name
         self._tokenizer.encode_special_tokens = True  # names of special tokens in a text are just text
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
 
     def for_export(self) -> tokenizers.Tokenizer:
         """A copy that adds no special tokens to a text, as none are added in training."""
@@ -50,7 +52,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return copy
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # bare too: a word is not in the vocabulary, and there is no token for unknown ones
+            raise UserError(f"{self._name} cannot encode a text ({' '.join(str(error).split())})") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -64,21 +69,39 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._eos_id
 
 
+def _without_training_settings(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """The same vocabulary and rules without what draws at random, cuts texts short or fills them up.
+
+    So the tokens of a text depend on nothing but the text. Dropout of BPE merges is a setting of training a model;
+    a tokenizer that was saved with it would give other tokens each time.
+    """
+    model = {key: value for key, value in tokenizer["model"].items() if key not in ("dropout", "alpha", "nbest_size")}
+    return {**tokenizer, "truncation": None, "padding": None, "model": model}
+
+
+def _read_json(file: Path) -> Any:
+    require_file(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def read_hf_files(path: Path) -> bytes:
     """A tokenizer.json (or its folder) and the tokenizer_config.json beside it, as one file.
 
     Raises:
         OSError: one of them cannot be read.
-        UserError: they do not name an end-of-sequence token.
+        UserError: they are no such files or do not name an end-of-sequence token.
     """
-    folder = path if path.is_dir() else path.parent
+    file = path / "tokenizer.json" if path.is_dir() else path
+    folder = file.parent
     try:
-        tokenizer = json.loads((path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tokenizer, config = (_read_json(each) for each in (file, folder / "tokenizer_config.json"))
         eos = config.get("eos_token")
-    except (ValueError, AttributeError):
+    except UserError:
+        raise
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{path} is not a Hugging Face tokenizer: it or its configuration is no JSON object") from None
     eos = eos.get("content") if isinstance(eos, dict) else eos
     if not isinstance(eos, str):
         raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; a document must end with one")
-    return json.dumps({"eos_token": eos, "tokenizer": tokenizer}, ensure_ascii=False, sort_keys=True).encode()
+    both = json.dumps({"eos_token": eos, "tokenizer": tokenizer}, ensure_ascii=False, sort_keys=True)
+    return both.encode("utf-8", "surrogatepass")  # half a pair may be in it, which `HuggingFaceTokenizer` refuses

@@ -24,18 +24,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from skvr_dist.data.documents import Advance, Document, FilePart, holds_records
-from skvr_dist.data.pool import run_tasks
+from skvr_dist.data.documents import Advance, Document, FilePart, holds_records, reading
+from skvr_dist.data.pool import available_cores, run_tasks
 from skvr_dist.data.shard_format import MANIFEST
 from skvr_dist.data.shards import TRAIN, VALIDATION, Dataset, find_datasets
 from skvr_dist.data.sources import Corpus, hash_fraction
 from skvr_dist.data.tokenizer import Tokenizer
-from skvr_dist.data.writer import ShardWriter, write_manifest, write_whole
+from skvr_dist.data.writer import ShardWriter, write_manifest
 from skvr_dist.errors import UserError
+from skvr_dist.files import local_path, naming_failure, prove_folder, write_whole
 
 TOKENIZER_FILE = "tokenizer.model"
 LEFT_OUT_FILE = "left-out.txt"
 _JOB_FILE = "job.json"
+
+MAX_SHARDS = 100_000
+"""Their names have five digits, by which they are sorted."""
 
 Parts = list[FilePart]
 
@@ -72,33 +76,47 @@ def prepare(
     """
     if num_shards < 1 or (workers is not None and workers < 1):
         raise UserError(f"--shards {num_shards} and --workers {workers} must be positive")
+    if num_shards > MAX_SHARDS:
+        raise UserError(f"--shards {num_shards} are too many; ask for at most {MAX_SHARDS}")
+    if workers is not None and workers > (most := max(64, 8 * available_cores())):
+        raise UserError(f"--workers {workers} are too many processes for {available_cores()} cores; at most {most}")
     if not 0 <= validation_share < 1:
         raise UserError(f"--validation-share {validation_share} must be at least 0 and below 1")
-    output = Path(output)
-    tasks = deal(corpus.files(), num_shards)
+    output = local_path(output)
+    partial = output / "partial"
+    # The output may lie in the folder of the corpus; its lists of what was left out are no documents.
+    own = {(output / LEFT_OUT_FILE).absolute(), partial.absolute()}
+    files = [file for file in corpus.files() if own.isdisjoint((path := file.path.absolute(), path.parent))]
+    tasks = deal(files, num_shards)
     asked = {
         "tokenizer": tokenizer.sha256[:12],
         "number of shards": num_shards,
         "validation share": validation_share,
     }
-    if (output / TRAIN / MANIFEST).exists():
+    with naming_failure(output):
+        is_there = (output / TRAIN / MANIFEST).exists()
+    if is_there:
         return Prepared(_existing(output, corpus, tasks, asked, workers), written=False)
-    partial = output / "partial"
     is_made = (partial / TRAIN / MANIFEST).exists()  # and only the last renames are missing
     for split in (TRAIN, VALIDATION):
         if (output / split).exists() and not is_made:
             raise UserError(f"{output / split} is there already; remove it or choose another output")
+    prove_folder(output)
     tokenizer.save(output / TOKENIZER_FILE)
     try:
         _start_or_go_on(partial, {**asked, "text key": corpus.text_key, "list of files": _fingerprint(tasks)})
         todo = {number: parts for number, parts in tasks.items() if not _done_file(partial, number).exists()}
         if not is_made:
-            run_tasks(
-                _Making(corpus, tokenizer.model, partial, validation_share),
-                todo,
-                total_bytes=_total_bytes(todo),
-                workers=workers,
-            )
+            try:
+                run_tasks(
+                    _Making(corpus, tokenizer.model, partial, validation_share),
+                    todo,
+                    total_bytes=_total_bytes(todo),
+                    workers=workers,
+                )
+            except _EmptyShardError:
+                next(corpus.documents(files))  # says so if all are empty, which no other division would change
+                raise
             _write_manifests(partial, tokenizer, validation_share)
         shutil.copyfile(partial / LEFT_OUT_FILE, output / LEFT_OUT_FILE)
         # Training comes last: where its data set is, the held-out one is too.
@@ -122,6 +140,9 @@ def deal(files: Sequence[FilePart], num_shards: int) -> dict[int, Parts]:
     Raises:
         UserError: too few files.
     """
+    most = sum(file.size if holds_records(file.name) else 1 for file in files)
+    if num_shards > most:
+        raise UserError(f"{len(files)} files are too few for --shards {num_shards}; ask for at most {most}")
     shares: dict[int, Parts] = {number: [] for number in range(num_shards)}
     records = sorted((file for file in files if holds_records(file.name) and file.size), key=_drawn)
     total = sum(file.size for file in records)
@@ -157,14 +178,22 @@ def _total_bytes(tasks: Mapping[int, Parts]) -> int:
 
 def _fingerprint(tasks: Mapping[int, Parts]) -> str:
     """Of names, sizes and times of the files, by which an interrupted run knows its corpus."""
-    files = [(part.name, part.size, part.path.stat().st_mtime_ns) for parts in tasks.values() for part in parts]
+    files = []
+    for part in (part for parts in tasks.values() for part in parts):
+        with reading(part.path):
+            files.append((part.name, part.size, part.path.stat().st_mtime_ns))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
 
 
 def _start_or_go_on(partial: Path, job: dict[str, Any]) -> None:
     """Make the folder of unfinished work, or see that it is that of the same job."""
     if (partial / _JOB_FILE).exists():
-        _require_same(f"{partial} holds unfinished work made with", json.loads((partial / _JOB_FILE).read_text()), job)
+        try:
+            there = json.loads((partial / _JOB_FILE).read_bytes())
+            there = {what: there[what] for what in job}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{partial / _JOB_FILE} is damaged; remove {partial} and start anew") from None
+        _require_same(f"{partial} holds unfinished work made with", there, job)
         return
     for split in (TRAIN, VALIDATION):
         (partial / split).mkdir(parents=True, exist_ok=True)
@@ -221,6 +250,10 @@ def _combined(digests: Mapping[int, str]) -> str:
     return hashlib.sha256("".join(digests[number] for number in sorted(digests)).encode()).hexdigest()
 
 
+class _EmptyShardError(UserError):
+    """No document is left for a training shard."""
+
+
 @dataclass(frozen=True)
 class _Making:
     """Task: make a training shard and the held-out documents beside it."""
@@ -239,12 +272,15 @@ class _Making:
             train, held_out = (
                 stack.enter_context(ShardWriter(self.folder / split / file, tokenizer)) for split in (TRAIN, VALIDATION)
             )
-            complaints = stack.enter_context(_left_out_file(self.folder, number).open("w", encoding="utf-8"))
+            # Names of files need not be UTF-8: they are written as they are.
+            complaints = stack.enter_context(
+                _left_out_file(self.folder, number).open("w", encoding="utf-8", errors="surrogateescape")
+            )
             for part in parts:
                 for item in self.corpus.read(part, advance):
                     if not isinstance(item, Document):
                         left_out[item.reason] += 1
-                        complaints.write(f"{item.place} {item.reason}\n")
+                        complaints.write(f"{item.sentence}\n")
                         continue
                     _add_document(digest, item)
                     is_held_out = hash_fraction(item.text, "validation") < self.validation_share
@@ -252,7 +288,7 @@ class _Making:
                     tokens.append(eos_id)
                     (held_out if is_held_out else train).write(item.id, tokens, len(item.text.encode()))
             if train.is_empty:
-                raise UserError(
+                raise _EmptyShardError(
                     f"training shard {number} would hold no document; ask for fewer --shards or a smaller "
                     f"--validation-share"
                 )
@@ -273,12 +309,15 @@ def _left_out_file(folder: Path, number: int) -> Path:
 
 def _write_manifests(partial: Path, tokenizer: Tokenizer, validation_share: float) -> None:
     """Make data sets of the finished shards, the training set last."""
-    done = {n: json.loads(file.read_text()) for n, file in enumerate(sorted(partial.glob("done-*.json")))}
-    left_out = sum((Counter(facts["left_out"]) for facts in done.values()), Counter[str]())
+    try:
+        done = {n: json.loads(file.read_bytes()) for n, file in enumerate(sorted(partial.glob("done-*.json")))}
+        left_out = sum((Counter(facts["left_out"]) for facts in done.values()), Counter[str]())
+        corpus_sha256 = _combined({number: facts["corpus_sha256"] for number, facts in done.items()})
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"a file {partial}/done-*.json is damaged; remove {partial} and start anew") from None
     with (partial / LEFT_OUT_FILE).open("wb") as file:
         for number in done:
             file.write(_left_out_file(partial, number).read_bytes())
-    corpus_sha256 = _combined({number: facts["corpus_sha256"] for number, facts in done.items()})
     for split in (VALIDATION, TRAIN) if validation_share else (TRAIN,):
         if not any((partial / split).glob("shard-*.json")):
             raise UserError(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
-from webdataset.gopen import gopen
+from webdataset.gopen import gopen, gopen_schemes
 
 from skvr_dist.data.shard_format import (
     LENGTH_TYPE,
@@ -32,6 +32,7 @@ from skvr_dist.data.shard_format import (
 )
 from skvr_dist.data.writer import file_sha256
 from skvr_dist.errors import UserError
+from skvr_dist.files import local_path
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -65,8 +66,9 @@ class Dataset:
             UserError: no (complete) data set there, an unreadable manifest, or a shard that is missing or of another
                 size.
         """
-        dataset = cls(str(location), read_manifest(location))
-        if check_sizes and not _is_remote(dataset.location):
+        location = _checked(str(location))
+        dataset = cls(location, read_manifest(location))
+        if check_sizes and not _is_remote(location):
             for shard in dataset.manifest.shards:
                 for file, expected in ((shard.file, shard.bytes), (shard.index_file, None)):
                     path = Path(location, file)
@@ -191,6 +193,24 @@ def _is_remote(location: str) -> bool:
     return location.startswith("pipe:") or "://" in location
 
 
+def _checked(location: str) -> str:
+    """The same location, with the home folder for `~`.
+
+    Raises:
+        UserError: nothing opens URLs of its scheme, or it is no path of this machine.
+    """
+    if not _is_remote(location):
+        return str(local_path(location))
+    scheme = "pipe" if location.startswith("pipe:") else location.partition("://")[0]
+    known = sorted({*gopen_schemes, "file"} - {"__default__"})
+    if scheme not in known:
+        raise UserError(
+            f"data set {location} cannot be opened: webdataset knows the schemes {', '.join(known)}; let a command "
+            f"fetch it, pipe:COMMAND with {{file}} for the name of a file"
+        )
+    return location
+
+
 def _join(location: str, file: str) -> str:
     return location.replace("{file}", file) if "{file}" in location else f"{location.rstrip('/')}/{file}"
 
@@ -210,7 +230,7 @@ def read_manifest(location: str | Path) -> Manifest:
     Raises:
         UserError: it is missing, unreadable or of another format version.
     """
-    place = _join(str(location), MANIFEST)
+    place = _join(_checked(str(location)), MANIFEST)
     try:
         return parse_manifest(_read(place), place)
     except FileNotFoundError:
@@ -226,7 +246,7 @@ def find_datasets(folder: str | Path) -> dict[str, Dataset]:
 
     The shards are not looked at. Raises `UserError` as `read_manifest` does.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if not (folder / TRAIN).is_dir():
         return {folder.name: Dataset.open(folder, check_sizes=False)}
     train = Dataset.open(folder / TRAIN, check_sizes=False)

@@ -17,14 +17,30 @@ from typing import Literal, NoReturn, get_args
 
 from tqdm import tqdm
 
-from skvr_dist.data.documents import EMPTY, RECORD_SUFFIXES, Advance, Document, FilePart, LeftOut, read_part
+from skvr_dist.data.documents import (
+    COMPRESSIONS,
+    EMPTY,
+    RECORD_SUFFIXES,
+    Advance,
+    Document,
+    FilePart,
+    LeftOut,
+    read_part,
+    reading,
+)
 from skvr_dist.errors import UserError
+from skvr_dist.files import local_path, require_file
 
 __all__ = ["Corpus", "Document", "add_corpus_arguments", "corpus_from", "hash_fraction", "open_corpus"]
 
 InvalidText = Literal["stop", "skip"]
 
-DEFAULT_SUFFIXES = (".txt", ".md", ".py", *RECORD_SUFFIXES)
+_PLAIN_SUFFIXES = (".txt", ".md", ".py", *RECORD_SUFFIXES)
+# Parquet compresses its own columns.
+DEFAULT_SUFFIXES = _PLAIN_SUFFIXES + tuple(
+    plain + compression for plain in _PLAIN_SUFFIXES if plain != ".parquet" for compression in COMPRESSIONS
+)
+_DEFAULT_SHOWN = f"{', '.join(_PLAIN_SUFFIXES)}, compressed ({', '.join(COMPRESSIONS)}) or not"
 
 STDLIB = "stdlib"
 """Input name of the running Python's own standard library."""
@@ -59,12 +75,12 @@ class Corpus:
         suffixes: files to read when `root` is a folder.
         exclude: shell patterns of names or relative paths that are not read.
         text_key: key of a jsonl line, or column of a parquet file, that holds the text.
-        invalid_text: what to do about a document that is not valid Unicode: `stop`, or `skip` and count it. Empty
-            documents are left out and counted either way.
+        invalid_text: what to do about a document that is not valid Unicode, or a line that is no JSON object with a
+            text: `stop`, or `skip` and count it. Empty documents are left out and counted either way.
 
     Raises:
-        UserError: nothing at `root`; and while iterating: a file cannot be read, a document is invalid, or there is
-            no document at all.
+        UserError: neither a file nor a folder at `root`; and while iterating: a file cannot be read, a document is
+            invalid, or there is no document at all.
     """
 
     def __init__(
@@ -76,19 +92,29 @@ class Corpus:
         text_key: str = "text",
         invalid_text: InvalidText = "stop",
     ) -> None:
-        self.root = Path(root)
+        self.root = local_path(root)
         self.suffixes = tuple(suffixes)
         self.exclude = tuple(exclude)
         self.text_key = text_key
         self.invalid_text = invalid_text
         self.left_out: Counter[str] = Counter()
-        if not self.root.exists():
-            raise UserError(f"input {self.root} does not exist; give a file, a folder or the name {STDLIB}")
+        with reading(self.root):
+            if not os.path.lexists(self.root):
+                raise UserError(f"input {self.root} does not exist; give a file, a folder or the name {STDLIB}")
+            if not self.root.is_dir():
+                require_file(self.root)
 
     def __iter__(self) -> Iterator[Document]:
+        return self.documents(self.files())
+
+    def documents(self, files: Sequence[FilePart]) -> Iterator[Document]:
+        """The documents of some of its files.
+
+        Raises:
+            UserError: a file cannot be read, a document is invalid, or there is no document at all.
+        """
         self.left_out.clear()
         empty = True
-        files = self.files()
         with progress_bar(files) as bar:
             for part in files:
                 for item in self.read(part, bar.update):
@@ -98,7 +124,11 @@ class Corpus:
                     else:
                         self.left_out[item.reason] += 1
         if empty:
-            raise UserError(f"input {self.root} holds no text: {self.left_out.total()} documents were left out")
+            reasons = ", ".join(f"{count} because each {reason}" for reason, count in self.left_out.items())
+            raise UserError(
+                f"input {self.root} holds no text: {self.left_out.total()} documents were left out"
+                f"{', ' if reasons else ''}{reasons}; give one that holds texts"
+            )
 
     def files(self) -> list[FilePart]:
         """The files to read, whole, sorted by name.
@@ -108,7 +138,8 @@ class Corpus:
         """
         found = [FilePart(name, path, size, 0, size) for name, path, size in self._files()]
         if not any(part.size for part in found):
-            raise UserError(f"input {self.root} holds no text; read were {', '.join(self.suffixes)} files")
+            shown = _DEFAULT_SHOWN if self.suffixes == DEFAULT_SUFFIXES else ", ".join(self.suffixes)
+            raise UserError(f"input {self.root} holds no text; read were files that end in {shown}")
         return found
 
     def read(self, part: FilePart, advance: Advance) -> Iterator[Document | LeftOut]:
@@ -119,14 +150,12 @@ class Corpus:
         """
         for item in read_part(part, self.text_key, advance):
             if isinstance(item, LeftOut) and item.reason != EMPTY and self.invalid_text == "stop":
-                raise UserError(
-                    f"{item.place} {item.reason}; convert it, or leave such documents out with --invalid-text skip"
-                )
+                raise UserError(f"{item.sentence}; {item.remedy}, or leave such documents out with --invalid-text skip")
             yield item
 
     def _files(self) -> Iterator[tuple[str, Path, int]]:
         """(relative name, path, size) of the files to read."""
-        if self.root.is_file():
+        if not self.root.is_dir():
             yield self.root.name, self.root, _size(self.root)
             return
         for folder, subfolders, files in os.walk(self.root, onerror=_refuse_folder):
@@ -185,13 +214,17 @@ def add_corpus_arguments(parser: ArgumentParser) -> None:
         "--suffixes",
         nargs="+",
         metavar="SUFFIX",
-        help=f"files to read in a folder (default: {' '.join(DEFAULT_SUFFIXES)})",
+        help=f"files to read in a folder (default: {_DEFAULT_SHOWN})",
     )
     group.add_argument(
         "--exclude", nargs="+", default=[], metavar="PATTERN", help="names or relative paths in a folder not to read"
     )
     group.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text")
-    group.add_argument("--invalid-text", choices=get_args(InvalidText), help="documents that are not valid UTF-8")
+    group.add_argument(
+        "--invalid-text",
+        choices=get_args(InvalidText),
+        help="what to do about documents that are not valid UTF-8 and lines that are not JSON or have no text",
+    )
 
 
 def corpus_from(arguments: Namespace) -> Corpus:
@@ -211,10 +244,8 @@ def hash_fraction(key: str, purpose: str) -> float:
 
 
 def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    with reading(path):
+        return require_file(path).st_size
 
 
 def _refuse_folder(error: OSError) -> None:

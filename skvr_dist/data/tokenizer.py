@@ -12,9 +12,11 @@ import heapq
 import io
 import math
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +25,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
 from skvr_dist.data.sources import Document, hash_fraction
 from skvr_dist.errors import UserError
+from skvr_dist.files import local_path, naming_failure, require_file, write_whole
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -49,6 +52,13 @@ _INDENTATION_SHARE = 1e-3
 # The most frequent chunks (and for unigram, seeds) that training looks at, per piece to learn. Halving it costs 0.5 %
 # more tokens on Python source with 2048 pieces; no limit saves 0.1 % and takes seven times as long (unigram).
 _CHUNKS_PER_PIECE = 50
+# Characters of the other chunks that it looks at, per chunk: about the length of a word.
+_REST_CHARS_PER_CHUNK = 10
+# Longer ones are cut, because sentencepiece passes over those of more than 4192 bytes. In Latin script that is right:
+# what is so long is no text.
+_MAX_CHUNK_CHARS = 1000
+_CHARACTER_COVERAGE = 0.9999  # rarer characters get no piece of their own
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 260, 10_000_000
 # Sums of up to 2**17 nats are exact in single precision (24 bits) with steps of 1/128.
 UNIGRAM_SCORE_STEPS = 128
 
@@ -69,14 +79,16 @@ class Tokenizer(ABC):
         # Imported here because they derive from this class.
         from skvr_dist.data.hf_tokenizer import read_hf_files
 
-        path = Path(path)
+        path = local_path(path)
         try:
             if path.is_dir() or path.suffix == ".json":
                 return Tokenizer.from_bytes(read_hf_files(path), str(path))
+            require_file(path)
             return Tokenizer.from_bytes(path.read_bytes(), str(path))
         except OSError as error:
+            missing = "" if error.filename in (None, str(path)) else f" ({error.filename})"
             raise UserError(
-                f"cannot read tokenizer {path}: {error.strerror}; train one with tools/train_tokenizer.py"
+                f"cannot read tokenizer {path}: {error.strerror}{missing}; train one with tools/train_tokenizer.py"
             ) from None
 
     @staticmethod
@@ -92,18 +104,15 @@ class Tokenizer(ABC):
         Raises:
             UserError: the file is there already and holds another tokenizer, or cannot be written.
         """
-        path = Path(path)
-        try:
+        path = local_path(path)
+        with naming_failure(path):
             if path.exists():
+                require_file(path)
                 if path.read_bytes() != self.model:
                     raise UserError(f"{path} holds another tokenizer; remove it or choose another name")
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(self.model)
-            partial.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write tokenizer {path}: {error.strerror}") from None
+        write_whole(path, self.model)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -220,7 +229,14 @@ def train_tokenizer(
     Raises:
         UserError: sentencepiece cannot make a vocabulary of this size from these documents.
     """
+    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
+        raise UserError(
+            f"a vocabulary of {vocab_size} pieces cannot be: it has at least {SMALLEST_VOCABULARY}, for 256 bytes, "
+            f"three special tokens and a character, and at most {LARGEST_VOCABULARY}"
+        )
     counts = _count_chunks(_sample(documents, TRAINING_CHARS))
+    if not counts:
+        raise UserError("a tokenizer learns nothing from documents of tabs and NUL characters; give some with words")
     occurrences = counts.total()
     indentations = [
         (chunk, count)
@@ -233,7 +249,7 @@ def train_tokenizer(
         sentencepiece.SentencePieceTrainer.Train(
             # Chunks and their counts instead of sentences: fast, and the only way to show the trainer a line feed at
             # the end of a text.
-            sentence_iterator=(f"{chunk}\t{count}" for chunk, count in _most_frequent(counts, limit)),
+            sentence_iterator=(f"{chunk}\t{count}" for chunk, count in _representative(counts, limit)),
             input_format="tsv",
             model_writer=model,
             model_type=model_type,
@@ -244,7 +260,7 @@ def train_tokenizer(
             eos_id=2,
             pad_id=-1,
             byte_fallback=True,
-            character_coverage=0.9999,
+            character_coverage=_CHARACTER_COVERAGE,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -256,9 +272,19 @@ def train_tokenizer(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = _reason(error, len(indentations))
         raise UserError(f"sentencepiece cannot train a vocabulary of {vocab_size} pieces: {reason}") from None
     return SentencePieceTokenizer(_append_pieces(model.getvalue(), indentations, occurrences))
+
+
+def _reason(error: Exception, added: int) -> str:
+    """Why training failed, without the place in sentencepiece's source; `added` pieces come on top of its own."""
+    text = re.sub(r"^\w+: \S+\(\d+\) \[.*\] ", "", " ".join(str(error).split()))
+    if found := re.search(r"too high .* <= (\d+)", text):
+        return f"the documents give at most {int(found[1]) + added}; ask for fewer or give more documents"
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
+        return f"the characters of the documents need at least {int(found[1]) + added}"
+    return text
 
 
 def _sample(documents: Iterable[Document], max_chars: int) -> list[str]:
@@ -278,9 +304,49 @@ def _count_chunks(texts: Iterable[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(_CHUNK.findall(text))
-    for chunk in [chunk for chunk in counts if _RESERVED.search(chunk)]:
-        del counts[chunk]
+
+    def is_too_long(chunk: str) -> bool:
+        return len(chunk) > _MAX_CHUNK_CHARS and bool(_script(chunk))
+
+    for chunk in [chunk for chunk in counts if _RESERVED.search(chunk) or is_too_long(chunk)]:
+        count = counts.pop(chunk)
+        for part in filter(None, _RESERVED.split(chunk)):
+            size = _MAX_CHUNK_CHARS if is_too_long(part) else len(part)
+            for start in range(0, len(part), size):
+                counts[part[start : start + size]] += count
     return counts
+
+
+def _representative(counts: Counter[str], limit: int) -> list[tuple[str, int]]:
+    """The `limit` most frequent chunks; and of the others, those in scripts other than Latin, or a sample of them.
+
+    Where words are written without spaces a chunk is a sentence, and hardly one of them comes twice. Such a script
+    would not be seen at all, however much of the corpus is written in it. Of a sample of 1/k each stands for k.
+    """
+    ranked = _most_frequent(counts, len(counts))
+    chars: Counter[str] = Counter()
+    for chunk, count in ranked:
+        chars[_script(chunk)] += len(chunk) * count
+    seen = {script for script, number in chars.items() if script and number > (1 - _CHARACTER_COVERAGE) * chars.total()}
+    rest = [(chunk, count) for chunk, count in ranked[limit:] if _script(chunk) in seen]
+    one_of = math.ceil(sum(len(chunk) for chunk, _ in rest) / (_REST_CHARS_PER_CHUNK * limit))
+    return ranked[:limit] + [
+        (chunk, count * one_of) for chunk, count in rest if hash_fraction(chunk, "chunks") * one_of < 1
+    ]
+
+
+def _script(chunk: str) -> str:
+    """The script of its first letter that is not Latin, as Unicode calls it; empty for none."""
+    if chunk.isascii():
+        return ""
+    return next((script for character in chunk if (script := _script_of(character))), "")
+
+
+@cache
+def _script_of(character: str) -> str:
+    if not character.isalpha():
+        return ""
+    return unicodedata.name(character, "").partition(" ")[0].removeprefix("LATIN")
 
 
 def _most_frequent(counts: Counter[str], limit: int) -> list[tuple[str, int]]:

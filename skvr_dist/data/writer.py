@@ -27,6 +27,7 @@ from skvr_dist.data.shard_format import (
     smallest_token_type,
 )
 from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.files import PARTIAL_SUFFIX, write_whole
 
 CHUNK_TOKENS = 2**20
 """Tokens after which a chunk is closed: what a lane of the reader holds in memory, 2 or 4 MiB."""
@@ -53,7 +54,7 @@ class ShardWriter:
         self._path = path
         self._tokenizer = tokenizer
         self._token_type = on_disk(smallest_token_type(tokenizer.vocab_size))
-        self._partial = path.with_name(path.name + ".partial")
+        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
         # USTAR: every header is one block. Times are zero, so that equal data sets are equal files.
         self._tar = tarfile.open(self._partial, "w:", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._chunks: list[_Placed] = []
@@ -170,13 +171,6 @@ def write_manifest(
         shards=shards,
     )
     write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -35,11 +35,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     held_out = Dataset.open(config.data.validation)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     held_out.require_vocabulary(config.model.vocab_size)
-    if tokenizer.sha256 != held_out.manifest.tokenizer_sha256:
-        raise UserError(
-            f"data.tokenizer {config.data.tokenizer} is {tokenizer.sha256[:12]}, but data set {held_out.location} was "
-            f"made with {held_out.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
-        )
+    require_made_with(held_out, tokenizer, config.data)
     sequences = training_sequences(config.data, config.train.seed)
     for source in sequences.sources.values():
         source.dataset.require_same_tokenizer(held_out)
@@ -54,6 +50,15 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         MicroBatch.of(batch, separate_at) for batch in held_out_sequences.split(config.train.micro_batch_size)
     ]
     return Inputs(sequences, micro_batches)
+
+
+def require_made_with(dataset: Dataset, tokenizer: Tokenizer, data: DataConfig) -> None:
+    """Refuse a tokenizer (`data.tokenizer`) to which the ids of a data set mean something else."""
+    if tokenizer.sha256 != dataset.manifest.tokenizer_sha256:
+        raise UserError(
+            f"data.tokenizer {data.tokenizer} is {tokenizer.sha256[:12]}, but data set {dataset.location} was made "
+            f"with {dataset.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
+        )
 
 
 def training_sequences(data: DataConfig, seed: int) -> SequenceStream:

@@ -1,0 +1,166 @@
+"""Files that commands are given and files that they write.
+
+A command has every place that it will write to proven with `prove_writable` or `prove_folder` before its work begins,
+and writes each file with `write_whole`: beside its name, then renamed, so that a file is whole or not there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from skvr_dist.errors import UserError
+
+PARTIAL_SUFFIX = ".partial"
+"""Ends the name of what is not whole yet."""
+
+# A single slash too: `Path` makes one of two.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|pipe:")
+_PROBE_BYTES = 4096  # a full disk may still take an empty file
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def local_path(text: str | Path) -> Path:
+    """The path that a text names, `~` replaced by the home folder.
+
+    Raises:
+        UserError: it is empty or a URL, or there is no such user.
+    """
+    name = str(text)
+    if not name or "\0" in name:
+        raise UserError(f"{name!r} is no path; give the name of a file or a folder")
+    if _URL.match(name):
+        raise UserError(f"{name} is a URL, but only paths of this machine are read and written here; mount or copy it")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name} begins with the name of no user of this machine; write the path out") from None
+
+
+def require_file(path: Path) -> os.stat_result:
+    """The facts about a file that is to be read, possibly several times.
+
+    Raises:
+        OSError: it cannot be reached.
+        UserError: it is no regular file: to read a pipe or a device might never end.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(facts.st_mode), "no regular file")
+        raise UserError(f"cannot read {path}: it is {kind}, not a regular file; copy it to one or leave it out")
+    return facts
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all; text as UTF-8.
+
+    A symbolic link keeps pointing where it did. A device or a pipe (`/dev/stdout`) is written to.
+
+    Raises:
+        UserError: it cannot be written; what was there before still is.
+    """
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    with naming_failure(path):
+        if _is_stream(path):
+            path.write_bytes(data)
+            return
+        path = Path(os.path.realpath(path))
+        partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+def prove_writable(file: str | Path, *, make_folder: bool = False) -> Path:
+    """The path of a file (see `local_path`) that `write_whole` can write; everything is left as it was.
+
+    Args:
+        make_folder: the folder will be made when the time comes; else it must be there.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    named = local_path(file)
+    with naming_failure(named):
+        if _is_stream(named):
+            return named
+        path = Path(os.path.realpath(named))
+        if path.is_dir():
+            raise OSError(None, "it is a folder")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise OSError(None, "it is write-protected")
+        _probe(path.parent, path.name + PARTIAL_SUFFIX, make_folder)
+    return named
+
+
+def prove_folder(folder: str | Path) -> Path:
+    """The path of a folder (see `local_path`) that is there, or can be made with those it lies in, and takes files.
+
+    Everything is left as it was.
+
+    Raises:
+        UserError: it could not.
+    """
+    path = local_path(folder)
+    with naming_failure(path):
+        _probe(path, f"probe-{os.getpid()}{PARTIAL_SUFFIX}", True)
+    return path
+
+
+def _probe(folder: Path, name: str, make_folder: bool) -> None:
+    """Write a block to a file that is not there yet, and remove all that this made."""
+    made: list[Path] = []
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise OSError(None, f"{there} is not a folder")
+    try:
+        if make_folder:
+            missing = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
+            for parent in reversed(missing):
+                parent.mkdir()
+                made.append(parent)
+        probe = folder / name
+        if os.path.lexists(probe):  # left behind by a command that was killed; it will be replaced
+            probe = folder / f"probe-{os.getpid()}{PARTIAL_SUFFIX}"
+        try:
+            with probe.open("xb", buffering=0) as file:
+                if file.write(bytes(_PROBE_BYTES)) != _PROBE_BYTES:
+                    raise OSError(None, os.strerror(errno.ENOSPC))
+        finally:
+            probe.unlink(missing_ok=True)
+    finally:
+        for parent in reversed(made):
+            with suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is there and written to in place: renaming a file over a device would replace the device."""
+    in_place = path.absolute().parent in (Path("/dev"), Path("/dev/fd"))  # /dev/stdout may be a file, and open
+    return path.exists() and (in_place or not (path.is_file() or path.is_dir()))
+
+
+@contextmanager
+def naming_failure(path: Path) -> Iterator[None]:
+    """Say of any failure within what could not be written and why."""
+    try:
+        yield
+    except OSError as error:
+        # A name that is too long or in the way may be that of a folder above, or of the file beside.
+        culprit = "" if error.filename in (None, str(path)) else f" ({error.filename})"
+        raise UserError(f"cannot write {path}: {error.strerror or error}{culprit}") from None
