@@ -8,7 +8,7 @@ QUICKSTART := runs/quickstart
 # Quickstart and tests run on the CPU wherever they are: 4 ranks need no GPUs.
 export DS_ACCELERATOR := cpu
 
-.PHONY: env quickstart data test test-newest test-serve serve-env newest-env lint lock bench clean
+.PHONY: env quickstart data test test-newest newest-env test-serve serve-env lint lock bench clean
 .NOTPARALLEL: # the runs would share the cores and the launcher's port
 
 # PyTorch has a line of its own, because its builds for CPUs and for CUDA differ: TORCH chooses another. A build that is

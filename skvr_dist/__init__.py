@@ -1,3 +1,3 @@
 """Distributed pretraining of decoders with stochastic KV routing (R-CLA, arXiv 2604.22782)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

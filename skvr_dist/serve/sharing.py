@@ -6,9 +6,12 @@ out of its budget, so the same memory holds more tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
+import vllm
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ColumnParallelLinear
@@ -21,6 +24,10 @@ from skvr_dist.errors import UserError
 # Not `q_proj`: vLLM stacks weights of that name with those of k_proj and v_proj.
 _QUERY = "query_proj"
 _UNUSED = (".k_proj.", ".v_proj.", ".k_norm.")
+# What readers use of vLLM's attention, besides the arguments of its forward.
+_USED = ("qkv_proj", "o_proj", "rotary_emb", "hidden_size", "total_num_heads", "head_dim", "attn.layer_name")
+_USED += ("attn.kv_sharing_target_layer_name", "attn.impl.kv_sharing_target_layer_name")
+_ARGUMENTS = ["self", "positions", "hidden_states"]
 
 
 class Reader:
@@ -49,6 +56,32 @@ class MistralReader(Reader, MistralAttention):
 
 
 _READERS = {Qwen3Attention: Qwen3Reader, LlamaAttention: LlamaReader, MistralAttention: MistralReader}
+
+
+def require_known_attention(attention: Any) -> None:
+    """Raises `UserError` if vLLM's attention is not built as the version that readers were written for.
+
+    A target that nobody looks at any more would leave readers with an empty cache of their own, and wrong tokens.
+    """
+    missing = [f"no {name}" for name in _USED if not _has(attention, name)]
+    arguments = list(inspect.signature(type(attention).forward).parameters)
+    if arguments != _ARGUMENTS:
+        missing.append(f"a forward of {', '.join(arguments)} instead of {', '.join(_ARGUMENTS)}")
+    if type(attention) not in _READERS:
+        missing.append("no reader here")
+    if missing:
+        raise UserError(
+            f"vLLM {vllm.__version__}: its {type(attention).__name__} has {missing[0]}, but sharing caches needs one; "
+            f"serve with vLLM 0.32, with a newer skvr_dist, or at full retention"
+        )
+
+
+def _has(value: Any, name: str) -> bool:
+    try:
+        attrgetter(name)(value)
+    except AttributeError:
+        return False
+    return True
 
 
 def require_one_stage(sources: Sequence[int], start: int, stop: int) -> None:
@@ -80,6 +113,7 @@ def share(model: Any, sources: Sequence[int], vllm_config: VllmConfig, prefix: s
         if sources[number] == number:
             continue
         attention, source = model.layers[number].self_attn, model.layers[sources[number]].self_attn
+        require_known_attention(attention)
         attention.query_proj = ColumnParallelLinear(
             attention.hidden_size,
             attention.total_num_heads * attention.head_dim,

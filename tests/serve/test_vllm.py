@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
 from conftest import CACHE_GIB
 from hf_models import STRATEGIES, export_checkpoint, random_weights, reference_tokens, shape_of
 from torch import Tensor
 from vllm import LLM, SamplingParams
+from vllm.model_executor.models.llama import LlamaAttention
 
 from skvr_dist.data.sources import Document
 from skvr_dist.data.tokenizer import train_tokenizer
@@ -29,7 +31,7 @@ from skvr_dist.hf.export import export_model
 from skvr_dist.hf.import_model import import_model
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.routing import CacheStrategy, RoutingConfig
-from skvr_dist.serve.sharing import reader_weights, require_one_stage
+from skvr_dist.serve.sharing import reader_weights, require_known_attention, require_one_stage
 
 LAYERS, NEW_TOKENS = 8, 64
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": 400}
@@ -213,6 +215,21 @@ def test_a_pipeline_cut_between_owner_and_reader_is_refused() -> None:
         r"layer 4 too, or serve with pipeline_parallel_size 1$",
     ):
         require_one_stage(sources, 4, 8)
+
+
+def test_attention_of_another_version_is_refused() -> None:
+    """An attribute that a later vLLM renames would be set in vain, and readers would have an empty cache."""
+    attention = LlamaAttention.__new__(LlamaAttention)
+    torch.nn.Module.__init__(attention)
+    with pytest.raises(UserError, match=rf"^vLLM {vllm.__version__}: its LlamaAttention has no qkv_proj, but sharing"):
+        require_known_attention(attention)
+
+    class Renamed(LlamaAttention):
+        def forward(self, hidden_states: torch.Tensor) -> None: ...
+
+    attention.__class__ = Renamed
+    with pytest.raises(UserError, match=r"its Renamed has no qkv_proj, .*; serve with vLLM 0\.32, with a newer"):
+        require_known_attention(attention)
 
 
 @pytest.fixture
