@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.checkpoint.folder import TOKENIZER_FILE, Checkpoint
 from skvr_dist.errors import EXIT_MISSED, UserError, run_command
 from skvr_dist.hf.card import Training
 from skvr_dist.hf.export import ExportMismatchError, ExportReport, export_model
@@ -69,9 +69,8 @@ def main() -> int | None:
 
 def _tokenizer(checkpoint: Checkpoint) -> Path | None:
     """The checkpoint's tokenizer: the one of its data, or what came along when it was imported."""
-    imported = checkpoint.folder / "tokenizer.json"
-    found = [file for file in (imported, checkpoint.tokenizer_file) if file.exists()]
-    return found[0] if found else None
+    found = [name for name in ("tokenizer.json", TOKENIZER_FILE) if name in checkpoint.files]
+    return checkpoint.folder / found[0] if found else None
 
 
 def _profiles(texts: list[str], num_layers: int) -> dict[str, str]:

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
+from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import RunInterrupted
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.failure import naming_the_operation
@@ -31,7 +31,7 @@ from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.interrupt import InterruptListener
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.optimizer import build_optimizer, build_scheduler
-from skvr_dist.train.resume import choose, load_state, load_weights, look_ahead, place_of, require_fits
+from skvr_dist.train.resume import load_weights, look_ahead, place_of, resume
 from skvr_dist.train.run_folder import RunFolder, software_versions
 
 
@@ -46,16 +46,12 @@ def pretrain(config: Config) -> None:
     mesh.require_same({"data": fingerprint, **sections})
     run = RunFolder(config, mesh.rank)
     log = run.start_log()
-    resumed, left_out = choose(config, mesh)
-    if resumed:
-        require_fits(resumed, config, fingerprint)
-    first_step = resumed.step if resumed else 0
-    with run.quiet():
+    with run.quiet(), naming_the_operation(mesh, "reading the checkpoint"):
         engine = build_engine(config, mesh)
-        if resumed:
-            load_state(engine, resumed)
-        elif config.train.initial_weights:
+        resumed, left_out = resume(engine, config, fingerprint)
+        if not resumed and config.train.initial_weights:
             load_weights(engine, Checkpoint(config.train.initial_weights))
+    first_step = resumed.step if resumed else 0
     saver = build_saver(config, run)
     plans = plan_stream(config, mesh, first_step)
     batches = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
@@ -201,7 +197,7 @@ def build_saver(config: Config, run: RunFolder) -> Saver:
     return Saver(
         run.checkpoints,
         config_text=config.to_yaml(),
-        tokenizer=Path(config.data.tokenizer),
+        tokenizer=Tokenizer.load(config.data.tokenizer).model,
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=config.checkpoint.keep_every_steps,
         megabytes_per_second=config.checkpoint.megabytes_per_second,

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from skvr_dist.checkpoint.folder import Checkpoint, candidates, damaged_files
-from skvr_dist.checkpoint.pieces import WEIGHTS
-from skvr_dist.checkpoint.storage import read_pieces
+from skvr_dist.checkpoint.folder import Checkpoint, candidates
+from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
 from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
@@ -58,40 +57,42 @@ def look_ahead(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoint |
     return None
 
 
-def choose(config: Config, mesh: Mesh) -> tuple[Checkpoint | None, list[str]]:
-    """The first whole one of `resumable`, None to start afresh; collective.
-
-    The ranks share the reading: every byte is compared with the manifest once.
+def resume(
+    engine: RoutedPipelineEngine, config: Config, data_fingerprint: dict[str, Any]
+) -> tuple[Checkpoint | None, list[str]]:
+    """Load the first whole one of `resumable` into the engine, None to start afresh; collective.
 
     Returns:
         it, and what is wrong with those that were left out.
 
     Raises:
-        UserError: the one that was asked for is damaged, or all are. A run never starts afresh where it had begun.
+        UserError: it does not fit the configuration; the one that was asked for is damaged, or all are. A run never
+            starts afresh where it had begun.
     """
+    mesh = engine.mesh
     paths = resumable(config)
     mesh.require_same({"checkpoints": [path.name for path in paths]})
     problems: list[str] = []
     for path in paths:
-        checkpoint, problem = _verified(path, mesh)
-        if problem is None:
-            return checkpoint, problems
-        problems.append(problem)
+        checkpoint, problem = _opened(path, mesh)
+        if checkpoint and problem is None:
+            require_fits(checkpoint, config, data_fingerprint)
+            try:
+                load_state(engine, checkpoint)
+                return checkpoint, problems
+            except UserError as error:  # the same one on all ranks; what was loaded is overwritten by the next
+                problem = str(error)
+        problems.append(str(problem))
     if problems:
         raise UserError(f"no checkpoint is left to go on from: {'; '.join(problems)}")
     return None, []
 
 
-def _verified(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
-    """A checkpoint, or what is wrong with it, as all ranks together see it."""
+def _opened(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
+    """A checkpoint, or what is wrong with it on any rank; collective."""
     checkpoint, problem = None, None
     try:
         checkpoint = Checkpoint(path)
-        damaged = damaged_files(
-            checkpoint.folder, checkpoint.files, list(checkpoint.files)[mesh.rank :: mesh.world_size]
-        )
-        if damaged:
-            problem = f"checkpoint {checkpoint.folder} is damaged: {', '.join(damaged)} changed since it was written"
     except UserError as error:
         problem = str(error)
     seen: list[str | None] = [None] * mesh.world_size
@@ -155,10 +156,12 @@ def place_of(engine: RoutedPipelineEngine, step: int) -> dict[str, Any]:
 
 
 def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
-    """Weights, moments and place in the schedule, from a checkpoint of any layout; collective."""
-    group = engine.mesh.host_group
-    read_pieces(checkpoint.folder, state_to_load(engine, checkpoint.facts["adam_steps"]), group)
-    _load_parameters(engine, checkpoint.folder)
+    """Weights, moments and place in the schedule, from a checkpoint of any layout; collective.
+
+    Raises:
+        UserError: on all ranks: it is of another architecture, or damaged.
+    """
+    _load(engine, checkpoint, state_to_load(engine, checkpoint.facts["adam_steps"]))
     engine.global_steps = checkpoint.step
     engine.guard.load_state(checkpoint.facts["guard"])
     go_on_from(engine.lr_scheduler, checkpoint.step)
@@ -168,15 +171,16 @@ def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
     """Weights alone, as a new run's start; collective.
 
     Raises:
-        UserError: they are of another architecture.
+        UserError: on all ranks: they are of another architecture, or the checkpoint is damaged.
     """
     state = state_to_load(engine, adam_steps=0)
-    weights = {name: pieces for name, pieces in state.items() if name.startswith(WEIGHTS)}
-    read_pieces(checkpoint.folder, weights, engine.mesh.host_group)
-    _load_parameters(engine, checkpoint.folder)
+    _load(engine, checkpoint, {name: pieces for name, pieces in state.items() if name.startswith(WEIGHTS)})
 
 
-def _load_parameters(engine: RoutedPipelineEngine, folder: Path) -> None:
+def _load(engine: RoutedPipelineEngine, checkpoint: Checkpoint, state: Pieces) -> None:
     whole = whole_parameters(engine)
-    read_pieces(folder, whole, engine.mesh.host_group)
+    checkpoint.read({**state, **whole}, engine.mesh.host_group)
+    for name, parameters in whole.items():  # the masters lie in them, and need not be read again
+        for master in state.get(name, []):
+            master.fill_from(parameters[0])
     take_parameters(engine, whole)
