@@ -39,6 +39,8 @@ from skvr_dist.model.decoder import Decoder
 
 CONFIG_FILE, FACTS_FILE, TOKENIZER_FILE, LATEST_FILE = "config.yaml", "checkpoint.json", "tokenizer.model", "latest"
 TENSORS_SUFFIX = ".distcp"
+ASIDE_FOLDER = "set-aside"
+"""Beside a run's checkpoints: those of a branch that it has left."""
 MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
 FORMAT = 2
 """Version of this layout of files; another one is refused."""
@@ -93,12 +95,32 @@ def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
     manifest = json.dumps({"files": files}, indent=1).encode()
     (partial / MANIFEST_FILE).write_bytes(manifest)
     (partial / DIGEST_FILE).write_bytes(hashlib.sha256(manifest).hexdigest().encode())
-    if final.exists():  # the run came by this step before; what is there is damaged, or it would have gone on from it
-        shutil.rmtree(final)
+    if final.exists():
+        set_aside(final)
     partial.rename(final)
-    pointer = final.parent / f"{LATEST_FILE}.partial"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    pointer.replace(final.parent / LATEST_FILE)
+    point_latest(final.parent)
+
+
+def point_latest(checkpoints: Path) -> None:
+    """Make `latest` name the newest checkpoint, or go if there is none."""
+    newest = next(iter(candidates(checkpoints)), None)
+    if newest is None:
+        (checkpoints / LATEST_FILE).unlink(missing_ok=True)
+        return
+    pointer = checkpoints / f"{LATEST_FILE}.partial"
+    pointer.write_text(newest.name + "\n", encoding="utf-8")
+    pointer.replace(checkpoints / LATEST_FILE)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Move a checkpoint to where no run goes on from it by itself; returns its new place."""
+    aside = checkpoint.parent / ASIDE_FOLDER
+    aside.mkdir(exist_ok=True)
+    target, number = aside / checkpoint.name, 1
+    while target.exists():
+        number += 1
+        target = aside / f"{checkpoint.name}.{number}"
+    return checkpoint.rename(target)
 
 
 def candidates(checkpoints: Path) -> list[Path]:
