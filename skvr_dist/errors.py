@@ -14,6 +14,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class OneRankError(UserError):
+    """What this rank alone has met, so that no other one says it."""
+
+
 class RunInterrupted(UserError):
     """A run that cannot go on here but can be started again as it is: a rank died, or the job was preempted."""
 
@@ -35,7 +39,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        if not _said_by_another_rank():
+        if isinstance(error, OneRankError) or not _said_by_another_rank():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     sys.exit(code or 0)

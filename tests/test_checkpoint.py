@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import resource
 import shutil
 import signal
@@ -15,19 +14,23 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from test_hf_tokenizer import train_hugging_face
 
 from skvr_dist.checkpoint.folder import FORMAT, Checkpoint, candidates, forget_old, publish, step_folder
 from skvr_dist.checkpoint.pieces import pieces_of
+from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.model.config import ModelConfig
 from skvr_dist.model.decoder import Decoder, initialize
 from skvr_dist.model.parts import Shard
-from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.partitions import state_to_save
 from skvr_dist.parity import reference
-from skvr_dist.parity.cases import CLIP, LAYOUTS, OPTIMIZER, SEED, Case, batches
+from skvr_dist.parity.cases import CLIP, LAYOUTS, OPTIMIZER, SEED, SHAPE, Case, batches
 from skvr_dist.parity.ranks import run_ranks
 from skvr_dist.parity.reshard import Trainer, reshard
-from skvr_dist.train.resume import choose, load_state, load_weights
+from skvr_dist.train.loop import build_saver
+from skvr_dist.train.resume import follow, load_state, load_weights, place_of, require_weights_fit, resumable, resume
+from skvr_dist.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 
@@ -136,32 +139,16 @@ def test_a_new_run_starts_from_weights_alone(tmp_path: Path, layout: str) -> Non
         assert losses == pytest.approx(wanted, rel=1e-6)
 
 
-def test_every_flipped_byte_is_seen(run_folder: Path) -> None:
-    """In 50 positions across all files, the manifest and its digest among them."""
-    folder = run_folder / "checkpoints/step-00000001"
-    files = sorted(folder.iterdir())
-    draw = random.Random(0)
-    for number in range(50):
-        file = files[number % len(files)]
-        content = bytearray(file.read_bytes())
-        position = draw.randrange(len(content))
-        content[position] ^= 1 << draw.randrange(8)
-        whole = file.read_bytes()
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=r"is damaged|is incomplete"):
-            Checkpoint(folder, verify=True)
-        file.write_bytes(whole)
-    Checkpoint(folder, verify=True)
-
-
-def choose_here(case: Case, folder: str) -> Any:
+def go_on_here(case: Case, folder: str) -> Any:
     config = case.config()
-    config = config.model_copy(update={"train": config.train.model_copy(update={"output_dir": folder})})
+    train = config.train.model_copy(update={"output_dir": folder})
+    data = config.data.model_copy(update={"on_resume": "other_data"})
+    config = config.model_copy(update={"train": train, "data": data})
     try:
-        chosen, left_out = choose(config, Mesh.build(config.parallel, config.model))
+        resumed, left_out = resume(Trainer(case, folder).engine, config, {})
     except UserError as error:
         return str(error)
-    return chosen and chosen.step, left_out
+    return resumed and resumed.step, left_out
 
 
 def test_a_damaged_checkpoint_is_left_out_for_the_one_before(run_folder: Path) -> None:
@@ -174,12 +161,12 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(run_folder: Path) -
     content[-1] ^= 1
     tensors.write_bytes(content)
     (checkpoints / "step-00000002/index.json").unlink()
-    for step, left_out in run_ranks(2, choose_here, case, str(run_folder)):
+    for step, left_out in run_ranks(2, go_on_here, case, str(run_folder)):
         assert step == 1
-        assert "step-00000003 is damaged: " in left_out[0] and "changed since it was written" in left_out[0]
+        assert f"step-00000003 is damaged: {tensors.name} changed since it was written" in left_out[0]
         assert "step-00000002 is damaged: index.json is missing" in left_out[1]
     (checkpoints / "step-00000001/manifest.json").unlink()
-    for message in run_ranks(2, choose_here, case, str(run_folder)):
+    for message in run_ranks(2, go_on_here, case, str(run_folder)):
         assert message.startswith("no checkpoint is left to go on from: ")
         assert "step-00000001 is incomplete (No such file or directory" in message
 
@@ -220,7 +207,77 @@ def load_into_another(case: Case, folder: str) -> str:
 
 def test_weights_of_another_architecture_are_refused(run_folder: Path) -> None:
     (message,) = run_ranks(1, load_into_another, Case("single", tied=False), str(run_folder))
-    assert "has no tensor weights.lm_head.weight; it is one of another architecture" in message
+    assert "have model.tie_word_embeddings True, the configuration False" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 4), ("num_hidden_layers", 6), ("hidden_size", 64), ("vocab_size", 96), ("head_dim", 16)],
+)
+def test_initial_weights_of_another_shape_are_refused(run_folder: Path, key: str, value: int) -> None:
+    checkpoint = Checkpoint(run_folder)
+    model = checkpoint.model_config.model_copy(update={"rope_theta": 5e5, "attention": "eager"})
+    require_weights_fit(checkpoint, model)  # neither has weights
+    with pytest.raises(UserError, match=rf"have model.{key} {SHAPE[key]}, the configuration {value}; give the ch"):
+        require_weights_fit(checkpoint, model.model_copy(update={key: value}))
+
+
+def steps_of(folder: Path) -> list[str]:
+    return [path.name.removeprefix("step-0000000") for path in candidates(folder)]
+
+
+def test_going_back_sets_newer_checkpoints_aside(run_folder: Path, tmp_path: Path) -> None:
+    checkpoints, case = run_folder / "checkpoints", Case("single").config()
+    for step in (2, 3):
+        shutil.copytree(checkpoints / "step-00000001", checkpoints / step_folder(step))
+    other = Path(shutil.copytree(checkpoints / "step-00000002", tmp_path / "other/checkpoints" / step_folder(2)))
+
+    def start(asked: str) -> list[str]:
+        """What a run that is told this goes on from, in order; it then follows the first."""
+        train = case.train.model_copy(update={"output_dir": str(run_folder), "resume": asked})
+        config = case.model_copy(update={"train": train})
+        found = resumable(config)
+        for path in follow(config, Checkpoint(found[0])):
+            Checkpoint(path, verify=True)
+        newest = candidates(checkpoints)
+        latest = checkpoints / "latest"
+        assert latest.exists() == bool(newest) and (not newest or latest.read_text() == f"{newest[0].name}\n")
+        return [str(path) for path in found]
+
+    second = str(checkpoints / "step-00000002")
+    assert start(second) == [second]
+    assert steps_of(checkpoints) == ["2", "1"] and steps_of(checkpoints / "set-aside") == ["3"]
+    # Interrupted after a step more, and started again as it was: not from step 2 once more.
+    third = shutil.copytree(second, checkpoints / "step-00000003")
+    assert start(second)[0] == start("auto")[0] == str(third)
+    # After another start the same words mean to go back again, and what is set aside is kept.
+    start(second)
+    assert steps_of(checkpoints) == ["2", "1"]
+    assert {path.name for path in (checkpoints / "set-aside").iterdir()} == {"step-00000003", "step-00000003.2"}
+    # A checkpoint of elsewhere: nothing here is of that training.
+    assert start(str(other)) == [str(other)]
+    assert steps_of(checkpoints) == []
+    shutil.copytree(other, checkpoints / "step-00000003")
+    assert start(str(other)) == [str(checkpoints / "step-00000003"), str(other)]
+    assert steps_of(checkpoints) == ["3"]
+
+
+def save_with_tokenizer(case: Case, folder: str, tokenizer: str) -> None:
+    config, trainer = case.config(), Trainer(case, folder)
+    train = config.train.model_copy(update={"output_dir": folder})
+    config = config.model_copy(update={"train": train, "data": config.data.model_copy(update={"tokenizer": tokenizer})})
+    saver = build_saver(config, RunFolder(config, 0))
+    saver.save(0, state_to_save(trainer.engine), place_of(trainer.engine, 0), lambda folder: None)
+    saver.finish()
+
+
+@pytest.mark.parametrize("name", ["hf", "hf/tokenizer.json", "tokenizer.model"])
+def test_any_kind_of_tokenizer_travels_with_a_checkpoint(tmp_path: Path, name: str) -> None:
+    """A folder, a file of it, and the one file that data sets keep; exports convert that one."""
+    one_file = train_hugging_face(tmp_path / "tokenizer.model")
+    run_ranks(1, save_with_tokenizer, Case("single"), str(tmp_path / "run"), str(tmp_path / name))
+    saved = Tokenizer.load(Checkpoint(tmp_path / "run").tokenizer_file)
+    assert saved.sha256 == Tokenizer.load(one_file).sha256
 
 
 def test_another_format_and_a_folder_without_a_checkpoint_are_refused(run_folder: Path, tmp_path: Path) -> None:
@@ -249,7 +306,7 @@ def test_inspect(run_folder: Path) -> None:
     content = bytearray(tensors.read_bytes())
     content[len(content) // 2] ^= 1
     tensors.write_bytes(content)
-    assert f"damaged: {tensors.name}" in inspect(1)
+    assert not inspect(2)
 
 
 def test_initial_weights_do_not_depend_on_the_split() -> None:

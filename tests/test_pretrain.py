@@ -25,6 +25,7 @@ from skvr_dist.routing import CacheStrategy
 from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.load_config import load_config
 from skvr_dist.train.resume import look_ahead
+from skvr_dist.train.run_lock import RunLock
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH, SEQUENCE = 4, 8, 64
@@ -158,12 +159,21 @@ def test_mpirun_trains_the_same(routed: Path, data: Path, tmp_path: Path) -> Non
 
 
 def test_resuming_is_as_if_never_stopped(routed: Path, data: Path, tmp_path: Path) -> None:
+    """From an earlier step of the run itself; the later one is set aside, and no other run may come between."""
     stopped = tmp_path / "stopped"
     shutil.copytree(routed, stopped)
-    (stopped / "checkpoints/latest").write_text("step-00000002\n")
-    shutil.rmtree(stopped / f"checkpoints/step-{STEPS:08d}")
     before, wanted = records(stopped), records(routed)
-    assert "resumed" in pretrain(stopped, data)
+    goes_back = f"train.resume={stopped}/checkpoints/step-00000002"
+    lock = RunLock(stopped, "other")
+    output = pretrain(stopped, data, goes_back, code=2)
+    assert output.count("error: ") == 1 and f"{stopped} is in use: process {os.getpid()} on " in output
+    assert records(stopped) == before
+    lock.release()
+    output = pretrain(stopped, data, goes_back)
+    aside = stopped / f"checkpoints/set-aside/step-{STEPS:08d}"
+    assert "checkpoints/step-00000002 at step 2" in output and f"set aside: {aside}" in output
+    assert Checkpoint(aside, verify=True).step == STEPS
+    assert (stopped / "checkpoints/latest").read_text() == f"step-{STEPS:08d}\n"
     after = records(stopped)
     assert [record["step"] for record in after] == [record["step"] for record in wanted]  # nothing twice
     for record, straight in zip(after, wanted, strict=True):
@@ -228,6 +238,10 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
         (["train.resume=never"], "already holds checkpoints"),
         (["train.resume=/nowhere"], "/nowhere is neither a checkpoint"),
         (["train.output_dir=/new", "train.initial_weights=/nowhere"], "/nowhere is neither a checkpoint"),
+        (
+            ["train.output_dir=/new", "train.initial_weights=ROUTED", "model.num_hidden_layers=3"],
+            "initial weights .* have model.num_hidden_layers 4, the configuration 3",
+        ),
         (["data.train=/nowhere"], "/nowhere holds no complete data set"),
         (["data.tokenizer=pyproject.toml"], "is not a sentencepiece model"),
         (["model.vocab_size=100"], "has a vocabulary of 512, but model.vocab_size is 100"),
@@ -238,6 +252,7 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
 def test_what_does_not_fit_is_refused_before_any_process_group(
     routed: Path, data: Path, overrides: list[str], message: str
 ) -> None:
+    overrides = [override.replace("ROUTED", str(routed)) for override in overrides]
     keys = [*SMALL[2:], *data_keys(data), f"train.output_dir={routed}", *overrides]
     config = load_config([ROOT / SMALL[1]], keys)
     with pytest.raises(UserError, match=message):

@@ -10,30 +10,38 @@
 
 It is written under a temporary name and renamed when every file is on disk, and `latest` moves after that. A folder
 with a final name whose manifest holds is complete and undamaged.
+
+Whoever reads a checkpoint compares all of it with these digests: `Checkpoint` does so with the small files when it is
+opened, and with the tensors as it reads them, those that nobody asks for included.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from skvr_dist.checkpoint.pieces import WEIGHTS
-from skvr_dist.checkpoint.storage import Index
+from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
+from skvr_dist.checkpoint.storage import INDEX_FILE, Index
 from skvr_dist.checkpoint.stored_config import StoredConfig
 from skvr_dist.errors import UserError
 from skvr_dist.model.decoder import Decoder
 
 CONFIG_FILE, FACTS_FILE, TOKENIZER_FILE, LATEST_FILE = "config.yaml", "checkpoint.json", "tokenizer.model", "latest"
 IMPORTED_TOKENIZER_FILE = "tokenizer.json"
+TENSORS_SUFFIX = ".distcp"
+ASIDE_FOLDER = "set-aside"
+"""Beside a run's checkpoints: those of a branch that it has left."""
 MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
 ORIGIN_FACTS = ("imported_from", "dequantized_from")
 """Facts about where weights came from, which a run hands on from those it starts with."""
@@ -61,12 +69,16 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def write_facts(partial: Path, *, config_text: str, facts: dict[str, Any], tokenizer: Path | None) -> None:
-    """Put what describes a checkpoint beside its tensors; on one rank."""
+def write_facts(partial: Path, *, config_text: str, facts: dict[str, Any], tokenizer: bytes | None) -> None:
+    """Put what describes a checkpoint beside its tensors; on one rank.
+
+    Args:
+        tokenizer: content of the tokenizer's one file (`Tokenizer.model`).
+    """
     (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
     (partial / FACTS_FILE).write_text(json.dumps({"format": FORMAT, **facts}, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+        (partial / TOKENIZER_FILE).write_bytes(tokenizer)
 
 
 def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
@@ -86,12 +98,32 @@ def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
     manifest = json.dumps({"files": files}, indent=1).encode()
     (partial / MANIFEST_FILE).write_bytes(manifest)
     (partial / DIGEST_FILE).write_bytes(hashlib.sha256(manifest).hexdigest().encode())
-    if final.exists():  # the run came by this step before; what is there is damaged, or it would have gone on from it
-        shutil.rmtree(final)
+    if final.exists():
+        set_aside(final)
     partial.rename(final)
-    pointer = final.parent / f"{LATEST_FILE}.partial"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    pointer.replace(final.parent / LATEST_FILE)
+    point_latest(final.parent)
+
+
+def point_latest(checkpoints: Path) -> None:
+    """Make `latest` name the newest checkpoint, or go if there is none."""
+    newest = next(iter(candidates(checkpoints)), None)
+    if newest is None:
+        (checkpoints / LATEST_FILE).unlink(missing_ok=True)
+        return
+    pointer = checkpoints / f"{LATEST_FILE}.partial"
+    pointer.write_text(newest.name + "\n", encoding="utf-8")
+    pointer.replace(checkpoints / LATEST_FILE)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Move a checkpoint to where no run goes on from it by itself; returns its new place."""
+    aside = checkpoint.parent / ASIDE_FOLDER
+    aside.mkdir(exist_ok=True)
+    target, number = aside / checkpoint.name, 1
+    while target.exists():
+        number += 1
+        target = aside / f"{checkpoint.name}.{number}"
+    return checkpoint.rename(target)
 
 
 def candidates(checkpoints: Path) -> list[Path]:
@@ -131,25 +163,20 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def damaged_files(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> list[str]:
-    """Those of the named files whose content is not what the manifest says."""
-    return [name for name in names if sha256_of(folder / name) != files[name]["sha256"]]
-
-
 class Checkpoint:
-    """A finished checkpoint, read in one process without a process group.
+    """A finished checkpoint. Nothing of it is handed out before it was compared with the manifest.
 
     Args:
-        path: the checkpoint's folder, or that of its run, which stands for the run's newest whole checkpoint.
-        verify: also compare the SHA-256 of every file.
+        path: the checkpoint's folder, or that of its run, which stands for the run's newest checkpoint.
+        verify: compare the tensors now, too, and not only as they are read.
 
     Raises:
-        UserError: nothing complete is there, or it is damaged.
+        UserError: nothing complete is there, or it is damaged; this names the file.
     """
 
     def __init__(self, path: str | Path, *, verify: bool = False) -> None:
         folder = Path(path)
-        if not (folder / FACTS_FILE).exists():
+        if not any((folder / name).exists() for name in (FACTS_FILE, MANIFEST_FILE)):
             found = candidates(folder / "checkpoints")
             if not found:
                 raise UserError(
@@ -158,11 +185,11 @@ class Checkpoint:
             folder = found[0]
         self.folder = folder
         self.files = read_manifest(folder)
-        if verify and (damaged := damaged_files(folder, self.files, self.files)):
-            raise UserError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed since it was written")
+        self._tensors_are_whole = False
         try:
-            self.config_text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-            self.facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+            content = {name: self._read(name) for name in self.files if not name.endswith(TENSORS_SUFFIX)}
+            self.config_text = content[CONFIG_FILE].decode()
+            self.facts: dict[str, Any] = json.loads(content[FACTS_FILE])
             if (written := self.facts["format"]) != FORMAT:
                 age, way_out = ("newer", "update skvr_dist") if written > FORMAT else ("older", "use its own release")
                 raise UserError(
@@ -171,11 +198,62 @@ class Checkpoint:
             self.config_tree: dict[str, Any] = yaml.safe_load(self.config_text)
             self.config = StoredConfig.model_validate(self.config_tree)
             self.model_config = self.config.model
-            self.index = Index(folder)
+            self.index = Index(folder, content[INDEX_FILE])
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, yaml.YAMLError, ValidationError) as error:
+        except OSError as error:
+            raise UserError(self._unreadable(error)) from None
+        except (ValueError, KeyError, yaml.YAMLError, ValidationError) as error:
             raise UserError(f"checkpoint {folder} is damaged ({' '.join(str(error).split())}); use another") from None
+        if verify:
+            damaged = [name for name, facts in self.files.items() if sha256_of(folder / name) != facts["sha256"]]
+            if damaged:
+                raise UserError(self._damage(damaged))
+            self._tensors_are_whole = True
+
+    def read(self, pieces: Pieces, group: dist.ProcessGroup) -> None:
+        """Fill pieces, whatever layout they were written by; collective over `group`.
+
+        All tensors are compared with their digests: those that any rank reads by who reads them, the others by the
+        ranks in turn.
+
+        Raises:
+            UserError: on all ranks: a tensor is missing or has another shape, or a file is damaged.
+        """
+        ranks = dist.get_world_size(group)
+        wanted: list[set[str]] = [set()] * ranks
+        dist.all_gather_object(wanted, set(pieces), group=group)
+        parts = self._comparisons(set().union(*wanted))
+
+        def compare_my_share() -> None:
+            for compare in parts[dist.get_rank(group) :: ranks]:
+                compare()
+
+        self.index.read_pieces(pieces, group, before=compare_my_share)
+
+    def _comparisons(self, wanted: set[str]) -> list[Callable[[], object]]:
+        """What else must be compared when some tensors are read whole: by calling all of these."""
+        if self.index.has_digests:
+            return [functools.partial(self.index.verify, name) for name in self.index.names() if name not in wanted]
+        return [functools.partial(self._compare, name) for name in self.files if name.endswith(TENSORS_SUFFIX)]
+
+    def _read(self, name: str) -> bytes:
+        """A small file, compared with the manifest."""
+        content = (self.folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.files[name]["sha256"]:
+            raise UserError(self._damage([name]))
+        return content
+
+    def _compare(self, name: str) -> None:
+        """A file of tensors with the manifest, whole."""
+        if sha256_of(self.folder / name) != self.files[name]["sha256"]:
+            raise UserError(self._damage([name]))
+
+    def _unreadable(self, error: OSError) -> str:
+        return f"checkpoint {self.folder} could not be read ({error.strerror}: {error.filename}); use another"
+
+    def _damage(self, names: Iterable[str]) -> str:
+        return f"checkpoint {self.folder} is damaged: {', '.join(names)} changed since it was written; use another"
 
     @property
     def step(self) -> int:
@@ -185,8 +263,8 @@ class Checkpoint:
     @property
     def tokenizer_file(self) -> Path | None:
         """What came along when it was imported, or the tokenizer of its data; None without one."""
-        files = [self.folder / name for name in (IMPORTED_TOKENIZER_FILE, TOKENIZER_FILE)]
-        return next((file for file in files if file.exists()), None)
+        names = [name for name in (IMPORTED_TOKENIZER_FILE, TOKENIZER_FILE) if name in self.files]
+        return self.folder / names[0] if names else None
 
     @property
     def is_trained(self) -> bool:
@@ -208,7 +286,21 @@ class Checkpoint:
         return [name.removeprefix(WEIGHTS) for name in self.index.names() if name.startswith(WEIGHTS)]
 
     def weight(self, name: str) -> Tensor:
-        """One whole weight, on the host, in the precision it was trained in."""
+        """One whole weight, on the host, in the precision it was trained in.
+
+        The first call also compares the tensors that are no weights: whoever goes through the weights has then seen a
+        checkpoint that is whole.
+
+        Raises:
+            UserError: there is none, or a file is damaged.
+        """
+        if not self._tensors_are_whole:
+            try:
+                for compare in self._comparisons({known for known in self.index.names() if known.startswith(WEIGHTS)}):
+                    compare()
+            except OSError as error:
+                raise UserError(self._unreadable(error)) from None
+            self._tensors_are_whole = True
         return self.index.read(WEIGHTS + name).to(self.weight_dtype(name))
 
     def weight_dtype(self, name: str) -> torch.dtype:

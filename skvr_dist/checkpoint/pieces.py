@@ -39,6 +39,13 @@ class Piece:
         """The same rectangle in memory of its own, on the host."""
         return Piece(self.shape, self.offsets, self.tensor.detach().to("cpu", copy=True))
 
+    def fill_from(self, larger: Piece) -> None:
+        """Take the elements from a rectangle of the same tensor that this one lies in."""
+        found = larger.tensor
+        for dim, (start, origin) in enumerate(zip(self.offsets, larger.offsets, strict=True)):
+            found = found.narrow(dim, start - origin, self.tensor.shape[dim])
+        self.tensor.copy_(found)
+
 
 @dataclass(frozen=True, eq=False)
 class LazyPiece(Piece):

@@ -29,7 +29,7 @@ class Saver:
     Args:
         checkpoints: the run's folder of checkpoints.
         config_text: the resolved configuration.
-        tokenizer: copied into each checkpoint.
+        tokenizer: content of its one file, which goes into each checkpoint.
         keep_last: newest checkpoints to keep.
         keep_every_steps: older ones to keep too; null keeps none.
         megabytes_per_second: that this rank writes until somebody waits for it; null for as fast as it can.
@@ -40,7 +40,7 @@ class Saver:
         checkpoints: Path,
         *,
         config_text: str,
-        tokenizer: Path | None,
+        tokenizer: bytes | None,
         keep_last: int,
         keep_every_steps: int | None,
         megabytes_per_second: float | None = None,

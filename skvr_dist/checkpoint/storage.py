@@ -4,6 +4,9 @@ Every tensor is stored whole, cut into the rectangles that the ranks held; any o
 from it. torch plans who writes and reads what. It would keep the index as a pickle, which could run anything when it is
 opened, and each rectangle as a zip file of its own. Here the index is JSON, and a file per rank holds the elements of
 its rectangles as they are in memory (little-endian): less work beside training, and nothing to unpickle.
+
+The index holds the SHA-256 of each rectangle by blocks, so whoever reads a part of a rectangle compares what it reads,
+and reads nothing twice for that.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -55,6 +58,19 @@ INDEX_FILE = "index.json"
 # Hashing and writing that much lets go of the interpreter, which training needs; and it fits into a cache.
 _BLOCK_BYTES = 1 << 20
 _SYNC_BYTES = 1 << 25
+_DIGEST_BYTES = 1 << 22
+"""Of a rectangle that share a digest; part of the format. The index grows by a 60,000th of what it describes."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where the bytes of a rectangle are."""
+
+    relative_path: str
+    offset: int
+    length: int
+    sha256: tuple[str, ...]
+    """Of each block of `_DIGEST_BYTES`, the last one shorter; empty where an older release wrote it."""
 
 
 def write_pieces(
@@ -84,58 +100,127 @@ def write_pieces(
         dcp.save(dict(pieces), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
     except (CheckpointException, OSError) as error:
         raise UserError(
-            f"checkpoint {folder} could not be written ({_first_cause(error)}); free space or rights"
+            f"checkpoint {folder} could not be written ({_in_words(_first_cause(error))}); free space or rights"
         ) from None
     return writer.digests
 
 
-def read_pieces(folder: Path, pieces: Pieces, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
-    """Read into the memory of pieces, whatever layout wrote them; collective over `group`, or `alone`.
-
-    Raises:
-        UserError: a tensor is missing, has another shape, or a file cannot be read.
-    """
-    try:
-        reader, planner = _Reader(folder), _PieceLoadPlanner(folder)
-        dcp.load(dict(pieces), storage_reader=reader, planner=planner, process_group=group, no_dist=alone)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        raise UserError(f"checkpoint {folder} could not be read ({_first_cause(error)}); use another one") from None
-
-
-def _first_cause(error: BaseException) -> str:
-    """In words; torch gathers the failures of all ranks in one exception."""
+def _first_cause(error: BaseException) -> BaseException:
+    """Torch gathers the failures of all ranks in one exception."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def _in_words(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
 class Index:
-    """What tensors a checkpoint holds: shapes and dtypes by name."""
+    """The tensors that a checkpoint holds. What is read of them is compared with its digest, if it has one.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.metadata = _read_index(folder)
+    Args:
+        folder: of the checkpoint.
+        content: of its index.
+    """
+
+    def __init__(self, folder: Path, content: bytes) -> None:
+        self.folder = folder
+        tensors: Mapping[str, Any] = json.loads(content)
+        self.described: dict[str, TensorStorageMetadata] = {}
+        self.stored: dict[MetadataIndex, _Stored] = {}
+        self.has_digests = True
+        """Whether every tensor has digests of its own; else only the manifest has some, of whole files."""
+        for name, tensor in tensors.items():
+            self.has_digests &= "sha256" in tensor
+            chunks, digests = [], tensor.get("sha256", [()] * len(tensor["chunks"]))
+            for (offsets, sizes, path, offset, length), blocks in zip(tensor["chunks"], digests, strict=True):
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                self.stored[MetadataIndex(name, torch.Size(offsets))] = _Stored(path, offset, length, tuple(blocks))
+            properties = TensorProperties(dtype=getattr(torch, tensor["dtype"]))
+            self.described[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
 
     def names(self) -> list[str]:
-        return sorted(self.metadata.state_dict_metadata)
+        return sorted(self.described)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensor(name).size)
+        return tuple(self.tensor(name).size)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensor(name).properties.dtype
+        return self.tensor(name).properties.dtype
+
+    def tensor(self, name: str) -> TensorStorageMetadata:
+        """Raises `UserError` if there is none."""
+        if name not in self.described:
+            raise UserError(f"checkpoint {self.folder} has no tensor {name}; it is one of another architecture")
+        return self.described[name]
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, on the host."""
+        """One whole tensor, on the host.
+
+        Raises:
+            UserError: as `read_pieces`.
+        """
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
-        read_pieces(self._folder, {name: [Piece(tuple(tensor.shape), (0,) * tensor.dim(), tensor)]}, alone=True)
+        self.read_pieces({name: [Piece(tuple(tensor.shape), (0,) * tensor.dim(), tensor)]})
         return tensor
 
-    def _tensor(self, name: str) -> TensorStorageMetadata:
-        found = self.metadata.state_dict_metadata.get(name)
-        if not isinstance(found, TensorStorageMetadata):
-            raise UserError(f"checkpoint {self._folder} has no tensor {name}; it is one of another architecture")
-        return found
+    def read_pieces(
+        self, pieces: Pieces, group: dist.ProcessGroup | None = None, *, before: Callable[[], None] = lambda: None
+    ) -> None:
+        """Read into the memory of pieces, whatever layout wrote them; collective over `group`, None for one process.
+
+        Args:
+            before: called first on each rank; what it raises is raised on all.
+
+        Raises:
+            UserError: a tensor is missing or has another shape, or a file cannot be read or was changed.
+        """
+        reader, planner = _Reader(self, before), _PieceLoadPlanner(self)
+        try:
+            dcp.load(dict(pieces), storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+        except (CheckpointException, OSError) as error:
+            cause = _first_cause(error)
+            if isinstance(cause, UserError):  # whichever rank met it
+                raise UserError(str(cause)) from None
+            raise UserError(f"checkpoint {self.folder} could not be read ({_in_words(cause)}); use another") from None
+
+    def verify(self, name: str) -> None:
+        """Compare a whole tensor with its digests.
+
+        Raises:
+            OSError: a file cannot be read.
+            UserError: it was changed.
+        """
+        for chunk in self.tensor(name).chunks:
+            stored = self.stored[MetadataIndex(name, chunk.offsets)]
+            with (self.folder / stored.relative_path).open("rb") as file:
+                for start in range(0, stored.length, _DIGEST_BYTES):
+                    self.read_bytes(file, name, stored, start, min(start + _DIGEST_BYTES, stored.length))
+
+    def read_bytes(self, file: io.BufferedReader, name: str, stored: _Stored, start: int, stop: int) -> Tensor:
+        """Bytes `start` to `stop` of a rectangle of a tensor, uint8; the blocks that they lie in are compared.
+
+        Raises:
+            OSError: the file cannot be read, or ends there.
+            UserError: it was changed.
+        """
+        first, last = start, stop
+        if stored.sha256:
+            first, last = start - start % _DIGEST_BYTES, min(-(-stop // _DIGEST_BYTES) * _DIGEST_BYTES, stored.length)
+        content = torch.empty(last - first, dtype=torch.uint8)
+        held: NDArray[np.uint8] = content.numpy()
+        file.seek(stored.offset + first)
+        if file.readinto(held.data) != len(held):
+            raise OSError(None, f"ends within tensor {name}", file.name)
+        for begin in range(0, len(held) if stored.sha256 else 0, _DIGEST_BYTES):
+            block = held[begin : begin + _DIGEST_BYTES]
+            if hashlib.sha256(block.data).hexdigest() != stored.sha256[(first + begin) // _DIGEST_BYTES]:
+                raise UserError(
+                    f"checkpoint {self.folder} is damaged: {stored.relative_path} changed since it was written (within "
+                    f"tensor {name}); use another"
+                )
+        return content[start - first : stop - first]
 
 
 class _PieceSavePlanner(SavePlanner):
@@ -180,25 +265,21 @@ def _write_item(name: str, piece: Piece) -> WriteItem:
 class _PieceLoadPlanner(LoadPlanner):
     """Plans the reads that fill every piece."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, index: Index) -> None:
+        self._index = index
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        assert metadata is not None
         self._pieces: Pieces = state_dict
-        self._metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
         for name, held in self._pieces.items():
-            stored = self._metadata.state_dict_metadata.get(name)
-            if not isinstance(stored, TensorStorageMetadata):
-                raise UserError(f"checkpoint {self._folder} has no tensor {name}; it is one of another architecture")
+            stored = self._index.tensor(name)
             wrong = next((piece for piece in held if tuple(stored.size) != piece.shape), None)
             if wrong is not None:
                 raise UserError(
-                    f"tensor {name} has shape {list(stored.size)} in {self._folder}, but {list(wrong.shape)} in this "
-                    f"configuration; use the model section of the checkpoint's config.yaml"
+                    f"tensor {name} has shape {list(stored.size)} in {self._index.folder}, but {list(wrong.shape)} in "
+                    f"this configuration; use the model section of the checkpoint's config.yaml"
                 )
             chunks = [ChunkStorageMetadata(torch.Size(piece.offsets), piece.tensor.size()) for piece in held]
             items += create_read_items_for_chunk_list(name, stored, chunks)
@@ -244,9 +325,12 @@ class _Writer(FileSystemWriter):
                 assert rectangle.shape == item.tensor_data.chunk.sizes
                 elements = rectangle.detach().cpu().contiguous().reshape(-1)
                 content: NDArray[np.uint8] = elements.view(torch.uint8).numpy()
-                place = _StorageInfo(name, file.tell(), len(content))
+                offset, blocks = file.tell(), []
                 for start in range(0, len(content), _BLOCK_BYTES):
                     block = content[start : start + _BLOCK_BYTES]
+                    if start % _DIGEST_BYTES == 0:
+                        blocks.append(hashlib.sha256())
+                    blocks[-1].update(block.data)
                     digest.update(block.data)
                     file.write(block.data)
                     unsynced += len(block)
@@ -254,6 +338,7 @@ class _Writer(FileSystemWriter):
                         os.fdatasync(file.fileno())
                         unsynced = 0
                     self._pause(len(block))
+                place = _Stored(name, offset, len(content), tuple(block.hexdigest() for block in blocks))
                 results.append(WriteResult(index=item.index, size_in_bytes=len(content), storage_data=place))
             file.flush()
             os.fsync(file.fileno())
@@ -267,32 +352,35 @@ class _Writer(FileSystemWriter):
         tensors: dict[str, Any] = {}
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)
-            chunks = []
+            chunks, digests = [], []
             for chunk in tensor.chunks:
                 place = stored[MetadataIndex(name, chunk.offsets)]
                 chunks.append([list(chunk.offsets), list(chunk.sizes), place.relative_path, place.offset, place.length])
+                digests.append(place.sha256)
             dtype = str(tensor.properties.dtype).removeprefix("torch.")
-            tensors[name] = {"shape": list(tensor.size), "dtype": dtype, "chunks": chunks}
+            tensors[name] = {"shape": list(tensor.size), "dtype": dtype, "chunks": chunks, "sha256": digests}
         (self._folder / INDEX_FILE).write_text(json.dumps(tensors), encoding="utf-8")
 
 
 class _Reader(FileSystemReader):
     """torch's reader of what `_Writer` wrote."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._folder = folder
+    def __init__(self, index: Index, before: Callable[[], None]) -> None:
+        super().__init__(index.folder)
+        self._index = index
+        self._before = before
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self._metadata = _read_index(self._folder)
-        return self._metadata
+        described: dict[str, Any] = dict(self._index.described)
+        return Metadata(described, storage_data=self._index.stored, storage_meta=StorageMeta())
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        self._before()
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
-            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+            by_file.setdefault(self._index.stored[item.storage_index].relative_path, []).append(item)
         for name, items in by_file.items():
-            with (self._folder / name).open("rb") as file:
+            with (self._index.folder / name).open("rb") as file:
                 for item in items:
                     planner.resolve_tensor(item).copy_(self._read(item, file))
         done: Future[None] = Future()
@@ -302,15 +390,12 @@ class _Reader(FileSystemReader):
     def _read(self, item: ReadItem, file: io.BufferedReader) -> Tensor:
         """What an item asks for of a stored rectangle, of which only the rows that it needs are read."""
         index = item.storage_index
-        described = self._metadata.state_dict_metadata[index.fqn]
-        assert isinstance(described, TensorStorageMetadata)
+        described, stored = self._index.tensor(index.fqn), self._index.stored[index]
         sizes = next(chunk.sizes for chunk in described.chunks if chunk.offsets == index.offset)
         first, count = (item.storage_offsets[0], item.lengths[0]) if sizes else (0, 1)
-        rows = torch.empty((count, *sizes[1:]), dtype=described.properties.dtype)
-        content: NDArray[np.uint8] = rows.reshape(-1).view(torch.uint8).numpy()
-        file.seek(self.storage_data[index].offset + first * (len(content) // count))
-        if file.readinto(content.data) != len(content):
-            raise OSError(f"{file.name} ends within tensor {index.fqn}")
+        row_bytes = stored.length // (sizes[0] if sizes else 1)
+        content = self._index.read_bytes(file, index.fqn, stored, first * row_bytes, (first + count) * row_bytes)
+        rows = content.view(described.properties.dtype).view(count, *sizes[1:])
         return _rectangle(rows if sizes else rows[0], (0, *item.storage_offsets[1:]), item.lengths)
 
 
@@ -318,17 +403,3 @@ def _rectangle(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -
     for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
         tensor = tensor.narrow(dim, start, length)
     return tensor
-
-
-def _read_index(folder: Path) -> Metadata:
-    tensors: Mapping[str, Any] = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    described: dict[str, Any] = {}
-    stored: dict[MetadataIndex, _StorageInfo] = {}
-    for name, tensor in tensors.items():
-        chunks = []
-        for offsets, sizes, path, offset, length in tensor["chunks"]:
-            chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            stored[MetadataIndex(name, torch.Size(offsets))] = _StorageInfo(path, offset, length)
-        properties = TensorProperties(dtype=getattr(torch, tensor["dtype"]))
-        described[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
-    return Metadata(described, storage_data=stored, storage_meta=StorageMeta())

@@ -25,8 +25,8 @@ from skvr_dist.errors import UserError
 _QUERY = "query_proj"
 _UNUSED = (".k_proj.", ".v_proj.", ".k_norm.")
 # What readers use of vLLM's attention, besides the arguments of its forward.
-_USED = ("qkv_proj", "o_proj", "rotary_emb", "hidden_size", "total_num_heads", "head_dim", "attn.layer_name")
-_USED += ("attn.kv_sharing_target_layer_name", "attn.impl.kv_sharing_target_layer_name")
+_USED = ["qkv_proj", "o_proj", "rotary_emb", "hidden_size", "total_num_heads", "head_dim", "attn.layer_name"]
+_USED += ["attn.kv_sharing_target_layer_name", "attn.impl.kv_sharing_target_layer_name"]
 _ARGUMENTS = ["self", "positions", "hidden_states"]
 
 

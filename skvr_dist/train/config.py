@@ -52,7 +52,9 @@ class TrainConfig(Section):
     log_every_steps: int = Field(default=1, gt=0)
     """Steps between console lines; TensorBoard and metrics.jsonl get every step."""
     resume: str = "auto"
-    """`auto` goes on from the run's newest whole checkpoint if it has one, `never` starts afresh; else a checkpoint."""
+    """`auto` goes on from the run's newest whole checkpoint if it has one, `never` starts afresh; else a checkpoint.
+
+    A command that names a checkpoint and is started again goes on from what it has saved since."""
     initial_weights: str | None = None
     """A checkpoint (or an imported model) whose weights a new run starts from; null draws them."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +17,12 @@ from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
+from skvr_dist.data.tokenizer import Tokenizer
 from skvr_dist.errors import RunInterrupted
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
-from skvr_dist.parallel.launcher import announced_world_size, start_process_group
+from skvr_dist.parallel.launcher import announced_rank, announced_world_size, start_process_group
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.partition import stage_bounds
 from skvr_dist.parallel.partitions import state_to_save
@@ -31,8 +33,9 @@ from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.interrupt import InterruptListener
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.optimizer import build_optimizer, build_scheduler
-from skvr_dist.train.resume import choose, load_state, load_weights, look_ahead, place_of, require_fits
-from skvr_dist.train.run_folder import RunFolder, software_versions
+from skvr_dist.train.resume import follow, load_weights, look_ahead, place_of, resume
+from skvr_dist.train.run_folder import RunFolder, read_run, software_versions, wait_for_run_id, write_run
+from skvr_dist.train.run_lock import RunLock
 
 
 def pretrain(config: Config) -> None:
@@ -40,25 +43,22 @@ def pretrain(config: Config) -> None:
     inputs = open_inputs(config, announced_world_size())
     fingerprint = inputs.sequences.fingerprint()
     look_ahead(config, fingerprint)
-    start_process_group(timedelta(seconds=config.parallel.timeout_seconds))
+    join_run(config)
     mesh = Mesh.build(config.parallel, config.model)
     sections = {f"section {name}": section for name, section in config.model_dump().items()}
     mesh.require_same({"data": fingerprint, **sections})
     run = RunFolder(config, mesh.rank)
     log = run.start_log()
-    resumed, left_out = choose(config, mesh)
-    if resumed:
-        require_fits(resumed, config, fingerprint)
-    first_step = resumed.step if resumed else 0
-    origin = resumed.origin if resumed else {}
-    with run.quiet():
+    with run.quiet(), naming_the_operation(mesh, "reading the checkpoint"):
         engine = build_engine(config, mesh)
-        if resumed:
-            load_state(engine, resumed)
-        elif config.train.initial_weights:
+        resumed, left_out = resume(engine, config, fingerprint)
+        origin = resumed.origin if resumed else {}
+        if not resumed and config.train.initial_weights:
             initial = Checkpoint(config.train.initial_weights)
             load_weights(engine, initial)
             origin = initial.origin
+    first_step = resumed.step if resumed else 0
+    aside = follow(config, resumed) if mesh.rank == 0 else []
     saver = build_saver(config, run)
     plans = plan_stream(config, mesh, first_step)
     batches = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
@@ -70,6 +70,8 @@ def pretrain(config: Config) -> None:
     describe_start(config, mesh, run, reporter, resumed)
     for problem in left_out:
         reporter.say(f"{problem} (left out)")
+    for path in aside:
+        reporter.say(f"set aside: {path}")
     interrupts = InterruptListener(mesh)
     interrupted = None
 
@@ -127,6 +129,22 @@ def pretrain(config: Config) -> None:
         )
         log.info(sentence)
         raise RunInterrupted(sentence)
+
+
+def join_run(config: Config) -> None:
+    """Lock the run's folder, on rank 0, and join the other ranks of the run.
+
+    Raises:
+        UserError: another run is in the folder.
+    """
+    output, seconds = Path(config.train.output_dir), config.parallel.timeout_seconds
+    if announced_rank() == 0:
+        run = read_run(output).get("id") or uuid.uuid4().hex
+        RunLock(output, run)
+        write_run(output, id=run)
+    else:
+        run = wait_for_run_id(output, seconds)
+    start_process_group(timedelta(seconds=seconds), run)
 
 
 def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
@@ -205,7 +223,7 @@ def build_saver(config: Config, run: RunFolder) -> Saver:
     return Saver(
         run.checkpoints,
         config_text=config.to_yaml(),
-        tokenizer=Path(config.data.tokenizer),
+        tokenizer=Tokenizer.load(config.data.tokenizer).model,
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=config.checkpoint.keep_every_steps,
         megabytes_per_second=config.checkpoint.megabytes_per_second,

@@ -7,15 +7,29 @@ from typing import Any
 
 import torch.distributed as dist
 
-from skvr_dist.checkpoint.folder import Checkpoint, candidates, damaged_files
-from skvr_dist.checkpoint.pieces import WEIGHTS
-from skvr_dist.checkpoint.storage import read_pieces
+from skvr_dist.checkpoint.folder import Checkpoint, candidates, point_latest, set_aside
+from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
 from skvr_dist.errors import UserError
+from skvr_dist.model.config import ModelConfig
 from skvr_dist.parallel.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.partitions import adam_steps, state_to_load, take_parameters, whole_parameters
 from skvr_dist.train.config import Config
 from skvr_dist.train.optimizer import go_on_from
+from skvr_dist.train.run_folder import read_run, write_run
+
+_WEIGHTS_DEPEND_ON = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "qk_norm",
+    "attention_bias",
+    "tie_word_embeddings",
+)
 
 
 def resumable(config: Config) -> list[Path]:
@@ -24,12 +38,14 @@ def resumable(config: Config) -> list[Path]:
     Raises:
         UserError: `never`, where checkpoints are.
     """
-    output = Path(config.train.output_dir)
+    output, asked = Path(config.train.output_dir), config.train.resume
     found = candidates(output / "checkpoints")
-    if config.train.resume == "auto":
+    if asked == "auto":
         return found
-    if config.train.resume != "never":
-        return [Path(config.train.resume)]
+    if asked != "never":
+        # The command that was interrupted is started again: what it has trained since is better.
+        goes_on = read_run(output).get("resume") == _as_noted(asked)
+        return [*found, Path(asked)] if goes_on else [Path(asked)]
     if found:
         raise UserError(
             f"train.resume is never, but {output} already holds checkpoints; use another train.output_dir or "
@@ -38,60 +54,100 @@ def resumable(config: Config) -> list[Path]:
     return []
 
 
+def follow(config: Config, resumed: Checkpoint | None) -> list[Path]:
+    """Make what a run goes on from the newest in its folder, and note what it was told; on one rank.
+
+    Newer checkpoints, and all of them if it goes on from elsewhere, are of another training: they are set aside.
+
+    Returns:
+        where those are now.
+
+    Raises:
+        UserError: they cannot be moved.
+    """
+    output, asked = Path(config.train.output_dir), config.train.resume
+    checkpoints = output / "checkpoints"
+    try:
+        left = []
+        for path in candidates(checkpoints):
+            if resumed is not None and path.resolve() == resumed.folder.resolve():
+                break
+            left.append(set_aside(path))
+        if checkpoints.exists():
+            point_latest(checkpoints)
+        write_run(output, resume=asked if asked in ("auto", "never") else _as_noted(asked))
+    except OSError as error:
+        raise UserError(
+            f"newer checkpoints in {checkpoints} cannot be set aside ({error.strerror}: {error.filename}); give rights"
+        ) from None
+    return left
+
+
+def _as_noted(checkpoint: str) -> str:
+    return str(Path(checkpoint).resolve())
+
+
 def look_ahead(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint that a run would go on from, as far as one process can tell without reading its tensors.
 
     Raises:
-        UserError: it does not fit the configuration; or the weights of a new run are no checkpoint.
+        UserError: none is left, or it does not fit the configuration; or the initial weights of a new run do not.
     """
+    problems = []
     for path in resumable(config):
         try:
             checkpoint = Checkpoint(path)
-        except UserError:
-            if config.train.resume != "auto":
-                raise
+        except UserError as error:
+            problems.append(str(error))
             continue
         require_fits(checkpoint, config, data_fingerprint)
         return checkpoint
+    _require_one(problems)
     if config.train.initial_weights:
-        Checkpoint(config.train.initial_weights)
+        require_weights_fit(Checkpoint(config.train.initial_weights), config.model)
     return None
 
 
-def choose(config: Config, mesh: Mesh) -> tuple[Checkpoint | None, list[str]]:
-    """The first whole one of `resumable`, None to start afresh; collective.
+def _require_one(problems: list[str]) -> None:
+    """A run never starts afresh where it had begun."""
+    if problems:
+        raise UserError(f"no checkpoint is left to go on from: {'; '.join(problems)}")
 
-    The ranks share the reading: every byte is compared with the manifest once.
+
+def resume(
+    engine: RoutedPipelineEngine, config: Config, data_fingerprint: dict[str, Any]
+) -> tuple[Checkpoint | None, list[str]]:
+    """Load the first whole one of `resumable` into the engine, None to start afresh; collective.
 
     Returns:
         it, and what is wrong with those that were left out.
 
     Raises:
-        UserError: the one that was asked for is damaged, or all are. A run never starts afresh where it had begun.
+        UserError: it does not fit the configuration, or all are damaged.
     """
+    mesh = engine.mesh
     paths = resumable(config)
     mesh.require_same({"checkpoints": [path.name for path in paths]})
     problems: list[str] = []
     for path in paths:
-        checkpoint, problem = _verified(path, mesh)
-        if problem is None:
-            return checkpoint, problems
-        problems.append(problem)
-    if problems:
-        raise UserError(f"no checkpoint is left to go on from: {'; '.join(problems)}")
+        checkpoint, problem = _opened(path, mesh)
+        if checkpoint and problem is None:
+            require_fits(checkpoint, config, data_fingerprint)
+            try:
+                load_state(engine, checkpoint)
+                return checkpoint, problems
+            except UserError as error:  # the same one on all ranks; what was loaded is overwritten by the next
+                problem = str(error)
+        problems.append(str(problem))
+    _require_one(problems)
     return None, []
 
 
-def _verified(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
-    """A checkpoint, or what is wrong with it, as all ranks together see it."""
+def _opened(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
+    """A checkpoint, or what is wrong with it on any rank; collective."""
     checkpoint, problem = None, None
     try:
         checkpoint = Checkpoint(path)
-        damaged = damaged_files(
-            checkpoint.folder, checkpoint.files, list(checkpoint.files)[mesh.rank :: mesh.world_size]
-        )
-        if damaged:
-            problem = f"checkpoint {checkpoint.folder} is damaged: {', '.join(damaged)} changed since it was written"
     except UserError as error:
         problem = str(error)
     seen: list[str | None] = [None] * mesh.world_size
@@ -125,6 +181,23 @@ def require_fits(checkpoint: Checkpoint, config: Config, data_fingerprint: dict[
         _require_same_data(checkpoint, data_fingerprint)
 
 
+def require_weights_fit(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Hold initial weights against the decoder that is to start from them.
+
+    The attention kernel, positions and the norms' epsilon may change: they have no weights.
+
+    Raises:
+        UserError: they are of another shape.
+    """
+    for key in _WEIGHTS_DEPEND_ON:
+        stored, asked = getattr(checkpoint.model_config, key), getattr(model, key)
+        if stored != asked:
+            raise UserError(
+                f"initial weights {checkpoint.folder} have model.{key} {stored}, the configuration {asked}; give the "
+                f"checkpoint's own value or other weights"
+            )
+
+
 def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:
     """Refuse data with which the checkpoint's place in it would mean another one."""
     trained = checkpoint.facts["data_fingerprint"]
@@ -155,10 +228,12 @@ def place_of(engine: RoutedPipelineEngine, step: int) -> dict[str, Any]:
 
 
 def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
-    """Weights, moments and place in the schedule, from a checkpoint of any layout; collective."""
-    group = engine.mesh.host_group
-    read_pieces(checkpoint.folder, state_to_load(engine, checkpoint.facts["adam_steps"]), group)
-    _load_parameters(engine, checkpoint.folder)
+    """Weights, moments and place in the schedule, from a checkpoint of any layout; collective.
+
+    Raises:
+        UserError: on all ranks: it is of another architecture, or damaged.
+    """
+    _load(engine, checkpoint, state_to_load(engine, checkpoint.facts["adam_steps"]))
     engine.global_steps = checkpoint.step
     engine.guard.load_state(checkpoint.facts["guard"])
     go_on_from(engine.lr_scheduler, checkpoint.step)
@@ -168,15 +243,17 @@ def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
     """Weights alone, as a new run's start; collective.
 
     Raises:
-        UserError: they are of another architecture.
+        UserError: on all ranks: they are of another architecture, or the checkpoint is damaged.
     """
+    require_weights_fit(checkpoint, engine.stage.model_config)
     state = state_to_load(engine, adam_steps=0)
-    weights = {name: pieces for name, pieces in state.items() if name.startswith(WEIGHTS)}
-    read_pieces(checkpoint.folder, weights, engine.mesh.host_group)
-    _load_parameters(engine, checkpoint.folder)
+    _load(engine, checkpoint, {name: pieces for name, pieces in state.items() if name.startswith(WEIGHTS)})
 
 
-def _load_parameters(engine: RoutedPipelineEngine, folder: Path) -> None:
+def _load(engine: RoutedPipelineEngine, checkpoint: Checkpoint, state: Pieces) -> None:
     whole = whole_parameters(engine)
-    read_pieces(folder, whole, engine.mesh.host_group)
+    checkpoint.read({**state, **whole}, engine.mesh.host_group)
+    for name, parameters in whole.items():  # the masters lie in them, and need not be read again
+        for master in state.get(name, []):
+            master.fill_from(parameters[0])
     take_parameters(engine, whole)

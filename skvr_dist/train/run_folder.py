@@ -1,5 +1,7 @@
 """The folder of a run: everything it writes lies in here.
 
+run.json          the run's id, and what it was last told to go on from
+lock/             who writes here (`skvr_dist.train.run_lock`)
 config.yaml       the resolved configuration
 versions.json     the software, the command and the layout
 metrics.jsonl     one record per logged step or evaluation
@@ -14,14 +16,18 @@ import contextlib
 import json
 import logging
 import platform
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from skvr_dist.errors import UserError
 from skvr_dist.train.config import Config
 
+RUN_FILE = "run.json"
 _PACKAGES = ("skvr-dist", "torch", "deepspeed", "transformers", "webdataset", "sentencepiece", "numpy")
 
 
@@ -69,6 +75,44 @@ class RunFolder:
         """Send what libraries print, rather than log, to this rank's log file."""
         with self._log_file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             yield
+
+
+def wait_for_run_id(output: Path, seconds: float) -> str:
+    """The id that a folder's run keeps, however often it is started; on ranks other than the first, which makes it.
+
+    Raises:
+        UserError: it does not appear.
+    """
+    deadline = time.monotonic() + seconds
+    while not (known := read_run(output).get("id")):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"host {socket.gethostname()} sees no {output / RUN_FILE} of rank 0 after {seconds:.0f} s; give a "
+                f"train.output_dir on a file system that all hosts share"
+            )
+        time.sleep(0.1)
+    return str(known)
+
+
+def read_run(output: Path) -> dict[str, Any]:
+    """What `write_run` noted of a run; empty if there is nothing."""
+    try:
+        noted: dict[str, Any] = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{output / RUN_FILE} is damaged ({error}); remove it") from None
+    return noted
+
+
+def write_run(output: Path, **facts: Any) -> None:
+    """Note facts of a run, beside those that are noted already; on one rank."""
+    known = read_run(output)
+    if facts.items() <= known.items():
+        return
+    partial = output / f"{RUN_FILE}.partial"
+    partial.write_text(json.dumps({**known, **facts}, indent=2) + "\n", encoding="utf-8")
+    partial.replace(output / RUN_FILE)
 
 
 def software_versions() -> dict[str, str]:

@@ -1,0 +1,209 @@
+"""One run per folder: a lock that the hosts of a shared file system respect, and that no dead process holds.
+
+    lock/00000001.json      who holds it: host, process, since when, the run; and a beat that goes on while it lives
+
+The file with the highest number counts. Its holder rewrites it every few seconds; whoever wants the lock and shares
+the holder's process numbers looks for the process, and otherwise watches whether the beat moves: no clock of two hosts
+is compared. Who finds the holder gone makes the next number, which the file system gives to one of several only. So a
+process that is killed leaves nothing that must be cleaned up.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from skvr_dist.errors import EXIT_USAGE, UserError
+
+LOCK_FOLDER = "lock"
+_BEAT_SECONDS = 2.0
+# A file system that many hosts write to may stand still for a while.
+_PATIENCE_SECONDS = 30.0
+_LOOK_SECONDS = 0.2
+
+
+class RunLock:
+    """The right to write to a run's folder, from its construction to the end of the process or `release`.
+
+    Args:
+        folder: of the run; it may not exist yet.
+        run: the run's id, for people.
+        beat_seconds: between signs of life.
+        patience_seconds: without a sign of life of a holder on another host, after which it is taken for dead.
+
+    Raises:
+        UserError: another process holds it; or nothing can be written there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        *,
+        beat_seconds: float = _BEAT_SECONDS,
+        patience_seconds: float = _PATIENCE_SECONDS,
+    ) -> None:
+        self._run_folder, self._folder = folder, folder / LOCK_FOLDER
+        self._beat_seconds, self._patience_seconds = beat_seconds, patience_seconds
+        self._record: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "run": run,
+            "processes": _process_space(),
+            "process_start": _process_start(os.getpid()),
+            "state": "held",
+        }
+        self._beats = 0
+        self._ended = threading.Event()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._number = self._take()
+        except OSError as error:
+            raise UserError(
+                f"cannot lock {folder} ({error.strerror}: {error.filename}); give train.output_dir space, rights and a "
+                f"file system that all hosts share"
+            ) from None
+        # After the threads that write checkpoints have ended: what they write is written under the lock.
+        atexit.register(self.release)
+        self._thread = threading.Thread(target=self._live, name="run lock", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Let others have it."""
+        atexit.unregister(self.release)
+        if not self._ended.is_set():
+            self._ended.set()
+            self._thread.join()
+            self._record["state"] = "free"
+            with contextlib.suppress(OSError):
+                self._write("r+b")
+
+    def _take(self) -> int:
+        while True:
+            last = _newest(self._folder)
+            if last:
+                self._require_free(last)
+            self._number = last + 1
+            try:
+                self._write("xb")  # for one process only, on any host
+            except FileExistsError:
+                continue
+            if _newest(self._folder) == self._number:
+                for number in _numbers(self._folder):
+                    if number < self._number:
+                        self._file(number).unlink(missing_ok=True)
+                return self._number
+            self._file(self._number).unlink(missing_ok=True)  # others came and went since `last` was read
+
+    def _require_free(self, number: int) -> None:
+        """Return when the holder is found gone.
+
+        Raises:
+            UserError: it lives.
+        """
+        found = self._read(number)
+        deadline, watched = time.monotonic() + self._patience_seconds, False
+        while True:
+            holder = _parsed(found)
+            if holder.get("state") == "free":
+                return
+            if holder and holder["processes"] and holder["processes"] == self._record["processes"]:
+                if _process_start(holder["pid"]) != holder["process_start"]:
+                    return
+                raise UserError(self._refusal(holder))
+            if time.monotonic() > deadline:
+                return
+            if not watched and holder:
+                watched = True
+                print(
+                    f"{self._run_folder} was in use by process {holder['pid']} on {holder['host']}; waiting up to "
+                    f"{self._patience_seconds:.0f} s for a sign of life",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            time.sleep(_LOOK_SECONDS)
+            before, found = found, self._read(number)
+            if found != before and _parsed(before) and _parsed(found).get("state") == "held":
+                raise UserError(self._refusal(_parsed(found)))
+
+    def _refusal(self, holder: dict[str, Any]) -> str:
+        return (
+            f"{self._run_folder} is in use: process {holder['pid']} on {holder['host']} trains run {holder['run']} "
+            f"there since {holder['since']}; wait for its end, end it, or give another train.output_dir"
+        )
+
+    def _live(self) -> None:
+        while not self._ended.wait(self._beat_seconds):
+            with contextlib.suppress(OSError):  # the file system may come back
+                newest = _newest(self._folder)
+                if newest > self._number:
+                    print(
+                        f"error: another process has taken {self._run_folder} over while this one stood still; it "
+                        f"ends, so that the two do not write to one folder",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(EXIT_USAGE)
+                self._beats += 1
+                self._write("r+b")
+
+    def _write(self, mode: str) -> None:
+        """As long as before, so that a reader never finds a mixture of two lengths."""
+        content = json.dumps({**self._record, "beat": f"{self._beats:012d}"}).encode()
+        with self._file(self._number).open(mode) as file:
+            file.write(content)
+
+    def _read(self, number: int) -> bytes:
+        """Empty where it is gone: its holder has lost it to others."""
+        try:
+            return self._file(number).read_bytes()
+        except FileNotFoundError:
+            return b'{"state": "free"}'
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"{number:08d}.json"
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """Nothing while it is being written."""
+    try:
+        parsed: dict[str, Any] = json.loads(content)
+    except ValueError:
+        return {}
+    return parsed
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(file.stem) for file in folder.glob("*.json")]
+
+
+def _newest(folder: Path) -> int:
+    return max(_numbers(folder), default=0)
+
+
+def _process_space() -> str:
+    """What two processes share that have the same process numbers: one boot of one host, and no container between."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _process_start(pid: int) -> str:
+    """Tells a process from a later one of the same number; empty if there is none, or only its exit code is left."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]
