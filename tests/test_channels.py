@@ -212,7 +212,9 @@ def train_in_both_orders(layout: str) -> list[dict[str, Tensor]]:
     for order in (sends_first, iter):
         engine_module.sends_first = order  # type: ignore[assignment]
         result = run_case(Case(layout, tied=True))
-        held = {f"{kind}.{name}": t for kind in ("gradients", "weights") for name, (_, t) in vars(result)[kind].items()}
+        held = {f"weights.{name}": tensor for name, (_, tensor) in result.weights.items()}
+        for step, gradients in enumerate(result.gradients):
+            held |= {f"gradients.{step}.{name}": tensor for name, (_, tensor) in gradients.items()}
         results.append({**held, "losses": torch.tensor(result.losses), "norms": torch.tensor(result.norms)})
     return results
 

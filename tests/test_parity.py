@@ -73,7 +73,9 @@ def test_bf16_follows_fp32_and_keeps_its_state_in_fp32(layout: str) -> None:
         assert {tensor.dtype for _, tensor in result.weights.values()} == {torch.bfloat16}
         assert {tensor.dtype for _, tensor in result.gradients[0].values()} == {torch.float32}
         if layout.endswith("ZeRO-1"):  # they were added up in fp32, over replicas too
-            assert all(not torch.equal(g, g.bfloat16().float()) for _, g in result.gradients[0].values())
+            read_once = ("k_proj", "v_proj", "k_norm")  # by a single micro-batch: then there is nothing to add up
+            summed = [g for name, (_, g) in result.gradients[0].items() if not any(part in name for part in read_once)]
+            assert len(summed) > 10 and all(not torch.equal(g, g.bfloat16().float()) for g in summed)
         assert result.state_dtypes == {torch.float32}
     require_ok([compare(case, results)])
 
