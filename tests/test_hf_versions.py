@@ -6,11 +6,8 @@ These tests run with the locked versions and with the newest ones (`make test-ne
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,8 @@ import torch
 import transformers
 from hf_models import STRATEGIES, prompts, random_weights, reference_tokens, routed_model, shape_of
 from packaging.version import Version
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, dynamic_module_utils
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from skvr_dist.errors import UserError
@@ -188,40 +186,38 @@ def export_of(folder: Path) -> Path:
     return folder
 
 
-DECODE = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, kv_profile="half")
-prompt = torch.arange(1, 13)[None]
-options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-print(found[0, 12:].tolist())
-assert not [name for name in sys.modules if name.startswith("skvr_dist")]
-"""
+@pytest.fixture(scope="module", autouse=True)
+def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers copies the code of exports to."""
+    folder = tmp_path_factory.mktemp("modules")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        patch.syspath_prepend(folder)
+        yield
+
+
+def decode(folder: Path) -> list[int]:
+    """Eight tokens by the code inside an export, which transformers loads from a copy of it."""
+    model_class = get_class_from_dynamic_module("modeling_skvr.Qwen3ForCausalLM", str(folder))
+    assert not model_class.__module__.startswith("skvr_dist")
+    model, prompt = model_class.from_pretrained(folder, kv_profile="half"), torch.arange(1, 13)[None]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, 12:].tolist()
 
 
 def test_old_code_of_an_export_is_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Code that loses the cache, as that of version 0.1.0 does from transformers 5.24 on."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     folder = export_of(tmp_path / "out")
     code = folder / "modeling_skvr.py"
     today, forget = code.read_text(), "take_cache = lambda given, kwargs: kwargs.pop(CACHE, None) and None\n"
     code.write_text(today + forget)
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file != code}
 
-    def decode() -> list[int]:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-        done = subprocess.run(
-            [sys.executable, "-c", DECODE, folder], env=environment, cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
     prompt = torch.arange(1, 13)[None]
     wanted = reference_tokens(CONFIG, STRATEGIES["every:2"], prompt, 8)[0, 12:].tolist()
-    assert decode() != wanted
+    assert decode(folder) != wanted
     monkeypatch.setattr("sys.argv", ["update_export.py", str(folder), "--json", str(tmp_path / "figures.json")])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(Path(__file__).parents[1] / "tools/update_export.py"), run_name="__main__")
@@ -232,11 +228,10 @@ def test_old_code_of_an_export_is_replaced(
     assert list(figures["logit_differences"]) == ["full", "every:2", "prefix:4", "half"]
     assert code.read_text() == today
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file != code} == before
-    assert decode() == wanted
+    assert decode(folder) == wanted
 
 
-def test_code_is_not_replaced_where_the_model_would_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+def test_code_is_not_replaced_where_the_model_would_change(tmp_path: Path) -> None:
     folder = export_of(tmp_path / "out")
     code = folder / "configuration_skvr.py"
     for change, failure in (
