@@ -54,7 +54,7 @@ $(QUICKSTART)/hf/config.json: $(QUICKSTART)/routed/finished
 # Two processes run the tests; with several threads each they would fight for the cores.
 test: export OMP_NUM_THREADS := 1
 test: env lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # The newest versions that pyproject.toml allows, PyTorch held: what they break is known before users meet it.
 NEWEST_VENV ?= .venv-newest
@@ -72,7 +72,7 @@ FOREIGN := tests/test_hf_versions.py tests/test_hf_generate.py tests/test_hf_mod
 FOREIGN_CASES := not test_parity and not test_checkpoint or quick_matrix and PP2xDP2 and not TP2x or in_any_other and single
 test-newest: export OMP_NUM_THREADS := 1
 test-newest: newest-env
-	$(NEWEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup $(FOREIGN) -k "$(FOREIGN_CASES)"
+	$(NEWEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(FOREIGN) -k "$(FOREIGN_CASES)"
 
 # vLLM for the CPU pins libraries of its own, so it has an environment of its own.
 SERVE_VENV ?= .venv-serve

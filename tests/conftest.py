@@ -15,3 +15,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # The matrix is the longest module, and its layouts share nothing.
         group = item.name if module == "test_parity" else "launchers" if module in _ALONE else module
         item.add_marker(pytest.mark.xdist_group(group))
+    # The longest first, so that no process ends up with them alone; with --no-loadscope-reorder the order is kept.
+    items.sort(key=lambda item: item.path.stem not in _ALONE)
