@@ -25,6 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from skvr_dist.errors import EXIT_MISSED, UserError, run_command
+from skvr_dist.files import write_whole
 from skvr_dist.parallel.support import support_matrix
 from skvr_dist.parity.cases import full_matrix, quick_matrix
 from skvr_dist.parity.compare import Outcome
@@ -70,9 +71,7 @@ def main() -> int:
         if outcome.misses:  # not only in the table, which a long run prints at its end
             tqdm.write(f"out of tolerance: {', '.join(outcome.misses)} of {outcome.case.name}")
         if args.json:
-            partial = args.json.with_name(args.json.name + ".partial")  # a run that is killed leaves the last whole one
-            partial.write_text(json.dumps(as_json(outcomes), indent=2) + "\n", encoding="utf-8")
-            partial.replace(args.json)
+            write_whole(args.json, json.dumps(as_json(outcomes), indent=2) + "\n")
     print(as_table(outcomes))
     missed = [outcome for outcome in outcomes if outcome.misses]
     minutes = (time.perf_counter() - started) / 60

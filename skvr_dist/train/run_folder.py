@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from skvr_dist.errors import UserError
+from skvr_dist.files import write_whole
 from skvr_dist.train.config import Config
 
 RUN_FILE = "run.json"
@@ -110,9 +111,7 @@ def write_run(output: Path, **facts: Any) -> None:
     known = read_run(output)
     if facts.items() <= known.items():
         return
-    partial = output / f"{RUN_FILE}.partial"
-    partial.write_text(json.dumps({**known, **facts}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(output / RUN_FILE)
+    write_whole(output / RUN_FILE, json.dumps({**known, **facts}, indent=2) + "\n")
 
 
 def software_versions() -> dict[str, str]:
