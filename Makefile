@@ -66,10 +66,10 @@ newest-env:
 
 # What stands in for parts of other packages, or reads their files: transformers, DeepSpeed, torch, webdataset,
 # sentencepiece, tokenizers, safetensors.
-FOREIGN := tests/test_hf_versions.py tests/test_hf_generate.py tests/test_hf_modeling.py tests/test_hf_tokenizer.py \
-    tests/test_parity.py tests/test_checkpoint.py tests/test_data_reader.py tests/test_data_tokenizer.py
+FOREIGN := tests/hf/test_versions.py tests/hf/test_generate.py tests/hf/test_layers.py tests/hf/test_exported_tokenizer.py \
+    tests/lab/test_verify.py tests/checkpoint/test_checkpoint.py tests/data/test_reader.py tests/data/test_tokenizers.py
 # Of the slow ones, the layouts with the most of DeepSpeed in them.
-FOREIGN_CASES := not test_parity and not test_checkpoint or quick_matrix and PP2xDP2 and not TP2x or in_any_other and single
+FOREIGN_CASES := not test_verify and not test_checkpoint or quick_matrix and PP2xDP2 and not TP2x or in_any_other and single
 test-newest: export OMP_NUM_THREADS := 1
 test-newest: newest-env
 	$(NEWEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(FOREIGN) -k "$(FOREIGN_CASES)"

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from skvr_dist.cluster.keep_running import KeptRun
 from skvr_dist.errors import run_command
-from skvr_dist.train.keep_running import KeptRun
 
 
 def main() -> int:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 
+from skvr_dist.cluster.launcher import announced_world_size
+from skvr_dist.config.load import load_config
 from skvr_dist.errors import run_command
-from skvr_dist.parallel.launcher import announced_world_size
-from skvr_dist.train.load_config import load_config
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         module = item.path.stem
         # The matrix is the longest module, and its layouts share nothing.
-        group = item.name if module == "test_parity" else "launchers" if module in _ALONE else module
+        group = item.name if module == "test_verify" else "launchers" if module in _ALONE else module
         item.add_marker(pytest.mark.xdist_group(group))
     # The longest first, so that no process ends up with them alone; with --no-loadscope-reorder the order is kept.
     items.sort(key=lambda item: item.path.stem not in _ALONE)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from skvr_dist.cluster.launcher import announced_world_size, start_process_group
+from skvr_dist.config.load import load_config
 from skvr_dist.errors import EXIT_MISSED, run_command
-from skvr_dist.parallel.launcher import announced_world_size, start_process_group
 from skvr_dist.routing import RoutingConfig
-from skvr_dist.train.load_config import load_config
 
 STANDARD = RoutingConfig(policy="none")
 ROUTED = RoutingConfig(policy="uniform", cross_layer_prob=0.5)
@@ -37,8 +37,8 @@ def main() -> int:
     config = load_config([options.config], options.overrides)
     config.data_parallel_size(announced_world_size())
 
+    from skvr_dist.lab.bench.step import Ratio, interleaved_step_times
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.benchmark import Ratio, interleaved_step_times
     from skvr_dist.train.loop import build_engine
 
     start_process_group()

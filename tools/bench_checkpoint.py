@@ -18,9 +18,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from skvr_dist.cluster.launcher import announced_world_size, start_process_group
+from skvr_dist.config.load import load_config
 from skvr_dist.errors import EXIT_MISSED, run_command
-from skvr_dist.parallel.launcher import announced_world_size, start_process_group
-from skvr_dist.train.load_config import load_config
 
 
 def main() -> int:
@@ -36,9 +36,9 @@ def main() -> int:
     config = load_config([options.config], options.overrides)
     config.data_parallel_size(announced_world_size())
 
+    from skvr_dist.lab.bench.save import saving_cost
     from skvr_dist.parallel.mesh import Mesh
     from skvr_dist.train.loop import build_engine
-    from skvr_dist.train.save_benchmark import saving_cost
 
     start_process_group()
     mesh = Mesh.build(config.parallel, config.model)

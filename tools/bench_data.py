@@ -19,11 +19,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from skvr_dist.data.benchmark import preparing_times, random_dataset, reading_rates
-from skvr_dist.data.sources import open_corpus
-from skvr_dist.data.tokenizer import Tokenizer, train_tokenizer
+from skvr_dist.config.load import load_config
+from skvr_dist.data.prepare.corpus import open_corpus
+from skvr_dist.data.tokenizers.base import Tokenizer, train_tokenizer
 from skvr_dist.errors import EXIT_MISSED, run_command
-from skvr_dist.train.load_config import load_config
+from skvr_dist.lab.bench.data import preparing_times, random_dataset, reading_rates
 
 READING_BOUND = 20e6
 PREPARING_BOUND = 0.8
@@ -77,11 +77,11 @@ def data_wait(folder: Path, tokenizer: Tokenizer, config_file: str, overrides: l
     random_dataset(folder / "train", tokenizer, document_tokens=300, tokens=4_000_000, shards=32)
     config = load_config([config_file], [*overrides, f"data.train={folder / 'train'}"])
 
-    from skvr_dist.parallel.launcher import start_process_group
+    from skvr_dist.cluster.launcher import start_process_group
+    from skvr_dist.lab.bench.step import data_wait_share
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.benchmark import data_wait_share
-    from skvr_dist.train.inputs import training_sequences
     from skvr_dist.train.loop import WatchedBatches, build_engine, training_batches
+    from skvr_dist.train.start import training_sequences
 
     start_process_group()
     mesh = Mesh.build(config.parallel, config.model)

@@ -21,11 +21,11 @@ import yaml
 from tabulate import tabulate
 from transformers import AutoModelForCausalLM
 
+from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import EXIT_MISSED, UserError, run_command
 from skvr_dist.evaluate.retention import percent
-from skvr_dist.hf.benchmark import measure_speed
-from skvr_dist.hf.config import hf_config
-from skvr_dist.model.config import ModelConfig
+from skvr_dist.hf.convert.model_config import hf_config
+from skvr_dist.lab.bench.generate import measure_speed
 
 
 def main() -> int:

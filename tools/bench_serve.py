@@ -47,7 +47,7 @@ def main() -> int:
     tokens = options.full_requests * (options.prompt_tokens + options.new_tokens)
 
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read by vLLM when it is imported
-    from skvr_dist.serve.benchmark import Load, measure_serving
+    from skvr_dist.lab.bench.serve import Load, measure_serving
 
     full, quarter, half = found = measure_serving(
         options.model,

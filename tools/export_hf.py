@@ -19,10 +19,10 @@ import torch
 from tabulate import tabulate
 
 from skvr_dist.checkpoint.folder import Checkpoint
-from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import EXIT_MISSED, UserError, run_command
-from skvr_dist.hf.card import Training
-from skvr_dist.hf.export import ExportMismatchError, ExportReport, export_model
+from skvr_dist.hf.convert.card import Training
+from skvr_dist.hf.convert.export import ExportMismatchError, ExportReport, export_model
 from skvr_dist.routing import CacheStrategy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

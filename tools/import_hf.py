@@ -18,7 +18,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from skvr_dist.errors import EXIT_MISSED, run_command
-from skvr_dist.hf.import_model import ImportMismatchError, ImportReport, import_model
+from skvr_dist.hf.convert.import_model import ImportMismatchError, ImportReport, import_model
 
 
 def main() -> int | None:

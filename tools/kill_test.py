@@ -22,12 +22,12 @@ from statistics import median
 
 from tabulate import tabulate
 
-from skvr_dist.data.prepare import prepare
-from skvr_dist.data.sources import open_corpus
-from skvr_dist.data.tokenizer import train_tokenizer
+from skvr_dist.cluster.launcher import free_port
+from skvr_dist.data.prepare.corpus import open_corpus
+from skvr_dist.data.prepare.prepare import prepare
+from skvr_dist.data.tokenizers.base import train_tokenizer
 from skvr_dist.errors import EXIT_MISSED, RunInterrupted, run_command
-from skvr_dist.parallel.launcher import free_port
-from skvr_dist.train.kill_test import kill_while_it_runs, largest_difference
+from skvr_dist.lab.verify.kills import kill_while_it_runs, largest_difference
 
 ROOT = Path(__file__).parents[1]
 BOUND = 1e-6

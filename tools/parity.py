@@ -24,12 +24,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from skvr_dist.config.layouts import support_matrix
 from skvr_dist.errors import EXIT_MISSED, UserError, run_command
 from skvr_dist.files import write_whole
-from skvr_dist.parallel.support import support_matrix
-from skvr_dist.parity.cases import full_matrix, quick_matrix
-from skvr_dist.parity.compare import Outcome
-from skvr_dist.parity.matrix import as_json, as_table, from_json, run_matrix
+from skvr_dist.lab.verify.cases import full_matrix, quick_matrix
+from skvr_dist.lab.verify.compare import Outcome
+from skvr_dist.lab.verify.matrix import as_json, as_table, from_json, run_matrix
 
 
 def main() -> int:

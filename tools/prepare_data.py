@@ -17,10 +17,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from skvr_dist.data.prepare import LEFT_OUT_FILE, prepare
+from skvr_dist.data.prepare.corpus import INPUT_HELP, add_corpus_arguments, corpus_from
+from skvr_dist.data.prepare.prepare import LEFT_OUT_FILE, prepare
 from skvr_dist.data.shards import TRAIN, Dataset, check_dataset, find_datasets
-from skvr_dist.data.sources import INPUT_HELP, add_corpus_arguments, corpus_from
-from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import EXIT_MISSED, run_command
 from skvr_dist.files import prove_writable, write_whole
 

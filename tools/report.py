@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from skvr_dist.errors import run_command
-from skvr_dist.evaluate.checkpoints import DEFAULT_STRATEGIES
+from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES
 from skvr_dist.evaluate.report import write_report
 
 

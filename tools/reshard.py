@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from skvr_dist.errors import EXIT_MISSED, run_command
-from skvr_dist.parity.reshard import as_table, reshard
+from skvr_dist.lab.verify.reshard import as_table, reshard
 
 MATRICES = {
     "quick": ["single", "PP2xDP2 ZeRO-1", "TP2xDP2 ZeRO-3"],

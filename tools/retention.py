@@ -16,7 +16,7 @@ import torch
 
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.errors import UserError, run_command
-from skvr_dist.evaluate.checkpoints import DEFAULT_STRATEGIES, HeldOutData, evaluate_checkpoint
+from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES, HeldOutData, evaluate_checkpoint
 from skvr_dist.evaluate.retention import RETENTION_FILE, as_table, plot
 
 

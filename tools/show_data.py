@@ -16,13 +16,13 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from skvr_dist.config.load import load_data_config
 from skvr_dist.data.finetune import FinetuneSequences, read_examples
-from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.data.view import passages, render
 from skvr_dist.errors import UserError, run_command
 from skvr_dist.files import prove_writable, write_whole
-from skvr_dist.train.inputs import require_made_with, training_sequences
-from skvr_dist.train.load_config import load_data_config
+from skvr_dist.train.start import require_made_with, training_sequences
 
 LAST_SEQUENCE = 10**12
 

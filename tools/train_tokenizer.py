@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from skvr_dist.data.sources import INPUT_HELP, add_corpus_arguments, corpus_from
-from skvr_dist.data.tokenizer import train_tokenizer
+from skvr_dist.data.prepare.corpus import INPUT_HELP, add_corpus_arguments, corpus_from
+from skvr_dist.data.tokenizers.base import train_tokenizer
 from skvr_dist.errors import run_command
 from skvr_dist.files import prove_writable
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from skvr_dist.errors import EXIT_MISSED, run_command
-from skvr_dist.hf.update_code import CodeUpdate, update_code
+from skvr_dist.hf.convert.update_code import CodeUpdate, update_code
 
 
 def main() -> int | None:

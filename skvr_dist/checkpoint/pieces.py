@@ -1,6 +1,6 @@
 """Which part of a whole tensor a rank holds, as rectangles.
 
-A rank holds a shard of a weight (`skvr_dist.model.parts.Shard`), and of that shard's master weight and moments only a
+A rank holds a shard of a weight (`skvr_dist.model.modules.Shard`), and of that shard's master weight and moments only a
 flat slice when ZeRO shares them out. A flat slice of a matrix is at most three rectangles: the end of a row, whole
 rows, the beginning of a row. Rectangles are what torch.distributed.checkpoint stores and reads, whatever cut them.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from skvr_dist.model.parts import Shard
+from skvr_dist.model.modules import Shard
 
 WEIGHTS = "weights."
 """What the name of a weight begins with in a checkpoint."""

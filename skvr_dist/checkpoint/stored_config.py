@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from skvr_dist.model.config import ModelConfig
+from skvr_dist.config.model import ModelConfig
 from skvr_dist.routing import RoutingConfig
 
 

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skvr_dist.data.batch import IGNORED
-from skvr_dist.data.documents import HALF_A_PAIR, parse_json, read_lines
 from skvr_dist.data.order import ROW_ORDER, permutation
+from skvr_dist.data.prepare.formats import HALF_A_PAIR, parse_json, read_lines
 from skvr_dist.data.reader import Rows
-from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path
 

@@ -1,7 +1,7 @@
 """Data sets, read: any chunk of documents of any shard, compared with its checksum before it is used.
 
 A local shard is read chunk by chunk, found by its index. One behind a URL or a pipe comes as a stream, so it is
-fetched whole and kept in memory while it is open. `skvr_dist.data.shard_format` tells what is on disk.
+fetched whole and kept in memory while it is open. `skvr_dist.data.format` tells what is on disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from webdataset.gopen import gopen, gopen_schemes
 
-from skvr_dist.data.shard_format import (
+from skvr_dist.data.format import (
     LENGTH_TYPE,
     MANIFEST,
     RESTORE,
@@ -30,7 +30,7 @@ from skvr_dist.data.shard_format import (
     parse_manifest,
     parse_stored,
 )
-from skvr_dist.data.writer import file_sha256
+from skvr_dist.data.prepare.writer import file_sha256
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path
 

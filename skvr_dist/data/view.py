@@ -8,7 +8,7 @@ from itertools import groupby
 
 from skvr_dist.data.batch import IGNORED
 from skvr_dist.data.reader import Rows
-from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)

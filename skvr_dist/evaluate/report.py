@@ -17,9 +17,9 @@ from tabulate import tabulate
 
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.data.reader import validation_sequences
-from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
-from skvr_dist.evaluate.checkpoints import HeldOutData, Measurement, evaluate_checkpoint
+from skvr_dist.evaluate.curve import HeldOutData, Measurement, evaluate_checkpoint
 from skvr_dist.evaluate.generate import cache_bytes, generate
 from skvr_dist.evaluate.retention import RetentionPoint, as_records, as_table, percent, plot
 from skvr_dist.routing import CacheStrategy

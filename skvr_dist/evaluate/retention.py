@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.model.decoder import Decoder, summed_next_token_loss
-from skvr_dist.model.parts import count_labels
+from skvr_dist.model.modules import count_labels
 from skvr_dist.routing import CacheStrategy
 
 RETENTION_FILE = "retention.json"

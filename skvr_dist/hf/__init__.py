@@ -4,11 +4,11 @@ Importing this package lets `AutoModelForCausalLM` load our exports at any cache
 Mistral checkpoints still become the classes of transformers, unless `kv_profile` or `kv_source_layers` is given.
 """
 
-from skvr_dist.hf.auto import register
-from skvr_dist.hf.causal_lm import LlamaForCausalLM as RoutedLlamaForCausalLM
-from skvr_dist.hf.causal_lm import MistralForCausalLM as RoutedMistralForCausalLM
-from skvr_dist.hf.causal_lm import Qwen3ForCausalLM as RoutedQwen3ForCausalLM
-from skvr_dist.hf.rcla import disable_rcla, enable_rcla
+from skvr_dist.hf.model.auto import register
+from skvr_dist.hf.model.causal_lm import LlamaForCausalLM as RoutedLlamaForCausalLM
+from skvr_dist.hf.model.causal_lm import MistralForCausalLM as RoutedMistralForCausalLM
+from skvr_dist.hf.model.causal_lm import Qwen3ForCausalLM as RoutedQwen3ForCausalLM
+from skvr_dist.hf.model.rcla import disable_rcla, enable_rcla
 
 __all__ = [
     "RoutedLlamaForCausalLM",

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from skvr_dist.model.config import ModelConfig, RopeScaling
+from skvr_dist.config.model import ModelConfig, RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.errors import UserError
-from skvr_dist.model.config import ModelConfig
-from skvr_dist.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True)

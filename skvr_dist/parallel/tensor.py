@@ -23,8 +23,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skvr_dist.model.config import ModelConfig
-from skvr_dist.model.parts import IGNORED, Parts, Shard
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.model.modules import IGNORED, Parts, Shard
 from skvr_dist.parallel.mesh import Mesh
 
 
@@ -171,7 +171,7 @@ class VocabularyShard(nn.Module):
         self.shards = {"weight": Shard(whole, 0, self.tokens.start, len(self.tokens))}
 
     def forward(self, x: Tensor, predict: bool = False) -> Tensor:
-        """As `skvr_dist.model.parts.Vocabulary`; the logits are those of this rank's tokens."""
+        """As `skvr_dist.model.modules.Vocabulary`; the logits are those of this rank's tokens."""
         if predict:
             return F.linear(x, self.weight[: len(self.tokens)])
         local, elsewhere = _local_rows(x, self.tokens)

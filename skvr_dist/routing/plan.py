@@ -74,7 +74,7 @@ def _uniforms(seed: int, step: int, micro_batch: int, count: int) -> NDArray[np.
 def draw_plan(routing: RoutingConfig, *, num_layers: int, num_micro_batches: int, seed: int, step: int) -> RoutingPlan:
     """Draw the plan of one optimizer step: a pure function of (seed, step), the same on any machine.
 
-    docs/draws.md has the rule to the bit; `skvr_dist.parity.draws` follows it a second time.
+    docs/draws.md has the rule to the bit; `skvr_dist.lab.verify.draws` follows it a second time.
     """
     u = np.stack([_uniforms(seed, step, q, 2 * num_layers) for q in range(num_micro_batches)])
     return RoutingPlan(draw_donors(routing, coin=u[:, :num_layers], pick=u[:, num_layers:]))

@@ -12,7 +12,7 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
-from skvr_dist.hf.configuration import sources_of, warn_if_untrained
+from skvr_dist.hf.model.cache_config import sources_of, warn_if_untrained
 from skvr_dist.serve.fast_prefill import stop_prefill_early
 from skvr_dist.serve.sharing import reader_weights, share
 

@@ -8,12 +8,12 @@ from statistics import mean
 import torch
 from tabulate import tabulate
 
+from skvr_dist.config.tree import Config
 from skvr_dist.model.decoder import Decoder
-from skvr_dist.parallel.partition import stage_bounds
+from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.routing import crossing_elements, crossing_layers
-from skvr_dist.train.config import Config
-from skvr_dist.train.inputs import open_inputs
-from skvr_dist.train.resume import look_ahead
+from skvr_dist.train.start import open_inputs
+from skvr_dist.train.state import look_ahead
 
 _PLANS = 64  # steps whose plans are drawn for the averages
 

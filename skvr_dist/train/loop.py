@@ -15,27 +15,27 @@ import torch.distributed as dist
 
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.cluster.interrupt import InterruptListener
+from skvr_dist.cluster.launcher import announced_rank, announced_world_size, start_process_group
+from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
-from skvr_dist.data.tokenizer import Tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import RunInterrupted
-from skvr_dist.parallel.engine import RoutedPipelineEngine
+from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
+from skvr_dist.parallel.engine.optimizers import state_to_save
+from skvr_dist.parallel.engine.stage import StageModule
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
-from skvr_dist.parallel.launcher import announced_rank, announced_world_size, start_process_group
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.parallel.partition import stage_bounds
-from skvr_dist.parallel.partitions import state_to_save
-from skvr_dist.parallel.plan_stream import PlanStream
-from skvr_dist.parallel.stage import StageModule
-from skvr_dist.train.config import Config
-from skvr_dist.train.inputs import open_inputs
-from skvr_dist.train.interrupt import InterruptListener
+from skvr_dist.parallel.pipeline.plan_stream import PlanStream
+from skvr_dist.parallel.split import stage_bounds
+from skvr_dist.run.folder import RunFolder, read_run, software_versions, wait_for_run_id, write_run
+from skvr_dist.run.lock import RunLock
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.optimizer import build_optimizer, build_scheduler
-from skvr_dist.train.resume import follow, load_weights, look_ahead, place_of, resume
-from skvr_dist.train.run_folder import RunFolder, read_run, software_versions, wait_for_run_id, write_run
-from skvr_dist.train.run_lock import RunLock
+from skvr_dist.train.start import open_inputs
+from skvr_dist.train.state import follow, load_weights, look_ahead, place_of, resume
 
 
 def pretrain(config: Config) -> None:

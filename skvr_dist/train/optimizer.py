@@ -7,7 +7,7 @@ import math
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from skvr_dist.train.config import TrainConfig
+from skvr_dist.config.tree import TrainConfig
 
 
 def learning_rate_factor(train: TrainConfig, step: int) -> float:

@@ -18,18 +18,18 @@ import pytest
 import torch
 import vllm
 from conftest import CACHE_GIB
-from hf_models import STRATEGIES, export_checkpoint, random_weights, reference_tokens, shape_of
+from support.hf_models import STRATEGIES, export_checkpoint, random_weights, reference_tokens, shape_of
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.model_executor.models.llama import LlamaAttention
 
-from skvr_dist.data.sources import Document
-from skvr_dist.data.tokenizer import train_tokenizer
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.data.prepare.corpus import Document
+from skvr_dist.data.tokenizers.base import train_tokenizer
 from skvr_dist.errors import UserError
-from skvr_dist.hf.card import Training
-from skvr_dist.hf.export import export_model
-from skvr_dist.hf.import_model import import_model
-from skvr_dist.model.config import ModelConfig
+from skvr_dist.hf.convert.card import Training
+from skvr_dist.hf.convert.export import export_model
+from skvr_dist.hf.convert.import_model import import_model
 from skvr_dist.routing import CacheStrategy, RoutingConfig
 from skvr_dist.serve.sharing import reader_weights, require_known_attention, require_one_stage
 

@@ -1,0 +1,97 @@
+"""Which layouts are possible; everything else is refused before a process group exists, with the alternatives."""
+
+from __future__ import annotations
+
+from tabulate import tabulate
+
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.parallel import ParallelConfig
+
+ZERO_STAGES = (0, 1, 2, 3)
+PRECISIONS = ("fp32", "bf16")
+
+
+def why_not(zero_stage: int, pipeline: bool, precision: str) -> str | None:
+    """Why that combination is refused, with the way out; None where it is supported.
+
+    Tensor, sequence and data parallelism and activation checkpointing go with every supported one.
+    """
+    if zero_stage == 2 and pipeline:
+        return (
+            "parallel.zero_stage 2 under a pipeline: gradients would be reduced for every micro-batch to save memory "
+            "that only stage 3 saves for good; use zero_stage 1 or 3, or parallel.pipeline 1"
+        )
+    if zero_stage == 0 and precision == "bf16":
+        return (
+            "train.precision bf16 with parallel.zero_stage 0: DeepSpeed then accumulates gradients in bf16; "
+            "use zero_stage 1, 2 or 3 (fp32 gradients and master weights) or precision fp32"
+        )
+    return None
+
+
+def support_matrix() -> str:
+    """The supported combinations, as a table."""
+    columns = [(pipeline, precision) for pipeline in (False, True) for precision in PRECISIONS]
+    refusals = {stage: [why_not(stage, *column) for column in columns] for stage in ZERO_STAGES}
+    rows = [[stage, *("no" if reason else "yes" for reason in refusals[stage])] for stage in ZERO_STAGES]
+    header = ["ZeRO", *(f"{'pipeline' if pipeline else 'no pipeline'}, {precision}" for pipeline, precision in columns)]
+    reasons = dict.fromkeys(reason for stage in ZERO_STAGES for reason in refusals[stage] if reason)
+    return "\n\n".join([tabulate(rows, headers=header, tablefmt="github"), *(f"* {reason}." for reason in reasons)])
+
+
+def require_possible(parallel: ParallelConfig, model: ModelConfig, sequence_length: int, precision: str) -> None:
+    """Hold a layout against the model.
+
+    Raises:
+        ValueError: they do not fit, with both numbers and the way out.
+    """
+    reason = why_not(parallel.zero_stage, parallel.pipeline > 1, precision)
+    if reason is not None:
+        raise ValueError(reason)
+    _require_stages(parallel, model)
+    _require_shards(parallel, model, sequence_length)
+
+
+def _require_stages(parallel: ParallelConfig, model: ModelConfig) -> None:
+    layers, stages, split = model.num_hidden_layers, parallel.pipeline, parallel.stage_layers
+    if stages > layers:
+        raise ValueError(
+            f"parallel.pipeline is {stages}, but model.num_hidden_layers is {layers}: every stage needs a layer; "
+            f"use at most {layers} stages"
+        )
+    if split is not None and (len(split) != stages or sum(split) != layers or min(split) < 1):
+        raise ValueError(
+            f"parallel.stage_layers {split} must be {stages} positive counts (parallel.pipeline) that add up to "
+            f"{layers} (model.num_hidden_layers)"
+        )
+
+
+def _require_shards(parallel: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:
+    ranks, kv_heads = parallel.tensor, model.num_key_value_heads
+    for name in ("num_attention_heads", "intermediate_size", "hidden_size"):
+        size = getattr(model, name)
+        if size % ranks:
+            raise ValueError(
+                f"model.{name} {size} cannot be split over parallel.tensor {ranks} ranks; use a divisor of {size}"
+            )
+    if kv_heads % ranks and ranks % kv_heads:
+        raise ValueError(
+            f"model.num_key_value_heads {kv_heads} and parallel.tensor {ranks}: one must be a multiple of the other, "
+            f"so that each rank holds whole heads or a copy of one"
+        )
+    if model.vocab_size <= (ranks - 1) * -(-model.vocab_size // ranks):
+        raise ValueError(
+            f"model.vocab_size {model.vocab_size} leaves the last of parallel.tensor {ranks} ranks without a token; "
+            f"use fewer ranks"
+        )
+    if not parallel.sequence_parallel:
+        return
+    if ranks == 1:
+        raise ValueError(
+            "parallel.sequence_parallel needs parallel.tensor of at least 2, got 1; raise it or turn it off"
+        )
+    if sequence_length % ranks:
+        raise ValueError(
+            f"parallel.sequence_parallel cannot split data.sequence_length {sequence_length} over parallel.tensor "
+            f"{ranks} ranks; use a multiple of {ranks}"
+        )

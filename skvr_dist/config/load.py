@@ -1,0 +1,165 @@
+"""Reading a configuration: YAML files, later ones over earlier ones, and dotted overrides `section.key=value`.
+
+A file may `include:` others, which come before it. Mistakes are told in one sentence each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from skvr_dist.config.data import DataConfig
+from skvr_dist.config.tree import Config, TrainConfig
+from skvr_dist.errors import UserError
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Read, merge and validate a configuration.
+
+    Args:
+        files: YAML files; a later one overrides an earlier one key by key.
+        overrides: `section.key=value` texts, the value in YAML.
+
+    Raises:
+        UserError: a file is missing or unreadable, a key is unknown, a value is of the wrong type or impossible.
+    """
+    return validate_config(_merge_all(files, overrides))
+
+
+def load_data_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[DataConfig, int]:
+    """What says which sequences a run reads: the `data` section and `train.seed`.
+
+    Other sections may be missing, as they are in the configuration of an imported checkpoint; none may be wrong.
+
+    Raises:
+        UserError: as `load_config` does.
+    """
+    tree = _merge_all(files, overrides)
+    if "data" not in tree:
+        needed = [f"data.{name}=..." for name, field in DataConfig.model_fields.items() if field.is_required()]
+        raise UserError(f"the configuration names no data; add {' '.join(needed)}")
+    try:
+        config = Config.model_validate(tree)
+        return config.data, config.train.seed
+    except ValidationError as error:
+        wrong = [item for item in error.errors() if item["type"] != "missing" or item["loc"][0] == "data"]
+        if wrong:
+            raise UserError("; ".join(_sentences(wrong))) from None
+    seed = TrainConfig.model_fields["seed"].default
+    return DataConfig.model_validate(tree["data"]), tree.get("train", {}).get("seed", seed)
+
+
+def _merge_all(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for file in files:
+        tree = _merge(tree, _read_yaml(Path(file)))
+    for override in overrides:
+        tree = _merge(tree, _parse_override(override))
+    return tree
+
+
+def validate_config(tree: Mapping[str, Any]) -> Config:
+    """Validate a plain tree. Raises `UserError` with one sentence per mistake."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise UserError("; ".join(_sentences(error.errors()))) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the floats of YAML 1.2: 1e-4 is a number, not a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if file.resolve() in seen:
+        raise UserError(f"configuration {file} includes itself")
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except OSError as error:
+        raise UserError(f"cannot read configuration {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration {file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"configuration {file} must hold sections, not a {type(tree).__name__}")
+    merged: dict[str, Any] = {}
+    included = tree.pop("include", [])
+    for name in [included] if isinstance(included, str) else included:
+        merged = _merge(merged, _read_yaml(file.parent / name, (*seen, file.resolve())))
+    return _merge(merged, tree)
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {text!r} must look like section.key=value")
+    try:
+        node: Any = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"override {text!r}: the value is not valid YAML") from None
+    for key in reversed(path.split(".")):
+        node = {key: node}
+    return node
+
+
+def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _sentences(mistakes: Iterable[ErrorDetails]) -> Iterator[str]:
+    """One sentence per mistake: the path of the key, the value, what is allowed, the nearest known name."""
+    for item in mistakes:
+        path = ".".join(str(part) for part in item["loc"])
+        kind, value = item["type"], item["input"]
+        if kind == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            yield f"unknown key {path}; {hint}"
+        elif kind == "missing":
+            yield f"{path} is missing"
+        elif kind == "value_error":
+            prefix = f"{path}: " if path else ""
+            yield f"{prefix}{item['ctx']['error']}"
+        elif kind == "literal_error":
+            yield f"{path} is {value!r}; allowed are {item['ctx']['expected']}"
+        else:
+            yield f"{path} is {value!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section at `path`."""
+    section: Any = Config
+    for key in path:
+        if get_origin(section) is dict:  # the key is a name that the user gave
+            section = get_args(section)[1]
+            continue
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            break
+        section = _section_of(section.model_fields[str(key)].annotation)
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section inside `Section | None`, or the annotation itself."""
+    if get_origin(annotation) in (Union, UnionType):
+        return next((a for a in get_args(annotation) if a is not type(None)), annotation)
+    return annotation

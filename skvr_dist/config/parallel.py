@@ -1,0 +1,30 @@
+"""The `parallel:` section: how a run is laid out over ranks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from skvr_dist.model.recompute import ActivationCheckpointing
+from skvr_dist.section import Section
+
+
+class ParallelConfig(Section):
+    """Stages, tensor-parallel ranks and ZeRO; data-parallel replicas are what the world size leaves."""
+
+    pipeline: int = Field(default=1, gt=0)
+    """Pipeline stages."""
+    stage_layers: list[int] | None = None
+    """Layers of each stage, by hand; null balances them by cost (`skvr_dist.parallel.split`)."""
+    tensor: int = Field(default=1, gt=0)
+    """Tensor-parallel ranks that share each layer."""
+    sequence_parallel: bool = False
+    """Also split the sequence over those ranks, between their regions."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What data-parallel replicas share: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    timeout_seconds: float = Field(default=600.0, gt=0)
+    """Longest wait for another rank; then the run ends and names it."""
+    verify_plan_every_steps: int = Field(default=100, gt=0)
+    """How often all ranks compare their routing plans, besides the first steps."""

@@ -1,0 +1,107 @@
+"""Hugging Face tokenizers in the data path.
+
+Their two files become one: a JSON object with `eos_token` and `tokenizer`, the content of tokenizer.json. Only the
+`tokenizers` package is needed to read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.errors import UserError
+from skvr_dist.files import require_file
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A fast tokenizer. Whether texts come back exactly is up to it: byte-level BPE without a normalizer does that.
+
+    Args:
+        model: what `read_hf_files` returns.
+        name: where it came from, for messages.
+
+    Raises:
+        UserError: not such a content, or its end-of-sequence token is not in the vocabulary.
+    """
+
+    def __init__(self, model: bytes, name: str = "tokenizer") -> None:
+        self.model = model
+        try:
+            content = json.loads(model)
+            self.eos_token = str(content["eos_token"])
+            stateless = _without_training_settings(content["tokenizer"])
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(stateless))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{name} is not a Hugging Face tokenizer ({' '.join(str(error).split())})") from None
+        eos_id = self._tokenizer.token_to_id(self.eos_token)
+        if eos_id is None:
+            raise UserError(f"{name} has no token {self.eos_token!r}, which its configuration names as the eos_token")
+        self._eos_id = eos_id
+        self._name = name
+        self._tokenizer.encode_special_tokens = True  # names of special tokens in a text are just text
+
+    def for_export(self) -> tokenizers.Tokenizer:
+        """A copy that adds no special tokens to a text, as none are added in training."""
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.post_processor = None
+        return copy
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # bare too: a word is not in the vocabulary, and there is no token for unknown ones
+            raise UserError(f"{self._name} cannot encode a text ({' '.join(str(error).split())})") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def eos_id(self) -> int:
+        return self._eos_id
+
+
+def _without_training_settings(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """The same vocabulary and rules without what draws at random, cuts texts short or fills them up.
+
+    So the tokens of a text depend on nothing but the text. Dropout of BPE merges is a setting of training a model;
+    a tokenizer that was saved with it would give other tokens each time.
+    """
+    model = {key: value for key, value in tokenizer["model"].items() if key not in ("dropout", "alpha", "nbest_size")}
+    return {**tokenizer, "truncation": None, "padding": None, "model": model}
+
+
+def _read_json(file: Path) -> Any:
+    require_file(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_hf_files(path: Path) -> bytes:
+    """A tokenizer.json (or its folder) and the tokenizer_config.json beside it, as one file.
+
+    Raises:
+        OSError: one of them cannot be read.
+        UserError: they are no such files or do not name an end-of-sequence token.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    folder = file.parent
+    try:
+        tokenizer, config = (_read_json(each) for each in (file, folder / "tokenizer_config.json"))
+        eos = config.get("eos_token")
+    except UserError:
+        raise
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{path} is not a Hugging Face tokenizer: it or its configuration is no JSON object") from None
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(eos, str):
+        raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; a document must end with one")
+    both = json.dumps({"eos_token": eos, "tokenizer": tokenizer}, ensure_ascii=False, sort_keys=True)
+    return both.encode("utf-8", "surrogatepass")  # half a pair may be in it, which `HuggingFaceTokenizer` refuses

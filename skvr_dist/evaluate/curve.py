@@ -1,0 +1,140 @@
+"""Evaluating a checkpoint in one process: its decoder, held-out data, its strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.data.batch import IGNORED, MicroBatch
+from skvr_dist.data.reader import validation_sequences
+from skvr_dist.data.shards import Dataset
+from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.errors import UserError
+from skvr_dist.evaluate.retention import RetentionPoint, retention_curve
+from skvr_dist.routing import CacheStrategy
+
+DEFAULT_STRATEGIES = ("full", "every:2", "every:3", "every:4", "every:8")
+
+
+@dataclass(frozen=True)
+class HeldOutData:
+    """The data set that a checkpoint is measured over, and how it is cut into sequences."""
+
+    dataset: Dataset
+    sequence_length: int
+    separate_documents: bool
+    """Whether a position attends to its own document only, and the end of one predicts nothing."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, data: str | None = None, sequence_length: int | None = None) -> HeldOutData:
+        """A checkpoint's own, or what is given instead of it; one that was imported has none of its own.
+
+        Args:
+            data: location of a data set.
+            sequence_length: tokens to predict per sequence.
+
+        Raises:
+            UserError: neither the checkpoint nor the caller names them; there is no data set; or sequences are longer
+                than the model's.
+        """
+        own = checkpoint.config.data
+        location = own.validation if data is None else data
+        length = own.sequence_length if sequence_length is None else sequence_length
+        given = {"--data FOLDER": location, "--sequence-length N": length}
+        if missing := [option for option, value in given.items() if value is None]:
+            raise UserError(
+                f"checkpoint {checkpoint.folder} names no held-out data, for it was imported; give "
+                f"{' and '.join(missing)} (tools/prepare_data.py --tokenizer {checkpoint.folder} makes a data set)"
+            )
+        assert location is not None and length is not None
+        longest = checkpoint.model_config.max_position_embeddings
+        if not 0 < length <= longest:
+            raise UserError(f"the sequence length {length} must be between 1 and max_position_embeddings {longest}")
+        return cls(Dataset.open(location), length, own.documents == "separate")
+
+    def require_fits(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint to which the tokens of this data set mean something else.
+
+        Raises:
+            UserError: its vocabulary is smaller, or its tokenizer is another one.
+        """
+        self.dataset.require_vocabulary(checkpoint.model_config.vocab_size)
+        if checkpoint.tokenizer_file is None:
+            return
+        try:
+            tokenizer = Tokenizer.load(checkpoint.tokenizer_file).sha256
+        except UserError:  # it came along with an import, and no data set can be made with it
+            return
+        if tokenizer != self.dataset.manifest.tokenizer_sha256:
+            raise UserError(
+                f"data set {self.dataset.location} was made with tokenizer "
+                f"{self.dataset.manifest.tokenizer_sha256[:12]}, but checkpoint {checkpoint.folder} has "
+                f"{tokenizer[:12]}; prepare one with --tokenizer {checkpoint.tokenizer_file}"
+            )
+
+    def batches(self, sequences: int, batch_size: int, device: str) -> list[MicroBatch]:
+        """Held-out sequences, spread over the data set, their number rounded up to whole batches."""
+        rows = validation_sequences(
+            self.dataset,
+            sequence_length=self.sequence_length,
+            num_sequences=-(-sequences // batch_size) * batch_size,
+        )
+        separate_at = self.dataset.manifest.eos_id if self.separate_documents else None
+        return [MicroBatch.of(batch, separate_at) for batch in rows.to(device).split(batch_size)]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A retention curve and what it was measured over."""
+
+    data: str
+    """Location of the data set."""
+    data_fingerprint: str
+    """Equal for two data sets with the same shards."""
+    documents: str
+    sequences: int
+    sequence_length: int
+    tokens: int
+    """Labels that the loss is a mean over."""
+    points: list[RetentionPoint]
+
+    def record(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint,
+    held_out: HeldOutData,
+    strategies: Sequence[str],
+    *,
+    sequences: int,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> Measurement:
+    """The retention curve of a checkpoint.
+
+    Args:
+        strategies: as `CacheStrategy.parse` reads them; names refer to the run's `evaluate.profiles`.
+        sequences: held-out sequences, rounded up to whole batches.
+        batch_size: sequences at a time.
+        device: where the decoder runs, in float32.
+
+    Raises:
+        UserError: a strategy cannot be read, or the data does not fit the checkpoint or does not suffice.
+    """
+    layers, profiles = checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
+    parsed = {spec: CacheStrategy.parse(spec, layers, profiles) for spec in strategies}
+    held_out.require_fits(checkpoint)
+    batches = held_out.batches(sequences, batch_size, device)
+    return Measurement(
+        data=held_out.dataset.location,
+        data_fingerprint=held_out.dataset.fingerprint,
+        documents="separate" if held_out.separate_documents else "joined",
+        sequences=sum(len(batch.tokens) for batch in batches),
+        sequence_length=held_out.sequence_length,
+        tokens=sum(int((batch.labels != IGNORED).sum()) for batch in batches),
+        points=retention_curve(checkpoint.load_decoder().to(device), batches, parsed),
+    )

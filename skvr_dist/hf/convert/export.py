@@ -1,0 +1,156 @@
+"""Export: a plain Qwen3, Llama or Mistral checkpoint that serves any strategy, published only if it checks out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.errors import UserError
+from skvr_dist.hf.convert.bundle import add_code, describe_routing
+from skvr_dist.hf.convert.card import Training, model_card
+from skvr_dist.hf.convert.check import TOLERANCE, CheckReport, check_export
+from skvr_dist.hf.convert.model_config import hf_config, write_config
+from skvr_dist.hf.convert.tokenizer import convert_tokenizer, copy_tokenizer, special_ids, write_tokenizer
+from skvr_dist.hf.convert.weights import WeightReader, check_names, parameter_shapes, pruned_names, write_weights
+from skvr_dist.routing import CacheStrategy, RoutingConfig
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An export and the figures of its check."""
+
+    file_bytes: dict[str, int]
+    parameters: int
+    dtype: torch.dtype
+    """Of all weights, or of most of the parameters."""
+    check: CheckReport
+
+    def figures(self) -> dict[str, object]:
+        """Everything as plain values."""
+        return {
+            "file_bytes": self.file_bytes,
+            "parameters": self.parameters,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **asdict(self.check),
+            "relative_logit_difference": self.check.relative_logit_difference,
+            "tolerance": TOLERANCE,
+            "failures": self.check.failures(),
+        }
+
+
+class ExportMismatchError(Exception):
+    """The reloaded export is not the trained model; nothing was published. `report` has the figures."""
+
+    def __init__(self, report: ExportReport) -> None:
+        super().__init__(f"the export does not match its checkpoint: {'; '.join(report.check.failures())}")
+        self.report = report
+
+
+def export_model(
+    config: ModelConfig,
+    names: Collection[str],
+    weight: WeightReader,
+    tokenizer_file: Path | None,
+    output: Path,
+    *,
+    training: Training,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    max_shard_size: str = "5GB",
+    pruned_to: CacheStrategy | None = None,
+) -> ExportReport:
+    """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
+
+    It is written and checked in a temporary folder beside `output`, and renamed at the end.
+
+    Args:
+        config: of the decoder that was trained.
+        names: canonical names of all weights there are.
+        weight: the tensor of a canonical name; called several times for each.
+        tokenizer_file: a data set's `tokenizer.model`; or a `tokenizer.json`, which is copied with the files beside it
+            that belong to it; or None for a model without one.
+        output: the folder to make; it may exist if it is empty.
+        training: what the model card tells.
+        dtype: of the stored weights, one for all or one for each canonical name.
+        max_shard_size: of a weight file, such as "5GB".
+        pruned_to: leave out what this strategy does not use. Such a checkpoint needs the code that is written with
+            it, and serves that strategy and those that retain fewer of its layers.
+
+    Raises:
+        UserError: `output` holds something, the training never ran at full retention, weights are missing,
+            unexpected or of another shape, or the tokenizer cannot be converted exactly.
+        ExportMismatchError: what transformers loads differs from what was trained.
+    """
+    output = output.absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} exists and is not an empty folder; choose another one, or remove it first")
+    if pruned_to is None:
+        _check_routing(training.routing)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    ours = tokenizer_file is not None and tokenizer_file.suffix == ".model"
+    if tokenizer_file is not None:
+        if ours:
+            tokenizer = convert_tokenizer(tokenizer_file, config.max_position_embeddings)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_file.parent, local_files_only=True)
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(
+                f"tokenizer {tokenizer_file} has {len(tokenizer)} tokens, but the model's vocab_size is "
+                f"{config.vocab_size}; export with the tokenizer that the model was trained with"
+            )
+    shapes = parameter_shapes(hf_config(config, torch.float32, {}))
+    way_out = "export with the model section that the weights were trained with"
+    check_names(names, shapes, config.architecture, way_out)
+    if pruned_to is not None:
+        unused = pruned_names(pruned_to)
+        shapes = {name: shape for name, shape in shapes.items() if name not in unused}
+    parameters = sum(shape.numel() for shape in shapes.values())
+    dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else {name: dtype[name] for name in shapes}
+    elements: Counter[torch.dtype] = Counter()
+    for name, shape in shapes.items():
+        elements[dtypes[name]] += shape.numel()
+    main_dtype = elements.most_common(1)[0][0]
+    ids = special_ids(tokenizer) if tokenizer else {}
+    published_config = hf_config(config, main_dtype, ids, pruned_to)
+    describe_routing(published_config, training)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as temporary:
+        folder = Path(temporary) / output.name
+        folder.mkdir()
+        write_weights(folder, shapes, weight, dtypes, max_shard_size)
+        add_code(folder, published_config, published_config.architectures[0])
+        write_config(folder, published_config)
+        GenerationConfig(**ids).save_pretrained(folder)
+        if ours:
+            write_tokenizer(folder, tokenizer)
+        elif tokenizer_file is not None:
+            copy_tokenizer(tokenizer_file.parent, folder)
+        card = model_card(output.name, config, parameters, training, tokenizer_file, pruned_to)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        report = ExportReport(
+            file_bytes={file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+            parameters=parameters,
+            dtype=main_dtype,
+            check=check_export(folder, config, weight, dtypes, tokenizer_file if ours else None, pruned_to),
+        )
+        if report.check.failures():
+            raise ExportMismatchError(report)
+        folder.replace(output)
+    return report
+
+
+def _check_routing(routing: RoutingConfig) -> None:
+    """Raises `UserError` if in training some layers never read their own keys and values, which the export reads."""
+    if routing.policy == "cla" or routing.cross_layer_prob == 1.0:
+        what = f"cross_layer_prob {routing.cross_layer_prob}" if routing.cross_layer_prob else "its fixed groups"
+        raise UserError(
+            f"a model trained by policy {routing.policy} with {what} cannot run at full retention: some layers have "
+            f"never read their own keys and values; train with a cross_layer_prob below 1"
+        )

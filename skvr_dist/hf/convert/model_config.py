@@ -1,0 +1,123 @@
+"""Our model section as a configuration of transformers, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from transformers import AutoConfig, PreTrainedConfig
+
+from skvr_dist.config.model import ModelConfig, RopeScaling
+from skvr_dist.errors import UserError
+from skvr_dist.routing import CacheStrategy
+
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+# Fields with the same name and meaning on both sides.
+_SHARED = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "initializer_range",
+}
+
+
+def hf_config(
+    config: ModelConfig, dtype: torch.dtype, special_ids: Mapping[str, Any], pruned_to: CacheStrategy | None = None
+) -> PreTrainedConfig:
+    """The configuration of the family that the model is published as.
+
+    Args:
+        dtype: of the stored weights.
+        special_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, or nothing without a tokenizer.
+        pruned_to: the strategy whose projections alone are stored; the architecture is then one of ours.
+    """
+    model_type, architecture = config.architecture, ARCHITECTURES[config.architecture]
+    family: dict[str, Any] = {}
+    if config.architecture == "mistral":
+        family["sliding_window"] = None  # transformers' default is a window of 4096
+    else:
+        family["attention_bias"] = config.attention_bias
+    scaling = config.rope_scaling.model_dump(exclude_none=True) if config.rope_scaling else {"rope_type": "default"}
+    if pruned_to is not None:
+        model_type, architecture = f"skvr_{model_type}", f"Pruned{architecture}"  # type: ignore[assignment]
+        family |= {"kv_pruned_to": list(pruned_to.retained), "kv_source_layers": list(pruned_to.kv_source_layers)}
+    return AutoConfig.for_model(
+        model_type,
+        architectures=[architecture],
+        dtype=dtype,
+        rope_parameters={**scaling, "rope_theta": config.rope_theta},
+        **config.model_dump(include=_SHARED),
+        **family,
+        **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special_ids},
+    )
+
+
+def model_config(config: PreTrainedConfig) -> ModelConfig:
+    """Our model section for a checkpoint of one of the families.
+
+    Raises:
+        UserError: another architecture, or a feature of the family that our decoder has not.
+    """
+    family = config.model_type
+    if family not in ARCHITECTURES:
+        raise UserError(
+            f"the checkpoint is of model_type {family}, but only {', '.join(ARCHITECTURES)} can be imported; choose a "
+            f"checkpoint of one of these families"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError("the checkpoint is quantized and cannot be trained; import the original in bf16 or fp32")
+    rope = dict(config.rope_parameters)
+    theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
+    plain = {"hidden_act": "silu", "mlp_bias": False, "sliding_window": None}
+    unknown = [
+        f"{name} {getattr(config, name)}" for name, value in plain.items() if getattr(config, name, value) != value
+    ]
+    if kind not in ("default", "linear", "llama3"):
+        unknown.append(f"rope_type {kind}")
+    if unknown:
+        raise UserError(
+            f"the checkpoint has {' and '.join(unknown)}, which our decoder has not; choose another checkpoint, or "
+            f"change its config.json if the texts you train on never meet it"
+        )
+    try:
+        return ModelConfig(
+            architecture=family,
+            qk_norm=family == "qwen3",
+            attention_bias=getattr(config, "attention_bias", False),
+            rope_theta=float(theta),
+            rope_scaling=None if kind == "default" else RopeScaling(**_known(rope)),
+            **{name: getattr(config, name) for name in _SHARED},
+        )
+    except ValidationError as error:
+        raise UserError(f"the checkpoint's config.json is not one of a trainable {family} model: {error}") from None
+
+
+def _known(rope: dict[str, Any]) -> dict[str, Any]:
+    return {name: rope[name] for name in RopeScaling.model_fields if name in rope}
+
+
+def write_config(folder: Path, config: PreTrainedConfig) -> None:
+    """Write config.json, with the rotary embedding in the spelling of transformers 4 as well as of 5.
+
+    Readers that do not know `rope_parameters` would silently take a theta of 10000 and no scaling.
+    """
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    stored = json.loads(file.read_text())
+    scaling = dict(stored["rope_parameters"])
+    stored["rope_theta"] = scaling.pop("rope_theta")
+    if scaling["rope_type"] != "default":
+        stored["rope_scaling"] = scaling
+    file.write_text(json.dumps(stored, indent=2) + "\n")

@@ -1,0 +1,100 @@
+"""Step time of routed against standard training of the same model, and the share of it that waits for data."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skvr_dist.config.tree import Config
+from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
+from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.routing import RoutingConfig
+from skvr_dist.train.loop import WatchedBatches
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of the steps of one kind, in the order they ran."""
+
+    routing: RoutingConfig
+    seconds: list[float]
+    skipped_kv_share: float
+    """Mean share of key/value projections that were not computed."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of one kind of step over that of another: the median of the ratios of neighbouring steps, and quartiles."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+
+    @classmethod
+    def of(cls, routed: StepTimes, standard: StepTimes) -> Ratio:
+        return cls.between([a / b for a, b in zip(routed.seconds, standard.seconds, strict=True)])
+
+    @classmethod
+    def between(cls, ratios: Sequence[float]) -> Ratio:
+        """Median and quartiles of ratios of pairs."""
+        lower, median, upper = statistics.quantiles(ratios, n=4)
+        return cls(median, lower, upper)
+
+
+def interleaved_step_times(
+    config: Config, engine: RoutedPipelineEngine, mesh: Mesh, routings: list[RoutingConfig], rounds: int
+) -> list[StepTimes]:
+    """Time optimizer steps of one engine under several routings in turn, so that a noisy neighbour meets all of them.
+
+    Every round runs one step of each routing, in an order that turns with the round; the first round warms up and is
+    not counted. Tokens are random: only the time matters. Collective over all ranks.
+    """
+    batches = random_batches(config)
+    times: list[list[float]] = [[] for _ in routings]
+    skipped: list[list[float]] = [[] for _ in routings]
+    for number in range(rounds + 1):
+        for offset in range(len(routings)):
+            kind = (number + offset) % len(routings)
+            plan = config.plan(number, routings[kind])
+            mesh.sum_over_ranks([0.0])  # all ranks start together
+            started = time.perf_counter()
+            engine.train_step(batches, plan)
+            if number > 0:
+                times[kind].append(time.perf_counter() - started)
+                skipped[kind].append(plan.skipped_kv_share)
+    return [
+        StepTimes(routing, seconds, statistics.mean(shares))
+        for routing, seconds, shares in zip(routings, times, skipped, strict=True)
+    ]
+
+
+def data_wait_share(
+    config: Config, engine: RoutedPipelineEngine, mesh: Mesh, batches: WatchedBatches, steps: int
+) -> float:
+    """Share of the time of `steps` optimizer steps that goes into waiting for micro-batches; one more warms up."""
+    waited = seconds = 0.0
+    for step in range(steps + 1):
+        plan = config.plan(step)
+        started, waited_before = time.perf_counter(), batches.seconds
+        engine.train_step(batches, plan)
+        if step:
+            waited += batches.seconds - waited_before
+            seconds += time.perf_counter() - started
+    return waited / seconds
+
+
+def random_batches(config: Config) -> Iterator[Tensor]:
+    """Micro-batches of random tokens, int [B, S + 1], without end."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    shape = (config.train.micro_batch_size, config.data.sequence_length + 1)
+    while True:
+        yield torch.randint(0, config.model.vocab_size, shape, generator=generator)

@@ -1,0 +1,331 @@
+"""What the parity matrix runs: a small decoder, its batches, and the layouts it is trained on.
+
+Everything is as small as it can be while every path is taken: an odd vocabulary that two ranks must pad, fewer
+key/value heads than four ranks, layers that do not divide evenly over four stages, gradients that are clipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skvr_dist.config.layouts import why_not
+from skvr_dist.config.load import validate_config
+from skvr_dist.config.tree import Config
+from skvr_dist.data.batch import IGNORED, MicroBatch
+
+SHAPE: dict[str, Any] = {
+    "architecture": "qwen3",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "qk_norm": True,
+    "tie_word_embeddings": False,
+}
+# Of the four frequencies that a head of 8 has here, one is kept, one falls between and two are stretched.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+LLAMA = {"architecture": "llama", "qk_norm": False, "attention_bias": True}
+POLICIES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "uniform": {"cross_layer_prob": 0.6},
+    "strategy": {"cross_layer_prob": 0.5},
+    "window": {"cross_layer_prob": 0.7, "window": 2},
+    "cla": {"group_size": 2},
+    "rd_cla": {"group_size": 3, "cross_layer_prob": 0.5},
+}
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "none": {},
+    "layer": {"recompute": "layer"},
+    "every 2nd layer": {"recompute": "layer", "every": 2},
+    "attention": {"recompute": "attention"},
+}
+SEED, MICRO_BATCHES, BATCH, SEQUENCE = 7, 4, 2, 12
+# Labels of each sequence of a step's four micro-batches, of every 12; in the next step they move on by one sequence.
+# Micro-batches differ in their number of labels, and so do replicas; one has none.
+RAGGED = (12, 1, 7, 2, 0, 0, 3, 12)
+END = 5
+"""The token that ends documents, where they are separate."""
+# Adam divides a gradient by its own size: eps keeps it from blowing up the rounding of gradients that are nearly
+# zero (a bias on all keys hardly changes a softmax), so that weights can be compared as tightly as gradients. Cases
+# with the usual eps go without this help (see `skvr_dist.lab.verify.compare`).
+OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
+CLIP = 0.5  # below the norms that occur, so clipping is at work
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to lay the decoder out over ranks."""
+
+    name: str
+    ranks: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    brief: bool = False
+    """Whether a few cases are enough, since another layout takes the same paths but one."""
+
+
+# On so small a model ZeRO-3 would keep everything on every rank.
+_PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+_OFFLOAD: dict[str, Any] = {
+    "zero_optimization": {**_PARTITION_ALL["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
+}
+_TP2_SP = {"tensor": 2, "sequence_parallel": True}
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("single", 1, {"zero_stage": 0}),
+        Layout("DP2 ZeRO-0", 2, {"zero_stage": 0}),
+        Layout("DP2 ZeRO-1", 2, {"zero_stage": 1}),
+        Layout("DP2 ZeRO-2", 2, {"zero_stage": 2}),
+        Layout("DP2 ZeRO-3", 2, {"zero_stage": 3}, _PARTITION_ALL),
+        Layout("DP2 ZeRO-3 offload", 2, {"zero_stage": 3}, _OFFLOAD),
+        Layout("TP2", 2, {"tensor": 2, "zero_stage": 0}),
+        Layout("TP2 SP", 2, _TP2_SP),
+        Layout("TP4 SP", 4, {"tensor": 4, "sequence_parallel": True}),
+        Layout("PP2", 2, {"pipeline": 2, "zero_stage": 0}),
+        Layout("PP4 uneven", 4, {"pipeline": 4, "stage_layers": [1, 2, 1, 1]}),
+        Layout("PP2xDP2 ZeRO-1", 4, {"pipeline": 2}),
+        Layout("PP2xDP2 ZeRO-3", 4, {"pipeline": 2, "zero_stage": 3}, _PARTITION_ALL),
+        Layout("TP2xPP2", 4, {"tensor": 2, "pipeline": 2}),
+        Layout("TP2xDP2 ZeRO-3", 4, {"tensor": 2, "zero_stage": 3}, _PARTITION_ALL),
+        Layout("TP2xPP2xDP2 ZeRO-1", 8, {"tensor": 2, "pipeline": 2}),
+        Layout(
+            "TP2xPP2xDP2 SP ZeRO-3",
+            8,
+            {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "zero_stage": 3},
+            _PARTITION_ALL,
+        ),
+        Layout("DP2 ZeRO-1 offload", 2, {"zero_stage": 1}, _OFFLOAD, brief=True),
+        Layout("DP2 ZeRO-2 offload", 2, {"zero_stage": 2}, _OFFLOAD, brief=True),
+        Layout("PP2xDP2 ZeRO-1 offload", 4, {"pipeline": 2}, _OFFLOAD, brief=True),
+        Layout("PP2xDP2 ZeRO-3 offload", 4, {"pipeline": 2, "zero_stage": 3}, _OFFLOAD, brief=True),
+        # More tensor-parallel ranks than key/value heads: copies of a head cross the boundary too.
+        Layout("TP4xPP2", 8, {"tensor": 4, "pipeline": 2}, brief=True),
+        Layout("TP4xPP2xDP2", 16, {"tensor": 4, "pipeline": 2}, brief=True),
+        Layout("PP4xDP4", 16, {"pipeline": 4}, brief=True),
+    )
+}
+
+
+_ALWAYS_NAMED = ("layout", "policy", "checkpointing", "tied")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run of the matrix."""
+
+    layout: str
+    policy: str = "uniform"
+    checkpointing: str = "none"
+    tied: bool = False
+    family: str = "qwen3"
+    precision: str = "fp32"
+    attention: str = "sdpa"
+    ragged: bool = False
+    """Whether sequences have labels at their beginning only, from all to none of them (`RAGGED`)."""
+    documents: str = "joined"
+    rope_scaling: bool = False
+    """Whether frequencies are scaled as in Llama 3.1."""
+    sequence: int = SEQUENCE
+    learning_rate: float = OPTIMIZER["lr"]
+    warmup_steps: int = 0
+    min_learning_rate_ratio: float = 1.0
+    adam_eps: float = OPTIMIZER["eps"]
+    clip: float = CLIP
+    steps: int = 3
+    initializer_range: float = 0.1  # large enough that every gradient is well above rounding
+
+    @property
+    def name(self) -> str:
+        """In words, what `tools/parity.py --only` searches."""
+        words = [self.layout, self.policy, f"checkpointing {self.checkpointing}", "tied" if self.tied else "untied"]
+        return ", ".join([*words, *self.also])
+
+    @property
+    def also(self) -> list[str]:
+        """In what else the case differs from the plainest one."""
+        fields = [each for each in dataclasses.fields(self) if each.name not in _ALWAYS_NAMED]
+        values = [(each.name, getattr(self, each.name), each.default) for each in fields]
+        return [name if value is True else f"{name} {value}" for name, value, usual in values if value != usual]
+
+    @property
+    def on_one_rank(self) -> Case:
+        """What of the case changes the training: the same for all layouts and all ways to compute it."""
+        return dataclasses.replace(self, layout="single", checkpointing="none", attention="sdpa")
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The model section."""
+        family = LLAMA if self.family == "llama" else {}
+        own = {"tie_word_embeddings": self.tied, "attention": self.attention}
+        rope = {"rope_scaling": LLAMA3_ROPE} if self.rope_scaling else {}
+        return {**SHAPE, **family, **own, **rope, "initializer_range": self.initializer_range}
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """The routing section."""
+        return {"policy": self.policy, **POLICIES[self.policy]}
+
+    @property
+    def separate_at(self) -> int | None:
+        """The token that ends documents, where they are separate."""
+        return END if self.documents == "separate" else None
+
+    def config(self) -> Config:
+        """As a run would have it; its data sets are not opened."""
+        layout = LAYOUTS[self.layout]
+        return validate_config(
+            {
+                "model": self.shape,
+                "routing": self.routing,
+                "parallel": {**layout.parallel, "activation_checkpointing": CHECKPOINTING[self.checkpointing]},
+                "data": {
+                    "train": "",
+                    "validation": "",
+                    "tokenizer": "",
+                    "sequence_length": self.sequence,
+                    "documents": self.documents,
+                },
+                "train": {
+                    "output_dir": "",
+                    "seed": SEED,
+                    "steps": self.steps,
+                    "global_batch_size": MICRO_BATCHES * BATCH,
+                    "micro_batch_size": BATCH,
+                    "precision": self.precision,
+                    "learning_rate": self.learning_rate,
+                    "min_learning_rate_ratio": self.min_learning_rate_ratio,
+                    "warmup_steps": self.warmup_steps,
+                    "adam_beta1": OPTIMIZER["betas"][0],
+                    "adam_beta2": OPTIMIZER["betas"][1],
+                    "adam_eps": self.adam_eps,
+                    "weight_decay": OPTIMIZER["weight_decay"],
+                    "gradient_clipping": self.clip,
+                },
+                "deepspeed": layout.deepspeed,
+            }
+        )
+
+    def batches(self) -> list[Tensor]:
+        """The global batch of every step, int [Q, B, S + 1]; with ends of documents where they are separate."""
+        if self.separate_at is None:
+            return batches(self.steps, self.sequence)
+        generator = torch.Generator().manual_seed(2)
+        plain = batches(self.steps, self.sequence)
+        return [batch.masked_fill(torch.rand(batch.shape, generator=generator) < 0.15, END) for batch in plain]
+
+    def labelled(self) -> list[Tensor]:
+        """Which tokens of `batches`, but the first of each sequence, are to be predicted: per step, bool [Q, B, S]."""
+        masks = []
+        for step in range(self.steps):
+            lengths = torch.tensor(RAGGED).roll(step) if self.ragged else torch.full((len(RAGGED),), SEQUENCE)
+            labels = lengths.view(MICRO_BATCHES, BATCH, 1) * self.sequence // SEQUENCE
+            masks.append(torch.arange(self.sequence) < labels)
+        return masks
+
+    def micro_batches(self) -> list[list[MicroBatch]]:
+        """The Q micro-batches of every step, as the data path hands them over."""
+        steps = []
+        for batch, masks in zip(self.batches(), self.labelled(), strict=True):
+            whole = [MicroBatch.of(tokens, self.separate_at) for tokens in batch]
+            pairs = zip(whole, masks, strict=True)
+            steps.append([each._replace(labels=each.labels.masked_fill(~mask, IGNORED)) for each, mask in pairs])
+        return steps
+
+
+def batches(steps: int, sequence: int = SEQUENCE) -> list[Tensor]:
+    """The global batch of every step, int [Q, B, S + 1]."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (MICRO_BATCHES, BATCH, sequence + 1)
+    return [torch.randint(0, SHAPE["vocab_size"], shape, generator=generator) for _ in range(steps)]
+
+
+_SCHEDULE = {"warmup_steps": 2, "min_learning_rate_ratio": 0.1, "steps": 5}
+# bf16 is judged by sums over the steps, which twelve make sharp enough (`skvr_dist.lab.verify.compare`); with a larger
+# learning rate the training itself would drift away from the reference's, as far as gradients are rounded.
+BF16: dict[str, Any] = {"precision": "bf16", "steps": 12, "learning_rate": 1e-4}
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "ragged labels": {"ragged": True},
+    "separate documents": {"documents": "separate"},
+    "learning rate": _SCHEDULE,
+    "usual eps": {"adam_eps": 1e-8},
+    "no clipping": {"clip": 0.0},
+    "llama3 rope": {"family": "llama", "rope_scaling": True},
+    "context 128": {"sequence": 128},
+    "bf16": BF16,
+    "all at once": {
+        "ragged": True,
+        "documents": "separate",
+        "adam_eps": 1e-8,
+        "clip": 0.0,
+        "family": "llama",
+        "rope_scaling": True,
+        "sequence": 128,
+        **_SCHEDULE,
+    },
+}
+
+
+def varied(case: Case, variation: str) -> Case:
+    """A case with one of `VARIATIONS`; as it was where its layout has no bf16."""
+    parallel = Case(case.layout).config().parallel
+    if variation == "bf16" and why_not(parallel.zero_stage, parallel.pipeline > 1, "bf16"):
+        return case
+    return dataclasses.replace(case, **VARIATIONS[variation])
+
+
+def full_matrix() -> list[Case]:
+    """Every layout, with policies, kinds of checkpointing and kinds of embedding combined; and once over 20 steps.
+
+    With checkpointing each case has another variation, and in each layout they meet other policies and kinds.
+    """
+    policies, tied = ("none", "uniform", "strategy"), itertools.cycle((True, False))
+    kinds = [kind for kind in CHECKPOINTING if kind != "none"]
+    cases = []
+    for number, layout in enumerate(layout for layout in LAYOUTS if not LAYOUTS[layout].brief):
+        cases += [Case(layout, policy, tied=both) for policy in policies for both in (False, True)]
+        names = itertools.islice(itertools.cycle(VARIATIONS), number, None)
+        for policy, kind in itertools.product(policies, kinds):
+            cases.append(varied(Case(layout, policy, kind, next(tied)), next(names)))
+        cases.append(Case(layout, steps=20))
+    for layout in (layout for layout in LAYOUTS if LAYOUTS[layout].brief):
+        cases += [Case(layout), Case(layout, "strategy", "layer", tied=True, ragged=True)]
+        cases += [varied(Case(layout, tied=True), variation) for variation in ("bf16", "all at once")]
+    return cases
+
+
+def quick_matrix() -> list[Case]:
+    """Every layout twice, so that all policies, kinds of checkpointing and both kinds of embedding take their turns.
+
+    The second time with a variation. Brief layouts are there once, if they need few ranks.
+    """
+    policies = itertools.cycle(("uniform", "strategy", "uniform", "none"))
+    kinds = itertools.cycle(("none", "layer", "attention", "every 2nd layer"))
+    tied = itertools.cycle((True, False, False))
+    names = itertools.cycle(VARIATIONS)
+    cases = []
+    for layout in LAYOUTS.values():
+        plain = [Case(layout.name, next(policies), next(kinds), next(tied)) for _ in range(2)]
+        if not layout.brief:
+            cases += [plain[0], varied(plain[1], next(names))]
+        elif layout.ranks == 2:
+            cases.append(dataclasses.replace(plain[0], ragged=True))
+    return cases

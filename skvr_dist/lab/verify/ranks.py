@@ -1,0 +1,127 @@
+"""Run a function on several ranks of this machine over gloo, each a real process.
+
+A fork server imports torch and DeepSpeed once; every rank is a fork of it, so a run starts with a clean process group
+and clean module state, in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from typing import Any
+
+import torch
+
+from skvr_dist.cluster.launcher import free_port
+
+
+@functools.cache
+def _fork_server() -> ForkServerContext:
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the fork server, whose imports read it
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context = multiprocessing.get_context("forkserver")
+    # The last two are what DeepSpeed's engine and torch's optimizers would import on every rank, for seconds.
+    context.set_forkserver_preload(
+        [
+            "skvr_dist.train.loop",
+            "skvr_dist.lab.verify.measure",
+            "torch._dynamo",
+            "deepspeed.runtime.zero.stage3",
+            "deepspeed.runtime.zero.muon.muon_optimizer",
+        ]
+    )
+    return context
+
+
+class RankError(Exception):
+    """A rank raised, died or did not finish in time."""
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 120.0, may_die: bool = False
+) -> list[Any]:
+    """Call `function(*args)` on every rank of a fresh process group; returns what each returned, by rank.
+
+    `function` must be importable (defined at the top of a module); results must be picklable. With `may_die`, a rank
+    that ends without a result returns None.
+
+    Raises:
+        RankError: a rank raised, died or took longer than `seconds`; the others are killed.
+    """
+    port = free_port()
+    context = _fork_server()
+    processes, connections = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, world_size, port, sender, function, args), daemon=True)
+        process.start()
+        sender.close()
+        processes.append(process)
+        connections.append(receiver)
+    try:
+        return _collect(connections, seconds, may_die)
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+
+
+def _collect(connections: list[Connection], seconds: float, may_die: bool) -> list[Any]:
+    results: dict[Connection, Any] = {}
+    deadline = time.monotonic() + seconds
+    while len(results) < len(connections):
+        waiting = [c for c in connections if c not in results]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = [connections.index(c) for c in waiting]
+            raise RankError(f"ranks {late} did not finish within {seconds:.0f} s")
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            try:
+                failed, value = torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
+            except EOFError:
+                if may_die:
+                    results[connection] = None
+                    continue
+                raise RankError(f"rank {connections.index(connection)} died without a result") from None
+            if failed:
+                raise RankError(f"rank {connections.index(connection)} raised:\n{value}")
+            results[connection] = value
+    return [results[connection] for connection in connections]
+
+
+def _rank(
+    rank: int, world_size: int, port: int, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        from skvr_dist.cluster.launcher import start_process_group
+
+        start_process_group()
+        outcome = (False, function(*args))
+    except BaseException:
+        outcome = (True, traceback.format_exc())
+    try:
+        # As bytes: tensors would otherwise be handed over by descriptors that die with this process.
+        buffer = io.BytesIO()
+        torch.save(outcome, buffer)
+        sender.send_bytes(buffer.getvalue())
+    finally:
+        sender.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

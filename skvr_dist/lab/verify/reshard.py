@@ -1,0 +1,167 @@
+"""Save on one layout, go on with another: the same training, to the last bit of state that was loaded."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tabulate import tabulate
+
+from skvr_dist.checkpoint.folder import Checkpoint, step_folder
+from skvr_dist.checkpoint.pieces import MOMENTS
+from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
+from skvr_dist.lab.verify.ranks import run_ranks
+from skvr_dist.parallel.engine.optimizers import state_to_save
+from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.train.loop import build_engine
+from skvr_dist.train.state import load_state, place_of
+
+SAVED_AT, STEPS = 2, 7
+"""The step after which the source saves, and the steps in all: five more."""
+LOSS_BOUND = 1e-6
+"""Largest relative error of the losses after resharding."""
+MOMENTS_BOUND = 1e-6
+"""The same of the optimizer's state after the five steps, all first or all second moments taken as one vector."""
+TENSOR_BOUND = 1e-5
+"""The same of any single weight or moment: that of a gradient in fp32 between two layouts."""
+
+
+@dataclass(frozen=True)
+class Reshard:
+    """One pair of layouts."""
+
+    source: str
+    target: str
+    loaded_exactly: bool
+    """Whether the target, saved again right after loading, has every tensor bit for bit."""
+    loss: float
+    """Largest relative error of the five losses against the source's own."""
+    moments: float
+    """Relative error of Adam's moments after them, the larger of the first and the second ones'."""
+    tensor: float
+    """Largest relative error of any single weight or moment after them."""
+
+    @property
+    def missed(self) -> bool:
+        within = self.loss <= LOSS_BOUND and self.moments <= MOMENTS_BOUND and self.tensor <= TENSOR_BOUND
+        return not (self.loaded_exactly and within)
+
+
+def case_of(layout: str) -> Case:
+    """The training that is resharded: tied embeddings, so that ties made and cut are among the pairs.
+
+    The usual initial weights: larger ones amplify the rounding of fp32.
+    """
+    return Case(layout, "uniform", tied=True, steps=STEPS, initializer_range=0.02)
+
+
+def reshard(layouts: Sequence[str], folder: Path) -> Iterator[Reshard]:
+    """Every layout to every layout; checkpoints are written under `folder`."""
+    straight = {}
+    for source in layouts:
+        ranks = LAYOUTS[source].ranks
+        straight[source] = run_ranks(ranks, _train_through, case_of(source), str(folder / source))[0]
+    for target in layouts:
+        sources = [(source, str(folder / source), str(folder / f"{source} to {target}")) for source in layouts]
+        resumed = run_ranks(LAYOUTS[target].ranks, _go_on, case_of(target), sources, seconds=300.0)[0]
+        for (source, saved, again), losses in zip(sources, resumed, strict=True):
+            wanted = straight[source]
+            moments, tensor = _errors(Path(saved), Path(again), STEPS)
+            yield Reshard(
+                source,
+                target,
+                loaded_exactly=_errors(Path(saved), Path(again), SAVED_AT) == (0.0, 0.0),
+                loss=max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True)),
+                moments=moments,
+                tensor=tensor,
+            )
+
+
+def as_table(outcomes: Iterable[Reshard]) -> str:
+    """A line per pair, in Markdown."""
+    rows = [
+        [
+            outcome.source,
+            outcome.target,
+            "yes" if outcome.loaded_exactly else "NO",
+            f"{outcome.loss:.0e}",
+            f"{outcome.moments:.0e}",
+            f"{outcome.tensor:.0e}",
+            "MISSED" if outcome.missed else "ok",
+        ]
+        for outcome in outcomes
+    ]
+    header = ["saved by", "continued by", "loaded bit for bit", "loss", "moments", "worst tensor", "verdict"]
+    return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
+
+
+def _train_through(case: Case, folder: str) -> list[float]:
+    """On the source: save on the way and at the end; the losses in between."""
+    trainer = Trainer(case, folder)
+    trainer.train(range(SAVED_AT))
+    trainer.save(SAVED_AT)
+    losses = trainer.train(range(SAVED_AT, STEPS))
+    trainer.save(STEPS)
+    return losses
+
+
+def _go_on(case: Case, sources: list[tuple[str, str, str]]) -> list[list[float]]:
+    """On the target: load each source's checkpoint, save it again at once, and train to the end."""
+    losses = []
+    for _, saved, again in sources:
+        trainer = Trainer(case, again)
+        load_state(trainer.engine, Checkpoint(checkpoint_of(saved, SAVED_AT)))
+        trainer.save(SAVED_AT)
+        losses.append(trainer.train(range(SAVED_AT, STEPS)))
+        trainer.save(STEPS)
+        trainer.engine.destroy()
+        gc.collect()
+    return losses
+
+
+class Trainer:
+    """An engine with its checkpoints, in the folder of a run."""
+
+    def __init__(self, case: Case, folder: str) -> None:
+        self.config = case.config()
+        self.mesh = Mesh.build(self.config.parallel, self.config.model)
+        self.engine = build_engine(self.config, self.mesh)
+        keep: dict[str, Any] = {"keep_last": 2, "keep_every_steps": None}
+        self.saver = Saver(Path(folder) / "checkpoints", config_text=self.config.to_yaml(), tokenizer=None, **keep)
+
+    def train(self, steps: range) -> list[float]:
+        mesh, tokens = self.mesh, batches(STEPS)
+        mine = [iter(tokens[step][mesh.replica :: mesh.replicas]) for step in steps]
+        return [self.engine.train_step(b, self.config.plan(step)) for b, step in zip(mine, steps, strict=True)]
+
+    def save(self, step: int) -> None:
+        self.saver.save(step, state_to_save(self.engine), place_of(self.engine, step), lambda folder: None)
+        self.saver.finish()
+        dist.barrier()
+
+
+def checkpoint_of(run: str | Path, step: int) -> Path:
+    """Where a trainer saved a step."""
+    return Path(run) / "checkpoints" / step_folder(step)
+
+
+def _errors(one: Path, other: Path, step: int) -> tuple[float, float]:
+    """Of Adam's moments, and of the worst tensor, between two checkpoints of a step; both relative."""
+    a, b = (Checkpoint(checkpoint_of(folder, step), verify=True).index for folder in (one, other))
+    assert a.names() == b.names(), "the checkpoints hold different tensors"
+    worst, squares = 0.0, {kind: [0.0, 0.0] for kind in MOMENTS}
+    for name in a.names():
+        wanted, found = a.read(name), b.read(name)
+        difference, size = float((found - wanted).norm()), float(wanted.norm())
+        worst = max(worst, difference / size if difference else 0.0)
+        if name.split(".", 1)[0] in squares:
+            total = squares[name.split(".", 1)[0]]
+            total[0] += difference**2
+            total[1] += size**2
+    return max(math.sqrt(difference / size) for difference, size in squares.values()), worst

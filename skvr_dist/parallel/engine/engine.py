@@ -1,0 +1,369 @@
+"""The routed pipeline engine: DeepSpeed's PipelineEngine with routed stages and packed boundaries.
+
+Kept from DeepSpeed: the 1F1B schedule, gradient reduction, ZeRO, mixed precision, the optimizer step, checkpoints.
+Replaced: what a stage computes, what crosses between stages, and the order of a step's instructions: sends come first.
+Sizes come from the routing plan, so there is no handshake; a stage's backward runs once per micro-batch, whatever
+crosses. The loss and its gradient are means over the labels of the global batch, not over its micro-batches: DeepSpeed
+averages the micro-batches' sums over equally many positions, and before the optimizer step all is multiplied by
+positions over labels, which are 1 if none is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import MethodType
+from typing import Any
+
+import deepspeed.comm as ds_comm
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.constants import PIPE_REPLICATED
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
+from torch import Tensor
+
+from skvr_dist.data.batch import MicroBatch
+from skvr_dist.model.modules import count_labels
+from skvr_dist.parallel.engine.schedule import sends_first
+from skvr_dist.parallel.engine.stage import StageModule
+from skvr_dist.parallel.engine.zero import ZeroUnderPipeline, compare_module_order_within, reduce_layer_by_layer
+from skvr_dist.parallel.failure import naming_the_operation
+from skvr_dist.parallel.guard import UpdateGuard, drop_gradients, gradient_tensors, scale_gradients
+from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.pipeline.boundary import Handover, MicroBatchShape, connect
+from skvr_dist.routing import RoutingPlan, fixed_plan
+
+
+class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
+    """Trains and evaluates a decoder over pipeline stages, tensor-parallel ranks and data-parallel replicas.
+
+    Args:
+        module: this rank's stage.
+        mesh: this rank's place.
+        separate_documents: attention stays within documents, so that every stage reads the micro-batches.
+        guard: decides which updates are applied.
+        sequence_length: tokens per sequence; with the micro-batch size it fixes every shape that crosses.
+        deepspeed_json: DeepSpeed's configuration.
+        optimizer: builds the optimizer from parameter groups.
+        lr_scheduler: builds the learning-rate schedule from the optimizer.
+    """
+
+    def __init__(
+        self,
+        module: StageModule,
+        mesh: Mesh,
+        *,
+        guard: UpdateGuard,
+        sequence_length: int,
+        deepspeed_json: dict[str, Any],
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        lr_scheduler: Callable[[torch.optim.Optimizer], Any],
+        separate_documents: bool = False,
+    ) -> None:
+        compare_module_order_within(mesh.replica_group)
+        super().__init__(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            model_parameters=parameter_groups(module),
+            lr_scheduler=lr_scheduler,
+            mpu=module.mpu(),
+            dist_init_required=False,
+            config=deepspeed_json,
+            config_class=DeepSpeedConfig(deepspeed_json, module.mpu()),
+        )
+        self._in_pipeline_init = False
+        if self.zero_optimization_stage() == 2:
+            reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
+        self.separate_documents = separate_documents
+        self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
+        self.mesh = mesh
+        self.guard = guard
+        self.stage = module
+        self.sent_bytes = 0
+        """Bytes of activations that this rank has sent to the next stage since it started."""
+        self.backward_passes = 0
+        """Backward passes that this stage has run since it started."""
+        self.predicted_tokens = 0
+        """Labels that counted in the last step or evaluation, over the global batch."""
+        self._mean_loss = 0.0
+        self._labels = 0  # of the micro-batches that this rank has run, on the last stage
+        self._update_is_admitted = True
+        self._plan: RoutingPlan | None = None
+        self._done: Counter[type] = Counter()
+        self._gradients: Handover | None = None
+        self.total_loss: Tensor | None = None
+        dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
+        self._shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
+        with naming_the_operation(mesh, "connecting the pipeline stages"):
+            self.before, self.after = connect(module.model_config, mesh, module.starts, self._shape, dtype, self.device)
+
+    def train_step(self, micro_batches: Iterator[MicroBatch | Tensor], plan: RoutingPlan) -> float:
+        """One optimizer step.
+
+        Args:
+            micro_batches: this replica's micro-batches, or plain sequences, int [B, S + 1]; read on the first and last
+                stage.
+            plan: the donors of all global micro-batches of the step.
+
+        Returns:
+            the mean loss over the labels of the global batch, in nats per token, on every rank; not a number if all
+            are ignored.
+        """
+        if plan.num_micro_batches != self.micro_batches * self.mesh.replicas:
+            raise ValueError(
+                f"the plan has {plan.num_micro_batches} micro-batches, the step {self.micro_batches} on each of "
+                f"{self.mesh.replicas} replicas"
+            )
+        self._plan = plan
+        self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed empties it only when it prints
+        with naming_the_operation(self.mesh, "the training step"):
+            return float(self.train_batch(micro_batches))
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch | Tensor], donors: Iterable[int]) -> float:
+        """Mean loss over the labels of every replica's micro-batches, with the same donors in all of them.
+
+        Args:
+            micro_batches: equally many on each replica.
+        """
+        self._plan = fixed_plan(tuple(donors), len(micro_batches) * self.mesh.replicas)
+        with naming_the_operation(self.mesh, "the evaluation"):
+            return float(self.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches)))
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping; not a number if its update was skipped."""
+        return float(self.get_global_grad_norm() or 0.0)
+
+    # The schedule. Every kind of instruction is issued in the order of the micro-batches, so counting the
+    # instructions of a kind tells which micro-batch one is for.
+
+    def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
+        self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
+        self.fwd_outputs: list[Tensor] = []
+        self._labels = 0
+        self._done.clear()
+        self._expect_tensors(training=isinstance(pipe_schedule, schedule.TrainSchedule))
+        for instructions in sends_first(pipe_schedule):
+            for instruction in instructions:
+                kind = type(instruction)
+                with naming_the_operation(self.mesh, kind.__name__, self._done[kind]):
+                    MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
+                self._done[kind] += 1
+        if self.before:
+            self.before.gradients.finish_sends()
+        if self.after:
+            self.after.activations.finish_sends()
+
+    def _expect_tensors(self, training: bool) -> None:
+        """Tell the channels what this schedule will bring; its sizes follow from the plan."""
+        assert self._plan is not None
+        rows = self._plan.donors[self.mesh.replica :: self.mesh.replicas].tolist()
+        if self.before:
+            self.before.activations.expect([self.before.boundary.elements(donors) for donors in rows])
+        if self.after and training:
+            self.after.gradients.expect([self.after.boundary.elements(donors) for donors in rows])
+
+    def _donors(self, instruction: type) -> list[int]:
+        """int [L]: donors of the micro-batch that this instruction is for.
+
+        Replica r of R runs the global micro-batches r, r + R, r + 2R, ...
+        """
+        assert self._plan is not None
+        row = self.mesh.replica + self._done[instruction] * self.mesh.replicas
+        return self._plan.donors[row].tolist()
+
+    def _exec_load_micro_batch(self, buffer_id: int) -> None:
+        batch = MicroBatch.of(self._next_batch())
+        self._load_documents(buffer_id, batch)
+        if self.is_first_stage():
+            self.pipe_buffers["inputs"][buffer_id] = batch.tokens.to(self.device)
+        if self.is_last_stage():
+            self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
+            self._labels += int(count_labels(batch.labels))
+
+    def set_dataiterator(self, iterator: Iterator[MicroBatch | Tensor] | None) -> None:
+        """On every stage; DeepSpeed's own forgets it between the outer ones."""
+        self.training_dataloader = None
+        self.data_iterator = iterator
+
+    def _load_documents(self, buffer_id: int, batch: MicroBatch) -> None:
+        if self.separate_documents:
+            assert batch.documents is not None, "micro-batches must name the document of each position"
+            self.pipe_buffers["documents"][buffer_id] = batch.documents.to(self.device)
+
+    def _exec_recv_activations(self, buffer_id: int) -> None:
+        assert self.before is not None
+        if self.separate_documents and not self.is_last_stage():  # the schedule lets only the outer stages load
+            self._load_documents(buffer_id, MicroBatch.of(self._next_batch()))
+        packed = self.before.activations.receive()
+        handover = self.before.boundary.unpack(packed, self._donors(schedule.RecvActivation))
+        for tensor in handover.tensors():
+            tensor.requires_grad_()  # leaves of this stage's graph: their gradients are what goes back
+        self.pipe_buffers["inputs"][buffer_id] = handover
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        donors = self._donors(schedule.ForwardPass)
+        outputs = DeepSpeedEngine.forward(
+            self,
+            inputs=self.pipe_buffers["inputs"][buffer_id],
+            donors=donors,
+            leaving=self.after.boundary.crossing(donors) if self.after else (),
+            labels=self.pipe_buffers["labels"][buffer_id] if self.is_last_stage() else None,
+            documents=self.pipe_buffers["documents"][buffer_id],
+        )
+        self.pipe_buffers["outputs"][buffer_id] = outputs
+        if self.is_last_stage():
+            loss = outputs.detach()
+            self.fwd_outputs.append(loss)
+            self.total_loss = loss if len(self.fwd_outputs) == 1 else self.total_loss + loss
+
+    def _exec_send_activations(self, buffer_id: int) -> None:
+        assert self.after is not None
+        packed = self.after.boundary.pack(self.pipe_buffers["outputs"][buffer_id].tensors())
+        self.sent_bytes += packed.nbytes
+        self.after.activations.send(packed)
+
+    def _exec_recv_grads(self, buffer_id: int) -> None:
+        assert self.after is not None
+        packed = self.after.gradients.receive()
+        self._gradients = self.after.boundary.unpack(packed, self._donors(schedule.RecvGrad))
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        self.backward_passes += 1
+        micro_batch = self._done[schedule.BackwardPass]
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        self.begin_backward(micro_batch, last=micro_batch == self.micro_batches - 1)
+        if self.is_last_stage():
+            DeepSpeedEngine.backward(self, outputs)
+        else:
+            assert self._gradients is not None
+            self._backward_from_gradients(outputs, self._gradients)
+            self._gradients = None
+        self.end_backward()
+        self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _backward_from_gradients(self, outputs: Handover, gradients: Handover) -> None:
+        """One backward pass over all outputs, between what DeepSpeed does before and after one."""
+        self._running_engine_backward = True  # keeps DeepSpeed's hooks from taking this for a user's own backward
+        try:
+            self._backward_prologue()
+            torch.autograd.backward(outputs.tensors(), gradients.tensors())
+            self._backward_epilogue()
+        finally:
+            self._running_engine_backward = False
+
+    def _exec_send_grads(self, buffer_id: int) -> None:
+        assert self.before is not None
+        gradients = [tensor.grad for tensor in self.pipe_buffers["inputs"][buffer_id].tensors()]
+        self.before.gradients.send(self.before.boundary.pack(gradients))
+        self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _exec_reduce_tied_grads(self) -> None:
+        self.sum_tied_gradients(self.module.get_tied_weights_and_groups())
+
+    def _exec_reduce_grads(self) -> None:
+        if not self.reduces_in_backward:
+            super()._exec_reduce_grads()
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        square = float(torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))) ** 2
+        square, weight = self._sum_over_batch(square)
+        self._update_is_admitted = self.guard.admits(self._mean_loss, square * weight**2, self.predicted_tokens)
+        if self._update_is_admitted and weight != 1.0:
+            scale_gradients(self.optimizer, self.module, weight)
+        super()._exec_optimizer_step(lr_kwargs)
+
+    def _sum_over_batch(self, square: float = 0.0) -> tuple[float, float]:
+        """Set the mean loss and the number of labels of what all ranks have just run; collective.
+
+        Args:
+            square: anything else to be summed.
+
+        Returns:
+            its sum over all ranks, and the positions of the batch over its labels: what averages over positions must be
+            multiplied by. If all labels are ignored there is nothing to average, and it is 0.
+        """
+        mine = [0.0, 0.0, 0.0]
+        if self.is_last_stage() and self.total_loss is not None:
+            positions = self._shape.batch * self._shape.sequence
+            mine = [float(self.total_loss) * positions, float(self._labels), float(len(self.fwd_outputs) * positions)]
+        square, loss, labels, positions_of_all = self.mesh.sum_over_ranks([square, *mine])
+        # Tensor-parallel ranks of the last stage hold the same labels; that cancels out but in their number.
+        self.predicted_tokens = round(labels) // self.mesh.tensors
+        self._mean_loss = loss / labels if labels else math.nan
+        return square, positions_of_all / labels if labels else 0.0
+
+    def _aggregate_total_loss(self) -> Tensor:
+        """What `train_batch` returns; the optimizer step has found it already."""
+        return torch.tensor(self._mean_loss, dtype=torch.float64)
+
+    def _reduce_outputs(self, outputs: list[Tensor], **kwargs: Any) -> list[Tensor]:
+        """Nothing yet: DeepSpeed would average the micro-batches, and only then tell the other stages."""
+        return outputs
+
+    def _bcast_pipe_scalar(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What `eval_batch` returns."""
+        self._sum_over_batch()
+        return torch.tensor(self._mean_loss, dtype=torch.float64)
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if not self._update_is_admitted:
+            self._skip_model_step()
+            return
+        if not (self.zero_optimization() or self.bfloat16_enabled()):
+            self._global_grad_norm = self._clip_by_global_norm()
+        super()._take_model_step(lr_kwargs)
+        self.copy_tied_weights(self.module.get_tied_weights_and_groups())
+
+    def _skip_model_step(self) -> None:
+        """All that a step does except the update."""
+        drop_gradients(self.optimizer)
+        if self.zero_optimization() or self.bfloat16_enabled():
+            self.optimizer.zero_grad()
+        else:
+            self.zero_grad()
+        self._global_grad_norm = torch.tensor(torch.nan)
+        self._step_applied = False
+        self.lr_scheduler.step()
+        self.losses = None
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+
+    def clip_fp32_gradients(self) -> None:
+        """Nothing is left to clip; DeepSpeed's own would take the norm of the first stage for that of all."""
+
+    def _clip_by_global_norm(self) -> Tensor:
+        """Norm over all stages and shards, shared ones counted once: for ZeRO-0, the others have theirs."""
+        gradients = [(p.grad, getattr(p, PIPE_REPLICATED)) for p in self.module.parameters() if p.grad is not None]
+        squares = torch.stack([grad.square().sum() for grad, replicated in gradients if not replicated]).sum()
+        ds_comm.all_reduce(squares, group=self.mpu.get_model_parallel_group())
+        norm = squares.sqrt()
+        if self.gradient_clipping() > 0:
+            torch.nn.utils.clip_grads_with_norm_(list(self.module.parameters()), self.gradient_clipping(), norm)
+        return norm
+
+    _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
+        schedule.LoadMicroBatch: _exec_load_micro_batch,
+        schedule.RecvActivation: _exec_recv_activations,
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.SendActivation: _exec_send_activations,
+        schedule.RecvGrad: _exec_recv_grads,
+        schedule.BackwardPass: _exec_backward_pass,
+        schedule.SendGrad: _exec_send_grads,
+        schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
+        schedule.ReduceGrads: _exec_reduce_grads,
+        schedule.OptimizerStep: _exec_optimizer_step,
+    }
+
+
+def parameter_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """Matrices are decayed, norms and biases are not (`weight_decay: 0` overrides the optimizer's)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2]},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,142 @@
+"""Where master weights and moments live in each of DeepSpeed's optimizers, as pieces of whole tensors.
+
+    ZeRO-0      the parameter is its own master; the moments have its shape
+    ZeRO-1, 2   a slice of one flat fp32 tensor per parameter group; also bf16 with ZeRO-1 (BF16_Optimizer)
+    ZeRO-3      a slice of a flat fp32 tensor per subgroup, beside the slice of the parameter
+
+In a checkpoint a weight is stored once, in fp32 where a master exists, and never as the bf16 copy made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skvr_dist.checkpoint.pieces import MOMENTS, WEIGHTS, Piece, Pieces, pieces_of
+from skvr_dist.model.modules import Shard
+from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The part of one weight's optimizer state that this rank holds: `count` elements of a flat tensor."""
+
+    name: str
+    parameter: nn.Parameter
+    shard: Shard
+    local_shape: tuple[int, ...]
+    flat: nn.Parameter | Tensor
+    """What the optimizer updates, and its key for the moments."""
+    offset: int
+    """Where this weight's elements begin in it."""
+    count: int
+    start: int
+    """Which element of the flattened parameter the first of them is."""
+
+    def master(self) -> Tensor:
+        return self.flat.detach().view(-1).narrow(0, self.offset, self.count)
+
+    def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+        return optimizer.state[self.flat][key].view(-1).narrow(0, self.offset, self.count)
+
+    def pieces(self, flat: Tensor) -> list[Piece]:
+        """The rectangles that a flat tensor of this partition's elements makes."""
+        return pieces_of(self.shard, self.local_shape, flat, self.start)
+
+
+def partitions(engine: RoutedPipelineEngine) -> Iterator[Partition]:
+    """This rank's partitions of all its weights; weights of which it holds no element are left out."""
+    optimizer, shards = engine.optimizer, engine.stage.shards
+    for name, parameter in engine.stage.decoder.named_parameters():
+        p: Any = parameter  # with what DeepSpeed hangs on it
+        if hasattr(p, "ds_id"):  # ZeRO-3
+            group, offset, count = optimizer.grad_position[optimizer.get_param_id(p)]
+            start = p.ds_tensor.ds_numel * engine.mesh.replica
+            count = max(min(count, p.ds_numel - start), 0)  # the last partition may be padded
+            shape, flat = tuple(p.ds_shape), optimizer.fp32_partitioned_groups_flat[group]
+        elif engine.zero_optimization():  # ZeRO-1 and 2
+            mapping = p._hp_mapping
+            if mapping is None:
+                continue
+            start = mapping.lp_fragment_address.start
+            offset, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+            # DeepSpeed leaves the flat partition of each group as the group's only parameter.
+            (flat,) = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"]
+            shape = tuple(parameter.shape)
+        else:
+            start, offset, count, shape, flat = 0, 0, parameter.numel(), tuple(parameter.shape), parameter
+        if count:
+            yield Partition(name, parameter, shards[name], shape, flat, offset, count, start)
+
+
+def state_to_save(engine: RoutedPipelineEngine) -> Pieces:
+    """Weights, and moments if there are any, that this rank stands for: of what several ranks hold, one rank's."""
+    return _pieces([p for p in partitions(engine) if p.shard.primary], engine.basic_optimizer)
+
+
+def state_to_load(engine: RoutedPipelineEngine, adam_steps: int) -> Pieces:
+    """The memory of all weights and moments that this rank holds, to be filled.
+
+    Args:
+        adam_steps: optimizer steps that the moments have seen.
+    """
+    held = list(partitions(engine))
+    for flat in {id(p.flat): p.flat for p in held}.values():
+        engine.basic_optimizer.state[flat] = {
+            "step": torch.tensor(float(adam_steps)),
+            **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
+        }
+    return _pieces(held, engine.basic_optimizer)
+
+
+def _pieces(held: list[Partition], optimizer: torch.optim.Optimizer) -> Pieces:
+    found: Pieces = {}
+    for partition in held:
+        found[WEIGHTS + partition.name] = partition.pieces(partition.master())
+        if optimizer.state.get(partition.flat):  # there are none before the first step
+            for key in MOMENTS:
+                found[f"{key}.{partition.name}"] = partition.pieces(partition.moment(optimizer, key))
+    return found
+
+
+def adam_steps(engine: RoutedPipelineEngine) -> int:
+    """Steps that the optimizer has taken; fewer than the run's if updates were skipped."""
+    return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), default=0)
+
+
+def whole_parameters(engine: RoutedPipelineEngine) -> Pieces:
+    """fp32 memory for this rank's whole shards, where parameters are copies of masters kept elsewhere.
+
+    Empty for ZeRO-0, whose parameters are the masters, and for ZeRO-3, which holds no more than its partitions.
+    """
+    if not engine.zero_optimization() or engine.zero_optimization_partition_weights():
+        return {}
+    shards = engine.stage.shards
+    return {
+        WEIGHTS + name: pieces_of(shards[name], tuple(p.shape), torch.zeros(p.numel(), device=p.device))
+        for name, p in engine.stage.decoder.named_parameters()
+    }
+
+
+@torch.no_grad()
+def take_parameters(engine: RoutedPipelineEngine, whole: Pieces) -> None:
+    """Set the parameters from their masters, after those were loaded."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_partition_weights():
+        for partition in partitions(engine):
+            stored = partition.parameter.ds_tensor  # type: ignore[attr-defined]
+            stored.data.view(-1)[: partition.count].copy_(partition.master())
+        if optimizer.persistent_parameters:  # small ones, which every rank keeps whole
+            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        return
+    shards = engine.stage.shards
+    for name, parameter in engine.stage.decoder.named_parameters():
+        for piece in whole.get(WEIGHTS + name, []):
+            shards[name].unpadded(parameter).copy_(piece.tensor.view(shards[name].unpadded(parameter).shape))
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
+        optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,149 @@
+"""One pipeline stage as DeepSpeed wants it: a slice of the decoder inside a PipelineModule."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.constants import PIPE_REPLICATED
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor, nn
+
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.parallel import ParallelConfig
+from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize
+from skvr_dist.model.modules import Shard, shards_of
+from skvr_dist.parallel.engine.zero import TiedWeights
+from skvr_dist.parallel.mesh import Mesh, new_groups
+from skvr_dist.parallel.pipeline.boundary import Handover
+from skvr_dist.parallel.split import stage_bounds
+from skvr_dist.parallel.tensor import TensorParts
+
+
+class StageModule(PipelineModule):
+    """Holds this rank's slice of the decoder; overrides how PipelineModule splits, builds and ties layers.
+
+    PipelineModule expects a list of layers that map one value to one value. A routed stage maps hidden states and
+    any number of keys and values, chosen per micro-batch by the plan, so the slice is one module here.
+    """
+
+    decoder: Decoder
+    shards: dict[str, Shard]
+    """The shard that each parameter of the decoder holds, by canonical name."""
+
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, seed: int) -> None:
+        self.model_config = model
+        self.sequence_parallel = parallel.sequence_parallel
+        self._parallel = parallel
+        self._mesh = mesh
+        self._bounds = stage_bounds(model, parallel)
+        self._seed = seed
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds and the topology
+            super().__init__(layers=[], topology=mesh.topology)
+
+    @property
+    def starts(self) -> list[int]:
+        """The first layer of every stage."""
+        return [start for start, _ in self._bounds]
+
+    @property
+    def start(self) -> int:
+        """This stage's first layer."""
+        return self._bounds[self._mesh.stage][0]
+
+    @property
+    def stop(self) -> int:
+        """The first layer after this stage."""
+        return self._bounds[self._mesh.stage][1]
+
+    def forward(
+        self,
+        *,
+        inputs: Tensor | Handover,
+        donors: Sequence[int],
+        leaving: Sequence[int],
+        labels: Tensor | None,
+        documents: Tensor | None,
+    ) -> Handover | Tensor:
+        """Run the slice.
+
+        Args:
+            inputs: on the first stage tokens, int [B, S]; else what the stage before hands over.
+            donors: int [L], the donors of this micro-batch.
+            leaving: layers whose keys and values go out, received ones among them.
+            labels: int [B, S], on the last stage.
+            documents: int [B, S], if attention stays within documents.
+
+        Returns:
+            on the last stage the sum of the labels' cross entropy, over B x S: the mean if no label is ignored; on the
+            others what the next stage gets.
+        """
+        if isinstance(inputs, Handover):
+            hidden, received = inputs.hidden, inputs.kv
+        else:
+            hidden, received = self.decoder.embed(inputs), {}
+        hidden, known = self.decoder.run_layers(hidden, donors, received, documents=documents)
+        if labels is not None:
+            # Not over the number of its labels: what a token weighs must not depend on the micro-batch it is in. That
+            # the step divides by, once it is known (`RoutedPipelineEngine`).
+            return self.decoder.summed_loss(hidden, labels) / labels.numel()
+        return Handover(hidden, {layer: known[layer] for layer in leaving})
+
+    # What PipelineModule calls while it is built.
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        self.parts = [*self.starts, self._bounds[-1][1]]
+        self._set_bounds(start=self.start, stop=self.stop)
+
+    def _build(self) -> None:
+        parts = None
+        if self._mesh.tensors > 1:
+            parts = TensorParts(self.model_config, self._mesh, self.sequence_parallel)
+        checkpointing = self._parallel.activation_checkpointing
+        with torch.device("meta"):  # torch's own initial weights are never drawn
+            decoder = Decoder(self.model_config, self.start, self.stop, parts=parts, checkpointing=checkpointing)
+        self.decoder = decoder.to_empty(device="cpu")
+        initialize(self.decoder, self._seed)
+        self.shards = shards_of(self.decoder)
+        for name, parameter in self.decoder.named_parameters():
+            _count_in_norm(parameter, self.shards[name].primary)
+        # ZeRO-3 fetches and reduces a layer as one: which of its parameters take part depends on the routing, and
+        # differs between replicas.
+        set_z3_leaf_modules(self, [DecoderLayer], raise_if_not_found=False)
+
+    def _index_tied_modules(self) -> dict[str, dict[str, Any]]:
+        """The embedding that first and last stage share when embeddings are tied, with the group that sums it."""
+        last = len(self._bounds) - 1
+        if not self.model_config.tie_word_embeddings or last == 0:
+            return {}
+        pairs = [[pipe[0], pipe[-1]] for pipe in self._topo.get_axis_comm_lists("pipe")]
+        groups = new_groups(pairs)
+        if self._mesh.stage not in (0, last):
+            return {}
+        module, name = self.decoder.embed_tokens, "embed_tokens.weight"
+        if self._mesh.stage == last:  # the first stage stands for both
+            self.shards[name] = dataclasses.replace(self.shards[name], primary=False)
+            _count_in_norm(self.decoder.get_parameter(name), False)
+        ranks, group = next((ranks, group) for ranks, group in zip(pairs, groups, strict=True) if group is not None)
+        return {"embed_tokens": {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": module}}
+
+    def _synchronize_tied_weights(self) -> None:
+        """Nothing to send: both stages draw or load the same weights by name."""
+
+    def get_tied_weights_and_groups(self) -> TiedWeights:
+        return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+
+
+def _count_in_norm(parameter: nn.Parameter, counted: bool) -> None:
+    """Tell DeepSpeed's gradient norms whether to count a parameter on this rank.
+
+    ZeRO-0, ZeRO-1 and ZeRO-2 leave out what is marked as replicated; ZeRO-3 counts what is marked as model-parallel,
+    and everything on the first rank of a model-parallel group, where everything is counted anyway.
+    """
+    setattr(parameter, PIPE_REPLICATED, not counted)
+    parameter.model_parallel = counted  # type: ignore[attr-defined]

@@ -1,0 +1,149 @@
+"""What crosses a stage boundary: one packed tensor per micro-batch, whose size both sides know from the plan.
+
+The packed tensor is flat: hidden states, then keys and values of the crossing layers in ascending order. Its
+gradient comes back in the same form. Neither needs a handshake about shapes.
+
+Each tensor-parallel rank sends to its counterpart: its own heads of keys and values, and 1/T of the hidden states,
+which the receiving ranks gather. So no byte crosses twice.
+
+Shapes: B batch, S sequence, D hidden, K this rank's key/value heads, E head_dim, N elements of the packed tensor,
+T tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.model.decoder import KV
+from skvr_dist.parallel.mesh import Mesh, new_groups
+from skvr_dist.parallel.pipeline.channel import Channel
+from skvr_dist.parallel.tensor import gather
+from skvr_dist.routing import crossing_layers
+
+
+@dataclass(frozen=True, eq=False)
+class Handover:
+    """What a stage hands to the next one for one micro-batch, or the gradients of it.
+
+    Not a tuple, for the reason that `skvr_dist.model.decoder.KV` is none.
+    """
+
+    hidden: Tensor
+    """[B, S, D]; with sequence parallelism [B, S / T, D]."""
+    kv: dict[int, KV]
+    """Keys and values of the crossing layers, in ascending order."""
+
+    def tensors(self) -> list[Tensor]:
+        """Hidden states, then keys and values of each layer."""
+        return [self.hidden, *(tensor for kv in self.kv.values() for tensor in (kv.k, kv.v))]
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """What fixes the shape of everything that crosses, besides the plan."""
+
+    batch: int
+    sequence: int
+    sequence_parallel: bool
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The cut in front of layer `layer`."""
+
+    model: ModelConfig
+    mesh: Mesh
+    layer: int
+    shape: MicroBatchShape
+
+    def crossing(self, donors: Sequence[int]) -> tuple[int, ...]:
+        """Layers whose keys and values cross here in a micro-batch with these donors (int [L])."""
+        return crossing_layers(donors, self.layer)
+
+    def elements(self, donors: Sequence[int]) -> int:
+        """N, the liveness bound of this rank."""
+        return sum(math.prod(shape) for shape in self._shapes(donors))
+
+    def pack(self, parts: Sequence[Tensor]) -> Tensor:
+        """One flat tensor [N] of the tensors of a `Handover`, or of their gradients; not part of any graph."""
+        hidden, *kv = (part.detach() for part in parts)
+        if self._hidden_is_split_for_sending:
+            hidden = hidden.flatten().chunk(self.mesh.tensors)[self.mesh.tensor]
+        return torch.cat([part.flatten() for part in (hidden, *kv)])
+
+    def unpack(self, packed: Tensor, donors: Sequence[int]) -> Handover:
+        """The parts of a packed tensor [N]; all but perhaps the hidden states are views of it."""
+        shapes = self._shapes(donors)
+        flat = packed.split([math.prod(shape) for shape in shapes])
+        hidden, *kv = (part.view(shape) for part, shape in zip(flat, shapes, strict=True))
+        if self._hidden_is_split_for_sending:
+            hidden = gather(hidden, self.mesh.tensor_group, dim=0)
+            hidden = hidden.view(self.shape.batch, self.shape.sequence, self.model.hidden_size)
+        pairs = zip(self.crossing(donors), kv[0::2], kv[1::2], strict=True)
+        return Handover(hidden, {layer: KV(k, v) for layer, k, v in pairs})
+
+    @property
+    def _hidden_is_split_for_sending(self) -> bool:
+        """Without sequence parallelism all tensor-parallel ranks hold the same hidden states and gradients of them."""
+        return self.mesh.tensors > 1 and not self.shape.sequence_parallel
+
+    def _shapes(self, donors: Sequence[int]) -> list[tuple[int, ...]]:
+        """Shapes of the parts as they are sent."""
+        ranks, hidden_size = self.mesh.tensors, self.model.hidden_size
+        batch, sequence = self.shape.batch, self.shape.sequence
+        heads = max(self.model.num_key_value_heads // ranks, 1)
+        kv = (batch, sequence, heads, self.model.head_dim)
+        flat = (batch * sequence * hidden_size // ranks,)
+        hidden = flat if self._hidden_is_split_for_sending else (batch, sequence // ranks, hidden_size)
+        return [hidden, *([kv] * (2 * len(self.crossing(donors))))]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A boundary and what runs over it: activations forwards, gradients backwards."""
+
+    boundary: Boundary
+    activations: Channel
+    gradients: Channel
+
+
+def connect(
+    model: ModelConfig,
+    mesh: Mesh,
+    starts: Sequence[int],
+    shape: MicroBatchShape,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Link | None, Link | None]:
+    """This stage's links to the stages before and after it; collective over all ranks.
+
+    Args:
+        starts: the first layer of every stage.
+    """
+    # Making a channel waits for the rank at its other end, and making a group for all ranks. All ranks come to those
+    # they take part in in one and the same order: boundary by boundary, activations before gradients. Of the channels
+    # and groups that some rank is waiting for, take the first: whoever is missing there cannot be waiting at a later
+    # one, which it comes to afterwards, nor at an earlier one, since there is none. So it comes, and no ranks wait for
+    # each other in a circle.
+    pipes = mesh.topology.get_axis_comm_lists("pipe")
+
+    def channel(sender: int, receiver: int) -> Channel | None:
+        """From a stage to another, in this rank's pipe; None where this rank is in neither."""
+        groups = new_groups([pipe[sender], pipe[receiver]] for pipe in pipes)
+        group = next((group for group in groups if group is not None), None)
+        if group is None:
+            return None
+        return Channel(mesh.stage_rank(sender), mesh.stage_rank(receiver), group, dtype, device)
+
+    links: dict[int, Link] = {}
+    for after in range(1, mesh.stages):
+        activations, gradients = channel(after - 1, after), channel(after, after - 1)
+        if activations and gradients:
+            links[after] = Link(Boundary(model, mesh, starts[after], shape), activations, gradients)
+    return links.get(mesh.stage), links.get(mesh.stage + 1)

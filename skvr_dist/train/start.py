@@ -1,0 +1,82 @@
+"""The data sets that a run reads, held against the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skvr_dist.config.data import DataConfig
+from skvr_dist.config.tree import Config
+from skvr_dist.data.batch import MicroBatch
+from skvr_dist.data.reader import SequenceStream, SourceData, validation_sequences
+from skvr_dist.data.shards import Dataset
+from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.errors import UserError
+from skvr_dist.model.attention import require_backend
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads."""
+
+    sequences: SequenceStream
+    """The training sequences by number."""
+    held_out: list[MicroBatch]
+    """The held-out micro-batches of each evaluation, as many for every replica."""
+
+
+def open_inputs(config: Config, world_size: int) -> Inputs:
+    """Open what a run reads and hold it against the configuration, before any process group exists.
+
+    Raises:
+        UserError: a data set is missing, damaged or does not fit.
+    """
+    replicas = config.data_parallel_size(world_size)
+    require_backend(config.model.attention)
+    held_out = Dataset.open(config.data.validation)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    held_out.require_vocabulary(config.model.vocab_size)
+    require_made_with(held_out, tokenizer, config.data)
+    sequences = training_sequences(config.data, config.train.seed)
+    for source in sequences.sources.values():
+        source.dataset.require_same_tokenizer(held_out)
+    round_size = config.train.micro_batch_size * replicas
+    held_out_sequences = validation_sequences(
+        held_out,
+        sequence_length=config.data.sequence_length,
+        num_sequences=-(-config.evaluate.sequences // round_size) * round_size,
+    )
+    separate_at = held_out.manifest.eos_id if config.data.documents == "separate" else None
+    micro_batches = [
+        MicroBatch.of(batch, separate_at) for batch in held_out_sequences.split(config.train.micro_batch_size)
+    ]
+    return Inputs(sequences, micro_batches)
+
+
+def require_made_with(dataset: Dataset, tokenizer: Tokenizer, data: DataConfig) -> None:
+    """Refuse a tokenizer (`data.tokenizer`) to which the ids of a data set mean something else."""
+    if tokenizer.sha256 != dataset.manifest.tokenizer_sha256:
+        raise UserError(
+            f"data.tokenizer {data.tokenizer} is {tokenizer.sha256[:12]}, but data set {dataset.location} was made "
+            f"with {dataset.manifest.tokenizer_sha256[:12]}; give the one beside the data set"
+        )
+
+
+def training_sequences(data: DataConfig, seed: int) -> SequenceStream:
+    """The training sequences that a configuration names: its `data` section, and `train.seed`, which orders them.
+
+    Raises:
+        UserError: a data set is missing or damaged, or they do not fit together.
+    """
+    skip = data.damage == "skip"
+    sources = {
+        name: SourceData(Dataset.open(source.path, check_sizes=not skip), source.weight)
+        for name, source in data.train.items()
+    }
+    return SequenceStream(
+        sources,
+        sequence_length=data.sequence_length,
+        lanes=data.lanes,
+        seed=seed,
+        separate_documents=data.documents == "separate",
+        skip_damage=skip,
+    )

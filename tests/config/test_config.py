@@ -1,0 +1,156 @@
+"""The configuration: what is accepted, what is refused and in which words, and the DeepSpeed JSON made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from skvr_dist.config.load import load_config
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.tree import Config
+from skvr_dist.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs/experiment/quickstart.yaml"
+
+
+def quickstart(*overrides: str) -> Config:
+    return load_config([QUICKSTART], overrides)
+
+
+def test_overrides_and_yaml_round_trip(tmp_path: Path) -> None:
+    config = quickstart("train.learning_rate=1e-4", "model.num_hidden_layers=8", "routing.cross_layer_prob=0.25")
+    assert config.train.learning_rate == 1e-4
+    assert config.model.num_hidden_layers == 8
+    copy = tmp_path / "config.yaml"
+    copy.write_text(config.to_yaml())
+    assert load_config([copy]) == config
+
+
+def test_later_files_win(tmp_path: Path) -> None:
+    later = tmp_path / "later.yaml"
+    later.write_text("train: {steps: 7, warmup_steps: 2}\n")
+    config = load_config([QUICKSTART, later])
+    assert (config.train.steps, config.train.learning_rate) == (7, quickstart().train.learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=5", r"unknown key train\.step; did you mean steps\?"),
+        ("modle.hidden_size=5", r"unknown key modle; did you mean model\?"),
+        ("model.rope_scaling={rope_type: linear, facter: 2.0}", r"model\.rope_scaling\.facter; did you mean factor\?"),
+        ("train.steps=many", r"train\.steps is 'many'; input should be a valid integer"),
+        ("train.steps=0", r"train\.steps is 0; input should be greater than 0"),
+        ("train.learning_rate='1e-4'", r"train\.learning_rate is '1e-4'"),
+        ("train.precision=fp16", r"train\.precision is 'fp16'; allowed are 'fp32' or 'bf16'"),
+        ("routing.policy=unifrom", r"routing\.policy is 'unifrom'; allowed are 'none', 'uniform'"),
+        ("routing.cross_layer_prob=1.5", r"cross_layer_prob is 1\.5"),
+        ("routing.cross_layer_prob=null", "policy strategy needs cross_layer_prob"),
+        ("routing.policy=none", "policy none takes no parameters, but cross_layer_prob is 0.5"),
+        ("routing.policy=window", "policy window needs window"),
+        ("parallel.pipeline=9", "parallel.pipeline is 9, but model.num_hidden_layers is 8"),
+        ("parallel.stage_layers=[6, 5]", r"\[6, 5\] must be 2 positive counts .* add up to 8"),
+        ("parallel.zero_stage=4", "zero_stage is 4; allowed are 0, 1, 2 or 3"),
+        ("parallel.zero_stage=2", "zero_stage 2 under a pipeline: .* use zero_stage 1 or 3, or parallel.pipeline 1"),
+        ("parallel.tensor=3", "num_attention_heads 4 cannot be split over parallel.tensor 3 ranks; use a divisor of 4"),
+        ("parallel.sequence_parallel=true", "needs parallel.tensor of at least 2, got 1"),
+        ("train.micro_batch_size=3", "is not a multiple of train.micro_batch_size 3; the nearest ones are"),
+        ("data.sequence_length=4096", "longer than model.max_position_embeddings 2048"),
+        ("train.warmup_steps=100000", "warmup_steps 100000 exceeds train.steps"),
+        ("evaluate.strategies=['1,2']", "does not retain layer 0"),
+        ("deepspeed.gradient_clipping=1.0", "cannot be passed through; set train.gradient_clipping"),
+        ("deepspeed.zero_optimization={stage: 2}", "zero_optimization.stage cannot be .* set parallel.zero_stage"),
+        ("deepspeed.zero_optimization={offload_optimizer: {device: nvme}}", "device is nvme, .* use cpu"),
+        ("deepspeed.zero_force_ds_cpu_optimizer=true", "runs train with torch's AdamW; leave it out"),
+        ("deepspeed.pipeline={activation_checkpoint_interval: 1}", "deepspeed.pipeline cannot be passed through"),
+        ("model.attention=flash", "flash works in bf16 only"),
+        ("model.num_key_value_heads=3", "must be a multiple of num_key_value_heads 3"),
+        ("model.qk_norm=false", "architecture qwen3 is published with"),
+        ("train.steps", "must look like section.key=value"),
+    ],
+)
+def test_refused_with_a_sentence(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        quickstart(override)
+
+
+def test_missing_section_and_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model is missing"):
+        load_config([ROOT / "configs/parallel/pp2.yaml"])
+    with pytest.raises(UserError, match=r"cannot read configuration .*absent\.yaml: No such file"):
+        load_config([tmp_path / "absent.yaml"])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("train: [unclosed")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config([broken])
+    itself = tmp_path / "itself.yaml"
+    itself.write_text("include: [itself.yaml]")
+    with pytest.raises(UserError, match="includes itself"):
+        load_config([itself])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "message"),
+    [
+        (3, [], "3 ranks cannot hold parallel.pipeline 2 stages x .* 1 ranks; start a multiple of 2 ranks"),
+        (12, [], "replicas cannot share equally; make the batch a multiple of"),
+        (
+            4,
+            ["data.lanes=12", "train.micro_batch_size=4", "train.global_batch_size=16"],
+            "data.lanes 12 must be a multiple of",
+        ),
+    ],
+)
+def test_world_sizes_that_do_not_fit(ranks: int, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        quickstart(*overrides).data_parallel_size(ranks)
+
+
+def test_deepspeed_json() -> None:
+    config = quickstart("train.global_batch_size=32", "train.micro_batch_size=4", "deepspeed.wall_clock_breakdown=true")
+    generated = config.deepspeed_json(world_size=4)
+    assert generated["train_batch_size"] == 32
+    assert generated["gradient_accumulation_steps"] == 32 // 4 // 2
+    assert generated["zero_optimization"] == {"stage": 1}
+    assert generated["wall_clock_breakdown"] is True
+    passed = quickstart("deepspeed.zero_optimization={reduce_bucket_size: 1000}").deepspeed_json(4)
+    assert passed["zero_optimization"] == {"reduce_bucket_size": 1000, "stage": 1}
+
+
+def test_gradients_are_reduced_in_fp32_unless_asked_otherwise() -> None:
+    assert "communication_data_type" not in quickstart("train.precision=fp32").deepspeed_json(4)
+    assert quickstart("train.precision=bf16").deepspeed_json(4)["communication_data_type"] == "fp32"
+    asked = quickstart("train.precision=bf16", "deepspeed.communication_data_type=bf16").deepspeed_json(4)
+    assert asked["communication_data_type"] == "bf16"
+
+
+def test_an_offloaded_optimizer_is_torchs() -> None:
+    key = "deepspeed.zero_optimization={offload_optimizer: {device: %s}}"
+    assert quickstart(key % "cpu").deepspeed_json(4)["zero_force_ds_cpu_optimizer"] is False
+    with pytest.raises(UserError, match=r"offload_optimizer has no effect at parallel\.zero_stage 0; use 1, 2 or 3"):
+        quickstart(key % "cpu", "parallel.zero_stage=0")
+
+
+# Parameters as published with the weights, rounded to a million.
+PUBLISHED = {
+    "qwen3-0.6b": 596,
+    "qwen3-1.7b": 1721,
+    "qwen3-8b": 8191,
+    "llama-3.1-8b": 8030,
+    "mistral-7b": 7248,
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_published_sizes(preset: str) -> None:
+    import torch
+    import yaml
+
+    from skvr_dist.model.decoder import Decoder
+
+    model = ModelConfig.model_validate(yaml.safe_load((ROOT / f"configs/model/{preset}.yaml").read_text())["model"])
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Decoder(model).parameters())
+    assert round(parameters / 1e6) == PUBLISHED[preset]

@@ -1,0 +1,89 @@
+"""What happens when ranks differ, get stuck or die: a sentence that names them, within a bounded time."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.parallel import ParallelConfig
+from skvr_dist.errors import RunInterrupted, UserError
+from skvr_dist.lab.verify.cases import SHAPE, Case, batches
+from skvr_dist.lab.verify.ranks import RankError, run_ranks
+from skvr_dist.parallel.mesh import Mesh
+
+TIMEOUT = 3.0
+
+
+def mesh_of_replicas() -> Mesh:
+    return Mesh.build(ParallelConfig(), ModelConfig.model_validate(SHAPE))
+
+
+def disagree() -> None:
+    mesh = mesh_of_replicas()
+    mesh.require_same({"first step": 4})
+    mesh.require_same({"first step": 4 if mesh.rank < 2 else 0})
+
+
+def test_ranks_that_disagree_stop() -> None:
+    with pytest.raises(RankError, match="ranks 0 and 2 disagree on the first step: 4 and 0"):
+        run_ranks(3, disagree)
+
+
+def receive_another_plan() -> str:
+    from skvr_dist.train.loop import plan_stream
+
+    mesh = mesh_of_replicas()
+    plans = plan_stream(Case("DP2 ZeRO-1", "none").config(), mesh, first_step=0)
+    plans.next()
+    plans._work.wait()
+    if mesh.rank == 1:
+        plans._donors[3, 4] = 2
+    with pytest.raises(UserError) as raised:
+        plans.next()
+    return str(raised.value)
+
+
+def test_a_rank_with_another_plan_is_named() -> None:
+    for message in run_ranks(2, receive_another_plan):
+        assert message.startswith(
+            "routing plan of step 2, micro-batch 3: on rank 1 layer 4 reads layer 2, on rank 0 layer 4"
+        )
+
+
+def train_until(rank: int, fate: str) -> tuple[str, float]:
+    """Train on 4 ranks; after the first step one rank gets stuck or dies. What the others say, and after how long."""
+    from skvr_dist.cluster.launcher import use_timeout
+    from skvr_dist.train.loop import build_engine
+
+    use_timeout(timedelta(seconds=TIMEOUT))
+    config = Case("PP2xDP2 ZeRO-1").config()
+    mesh = Mesh.build(config.parallel, config.model)
+    engine = build_engine(config, mesh)
+    first, second, _ = batches(3)
+    engine.train_step(iter(first[mesh.replica :: mesh.replicas]), config.plan(0))
+    dist.barrier()
+    if mesh.rank == rank:
+        if fate == "dies":
+            os._exit(0)
+        time.sleep(5 * TIMEOUT)
+        return "", 0.0
+    started = time.monotonic()
+    with pytest.raises(RunInterrupted) as raised:
+        engine.train_step(iter(second[mesh.replica :: mesh.replicas]), config.plan(1))
+    return str(raised.value), time.monotonic() - started
+
+
+@pytest.mark.parametrize(("rank", "fate"), [(2, "is stuck"), (1, "dies")])
+def test_a_missing_rank_is_named(rank: int, fate: str) -> None:
+    results = run_ranks(4, train_until, rank, fate, may_die=fate == "dies")
+    survivors = [result for other, result in enumerate(results) if other != rank]
+    for other, (message, seconds) in zip([r for r in range(4) if r != rank], survivors, strict=True):
+        assert message.startswith(f"rank {other} (stage ")
+        assert f"no sign of life from rank {rank}" in message
+        assert seconds < 4 * TIMEOUT
+    assert any(" of micro-batch " in message for message, _ in survivors)

@@ -1,0 +1,182 @@
+"""One run in a folder, one branch of checkpoints in it, and one store for its ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from skvr_dist.cluster.launcher import free_port, start_process_group
+from skvr_dist.errors import UserError
+from skvr_dist.lab.verify.ranks import run_ranks
+from skvr_dist.run.folder import read_run, wait_for_run_id, write_run
+from skvr_dist.run.lock import RunLock
+
+HOLDER = """
+import pathlib, sys, time
+from skvr_dist.run.lock import RunLock
+RunLock(pathlib.Path(sys.argv[1]), "first")
+print("held", flush=True)
+time.sleep(60 if sys.argv[2] == "stays" else 0)
+"""
+
+
+def hold(folder: Path, how: str) -> subprocess.Popen[str]:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), how], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+    holder = hold(tmp_path, "stays")
+    try:
+        with pytest.raises(UserError) as refused:
+            RunLock(tmp_path, "second")
+        said = str(refused.value)
+        assert f"{tmp_path} is in use: process {holder.pid} on {socket.gethostname()} trains run first there" in said
+        assert " since 20" in said and "give another train.output_dir" in said
+    finally:
+        holder.kill()
+        holder.wait()
+    started = time.monotonic()
+    RunLock(tmp_path, "second").release()  # killed: nobody waits for that
+    assert time.monotonic() - started < 1.0
+
+
+def test_who_ends_gives_the_folder_back(tmp_path: Path) -> None:
+    holder = hold(tmp_path, "ends")
+    assert holder.wait() == 0
+    for _ in range(3):
+        RunLock(tmp_path, "next").release()
+    (file,) = (tmp_path / "lock").iterdir()
+    assert json.loads(file.read_text())["state"] == "free"
+
+
+def other_host(folder: Path, number: int = 1, **changes: Any) -> Path:
+    """A lock as a process on another host holds it."""
+    (folder / "lock").mkdir(exist_ok=True)
+    record = {"host": "node7", "pid": 1, "since": "2020-01-01", "run": "first", "processes": "others"}
+    file = folder / f"lock/{number:08d}.json"
+    file.write_text(json.dumps({**record, "process_start": "5", "state": "held", "beat": 0, **changes}))
+    return file
+
+
+def test_the_beat_of_another_host_decides(tmp_path: Path) -> None:
+    """Not its clock, and not whether its process number is one of this host's."""
+    file = other_host(tmp_path, pid=os.getpid())
+    threading.Timer(0.4, lambda: other_host(tmp_path, pid=os.getpid(), beat=1)).start()
+    with pytest.raises(UserError, match="on node7 trains run first there since 2020-01-01"):
+        RunLock(tmp_path, "second", patience_seconds=30.0)
+    started = time.monotonic()
+    RunLock(tmp_path, "second", patience_seconds=1.0).release()  # the beat has stopped
+    assert time.monotonic() - started > 1.0 and not file.exists()
+
+
+def take(folder: str) -> str:
+    try:
+        RunLock(Path(folder), f"run {dist.get_rank()}", patience_seconds=0.5)
+    except UserError as error:
+        return str(error)
+    dist.barrier()  # hold it until all have tried
+    return "held"
+
+
+def take_or_wait(folder: str) -> str:
+    said = take(folder)
+    if said != "held":
+        dist.barrier()
+    return said
+
+
+def test_one_of_many_takes_a_dead_ones_lock(tmp_path: Path) -> None:
+    other_host(tmp_path, number=3)
+    said = run_ranks(4, take_or_wait, str(tmp_path))
+    assert said.count("held") == 1
+    winner = said.index("held")
+    assert all(f"trains run run {winner} there" in text for text in said if text != "held")
+
+
+STANDS_STILL = """
+import pathlib, sys, time
+from skvr_dist.run.lock import RunLock
+RunLock(pathlib.Path(sys.argv[1]), "first", beat_seconds=0.1)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_who_was_taken_over_ends(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", STANDS_STILL, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    other_host(tmp_path, number=2)
+    _, said = holder.communicate(timeout=30)
+    assert holder.returncode == 2
+    assert f"another process has taken {tmp_path} over" in said
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot lock .*/file/run \(Not a directory"):
+        RunLock(tmp_path / "file/run", "first")
+
+
+def test_a_run_keeps_its_id(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sees no .*run.json of rank 0 after 0 s; give a train.output_dir on a file"):
+        wait_for_run_id(tmp_path, 0.2)
+    threading.Timer(0.3, lambda: write_run(tmp_path, id="abc")).start()
+    assert wait_for_run_id(tmp_path, 10.0) == "abc"
+    write_run(tmp_path, resume="auto")
+    assert read_run(tmp_path) == {"id": "abc", "resume": "auto"}
+
+
+def meet(port: int, run_of: dict[int, tuple[str, int, int]], folder: str) -> Any:
+    """Leave the group of this test, and come together again as told, by one port."""
+    number = dist.get_rank()
+    run, rank, world_size = run_of[number]
+    dist.barrier()
+    dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+    import deepspeed.comm.comm as deepspeed_comm
+
+    deepspeed_comm.cdb = None
+    try:
+        start_process_group(timedelta(seconds=60 if run == "a" else 3), run)
+    except (UserError, RuntimeError) as error:
+        return str(error)
+    finally:
+        (Path(folder) / str(number)).touch()
+    found: list[Any] = [None] * world_size
+    dist.all_gather_object(found, (run, rank))
+    while rank == 0 and len(list(Path(folder).iterdir())) < len(run_of):  # the store is here
+        time.sleep(0.05)
+    return found
+
+
+def test_a_rank_of_another_run_at_the_same_port_is_not_taken_in(tmp_path: Path) -> None:
+    """It waits for its own rank 0, while the others train."""
+    ranks = {0: ("a", 0, 2), 1: ("a", 1, 2), 2: ("b", 1, 2)}
+    *met, stranger = run_ranks(3, meet, free_port(), ranks, str(tmp_path))
+    assert met == [[("a", 0), ("a", 1)]] * 2
+    assert "default_pg" in stranger or "timeout" in stranger.lower()
+
+
+def test_two_starts_of_one_run_at_one_port_keep_apart(tmp_path: Path) -> None:
+    """The second run's own store could not be opened, or is yet to come: its rank finds that of the first."""
+    ranks = {0: ("a", 0, 2), 1: ("a", 1, 2), 2: ("a", 1, 2)}
+    met = run_ranks(3, meet, free_port(), ranks, str(tmp_path))
+    assert met[0] == [("a", 0), ("a", 1)]
+    told, other = sorted(met[1:], key=lambda found: isinstance(found, list))
+    assert other == met[0]
+    assert "rank 1 of run a is process " in told and "comes as the same; end the other start of this run" in told

@@ -1,0 +1,104 @@
+"""Tiny models of the three families for the tests of `skvr_dist.hf`, with the weights of the plain reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.hf import RoutedLlamaForCausalLM, RoutedMistralForCausalLM, RoutedQwen3ForCausalLM
+from skvr_dist.hf.convert.card import Training
+from skvr_dist.hf.convert.export import export_model
+from skvr_dist.hf.convert.model_config import hf_config
+from skvr_dist.hf.convert.weights import hf_name
+from skvr_dist.lab.verify import reference
+from skvr_dist.model.decoder import Decoder
+from skvr_dist.routing import CacheStrategy
+
+CLASSES: dict[str, Any] = {
+    "qwen3": RoutedQwen3ForCausalLM,
+    "llama": RoutedLlamaForCausalLM,
+    "mistral": RoutedMistralForCausalLM,
+}
+STRATEGIES = {"every:2": (0, 2, 4, 6), "every:4": (0, 4), "prefix:3": (0, 1, 2), "irregular": (0, 3, 4, 7)}
+
+
+def shape_of(architecture: str, **changes: Any) -> ModelConfig:
+    """Eight layers; a theta and an epsilon that are nobody's default."""
+    fields = {
+        "architecture": architecture,
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "rope_theta": 777.0,
+        "rms_norm_eps": 3e-4,
+        "qk_norm": architecture == "qwen3",
+        "tie_word_embeddings": False,
+        **changes,
+    }
+    return ModelConfig(**fields)
+
+
+def random_weights(config: ModelConfig, scale: float = 0.3) -> dict[str, Tensor]:
+    """Larger than initial weights and with uneven norms and biases, so that attention patterns and biases matter."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(tensor.shape, generator=generator) * scale + (1.0 if "norm" in name else 0.0)
+        for name, tensor in Decoder(config).state_dict().items()
+    }
+
+
+def load_into(model: PreTrainedModel, weights: dict[str, Tensor]) -> Any:
+    """The model with those weights, by canonical name."""
+    state = {hf_name(name): tensor.clone() for name, tensor in weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and missing in ([], ["lm_head.weight"])
+    model.tie_weights()
+    return model.eval()
+
+
+def export_checkpoint(run: Path, output: Path) -> None:
+    """Export a run's latest checkpoint with its tokenizer, in float32."""
+    checkpoint = Checkpoint(run)
+    export_model(
+        checkpoint.model_config,
+        checkpoint.weight_names(),
+        checkpoint.weight,
+        checkpoint.tokenizer_file,
+        output,
+        training=Training.of(checkpoint),
+        dtype=torch.float32,
+    )
+
+
+def routed_model(config: ModelConfig, weights: dict[str, Tensor] | None = None) -> Any:
+    """Our class of transformers."""
+    ids = {"pad_token_id": 0}
+    model = CLASSES[config.architecture](hf_config(config, torch.float32, ids))
+    return load_into(model, weights or random_weights(config))
+
+
+def prompts() -> Tensor:
+    """int [16, 12]."""
+    return torch.randint(1, 101, (16, 12), generator=torch.Generator().manual_seed(9))
+
+
+@torch.no_grad()
+def reference_tokens(config: ModelConfig, retained: tuple[int, ...], inputs: Tensor, count: int) -> Tensor:
+    """Inputs int [B, S] and `count` greedy tokens, without a cache, by the reference that shares no code with us."""
+    weights, shape = random_weights(config), config.model_dump()
+    sources = list(CacheStrategy(config.num_hidden_layers, retained).kv_source_layers)
+    for _ in range(count):
+        logits = reference.logits(weights, shape, inputs, sources)[:, -1]
+        inputs = torch.cat((inputs, logits.argmax(-1, keepdim=True)), dim=1)
+    return inputs
