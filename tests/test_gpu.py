@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from support.hf_models import STRATEGIES, prompts, random_weights, reference_tokens, routed_model, shape_of
 
-from skvr_dist.cluster.launcher import start_process_group
 from skvr_dist.lab.verify.cases import BF16, Case
 from skvr_dist.lab.verify.compare import compare
 from skvr_dist.lab.verify.measure import run_case
 from skvr_dist.model.attention import flash_is_installed
 from skvr_dist.model.decoder import Decoder
+from skvr_dist.parallel.engine.process_group import start_process_group
 from skvr_dist.routing import CacheStrategy
 
 pytestmark = [

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from skvr_dist.cluster.launcher import announced_world_size, start_process_group
+from skvr_dist.cluster.launcher import announced_world_size
 from skvr_dist.config.load import load_config
 from skvr_dist.errors import EXIT_MISSED, run_command
+from skvr_dist.parallel.engine.process_group import start_process_group
 from skvr_dist.routing import RoutingConfig
 
 STANDARD = RoutingConfig(policy="none")
@@ -55,11 +56,11 @@ def main() -> int:
         print(tabulate(rows, headers=["routing", "median step (ms)", "K/V projections skipped"], tablefmt="github"))
         print(
             f"\nrouted / standard: {ratio.median:.3f} (quartiles {ratio.lower_quartile:.3f} to "
-            f"{ratio.upper_quartile:.3f}, {options.rounds} pairs, {mesh.stages} stages x {mesh.replicas} replicas); "
+            f"{ratio.upper_quartile:.3f}, {options.rounds} pairs, {mesh.pp_size} stages x {mesh.dp_size} replicas); "
             f"bound {options.bound:.2f}: {'met' if passed else 'missed'}"
         )
         if options.json:
-            record = {"ratio": asdict(ratio), "bound": options.bound, "stages": mesh.stages, "replicas": mesh.replicas}
+            record = {"ratio": asdict(ratio), "bound": options.bound, "stages": mesh.pp_size, "replicas": mesh.dp_size}
             record |= {"standard": asdict(standard)["seconds"], "routed": asdict(routed)["seconds"]}
             options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return 0 if passed else EXIT_MISSED

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from skvr_dist.cluster.launcher import announced_world_size, start_process_group
+from skvr_dist.cluster.launcher import announced_world_size
 from skvr_dist.config.load import load_config
 from skvr_dist.errors import EXIT_MISSED, run_command
+from skvr_dist.parallel.engine.process_group import start_process_group
 
 
 def main() -> int:

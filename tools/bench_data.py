@@ -77,8 +77,8 @@ def data_wait(folder: Path, tokenizer: Tokenizer, config_file: str, overrides: l
     random_dataset(folder / "train", tokenizer, document_tokens=300, tokens=4_000_000, shards=32)
     config = load_config([config_file], [*overrides, f"data.train={folder / 'train'}"])
 
-    from skvr_dist.cluster.launcher import start_process_group
     from skvr_dist.lab.bench.step import data_wait_share
+    from skvr_dist.parallel.engine.process_group import start_process_group
     from skvr_dist.parallel.mesh import Mesh
     from skvr_dist.train.loop import WatchedBatches, build_engine, training_batches
     from skvr_dist.train.start import training_sequences

@@ -7,9 +7,8 @@ that they stop after the same one.
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
-
-from skvr_dist.parallel.mesh import Mesh
 
 # SIGTERM is what launchers and batch systems send first; Slurm sends SIGUSR1 ahead of the end where it is asked to.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -19,10 +18,13 @@ class InterruptListener:
     """Listens from its construction on, to the end of the process.
 
     A second signal changes nothing: launchers pass on what the ranks may have received already.
+
+    Args:
+        sum_over_ranks: the element-wise sum over all ranks of a list of equal length on each; collective.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> None:
+        self._sum_over_ranks = sum_over_ranks
         self._received: set[int] = set()
         for number in SIGNALS:
             signal.signal(number, self._note)
@@ -32,5 +34,5 @@ class InterruptListener:
 
     def received(self) -> str | None:
         """The signals that any rank has received, in words; collective over all ranks."""
-        ranks = self._mesh.sum_over_ranks([float(number in self._received) for number in SIGNALS])
+        ranks = self._sum_over_ranks([float(number in self._received) for number in SIGNALS])
         return " and ".join(number.name for number, count in zip(SIGNALS, ranks, strict=True) if count) or None

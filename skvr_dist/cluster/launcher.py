@@ -1,31 +1,19 @@
-"""What the launcher told this process, and how it joins the others."""
+"""What the launcher told this process about the ranks it started, through environment variables."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import os
 import socket
-import warnings
-from collections.abc import Iterator
-from datetime import timedelta
-from typing import Any
-from urllib.parse import urlsplit
-
-import psutil
-import torch
-from torch.distributed import PrefixStore, Store, distributed_c10d
-from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
-
-from skvr_dist.errors import OneRankError, UserError
 
 # Launchers announce ranks and their number under different names: torchrun and deepspeed, Open MPI, MPICH.
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-_DEFAULT_PORT = 29500  # DeepSpeed's
-_RUN_SCHEME = "skvr-run"
+
+
+def was_launched() -> bool:
+    """Whether a launcher announced its ranks to this process."""
+    return any(name in os.environ for name in _WORLD_SIZE_VARIABLES)
 
 
 def announced_world_size() -> int:
@@ -38,69 +26,9 @@ def announced_rank() -> int:
     return _first_number(_RANK_VARIABLES, 0)
 
 
-def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | None = None) -> None:
-    """Join the process group of the launcher, or make one of this process alone: NCCL on GPUs, gloo on CPUs.
-
-    Args:
-        timeout: the longest wait for another rank, in this group and those made later.
-        run: id of the run, the same on all ranks. Ranks of two runs that meet at one address and port keep out of each
-            other's way: all that a run's ranks tell each other to connect is under its id.
-
-    Raises:
-        UserError: another process has come as this rank of this run.
-    """
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    # DeepSpeed's calls, which torch names anew: a line per rank and call that no user can do anything about.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    on_gpu = get_accelerator().device_name() == "cuda"
-    if not on_gpu:
-        _share_cores()
-    if not any(name in os.environ for name in _WORLD_SIZE_VARIABLES):
-        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-            raise UserError(
-                f"Slurm started {os.environ['SLURM_NTASKS']} tasks, but no launcher announced their ranks; start one "
-                f"task per node that runs deepspeed or torchrun, or use mpirun"
-            )
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(free_port()))
-    backend = "nccl" if on_gpu else "gloo"
-    # A shared-memory sum for inference on CPUs, which DeepSpeed would compile here, for a minute and with a compiler.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    with contextlib.redirect_stdout(io.StringIO()):
-        # Under mpirun DeepSpeed would overwrite MASTER_PORT, and two runs on a host would meet on one port.
-        port = int(os.environ.get("MASTER_PORT", _DEFAULT_PORT))
-        deepspeed.init_distributed(
-            dist_backend=backend,
-            timeout=timeout,
-            distributed_port=port,
-            verbose=False,
-            init_method=None if run is None else f"{_RUN_SCHEME}://{run}",
-        )
-    use_timeout(timeout)
-    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
-        # DeepSpeed numbers the ranks of a host by world rank. Open MPI need not, and DeepSpeed's engine then refuses.
-        os.environ["LOCAL_RANK"] = os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
-
-
-def _join_run(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
-    """torch's rendezvous by environment variables, in the part of the store that belongs to a run."""
-    parts = urlsplit(url)
-    store, rank, world_size = next(rendezvous(f"env://?{parts.query}", **options))
-    store = PrefixStore(parts.netloc, store)
-    process = psutil.Process()
-    mine = f"process {process.pid} on {socket.gethostname()}, started at {process.create_time():.2f}"
-    came = store.compare_set(f"came/{rank}", "", mine).decode()
-    if came != mine:
-        raise OneRankError(
-            f"rank {rank} of run {parts.netloc} is {came}, and {mine} comes as the same; end the other start of this "
-            f"run, or give each a MASTER_PORT of its own"
-        )
-    yield store, rank, world_size
-
-
-register_rendezvous_handler(_RUN_SCHEME, _join_run)
+def announced_local_size() -> int:
+    """Ranks that the launcher started on this host; 1 without a launcher."""
+    return _first_number(_LOCAL_SIZE_VARIABLES, 1)
 
 
 def free_port() -> int:
@@ -108,21 +36,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def use_timeout(timeout: timedelta) -> None:
-    """Let groups that are made from now on, by DeepSpeed too, wait no longer; by default some wait for half an hour."""
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-
-
-def _share_cores() -> None:
-    """Give each rank of this host its share of the cores, unless OMP_NUM_THREADS says otherwise.
-
-    By default every rank would start a thread per core, and the ranks would fight for them.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // _first_number(_LOCAL_SIZE_VARIABLES, 1)))
 
 
 def _first_number(variables: tuple[str, ...], otherwise: int) -> int:

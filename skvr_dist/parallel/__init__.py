@@ -1,9 +1,1 @@
-"""Everything that runs over ranks: mesh, stages, the routed pipeline engine, plan broadcast."""
-
-import os
-
-import torch
-
-# DeepSpeed chooses its accelerator when it is imported, and would look for one that this machine does not have.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+"""Everything that runs over ranks: mesh, tensor parallelism, pipeline stages, failures; DeepSpeed in `engine` only."""

@@ -1,8 +1,9 @@
 """Whether a step's update is applied: never if loss or gradient are not finite; where asked for, not upon a spike.
 
-All ranks decide alike, before the optimizer step, from sums over the world. An update that is refused is
-dropped exactly: weights and moments stay as they are, while the step counter and the learning-rate schedule, which are
-functions of the step, go on. The batch is gone, as if the run had never trained on it.
+All ranks decide alike, before the optimizer step, from sums over the world. An update that is refused is dropped
+exactly (`skvr_dist.parallel.engine.gradients`): weights and moments stay as they are, while the step counter and the
+learning-rate schedule, which are functions of the step, go on. The batch is gone, as if the run had never trained on
+it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from collections import deque
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
-from torch import Tensor
 
 from skvr_dist.errors import UserError
 
@@ -99,49 +98,3 @@ class UpdateGuard:
         self._losses = deque(state["losses"], maxlen=_HISTORY)
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
-
-
-def gradient_tensors(optimizer: Any, module: torch.nn.Module) -> list[Tensor]:
-    """Every gradient that this rank holds before the optimizer step, whichever of DeepSpeed's optimizers it is."""
-    own = [p.grad for p in module.parameters() if p.grad is not None]
-    averaged = [t for group in getattr(optimizer, "averaged_gradients", {}).values() for t in group or ()]
-    flat = getattr(optimizer, "fp32_groups_gradients_flat", [])  # bf16 with ZeRO-1
-    masters = [
-        *getattr(optimizer, "single_partition_of_fp32_groups", []),  # ZeRO-1 and ZeRO-2
-        *getattr(optimizer, "fp32_partitioned_groups_flat", []),  # ZeRO-3
-    ]
-    offloaded = [master.grad for master in masters if master.grad is not None]
-    if offloaded:
-        get_accelerator().synchronize()  # they may still be on their way to the host
-    return [*own, *averaged, *flat, *offloaded]
-
-
-@torch.no_grad()
-def scale_gradients(optimizer: Any, module: torch.nn.Module, factor: float) -> None:
-    """Multiply the gradients that the optimizer step is about to use."""
-    for gradient in gradient_tensors(optimizer, module):
-        gradient.mul_(factor)
-    norms = getattr(optimizer, "norm_for_param_grads", {})  # taken when a gradient was offloaded
-    for parameter, norm in norms.items():
-        norms[parameter] = norm * factor
-
-
-def drop_gradients(optimizer: Any) -> None:
-    """Forget the gradients of a step, as DeepSpeed's optimizers do with those that overflow.
-
-    What they have of it is inside their `step`, except ZeRO-3's. The other optimizers, torch's and the one of bf16 with
-    ZeRO-1, hold nothing that the engine does not clear after every step.
-    """
-    if hasattr(optimizer, "_overflow_clean_up"):  # ZeRO-3
-        optimizer._pre_step()
-        optimizer._partition_all_parameters()
-        optimizer._overflow_clean_up(prev_scale=optimizer.loss_scale)
-    elif hasattr(optimizer, "averaged_gradients"):  # ZeRO-1 and ZeRO-2
-        optimizer.micro_step_id = -1
-        optimizer._release_preflattened_grad_buffers()
-        if optimizer.cpu_offload:
-            optimizer._offload_accumulated_param_ids = set()
-            optimizer.reset_cpu_buffers()
-        for group in optimizer.averaged_gradients:
-            optimizer.averaged_gradients[group] = None
-            optimizer.all_grad_tensors[group] = None

@@ -4,38 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.errors import UserError
 
+AXES = ("pp", "dp", "tp")
+"""Pipeline stages, data-parallel replicas, tensor-parallel ranks: from the slowest to the fastest in rank numbers."""
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place: a tensor-parallel rank of a stage of the pipeline, in one data-parallel replica.
+    """This rank's coordinates: a tensor-parallel rank of a stage of the pipeline, in one data-parallel replica.
 
     Neighbouring ranks are tensor-parallel ones (they talk most), then come replicas, then stages.
     """
 
-    topology: PipeModelDataParallelTopology
     rank: int
-    world_size: int
-    stage: int
-    stages: int
-    replica: int
-    replicas: int
-    tensor: int
+    pp_rank: int
+    """This rank's pipeline stage."""
+    pp_size: int
+    dp_rank: int
+    """This rank's data-parallel replica."""
+    dp_size: int
+    tp_rank: int
     """This rank's number among those that share its layers."""
-    tensors: int
-    tensor_group: dist.ProcessGroup
+    tp_size: int
+    tp_group: dist.ProcessGroup
     kv_group: dist.ProcessGroup | None
     """The tensor-parallel ranks that hold the same key/value head, where there are fewer heads than ranks."""
-    replica_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
     """The ranks that hold the same layers and shards in the other replicas, over gloo."""
     host_group: dist.ProcessGroup
     """All ranks over gloo, for small tensors on the host: routing plans and counters never wait for a device."""
@@ -43,40 +45,43 @@ class Mesh:
     @classmethod
     def build(cls, parallel: ParallelConfig, model: ModelConfig) -> Mesh:
         """Lay the ranks of the default process group out; collective over all of them."""
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        stages, tensors = parallel.pipeline, parallel.tensor
-        replicas = world_size // (stages * tensors)
-        topology = PipeModelDataParallelTopology(num_pp=stages, num_mp=tensors, num_dp=replicas)
-        place = topology.get_coord(rank)
-        by_tensor, by_replica = topology.get_axis_comm_lists("model"), topology.get_axis_comm_lists("data")
-        copies = tensors // model.num_key_value_heads  # ranks of one key/value head
-        by_head = (
-            [ranks[i : i + copies] for ranks in by_tensor for i in range(0, tensors, copies)] if copies > 1 else []
-        )
+        rank = dist.get_rank()
+        pp_size, tp_size = parallel.pipeline, parallel.tensor
+        sizes = (pp_size, dist.get_world_size() // (pp_size * tp_size), tp_size)
+        by_tp = ranks_along("tp", sizes)
+        copies = tp_size // model.num_key_value_heads  # ranks of one key/value head
+        by_head = [ranks[i : i + copies] for ranks in by_tp for i in range(0, tp_size, copies)] if copies > 1 else []
         return cls(
-            topology=topology,
             rank=rank,
-            world_size=world_size,
-            stage=place.pipe,
-            stages=stages,
-            replica=place.data,
-            replicas=replicas,
-            tensor=place.model,
-            tensors=tensors,
-            tensor_group=own_group(by_tensor),
+            pp_rank=rank // (sizes[1] * tp_size),
+            pp_size=pp_size,
+            dp_rank=rank // tp_size % sizes[1],
+            dp_size=sizes[1],
+            tp_rank=rank % tp_size,
+            tp_size=tp_size,
+            tp_group=own_group(by_tp),
             kv_group=own_group(by_head) if copies > 1 else None,
-            replica_group=own_group(by_replica, "gloo"),
+            dp_group=own_group(ranks_along("dp", sizes), "gloo"),
             host_group=dist.new_group(backend="gloo"),
         )
 
     @property
-    def place(self) -> str:
-        """This rank in words."""
-        return f"rank {self.rank} (stage {self.stage}, replica {self.replica}, tensor {self.tensor})"
+    def world_size(self) -> int:
+        """Ranks of all stages, replicas and tensor-parallel groups."""
+        return self.pp_size * self.dp_size * self.tp_size
+
+    @property
+    def name(self) -> str:
+        """This rank and its coordinates, for messages."""
+        return f"rank {self.rank} (stage {self.pp_rank}, replica {self.dp_rank}, tensor {self.tp_rank})"
 
     def stage_rank(self, stage: int) -> int:
-        """The rank at this one's place in another stage."""
-        return self.topology.get_rank(pipe=stage, data=self.replica, model=self.tensor)
+        """The rank with this one's other coordinates in another stage."""
+        return (stage * self.dp_size + self.dp_rank) * self.tp_size + self.tp_rank
+
+    def pipelines(self) -> list[list[int]]:
+        """The ranks of each pipeline, one per stage: lists that differ in replica and tensor-parallel rank."""
+        return ranks_along("pp", (self.pp_size, self.dp_size, self.tp_size))
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """Compare facts over all ranks; collective.
@@ -105,6 +110,17 @@ class Mesh:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.host_group)
         return total.tolist()
+
+
+def ranks_along(axis: Literal["pp", "dp", "tp"], sizes: tuple[int, int, int]) -> list[list[int]]:
+    """The ranks that differ along one axis only, a list for each pair of the other coordinates, all in ascending order.
+
+    Args:
+        sizes: of all axes, in the order of `AXES`.
+    """
+    dim = AXES.index(axis)
+    ranks = torch.arange(sizes[0] * sizes[1] * sizes[2]).view(sizes)
+    return ranks.movedim(dim, -1).reshape(-1, sizes[dim]).tolist()
 
 
 def own_group(rank_lists: Iterable[list[int]], backend: str | None = None) -> dist.ProcessGroup:

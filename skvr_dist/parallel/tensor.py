@@ -33,20 +33,20 @@ class TensorParts(Parts):
 
     def __init__(self, model: ModelConfig, mesh: Mesh, sequence_parallel: bool) -> None:
         self.mesh = mesh
-        rows = -(-model.vocab_size // mesh.tensors)
-        self.tokens = range(mesh.tensor * rows, min((mesh.tensor + 1) * rows, model.vocab_size))
+        rows = -(-model.vocab_size // mesh.tp_size)
+        self.tokens = range(mesh.tp_rank * rows, min((mesh.tp_rank + 1) * rows, model.vocab_size))
         """The tokens whose rows of the vocabulary matrices this rank holds."""
         self.vocabulary_rows = rows
         """Rows of such a matrix on every rank; the last rank's may be more than it has tokens."""
         self.sequence_parallel = sequence_parallel
-        self.sequence_shards = mesh.tensors if sequence_parallel else 1
+        self.sequence_shards = mesh.tp_size if sequence_parallel else 1
 
     def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        share = outputs // self.mesh.tensors
-        return ColumnLinear(inputs, outputs, self.mesh.tensor * share, share, bias)
+        share = outputs // self.mesh.tp_size
+        return ColumnLinear(inputs, outputs, self.mesh.tp_rank * share, share, bias)
 
     def kv_column(self, config: ModelConfig) -> nn.Module:
-        heads, ranks, rank = config.num_key_value_heads, self.mesh.tensors, self.mesh.tensor
+        heads, ranks, rank = config.num_key_value_heads, self.mesh.tp_size, self.mesh.tp_rank
         start, count = rank * heads // ranks, max(heads // ranks, 1)
         return ColumnLinear(
             config.hidden_size,
@@ -72,17 +72,17 @@ class TensorParts(Parts):
         return VocabularyShard(config, self)
 
     def enter(self, x: Tensor) -> Tensor:
-        group = self.mesh.tensor_group
+        group = self.mesh.tp_group
         return _GatherSequence.apply(x, group) if self.sequence_parallel else _SumGradient.apply(x, group)
 
     def leave(self, x: Tensor) -> Tensor:
         """Sum partial hidden states [B, S, D] over the ranks; with sequence parallelism each gets its positions."""
-        group = self.mesh.tensor_group
+        group = self.mesh.tp_group
         return _ScatterSequence.apply(x, group) if self.sequence_parallel else _Sum.apply(x, group)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         flat = logits.float().flatten(0, 1)
-        return _CrossEntropy.apply(flat, labels.flatten(), self.tokens, self.mesh.tensor_group)
+        return _CrossEntropy.apply(flat, labels.flatten(), self.tokens, self.mesh.tp_group)
 
 
 class ColumnLinear(nn.Linear):
@@ -122,12 +122,12 @@ class RowLinear(nn.Linear):
     """This rank's inputs of a linear layer; the partial outputs are summed over the ranks."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, parts: TensorParts) -> None:
-        share = inputs // parts.mesh.tensors
+        share = inputs // parts.mesh.tp_size
         super().__init__(share, outputs, bias=bias)
         self.parts = parts
         self.shards = {
-            "weight": Shard((outputs, inputs), 1, parts.mesh.tensor * share, share),
-            "bias": Shard((outputs,), 0, 0, outputs, primary=parts.mesh.tensor == 0),
+            "weight": Shard((outputs, inputs), 1, parts.mesh.tp_rank * share, share),
+            "bias": Shard((outputs,), 0, 0, outputs, primary=parts.mesh.tp_rank == 0),
         }
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class RowLinear(nn.Linear):
         if self.bias is None:
             return out
         partial = self.parts.sequence_parallel  # each rank then adds the bias to its own positions only
-        return out + (_SumGradient.apply(self.bias, self.parts.mesh.tensor_group) if partial else self.bias)
+        return out + (_SumGradient.apply(self.bias, self.parts.mesh.tp_group) if partial else self.bias)
 
 
 class WholeNorm(nn.RMSNorm):
@@ -144,14 +144,14 @@ class WholeNorm(nn.RMSNorm):
     def __init__(self, size: int, eps: float, parts: TensorParts) -> None:
         super().__init__(size, eps=eps)
         self.parts = parts
-        self.shards = {"weight": Shard((size,), 0, 0, size, primary=parts.mesh.tensor == 0)}
+        self.shards = {"weight": Shard((size,), 0, 0, size, primary=parts.mesh.tp_rank == 0)}
 
 
 class PartialNorm(WholeNorm):
     """A norm that every rank computes on its own positions or heads; their gradients are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _SumGradient.apply(self.weight, self.parts.mesh.tensor_group)
+        weight = _SumGradient.apply(self.weight, self.parts.mesh.tp_group)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.cluster.interrupt import InterruptListener
-from skvr_dist.cluster.launcher import announced_rank, announced_world_size, start_process_group
+from skvr_dist.cluster.launcher import announced_rank, announced_world_size
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
@@ -24,6 +24,7 @@ from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import RunInterrupted
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.optimizers import state_to_save
+from skvr_dist.parallel.engine.process_group import start_process_group
 from skvr_dist.parallel.engine.stage import StageModule
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
@@ -62,7 +63,7 @@ def pretrain(config: Config) -> None:
     saver = build_saver(config, run)
     plans = plan_stream(config, mesh, first_step)
     batches = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
-    held_out = inputs.held_out[mesh.replica :: mesh.replicas]
+    held_out = inputs.held_out[mesh.dp_rank :: mesh.dp_size]
     strategies = config.evaluate.parse_strategies(config.model.num_hidden_layers)
     reporter = Reporter(
         mesh.rank, tensorboard=run.tensorboard, metrics=run.metrics, first_step=first_step, steps=config.train.steps
@@ -72,7 +73,7 @@ def pretrain(config: Config) -> None:
         reporter.say(f"{problem} (left out)")
     for path in aside:
         reporter.say(f"set aside: {path}")
-    interrupts = InterruptListener(mesh)
+    interrupts = InterruptListener(mesh.sum_over_ranks)
     interrupted = None
 
     def evaluate(step: int) -> None:
@@ -101,7 +102,7 @@ def pretrain(config: Config) -> None:
             **boundary_bytes(mesh, engine.sent_bytes - sent_before),
         }
         if config.data.damage == "skip":
-            lost_tokens = batches.lost_tokens if engine.is_first_stage() and mesh.tensor == 0 else 0
+            lost_tokens = batches.lost_tokens if engine.is_first_stage() and mesh.tp_rank == 0 else 0
             values["data/skipped_tokens"] = mesh.sum_over_ranks([float(lost_tokens)])[0]
         reporter.step(step, values, show=step % config.train.log_every_steps == 0 or step == config.train.steps)
         log.info("step %d loss %.6f over %d tokens gradient norm %.6f", step, loss, tokens, engine.gradient_norm)
@@ -185,8 +186,8 @@ def training_batches(
         sequences,
         micro_batch_size=config.train.micro_batch_size,
         micro_batches_per_step=config.num_micro_batches,
-        replica=mesh.replica,
-        replicas=mesh.replicas,
+        replica=mesh.dp_rank,
+        replicas=mesh.dp_size,
         start_step=first_step,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
@@ -211,9 +212,9 @@ def report_skipped(config: Config, guard: UpdateGuard, step: int, reporter: Repo
 
 def boundary_bytes(mesh: Mesh, sent_bytes: int) -> Values:
     """Bytes of activations that crossed each boundary in this step, over all replicas; collective."""
-    if mesh.stages == 1:
+    if mesh.pp_size == 1:
         return {}
-    mine = [float(sent_bytes) if mesh.stage == boundary else 0.0 for boundary in range(mesh.stages - 1)]
+    mine = [float(sent_bytes) if mesh.pp_rank == boundary else 0.0 for boundary in range(mesh.pp_size - 1)]
     total = mesh.sum_over_ranks(mine)
     return {f"pipeline/crossing_bytes/boundary_{boundary}": value for boundary, value in enumerate(total)}
 
@@ -267,7 +268,7 @@ def describe_start(config: Config, mesh: Mesh, run: RunFolder, reporter: Reporte
     if mesh.rank == 0:
         run.write_versions(layout_of(config, mesh.world_size))
     reporter.say(
-        f"{mesh.world_size} ranks: {mesh.stages} stages x {mesh.replicas} replicas x {mesh.tensors} tensor-parallel, "
+        f"{mesh.world_size} ranks: {mesh.pp_size} stages x {mesh.dp_size} replicas x {mesh.tp_size} tensor-parallel, "
         f"ZeRO {config.parallel.zero_stage}, {config.train.precision}; {config.num_micro_batches} micro-batches of "
         f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
         f"{config.routing.policy}"

@@ -28,7 +28,7 @@ def one_rank_is_told() -> list[str | None]:
     from skvr_dist.config.model import ModelConfig
 
     mesh = Mesh.build(ParallelConfig(), ModelConfig.model_validate(SHAPE))
-    listener = InterruptListener(mesh)
+    listener = InterruptListener(mesh.sum_over_ranks)
     heard = [listener.received()]
     if mesh.rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)

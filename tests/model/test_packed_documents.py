@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_grad
 from support import flash_on_cpu
 
 from skvr_dist.config.model import ModelConfig
@@ -17,6 +16,7 @@ from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.model.attention import Documents
 from skvr_dist.model.decoder import Decoder, initialize, next_token_loss
 from skvr_dist.model.modules import count_labels
+from skvr_dist.parallel.engine.gradients import gather_gradient
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.routing import fixed_plan
 from skvr_dist.train.loop import build_engine
@@ -70,16 +70,15 @@ def losses_and_gradients(layout: str) -> dict[str, Any]:
     config = config.model_copy(update={"data": config.data.model_copy(update={"documents": "separate"})})
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
-    step, gradients = engine._take_model_step, {}
+    gradients = {}
 
-    def record(lr_kwargs: Any) -> None:
+    def record() -> None:
         for name, parameter in engine.stage.decoder.named_parameters():
             shard = engine.stage.shards[name]
-            gradients[name] = shard, shard.unpadded(safe_get_full_grad(parameter)).clone()
-        step(lr_kwargs)
+            gradients[name] = shard, shard.unpadded(gather_gradient(parameter)).clone()
 
-    engine._take_model_step = record  # type: ignore[method-assign]
-    mine = micro_batches(4)[mesh.replica :: mesh.replicas]
+    engine.before_update = record
+    mine = micro_batches(4)[mesh.dp_rank :: mesh.dp_size]
     held_out = engine.evaluate(mine, DONORS)
     loss = engine.train_step(iter(mine), fixed_plan(tuple(DONORS), 4))
     return {"losses": [held_out, loss], "gradients": gradients}

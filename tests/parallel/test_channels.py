@@ -17,7 +17,7 @@ from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
 from skvr_dist.lab.verify.first_use import NeverMet, first_use_blocks
 from skvr_dist.lab.verify.measure import run_case
 from skvr_dist.lab.verify.ranks import RankError, run_ranks
-from skvr_dist.parallel import engine as engine_module
+from skvr_dist.parallel.engine import engine as engine_module
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.mesh import Mesh, new_groups
@@ -35,7 +35,7 @@ class Rank:
         self.config = case.config()
         self.mesh = Mesh.build(self.config.parallel, self.config.model)
         self.engine = build_engine(self.config, self.mesh)
-        self.batches = [batch[self.mesh.replica :: self.mesh.replicas] for batch in batches(case.steps)]
+        self.batches = [batch[self.mesh.dp_rank :: self.mesh.dp_size] for batch in batches(case.steps)]
 
     def train(self, step: int) -> float:
         return self.engine.train_step(iter(self.batches[step]), self.config.plan(step))

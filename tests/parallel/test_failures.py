@@ -57,7 +57,7 @@ def test_a_rank_with_another_plan_is_named() -> None:
 
 def train_until(rank: int, fate: str) -> tuple[str, float]:
     """Train on 4 ranks; after the first step one rank gets stuck or dies. What the others say, and after how long."""
-    from skvr_dist.cluster.launcher import use_timeout
+    from skvr_dist.parallel.engine.process_group import use_timeout
     from skvr_dist.train.loop import build_engine
 
     use_timeout(timedelta(seconds=TIMEOUT))
@@ -65,7 +65,7 @@ def train_until(rank: int, fate: str) -> tuple[str, float]:
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
     first, second, _ = batches(3)
-    engine.train_step(iter(first[mesh.replica :: mesh.replicas]), config.plan(0))
+    engine.train_step(iter(first[mesh.dp_rank :: mesh.dp_size]), config.plan(0))
     dist.barrier()
     if mesh.rank == rank:
         if fate == "dies":
@@ -74,7 +74,7 @@ def train_until(rank: int, fate: str) -> tuple[str, float]:
         return "", 0.0
     started = time.monotonic()
     with pytest.raises(RunInterrupted) as raised:
-        engine.train_step(iter(second[mesh.replica :: mesh.replicas]), config.plan(1))
+        engine.train_step(iter(second[mesh.dp_rank :: mesh.dp_size]), config.plan(1))
     return str(raised.value), time.monotonic() - started
 
 

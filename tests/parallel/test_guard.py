@@ -31,11 +31,11 @@ def configured(layout: str, precision: str = "fp32", **train: Any) -> Config:
 
 def everything(engine: Any) -> list[Tensor]:
     """Weights, master weights, moments and the optimizer's own counts of steps, copied."""
-    from skvr_dist.lab.verify.measure import _optimizer_tensors, whole
+    from skvr_dist.parallel.engine.optimizers import gather_parameter, optimizer_tensors
 
     counts = [state["step"] for state in engine.basic_optimizer.state.values() if "step" in state]
-    weights = [whole(p) for p in engine.stage.decoder.parameters()]
-    return [*weights, *(t.clone() for t in _optimizer_tensors(engine)), *(torch.as_tensor(c).clone() for c in counts)]
+    weights = [gather_parameter(p) for p in engine.stage.decoder.parameters()]
+    return [*weights, *(t.clone() for t in optimizer_tensors(engine)), *(torch.as_tensor(c).clone() for c in counts)]
 
 
 def break_the_bad_step(config: Config, kind: str) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def break_the_bad_step(config: Config, kind: str) -> list[dict[str, Any]]:
                 hooks.append(norm.register_forward_hook(lambda module, inputs, output: output * math.nan))
             before = everything(engine)
             result["rates"].append(engine.get_lr()[0])
-            mine = iter(batch[mesh.replica :: mesh.replicas])
+            mine = iter(batch[mesh.dp_rank :: mesh.dp_size])
             result["losses"].append(engine.train_step(mine, config.plan(step)))
             result["norms"].append(engine.gradient_norm)
             for hook in hooks:
@@ -122,7 +122,7 @@ def spike(config: Config) -> dict[str, Any]:
             stored = json.dumps(engine.guard.state())
             engine.guard = UpdateGuard(max_loss_ratio=config.train.max_loss_ratio, max_skipped_in_a_row=3)
             engine.guard.load_state(json.loads(stored))
-        losses.append(engine.train_step(iter(batch[mesh.replica :: mesh.replicas]), config.plan(step)))
+        losses.append(engine.train_step(iter(batch[mesh.dp_rank :: mesh.dp_size]), config.plan(step)))
         reasons.append(engine.guard.reason)
         hook.remove()
     return {"losses": losses, "reasons": reasons, "state": engine.guard.state()}

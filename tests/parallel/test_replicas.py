@@ -37,7 +37,7 @@ def configured(pipeline: int, zero_stage: int, precision: str, persist: bool) ->
 
 def train(modes: list[tuple[int, str, bool]], pipeline: int) -> list[dict[str, Any]]:
     """What this rank holds of each weight after a run in each of these modes: ZeRO stage, precision, persistence."""
-    from skvr_dist.lab.verify.measure import whole
+    from skvr_dist.parallel.engine.optimizers import gather_parameter
     from skvr_dist.parallel.mesh import Mesh
     from skvr_dist.train.loop import build_engine
 
@@ -49,8 +49,8 @@ def train(modes: list[tuple[int, str, bool]], pipeline: int) -> list[dict[str, A
         generator = torch.Generator().manual_seed(2)
         for step in range(STEPS):
             batch = torch.randint(0, SHAPE["vocab_size"], (2 * REPLICAS, 2, SEQUENCE + 1), generator=generator)
-            engine.train_step(iter(batch[mesh.replica :: mesh.replicas]), config.plan(step))
-        held.append({name: whole(p) for name, p in engine.stage.decoder.named_parameters()})
+            engine.train_step(iter(batch[mesh.dp_rank :: mesh.dp_size]), config.plan(step))
+        held.append({name: gather_parameter(p) for name, p in engine.stage.decoder.named_parameters()})
         engine.destroy()
         gc.collect()
     return held

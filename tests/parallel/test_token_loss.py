@@ -65,7 +65,7 @@ def train_once(layout: str, micro_batch_sizes: list[int], kept: tuple[int, ...])
         mesh = Mesh.build(config.parallel, config.model)
         engine = build_engine(config, mesh)
         tokens, labels = (part.split(size) for part in sequences(kept))
-        mine = [MicroBatch(*both) for both in zip(tokens, labels, strict=True)][mesh.replica :: mesh.replicas]
+        mine = [MicroBatch(*both) for both in zip(tokens, labels, strict=True)][mesh.dp_rank :: mesh.dp_size]
         held_out, evaluated = engine.evaluate(mine, range(5)), engine.predicted_tokens
         loss = engine.train_step(iter(mine), config.plan(0))
         results.append(
@@ -103,7 +103,7 @@ def test_micro_batches_that_are_lost_change_neither_loss_nor_gradient_of_the_oth
 
 def train_without_labels(config: Config) -> dict[str, Any]:
     """A step, a step without a label, and a step again."""
-    from skvr_dist.lab.verify.measure import whole
+    from skvr_dist.parallel.engine.optimizers import gather_parameter
     from skvr_dist.parallel.mesh import Mesh
     from skvr_dist.train.loop import build_engine
 
@@ -112,10 +112,10 @@ def train_without_labels(config: Config) -> dict[str, Any]:
     losses, reasons, weights = [], [], []
     for step, kept in enumerate((KEPT, (0,) * 8, KEPT)):
         tokens, labels = (part.split(2) for part in sequences(kept))
-        mine = [MicroBatch(*both) for both in zip(tokens, labels, strict=True)][mesh.replica :: mesh.replicas]
+        mine = [MicroBatch(*both) for both in zip(tokens, labels, strict=True)][mesh.dp_rank :: mesh.dp_size]
         losses.append(engine.train_step(iter(mine), config.plan(step)))
         reasons.append(engine.guard.reason)
-        weights.append([whole(p) for p in engine.stage.decoder.parameters()])
+        weights.append([gather_parameter(p) for p in engine.stage.decoder.parameters()])
     nothing = [MicroBatch(tokens[0], torch.full_like(labels[0], IGNORED))]
     return {
         "losses": losses,

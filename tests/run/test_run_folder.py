@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from skvr_dist.cluster.launcher import free_port, start_process_group
+from skvr_dist.cluster.launcher import free_port
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.ranks import run_ranks
+from skvr_dist.parallel.engine.process_group import start_process_group
 from skvr_dist.run.folder import read_run, wait_for_run_id, write_run
 from skvr_dist.run.lock import RunLock
 

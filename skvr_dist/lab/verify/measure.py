@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero import GatheredParameters
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from torch import Tensor, nn
+from torch import Tensor
 
 from skvr_dist.lab.verify.cases import Case
 from skvr_dist.lab.verify.first_use import first_use_blocks
 from skvr_dist.model.modules import Shard
-from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
-from skvr_dist.parallel.guard import gradient_tensors
+from skvr_dist.parallel.engine.gradients import gather_gradient, gradient_tensors
+from skvr_dist.parallel.engine.optimizers import (
+    gather_master,
+    gather_parameter,
+    optimizer_tensors,
+    parameter_tensors,
+)
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.train.loop import build_engine, plan_stream
 
@@ -66,35 +69,33 @@ def run_case(case: Case) -> RankResult:
     engine = build_engine(config, mesh)
     stage = engine.stage
     parameters = dict(stage.decoder.named_parameters())
-    initial = {name: whole(parameter) for name, parameter in parameters.items()}
+    initial = {name: gather_parameter(parameter) for name, parameter in parameters.items()}
     gradients: list[Held] = []
     sizes: dict[str, int] = {}
-    take_model_step = engine._take_model_step
 
-    def look_and_step(lr_kwargs: Any) -> None:
+    def look() -> None:
         if not gradients:
             sizes["gradients"] = _bytes(gradient_tensors(engine.optimizer, engine.stage))
-        gradients.append(_held(stage.shards, {name: safe_get_full_grad(p) for name, p in parameters.items()}))
-        take_model_step(lr_kwargs)
+        gradients.append(_held(stage.shards, {name: gather_gradient(p) for name, p in parameters.items()}))
 
-    engine._take_model_step = look_and_step  # type: ignore[method-assign]
+    engine.before_update = look
     plans = plan_stream(config, mesh, first_step=0)
     result: dict[str, list[Any]] = {"losses": [], "norms": [], "donors": []}
     for batch in case.micro_batches():
         plan = plans.next()
         result["donors"].append(plan.donors.tolist())
-        result["losses"].append(engine.train_step(iter(batch[mesh.replica :: mesh.replicas]), plan))
+        result["losses"].append(engine.train_step(iter(batch[mesh.dp_rank :: mesh.dp_size]), plan))
         result["norms"].append(engine.gradient_norm)
     plans.close()
-    weights = {name: whole(parameter) for name, parameter in parameters.items()}
+    weights = {name: gather_parameter(parameter) for name, parameter in parameters.items()}
     masters = weights
     if case.precision == "bf16":
-        masters = {name: safe_get_full_fp32_param(parameter) for name, parameter in parameters.items()}
-    states = _optimizer_tensors(engine)
-    sizes["parameters"] = _bytes(getattr(p, "ds_tensor", p) for p in parameters.values())
+        masters = {name: gather_master(parameter) for name, parameter in parameters.items()}
+    states = optimizer_tensors(engine)
+    sizes["parameters"] = _bytes(parameter_tensors(engine))
     sizes["optimizer"] = _bytes(states)
     measured = RankResult(
-        stage=mesh.stage,
+        stage=mesh.pp_rank,
         **result,
         initial=_held(stage.shards, initial),
         gradients=gradients,
@@ -111,14 +112,6 @@ def run_case(case: Case) -> RankResult:
     return measured
 
 
-def whole(parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter, on the host, whatever ZeRO stage holds it; collective over the replicas."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach().cpu().clone()
-    with GatheredParameters([parameter]):
-        return parameter.detach().cpu().clone()
-
-
 def _held(shards: dict[str, Shard], tensors: dict[str, Tensor]) -> Held:
     return {name: (shards[name], shards[name].unpadded(tensor.cpu()).clone()) for name, tensor in tensors.items()}
 
@@ -132,7 +125,7 @@ def expected_bytes(case: Case, mesh: Mesh, parameters: int) -> dict[str, int]:
     """
     config, bf16 = case.config(), case.precision == "bf16"
     zero, offload = config.parallel.zero_stage, config.offloads_optimizer
-    shared = parameters // mesh.replicas
+    shared = parameters // mesh.dp_size
     adam = 8
     gradients = 4 * (shared if zero >= 1 else parameters)
     if bf16 and offload and zero < 3:
@@ -144,17 +137,6 @@ def expected_bytes(case: Case, mesh: Mesh, parameters: int) -> dict[str, int]:
         "gradients": gradients,
         "optimizer": (adam + 4) * shared if zero >= 1 else adam * parameters,
     }
-
-
-def _optimizer_tensors(engine: RoutedPipelineEngine) -> list[Tensor]:
-    """Moments, and the master weights where they are not the parameters themselves."""
-    own = {p.data_ptr() for p in engine.stage.parameters()}
-    optimizer = engine.basic_optimizer
-    groups = [p for group in optimizer.param_groups for p in group["params"]]
-    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3
-    masters = [p for p in (*groups, *partitions) if p.data_ptr() not in own]
-    moments = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim() > 0]
-    return [*masters, *moments]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -27,15 +27,8 @@ def _fork_server() -> ForkServerContext:
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the fork server, whose imports read it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
-    # The last two are what DeepSpeed's engine and torch's optimizers would import on every rank, for seconds.
     context.set_forkserver_preload(
-        [
-            "skvr_dist.train.loop",
-            "skvr_dist.lab.verify.measure",
-            "torch._dynamo",
-            "deepspeed.runtime.zero.stage3",
-            "deepspeed.runtime.zero.muon.muon_optimizer",
-        ]
+        ["skvr_dist.train.loop", "skvr_dist.lab.verify.measure", "skvr_dist.parallel.engine.preload"]
     )
     return context
 
@@ -110,7 +103,7 @@ def _rank(
     )
     torch.set_num_threads(1)
     try:
-        from skvr_dist.cluster.launcher import start_process_group
+        from skvr_dist.parallel.engine.process_group import start_process_group
 
         start_process_group()
         outcome = (False, function(*args))

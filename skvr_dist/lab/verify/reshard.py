@@ -137,7 +137,7 @@ class Trainer:
 
     def train(self, steps: range) -> list[float]:
         mesh, tokens = self.mesh, batches(STEPS)
-        mine = [iter(tokens[step][mesh.replica :: mesh.replicas]) for step in steps]
+        mine = [iter(tokens[step][mesh.dp_rank :: mesh.dp_size]) for step in steps]
         return [self.engine.train_step(b, self.config.plan(step)) for b, step in zip(mine, steps, strict=True)]
 
     def save(self, step: int) -> None:

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.model.modules import count_labels
+from skvr_dist.parallel.engine.gradients import drop_gradients, gradient_tensors, scale_gradients
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import StageModule
 from skvr_dist.parallel.engine.zero import ZeroUnderPipeline, compare_module_order_within, reduce_layer_by_layer
 from skvr_dist.parallel.failure import naming_the_operation
-from skvr_dist.parallel.guard import UpdateGuard, drop_gradients, gradient_tensors, scale_gradients
+from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.boundary import Handover, MicroBatchShape, connect
 from skvr_dist.routing import RoutingPlan, fixed_plan
@@ -63,7 +64,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         lr_scheduler: Callable[[torch.optim.Optimizer], Any],
         separate_documents: bool = False,
     ) -> None:
-        compare_module_order_within(mesh.replica_group)
+        compare_module_order_within(mesh.dp_group)
         super().__init__(
             args=None,
             model=module,
@@ -87,6 +88,8 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         """Bytes of activations that this rank has sent to the next stage since it started."""
         self.backward_passes = 0
         """Backward passes that this stage has run since it started."""
+        self.before_update: Callable[[], None] | None = None
+        """Called in every step when its gradients are complete and not yet clipped."""
         self.predicted_tokens = 0
         """Labels that counted in the last step or evaluation, over the global batch."""
         self._mean_loss = 0.0
@@ -113,10 +116,10 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
             the mean loss over the labels of the global batch, in nats per token, on every rank; not a number if all
             are ignored.
         """
-        if plan.num_micro_batches != self.micro_batches * self.mesh.replicas:
+        if plan.num_micro_batches != self.micro_batches * self.mesh.dp_size:
             raise ValueError(
                 f"the plan has {plan.num_micro_batches} micro-batches, the step {self.micro_batches} on each of "
-                f"{self.mesh.replicas} replicas"
+                f"{self.mesh.dp_size} replicas"
             )
         self._plan = plan
         self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed empties it only when it prints
@@ -129,7 +132,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         Args:
             micro_batches: equally many on each replica.
         """
-        self._plan = fixed_plan(tuple(donors), len(micro_batches) * self.mesh.replicas)
+        self._plan = fixed_plan(tuple(donors), len(micro_batches) * self.mesh.dp_size)
         with naming_the_operation(self.mesh, "the evaluation"):
             return float(self.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches)))
 
@@ -161,7 +164,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
     def _expect_tensors(self, training: bool) -> None:
         """Tell the channels what this schedule will bring; its sizes follow from the plan."""
         assert self._plan is not None
-        rows = self._plan.donors[self.mesh.replica :: self.mesh.replicas].tolist()
+        rows = self._plan.donors[self.mesh.dp_rank :: self.mesh.dp_size].tolist()
         if self.before:
             self.before.activations.expect([self.before.boundary.elements(donors) for donors in rows])
         if self.after and training:
@@ -173,7 +176,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         Replica r of R runs the global micro-batches r, r + R, r + 2R, ...
         """
         assert self._plan is not None
-        row = self.mesh.replica + self._done[instruction] * self.mesh.replicas
+        row = self.mesh.dp_rank + self._done[instruction] * self.mesh.dp_size
         return self._plan.donors[row].tolist()
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
@@ -293,7 +296,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
             mine = [float(self.total_loss) * positions, float(self._labels), float(len(self.fwd_outputs) * positions)]
         square, loss, labels, positions_of_all = self.mesh.sum_over_ranks([square, *mine])
         # Tensor-parallel ranks of the last stage hold the same labels; that cancels out but in their number.
-        self.predicted_tokens = round(labels) // self.mesh.tensors
+        self.predicted_tokens = round(labels) // self.mesh.tp_size
         self._mean_loss = loss / labels if labels else math.nan
         return square, positions_of_all / labels if labels else 0.0
 
@@ -311,6 +314,8 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         return torch.tensor(self._mean_loss, dtype=torch.float64)
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
+        if self.before_update:
+            self.before_update()
         if not self._update_is_admitted:
             self._skip_model_step()
             return

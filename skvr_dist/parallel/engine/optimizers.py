@@ -1,10 +1,11 @@
-"""Where master weights and moments live in each of DeepSpeed's optimizers, as pieces of whole tensors.
+"""Where weights, masters and moments live in each of DeepSpeed's optimizers, as pieces of whole tensors.
 
     ZeRO-0      the parameter is its own master; the moments have its shape
     ZeRO-1, 2   a slice of one flat fp32 tensor per parameter group; also bf16 with ZeRO-1 (BF16_Optimizer)
     ZeRO-3      a slice of a flat fp32 tensor per subgroup, beside the slice of the parameter
 
-In a checkpoint a weight is stored once, in fp32 where a master exists, and never as the bf16 copy made from it.
+Gradients are in `skvr_dist.parallel.engine.gradients`. In a checkpoint a weight is stored once, in fp32 where a master
+exists, and never as the bf16 copy made from it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from skvr_dist.checkpoint.pieces import MOMENTS, WEIGHTS, Piece, Pieces, pieces_of
@@ -55,7 +58,7 @@ def partitions(engine: RoutedPipelineEngine) -> Iterator[Partition]:
         p: Any = parameter  # with what DeepSpeed hangs on it
         if hasattr(p, "ds_id"):  # ZeRO-3
             group, offset, count = optimizer.grad_position[optimizer.get_param_id(p)]
-            start = p.ds_tensor.ds_numel * engine.mesh.replica
+            start = p.ds_tensor.ds_numel * engine.mesh.dp_rank
             count = max(min(count, p.ds_numel - start), 0)  # the last partition may be padded
             shape, flat = tuple(p.ds_shape), optimizer.fp32_partitioned_groups_flat[group]
         elif engine.zero_optimization():  # ZeRO-1 and 2
@@ -140,3 +143,32 @@ def take_parameters(engine: RoutedPipelineEngine, whole: Pieces) -> None:
             shards[name].unpadded(parameter).copy_(piece.tensor.view(shards[name].unpadded(parameter).shape))
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
         optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def gather_parameter(parameter: nn.Parameter) -> Tensor:
+    """This rank's shard of a weight, on the host, whatever ZeRO stage holds it; collective over the replicas."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().cpu().clone()
+    with GatheredParameters([parameter]):
+        return parameter.detach().cpu().clone()
+
+
+def gather_master(parameter: nn.Parameter) -> Tensor:
+    """The fp32 master of this rank's shard of a weight, with ZeRO or in bf16; collective over the replicas."""
+    return safe_get_full_fp32_param(parameter)
+
+
+def parameter_tensors(engine: RoutedPipelineEngine) -> list[Tensor]:
+    """What this rank holds of the parameters: with ZeRO-3 its partitions."""
+    return [getattr(p, "ds_tensor", p) for p in engine.stage.decoder.parameters()]
+
+
+def optimizer_tensors(engine: RoutedPipelineEngine) -> list[Tensor]:
+    """The moments that this rank holds, and the master weights where they are not the parameters themselves."""
+    own = {p.data_ptr() for p in engine.stage.parameters()}
+    optimizer = engine.basic_optimizer
+    groups = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3
+    masters = [p for p in (*groups, *flat) if p.data_ptr() not in own]
+    moments = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim() > 0]
+    return [*masters, *moments]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -44,7 +45,8 @@ class StageModule(PipelineModule):
         self._bounds = stage_bounds(model, parallel)
         self._seed = seed
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds and the topology
-            super().__init__(layers=[], topology=mesh.topology)
+            topology = PipeModelDataParallelTopology(num_pp=mesh.pp_size, num_dp=mesh.dp_size, num_mp=mesh.tp_size)
+            super().__init__(layers=[], topology=topology)
 
     @property
     def starts(self) -> list[int]:
@@ -54,12 +56,12 @@ class StageModule(PipelineModule):
     @property
     def start(self) -> int:
         """This stage's first layer."""
-        return self._bounds[self._mesh.stage][0]
+        return self._bounds[self._mesh.pp_rank][0]
 
     @property
     def stop(self) -> int:
         """The first layer after this stage."""
-        return self._bounds[self._mesh.stage][1]
+        return self._bounds[self._mesh.pp_rank][1]
 
     def forward(
         self,
@@ -102,7 +104,7 @@ class StageModule(PipelineModule):
 
     def _build(self) -> None:
         parts = None
-        if self._mesh.tensors > 1:
+        if self._mesh.tp_size > 1:
             parts = TensorParts(self.model_config, self._mesh, self.sequence_parallel)
         checkpointing = self._parallel.activation_checkpointing
         with torch.device("meta"):  # torch's own initial weights are never drawn
@@ -121,12 +123,12 @@ class StageModule(PipelineModule):
         last = len(self._bounds) - 1
         if not self.model_config.tie_word_embeddings or last == 0:
             return {}
-        pairs = [[pipe[0], pipe[-1]] for pipe in self._topo.get_axis_comm_lists("pipe")]
+        pairs = [[pipe[0], pipe[-1]] for pipe in self._mesh.pipelines()]
         groups = new_groups(pairs)
-        if self._mesh.stage not in (0, last):
+        if self._mesh.pp_rank not in (0, last):
             return {}
         module, name = self.decoder.embed_tokens, "embed_tokens.weight"
-        if self._mesh.stage == last:  # the first stage stands for both
+        if self._mesh.pp_rank == last:  # the first stage stands for both
             self.shards[name] = dataclasses.replace(self.shards[name], primary=False)
             _count_in_norm(self.decoder.get_parameter(name), False)
         ranks, group = next((ranks, group) for ranks, group in zip(pairs, groups, strict=True) if group is not None)

@@ -74,7 +74,7 @@ class Boundary:
         """One flat tensor [N] of the tensors of a `Handover`, or of their gradients; not part of any graph."""
         hidden, *kv = (part.detach() for part in parts)
         if self._hidden_is_split_for_sending:
-            hidden = hidden.flatten().chunk(self.mesh.tensors)[self.mesh.tensor]
+            hidden = hidden.flatten().chunk(self.mesh.tp_size)[self.mesh.tp_rank]
         return torch.cat([part.flatten() for part in (hidden, *kv)])
 
     def unpack(self, packed: Tensor, donors: Sequence[int]) -> Handover:
@@ -83,7 +83,7 @@ class Boundary:
         flat = packed.split([math.prod(shape) for shape in shapes])
         hidden, *kv = (part.view(shape) for part, shape in zip(flat, shapes, strict=True))
         if self._hidden_is_split_for_sending:
-            hidden = gather(hidden, self.mesh.tensor_group, dim=0)
+            hidden = gather(hidden, self.mesh.tp_group, dim=0)
             hidden = hidden.view(self.shape.batch, self.shape.sequence, self.model.hidden_size)
         pairs = zip(self.crossing(donors), kv[0::2], kv[1::2], strict=True)
         return Handover(hidden, {layer: KV(k, v) for layer, k, v in pairs})
@@ -91,11 +91,11 @@ class Boundary:
     @property
     def _hidden_is_split_for_sending(self) -> bool:
         """Without sequence parallelism all tensor-parallel ranks hold the same hidden states and gradients of them."""
-        return self.mesh.tensors > 1 and not self.shape.sequence_parallel
+        return self.mesh.tp_size > 1 and not self.shape.sequence_parallel
 
     def _shapes(self, donors: Sequence[int]) -> list[tuple[int, ...]]:
         """Shapes of the parts as they are sent."""
-        ranks, hidden_size = self.mesh.tensors, self.model.hidden_size
+        ranks, hidden_size = self.mesh.tp_size, self.model.hidden_size
         batch, sequence = self.shape.batch, self.shape.sequence
         heads = max(self.model.num_key_value_heads // ranks, 1)
         kv = (batch, sequence, heads, self.model.head_dim)
@@ -131,7 +131,7 @@ def connect(
     # and groups that some rank is waiting for, take the first: whoever is missing there cannot be waiting at a later
     # one, which it comes to afterwards, nor at an earlier one, since there is none. So it comes, and no ranks wait for
     # each other in a circle.
-    pipes = mesh.topology.get_axis_comm_lists("pipe")
+    pipes = mesh.pipelines()
 
     def channel(sender: int, receiver: int) -> Channel | None:
         """From a stage to another, in this rank's pipe; None where this rank is in neither."""
@@ -142,8 +142,8 @@ def connect(
         return Channel(mesh.stage_rank(sender), mesh.stage_rank(receiver), group, dtype, device)
 
     links: dict[int, Link] = {}
-    for after in range(1, mesh.stages):
+    for after in range(1, mesh.pp_size):
         activations, gradients = channel(after - 1, after), channel(after, after - 1)
         if activations and gradients:
             links[after] = Link(Boundary(model, mesh, starts[after], shape), activations, gradients)
-    return links.get(mesh.stage), links.get(mesh.stage + 1)
+    return links.get(mesh.pp_rank), links.get(mesh.pp_rank + 1)

@@ -1,0 +1,73 @@
+"""Where gradients live in each of DeepSpeed's optimizers, between the last backward pass and the optimizer step.
+
+ZeRO-0      in `grad` of the parameters
+ZeRO-1, 2   this rank's partitions, by parameter group, in `averaged_gradients`
+bf16 ZeRO-1 whole and in fp32, flat by parameter group (BF16_Optimizer), beside `grad` in bf16
+ZeRO-3      this rank's partitions, by subgroup, in `averaged_gradients`
+offloaded   in `grad` of the fp32 masters on the host, with ZeRO-1, 2 and 3
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+
+def gradient_tensors(optimizer: Any, module: nn.Module) -> list[Tensor]:
+    """Every gradient that this rank holds before the optimizer step.
+
+    Args:
+        optimizer: the one that DeepSpeed made (`engine.optimizer`).
+        module: what it trains.
+    """
+    own = [p.grad for p in module.parameters() if p.grad is not None]
+    averaged = [t for group in getattr(optimizer, "averaged_gradients", {}).values() for t in group or ()]
+    flat = getattr(optimizer, "fp32_groups_gradients_flat", [])  # bf16 with ZeRO-1
+    masters = [
+        *getattr(optimizer, "single_partition_of_fp32_groups", []),  # ZeRO-1 and ZeRO-2
+        *getattr(optimizer, "fp32_partitioned_groups_flat", []),  # ZeRO-3
+    ]
+    offloaded = [master.grad for master in masters if master.grad is not None]
+    if offloaded:
+        get_accelerator().synchronize()  # they may still be on their way to the host
+    return [*own, *averaged, *flat, *offloaded]
+
+
+@torch.no_grad()
+def scale_gradients(optimizer: Any, module: nn.Module, factor: float) -> None:
+    """Multiply the gradients that the optimizer step is about to use."""
+    for gradient in gradient_tensors(optimizer, module):
+        gradient.mul_(factor)
+    norms = getattr(optimizer, "norm_for_param_grads", {})  # taken when a gradient was offloaded
+    for parameter, norm in norms.items():
+        norms[parameter] = norm * factor
+
+
+def drop_gradients(optimizer: Any) -> None:
+    """Forget the gradients of a step, as DeepSpeed's optimizers do with those that overflow.
+
+    What they have of it is inside their `step`, except ZeRO-3's. The other optimizers, torch's and the one of bf16 with
+    ZeRO-1, hold nothing that the engine does not clear after every step.
+    """
+    if hasattr(optimizer, "_overflow_clean_up"):  # ZeRO-3
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer._overflow_clean_up(prev_scale=optimizer.loss_scale)
+    elif hasattr(optimizer, "averaged_gradients"):  # ZeRO-1 and ZeRO-2
+        optimizer.micro_step_id = -1
+        optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer._offload_accumulated_param_ids = set()
+            optimizer.reset_cpu_buffers()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+            optimizer.all_grad_tensors[group] = None
+
+
+def gather_gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient of this rank's shard of a weight, whatever ZeRO stage holds it; collective over the replicas."""
+    return safe_get_full_grad(parameter)

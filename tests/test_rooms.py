@@ -1,0 +1,73 @@
+"""The rooms of the house: who may import whom, and the one that knows DeepSpeed (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# From the bottom to the top: a room imports those before it. A folder that is not named belongs to the one around it.
+ROOMS = [
+    "errors",
+    "section",
+    "files",
+    "routing",
+    "config",
+    "model",
+    "run",
+    "data",
+    "checkpoint",
+    "cluster",
+    "parallel",
+    "parallel.pipeline",
+    "parallel.engine",
+    "train",
+    "evaluate",
+    "hf",
+    "serve",
+    "lab",
+]
+# It prepares other people's models for their own DeepSpeed, which they have if they use it.
+OTHERS_WITH_DEEPSPEED = {"skvr_dist.hf.model.rcla"}
+
+
+def modules() -> Iterator[tuple[str, list[str]]]:
+    """Every module of the library, with the names that it imports, inside functions too."""
+    for file in sorted((ROOT / "skvr_dist").rglob("*.py")):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        imported: list[str] = []
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.module, f"{name} has a relative import in line {node.lineno}"
+                imported += [f"{node.module}.{alias.name}" for alias in node.names]
+        yield name, imported
+
+
+def room_of(name: str) -> int | None:
+    """The place in `ROOMS` of a module or of a name in it; None for other packages and for the library's version."""
+    inside = [number for number, room in enumerate(ROOMS) if f"{name}.".startswith(f"skvr_dist.{room}.")]
+    return max(inside, key=lambda number: len(ROOMS[number]), default=None)
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert [name for name, _ in modules() if room_of(name) is None] == ["skvr_dist"]
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for name, imported in modules():
+        mine = room_of(name)
+        for other in imported:
+            theirs = room_of(other)
+            if mine is not None and theirs is not None and theirs > mine:
+                wrong.append(f"{name} ({ROOMS[mine]}) imports {other} ({ROOMS[theirs]})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_one_room_knows_deepspeed() -> None:
+    knowing = {name for name, imported in modules() if any(other.split(".")[0] == "deepspeed" for other in imported)}
+    assert {name for name in knowing if not name.startswith("skvr_dist.parallel.engine")} == OTHERS_WITH_DEEPSPEED
