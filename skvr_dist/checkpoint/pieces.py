@@ -1,8 +1,9 @@
 """Which part of a whole tensor a rank holds, as rectangles.
 
-A rank holds a shard of a weight (`skvr_dist.model.modules.Shard`), and of that shard's master weight and moments only a
-flat slice when ZeRO shares them out. A flat slice of a matrix is at most three rectangles: the end of a row, whole
-rows, the beginning of a row. Rectangles are what torch.distributed.checkpoint stores and reads, whatever cut them.
+A rank holds a shard of a weight (`skvr_dist.model.modules.TensorShard`), and of that shard's master weight and moments
+only a flat slice when ZeRO shares them out. A flat slice of a matrix is at most three rectangles: the end of a row,
+whole rows, the beginning of a row. Rectangles are what torch.distributed.checkpoint stores and reads, whatever cut
+them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from skvr_dist.model.modules import Shard
+from skvr_dist.model.modules import TensorShard
 
 WEIGHTS = "weights."
 """What the name of a weight begins with in a checkpoint."""
@@ -61,7 +62,7 @@ Pieces = dict[str, list[Piece]]
 """The pieces that a rank holds of each tensor, by the tensor's name in the checkpoint."""
 
 
-def pieces_of(shard: Shard, local_shape: tuple[int, ...], flat: Tensor, start: int = 0) -> list[Piece]:
+def pieces_of(shard: TensorShard, local_shape: tuple[int, ...], flat: Tensor, start: int = 0) -> list[Piece]:
     """The rectangles of a flat slice of a shard.
 
     Args:

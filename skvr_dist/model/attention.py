@@ -36,7 +36,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return "flash" if suits and flash_is_installed() else "sdpa"
 
 
-class Documents:
+class DocumentMask:
     """Attention that stays within documents; what a backend needs is computed once for all layers.
 
     Args:
@@ -73,54 +73,54 @@ class Documents:
         return bounds, int(bounds.diff().max())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, documents: Documents | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, document_mask: DocumentMask | None = None) -> Tensor:
     """Causal attention.
 
     Args:
         q: [B, S, H, E].
         k, v: [B, T, K, E] with T >= S and K dividing H; head h reads key/value head h * K // H.
         backend: sdpa, flash or eager.
-        documents: what each query is confined to, with T = S; None lets it see all earlier keys.
+        document_mask: what each query is confined to, with T = S; None lets it see all earlier keys.
 
     Returns:
         [B, S, H, E].
     """
     if backend == "sdpa":
-        return _sdpa(q, k, v, documents)
+        return _sdpa(q, k, v, document_mask)
     if backend == "flash":
         from flash_attn import flash_attn_func, flash_attn_varlen_func  # not importable without a GPU build
 
-        if documents is None:
+        if document_mask is None:
             return flash_attn_func(q, k, v, causal=True)
-        bounds, longest = documents.flash_bounds
+        bounds, longest = document_mask.flash_bounds
         flat = (x.flatten(0, 1) for x in (q, k, v))
         out = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
         return out.view_as(q)
     if backend == "eager":
-        return _eager(q, k, v, documents)
+        return _eager(q, k, v, document_mask)
     raise ValueError(f"attention backend {backend!r} is not one of sdpa, flash, eager")
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, document_mask: DocumentMask | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     queries, keys = q.shape[2], k.shape[2]
     # is_causal aligns the mask to the first key, which is right only when the queries start there too.
-    causal = queries == keys and documents is None
+    causal = queries == keys and document_mask is None
     mask: Tensor | None = None
-    if documents is not None:
-        mask = documents.mask
+    if document_mask is not None:
+        mask = document_mask.mask
     elif not causal and queries > 1:
         mask = _causal_mask(queries, keys, q.device)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, document_mask: DocumentMask | None) -> Tensor:
     """The formula, in float32."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bshe,bthe->bhst", q.float(), k.float()) / math.sqrt(q.shape[-1])
-    mask = _causal_mask(q.shape[1], k.shape[1], q.device) if documents is None else documents.mask
+    mask = _causal_mask(q.shape[1], k.shape[1], q.device) if document_mask is None else document_mask.mask
     scores = scores.masked_fill(~mask, float("-inf"))
     return torch.einsum("bhst,bthe->bshe", scores.softmax(dim=-1), v.float()).to(q.dtype)
 

@@ -4,7 +4,7 @@ What a donor hands over is what a cache would store: keys after norm and rotatio
 its query. Keys and values that nobody reads are not computed, yet their parameters get exact zero gradients, so
 that the graph looks the same to every engine in every micro-batch.
 
-Linear layers, norms and vocabulary come from `Parts`. Tensor-parallel parts split the heads, the intermediate size
+Linear layers, norms and vocabulary come from `Modules`. Tensor-parallel ones split the heads, the intermediate size
 and the vocabulary over ranks, and perhaps the sequence between layers; H, K and V below are then this rank's share.
 
 Parameter names are those of transformers without the leading `model.`; they are the canonical names of
@@ -27,8 +27,8 @@ from torch.autograd.function import FunctionCtx
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ActivationCheckpointing
 from skvr_dist.model import recompute
-from skvr_dist.model.attention import Documents, attend, resolve_backend
-from skvr_dist.model.modules import Parts, count_labels, shards_of
+from skvr_dist.model.attention import DocumentMask, attend, resolve_backend
+from skvr_dist.model.modules import Modules, count_labels, shards_of, token_cross_entropy
 from skvr_dist.model.rope import rope_tables, rotate
 
 
@@ -56,17 +56,17 @@ Cache = dict[int, KV]
 class Attention(nn.Module):
     """Grouped-query attention that reads its own keys and values or a donor's."""
 
-    def __init__(self, config: ModelConfig, parts: Parts) -> None:
+    def __init__(self, config: ModelConfig, modules: Modules) -> None:
         super().__init__()
         self.config = config
         query_size = config.num_attention_heads * config.head_dim
-        self.q_proj = parts.column(config.hidden_size, query_size, config.attention_bias)
-        self.k_proj = parts.kv_column(config)
-        self.v_proj = parts.kv_column(config)
-        self.o_proj = parts.row(query_size, config.hidden_size, config.attention_bias)
+        self.q_proj = modules.column(config.hidden_size, query_size, config.attention_bias)
+        self.k_proj = modules.kv_column(config)
+        self.v_proj = modules.kv_column(config)
+        self.o_proj = modules.row(query_size, config.hidden_size, config.attention_bias)
         if config.qk_norm:
-            self.q_norm = parts.head_norm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = parts.head_norm(config.head_dim, config.rms_norm_eps)
+            self.q_norm = modules.head_norm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = modules.head_norm(config.head_dim, config.rms_norm_eps)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim))
@@ -83,24 +83,24 @@ class Attention(nn.Module):
         modules = [self.k_proj, self.v_proj] + ([self.k_norm] if self.config.qk_norm else [])
         return [parameter for module in modules for parameter in module.parameters()]
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV, documents: Documents | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV, document_mask: DocumentMask | None) -> Tensor:
         """Attend from normed hidden states x [B, S, D] to keys and values of T >= S positions; returns [B, S, D]."""
         q = self._heads(self.q_proj(x))
         if self.config.qk_norm:
             q = self.q_norm(q)
         backend = resolve_backend(self.config.attention, x.device, x.dtype)
-        out = attend(rotate(q, *rope), kv.k, kv.v, backend=backend, documents=documents)
+        out = attend(rotate(q, *rope), kv.k, kv.v, backend=backend, document_mask=document_mask)
         return self.o_proj(out.flatten(2))
 
 
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, parts: Parts) -> None:
+    def __init__(self, config: ModelConfig, modules: Modules) -> None:
         super().__init__()
-        self.gate_proj = parts.column(config.hidden_size, config.intermediate_size, False)
-        self.up_proj = parts.column(config.hidden_size, config.intermediate_size, False)
-        self.down_proj = parts.row(config.intermediate_size, config.hidden_size, False)
+        self.gate_proj = modules.column(config.hidden_size, config.intermediate_size, False)
+        self.up_proj = modules.column(config.hidden_size, config.intermediate_size, False)
+        self.down_proj = modules.row(config.intermediate_size, config.hidden_size, False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -109,14 +109,14 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each with a residual connection."""
 
-    def __init__(self, config: ModelConfig, parts: Parts, recompute_attention: bool = False) -> None:
+    def __init__(self, config: ModelConfig, modules: Modules, recompute_attention: bool = False) -> None:
         super().__init__()
-        self.parts = parts
+        self.module_set = modules
         self.recompute_attention = recompute_attention
-        self.input_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, parts)
-        self.post_attention_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, parts)
+        self.input_layernorm = modules.norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, modules)
+        self.post_attention_layernorm = modules.norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, modules)
 
     def forward(
         self,
@@ -125,7 +125,7 @@ class DecoderLayer(nn.Module):
         donor: KV | None,
         own_is_read: bool,
         past: KV | None = None,
-        documents: Documents | None = None,
+        document_mask: DocumentMask | None = None,
     ) -> tuple[Tensor, KV | None]:
         """One layer.
 
@@ -138,12 +138,12 @@ class DecoderLayer(nn.Module):
             donor: what this layer reads instead of its own keys and values; None reads its own.
             own_is_read: whether anyone reads this layer's own keys and values; if not, they are not computed.
             past: this layer's own keys and values of earlier positions, from a cache.
-            documents: what each position is confined to; not with a cache.
+            document_mask: what each position is confined to; not with a cache.
 
         Returns:
             hidden states [B, S, D], and this layer's own keys and values if they are read.
         """
-        x = self.parts.enter(self.input_layernorm(hidden))
+        x = self.module_set.enter(self.input_layernorm(hidden))
         own: KV | None = None
         if own_is_read:
             own = self.self_attn.project_kv(x, rope).after(past)
@@ -151,9 +151,9 @@ class DecoderLayer(nn.Module):
             x = zero_gradients(x, self.self_attn.kv_parameters())
         source = own if donor is None else donor
         assert source is not None, "a layer that reads its own keys and values must compute them"
-        attended = recompute.run(self.self_attn, x, rope, source, documents, again=self.recompute_attention)
+        attended = recompute.run(self.self_attn, x, rope, source, document_mask, again=self.recompute_attention)
         hidden = hidden + attended
-        return hidden + self.mlp(self.parts.enter(self.post_attention_layernorm(hidden))), own
+        return hidden + self.mlp(self.module_set.enter(self.post_attention_layernorm(hidden))), own
 
 
 class Decoder(nn.Module):
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
     has no parameter of its own.
 
     Args:
-        parts: what the layers are made of.
+        modules: what the layers are made of.
         checkpointing: what is computed again in the backward pass.
     """
 
@@ -173,28 +173,28 @@ class Decoder(nn.Module):
         start: int = 0,
         stop: int | None = None,
         *,
-        parts: Parts | None = None,
+        modules: Modules | None = None,
         checkpointing: ActivationCheckpointing | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.start = start
         self.stop = config.num_hidden_layers if stop is None else stop
-        self.parts = parts or Parts()
+        self.module_set = modules or Modules()
         self.checkpointing = checkpointing or ActivationCheckpointing()
         if self.has_embedding or (self.has_head and config.tie_word_embeddings):
-            self.embed_tokens = self.parts.vocabulary(config)
+            self.embed_tokens = self.module_set.vocabulary(config)
         # Keyed by the layer's number in the whole decoder, so that names do not depend on the split.
         self.layers = nn.ModuleDict(
             {
-                str(i): DecoderLayer(config, self.parts, self.checkpointing.covers("attention", i))
+                str(i): DecoderLayer(config, self.module_set, self.checkpointing.covers("attention", i))
                 for i in range(self.start, self.stop)
             }
         )
         if self.has_head:
-            self.norm = self.parts.norm(config.hidden_size, config.rms_norm_eps)
+            self.norm = self.module_set.norm(config.hidden_size, config.rms_norm_eps)
             if not config.tie_word_embeddings:
-                self.lm_head = self.parts.vocabulary(config)
+                self.lm_head = self.module_set.vocabulary(config)
 
     @property
     def has_embedding(self) -> bool:
@@ -245,10 +245,10 @@ class Decoder(nn.Module):
         """
         cache = {} if cache is None else cache
         past = cache[0].k.shape[1] if cache else 0
-        within = None if documents is None else Documents(documents)
-        new = hidden.shape[1] * self.parts.sequence_shards
+        document_mask = None if documents is None else DocumentMask(documents)
+        new = hidden.shape[1] * self.module_set.sequence_shards
         positions = torch.arange(past, past + new, device=hidden.device)
-        rope = rope_tables(self.config, positions if within is None else within.positions)
+        rope = rope_tables(self.config, positions if document_mask is None else document_mask.positions)
         read = set(donors)
         known = dict(crossing)
         for name, layer in self.layers.items():
@@ -261,7 +261,7 @@ class Decoder(nn.Module):
                 donor,
                 number in read,
                 cache.get(number),
-                within,
+                document_mask,
                 again=self.checkpointing.covers("layer", number),
             )
             if own is not None:
@@ -272,7 +272,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, S, V] of the last layer's hidden states [B, S, D]."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return head(self.parts.enter(self.norm(hidden)), predict=True)
+        return head(self.module_set.enter(self.norm(hidden)), predict=True)
 
     def summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum over tokens of the cross entropy in nats, in float32, from the last layer's hidden states [B, S, D].
@@ -280,12 +280,12 @@ class Decoder(nn.Module):
         Args:
             labels: int [B, S], the token that follows each; those that are `IGNORED` add nothing.
         """
-        return self.parts.cross_entropy(self.logits(hidden), labels).sum()
+        return self.module_set.cross_entropy(self.logits(hidden), labels).sum()
 
 
 def summed_next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over tokens of the cross entropy in nats, in float32: whole logits [B, S, V] against labels, int [B, S]."""
-    return Parts().cross_entropy(logits, labels).sum()
+    return token_cross_entropy(logits, labels).sum()
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

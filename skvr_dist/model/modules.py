@@ -1,6 +1,6 @@
 """What a decoder is built from, and which part of each whole weight a built decoder holds.
 
-`Parts` makes plain modules that hold whole weights. `skvr_dist.parallel.tensor.TensorParts` makes their
+`Modules` makes plain modules that hold whole weights. `skvr_dist.parallel.tensor.TensorParallelModules` makes their
 tensor-parallel counterparts; the decoder is the same in both.
 
 Shapes: B batch, S sequence, D hidden, K key/value heads, E head_dim, V vocabulary.
@@ -25,8 +25,16 @@ def count_labels(labels: Tensor) -> Tensor:
     return (labels != IGNORED).sum()
 
 
+def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy in nats of each token, float32 [B * S], of logits [B, S, V] against labels, int [B, S].
+
+    It is 0 where the label is `IGNORED`.
+    """
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+
+
 @dataclass(frozen=True)
-class Shard:
+class TensorShard:
     """The part of a whole weight that a parameter holds: `length` entries from `start` along `dim`.
 
     The parameter may be longer along `dim` (the last shard of a padded vocabulary); what is left over is zero and
@@ -42,7 +50,7 @@ class Shard:
     """Whether this rank stands for the shard where several hold the same one: in norms and in checkpoints."""
 
     @classmethod
-    def whole(cls, shape: torch.Size, primary: bool = True) -> Shard:
+    def whole(cls, shape: torch.Size, primary: bool = True) -> TensorShard:
         return cls(tuple(shape), 0, 0, shape[0], primary)
 
     def cut(self, weight: Tensor) -> Tensor:
@@ -66,7 +74,7 @@ class Vocabulary(nn.Module):
         return F.linear(x, self.weight) if predict else F.embedding(x, self.weight)
 
 
-class Parts:
+class Modules:
     """Modules that hold whole weights."""
 
     sequence_shards = 1
@@ -101,20 +109,17 @@ class Parts:
         return x
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy in nats of each token, float32 [B * S], of logits [B, S, V] against labels, int [B, S].
-
-        It is 0 where the label is `IGNORED`.
-        """
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        """As `token_cross_entropy`; the vocabulary of the logits may be split over ranks."""
+        return token_cross_entropy(logits, labels)
 
 
-def shards_of(module: nn.Module) -> dict[str, Shard]:
+def shards_of(module: nn.Module) -> dict[str, TensorShard]:
     """The shard that each parameter of a decoder (or of a part of it) holds, by canonical name.
 
     A module that holds shards says so in its attribute `shards`, by the name of the parameter.
     """
     return {
-        f"{path}.{name}" if path else name: getattr(child, "shards", {}).get(name) or Shard.whole(parameter.shape)
+        f"{path}.{name}" if path else name: getattr(child, "shards", {}).get(name) or TensorShard.whole(parameter.shape)
         for path, child in module.named_modules()
         for name, parameter in child.named_parameters(recurse=False)
     }

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skvr_dist.config.model import ModelConfig
-from skvr_dist.model.modules import IGNORED, Parts, Shard
+from skvr_dist.model.modules import IGNORED, Modules, TensorShard
 from skvr_dist.parallel.mesh import Mesh
 
 
-class TensorParts(Parts):
-    """The parts that this rank of a tensor-parallel group holds."""
+class TensorParallelModules(Modules):
+    """The modules that this rank of a tensor-parallel group holds."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, sequence_parallel: bool) -> None:
         self.mesh = mesh
@@ -106,8 +106,8 @@ class ColumnLinear(nn.Linear):
         super().__init__(inputs, share, bias=bias)
         self.copies = copies
         self.shards = {
-            "weight": Shard((outputs, inputs), 0, start, share, primary),
-            "bias": Shard((outputs,), 0, start, share, primary),
+            "weight": TensorShard((outputs, inputs), 0, start, share, primary),
+            "bias": TensorShard((outputs,), 0, start, share, primary),
         }
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,37 +121,37 @@ class ColumnLinear(nn.Linear):
 class RowLinear(nn.Linear):
     """This rank's inputs of a linear layer; the partial outputs are summed over the ranks."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, parts: TensorParts) -> None:
-        share = inputs // parts.mesh.tp_size
+    def __init__(self, inputs: int, outputs: int, bias: bool, modules: TensorParallelModules) -> None:
+        share = inputs // modules.mesh.tp_size
         super().__init__(share, outputs, bias=bias)
-        self.parts = parts
+        self.module_set = modules
         self.shards = {
-            "weight": Shard((outputs, inputs), 1, parts.mesh.tp_rank * share, share),
-            "bias": Shard((outputs,), 0, 0, outputs, primary=parts.mesh.tp_rank == 0),
+            "weight": TensorShard((outputs, inputs), 1, modules.mesh.tp_rank * share, share),
+            "bias": TensorShard((outputs,), 0, 0, outputs, primary=modules.mesh.tp_rank == 0),
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.parts.leave(F.linear(x, self.weight))
+        out = self.module_set.leave(F.linear(x, self.weight))
         if self.bias is None:
             return out
-        partial = self.parts.sequence_parallel  # each rank then adds the bias to its own positions only
-        return out + (_SumGradient.apply(self.bias, self.parts.mesh.tp_group) if partial else self.bias)
+        partial = self.module_set.sequence_parallel  # each rank then adds the bias to its own positions only
+        return out + (_SumGradient.apply(self.bias, self.module_set.mesh.tp_group) if partial else self.bias)
 
 
 class WholeNorm(nn.RMSNorm):
     """A norm that every rank computes on the same inputs."""
 
-    def __init__(self, size: int, eps: float, parts: TensorParts) -> None:
+    def __init__(self, size: int, eps: float, modules: TensorParallelModules) -> None:
         super().__init__(size, eps=eps)
-        self.parts = parts
-        self.shards = {"weight": Shard((size,), 0, 0, size, primary=parts.mesh.tp_rank == 0)}
+        self.module_set = modules
+        self.shards = {"weight": TensorShard((size,), 0, 0, size, primary=modules.mesh.tp_rank == 0)}
 
 
 class PartialNorm(WholeNorm):
     """A norm that every rank computes on its own positions or heads; their gradients are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _SumGradient.apply(self.weight, self.parts.mesh.tp_group)
+        weight = _SumGradient.apply(self.weight, self.module_set.mesh.tp_group)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
@@ -162,13 +162,13 @@ class VocabularyShard(nn.Module):
     logit uses.
     """
 
-    def __init__(self, config: ModelConfig, parts: TensorParts) -> None:
+    def __init__(self, config: ModelConfig, modules: TensorParallelModules) -> None:
         super().__init__()
-        self.parts = parts
-        self.tokens = parts.tokens
-        self.weight = nn.Parameter(torch.empty(parts.vocabulary_rows, config.hidden_size))
+        self.module_set = modules
+        self.tokens = modules.tokens
+        self.weight = nn.Parameter(torch.empty(modules.vocabulary_rows, config.hidden_size))
         whole = (config.vocab_size, config.hidden_size)
-        self.shards = {"weight": Shard(whole, 0, self.tokens.start, len(self.tokens))}
+        self.shards = {"weight": TensorShard(whole, 0, self.tokens.start, len(self.tokens))}
 
     def forward(self, x: Tensor, predict: bool = False) -> Tensor:
         """As `skvr_dist.model.modules.Vocabulary`; the logits are those of this rank's tokens."""
@@ -176,7 +176,7 @@ class VocabularyShard(nn.Module):
             return F.linear(x, self.weight[: len(self.tokens)])
         local, elsewhere = _local_rows(x, self.tokens)
         embedded = F.embedding(local, self.weight)
-        return self.parts.leave(embedded.masked_fill(elsewhere[..., None], 0.0))
+        return self.module_set.leave(embedded.masked_fill(elsewhere[..., None], 0.0))
 
 
 def _local_rows(tokens: Tensor, held: range) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from skvr_dist.lab.verify.cases import CLIP, LAYOUTS, OPTIMIZER, SEED, SHAPE, Ca
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.lab.verify.reshard import Trainer, reshard
 from skvr_dist.model.decoder import Decoder, initialize
-from skvr_dist.model.modules import Shard
+from skvr_dist.model.modules import TensorShard
 from skvr_dist.parallel.engine.optimizers import state_to_save
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.train.loop import build_saver
@@ -46,7 +46,7 @@ def test_pieces_cover_a_flat_slice_exactly(data: st.DataObject) -> None:
     share = -(-whole.shape[dim] // parts)
     for first in range(0, whole.shape[dim], share):
         length = min(share, whole.shape[dim] - first)
-        shard = Shard((rows, columns), dim, first, length)
+        shard = TensorShard((rows, columns), dim, first, length)
         local = shard.cut(whole).contiguous()
         if dim == 0:  # padded below, as the vocabulary is
             local = torch.cat((local, torch.full((share - length, columns), -2)))

@@ -13,7 +13,7 @@ from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.lab.verify.cases import LAYOUTS, SEED, SEQUENCE, Case
 from skvr_dist.lab.verify.ranks import run_ranks
-from skvr_dist.model.attention import Documents
+from skvr_dist.model.attention import DocumentMask
 from skvr_dist.model.decoder import Decoder, initialize, next_token_loss
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.gradients import gather_gradient
@@ -34,7 +34,7 @@ def micro_batches(count: int) -> list[MicroBatch]:
 
 
 def test_positions_begin_anew_with_each_document() -> None:
-    documents = Documents(torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]]))
+    documents = DocumentMask(torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]]))
     assert documents.positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
     bounds, longest = documents.flash_bounds
     assert bounds.tolist() == [0, 3, 4, 6, 7, 12] and longest == 5

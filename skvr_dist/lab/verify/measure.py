@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skvr_dist.lab.verify.cases import Case
 from skvr_dist.lab.verify.first_use import first_use_blocks
-from skvr_dist.model.modules import Shard
+from skvr_dist.model.modules import TensorShard
 from skvr_dist.parallel.engine.gradients import gather_gradient, gradient_tensors
 from skvr_dist.parallel.engine.optimizers import (
     gather_master,
@@ -27,7 +27,7 @@ from skvr_dist.parallel.engine.optimizers import (
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.train.loop import build_engine, plan_stream
 
-Held = dict[str, tuple[Shard, Tensor]]
+Held = dict[str, tuple[TensorShard, Tensor]]
 """What a rank holds of each weight, by canonical name."""
 
 
@@ -112,7 +112,7 @@ def run_case(case: Case) -> RankResult:
     return measured
 
 
-def _held(shards: dict[str, Shard], tensors: dict[str, Tensor]) -> Held:
+def _held(shards: dict[str, TensorShard], tensors: dict[str, Tensor]) -> Held:
     return {name: (shards[name], shards[name].unpadded(tensor.cpu()).clone()) for name, tensor in tensors.items()}
 
 

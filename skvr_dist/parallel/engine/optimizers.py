@@ -20,7 +20,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from skvr_dist.checkpoint.pieces import MOMENTS, WEIGHTS, Piece, Pieces, pieces_of
-from skvr_dist.model.modules import Shard
+from skvr_dist.model.modules import TensorShard
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 
 
@@ -30,7 +30,7 @@ class Partition:
 
     name: str
     parameter: nn.Parameter
-    shard: Shard
+    shard: TensorShard
     local_shape: tuple[int, ...]
     flat: nn.Parameter | Tensor
     """What the optimizer updates, and its key for the moments."""

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize
-from skvr_dist.model.modules import Shard, shards_of
+from skvr_dist.model.modules import TensorShard, shards_of
 from skvr_dist.parallel.engine.zero import TiedWeights
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.boundary import Handover
 from skvr_dist.parallel.split import stage_bounds
-from skvr_dist.parallel.tensor import TensorParts
+from skvr_dist.parallel.tensor import TensorParallelModules
 
 
 class StageModule(PipelineModule):
@@ -34,7 +34,7 @@ class StageModule(PipelineModule):
     """
 
     decoder: Decoder
-    shards: dict[str, Shard]
+    shards: dict[str, TensorShard]
     """The shard that each parameter of the decoder holds, by canonical name."""
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, seed: int) -> None:
@@ -103,12 +103,12 @@ class StageModule(PipelineModule):
         self._set_bounds(start=self.start, stop=self.stop)
 
     def _build(self) -> None:
-        parts = None
+        modules = None
         if self._mesh.tp_size > 1:
-            parts = TensorParts(self.model_config, self._mesh, self.sequence_parallel)
+            modules = TensorParallelModules(self.model_config, self._mesh, self.sequence_parallel)
         checkpointing = self._parallel.activation_checkpointing
         with torch.device("meta"):  # torch's own initial weights are never drawn
-            decoder = Decoder(self.model_config, self.start, self.stop, parts=parts, checkpointing=checkpointing)
+            decoder = Decoder(self.model_config, self.start, self.stop, modules=modules, checkpointing=checkpointing)
         self.decoder = decoder.to_empty(device="cpu")
         initialize(self.decoder, self._seed)
         self.shards = shards_of(self.decoder)
