@@ -175,6 +175,31 @@ def test_each_step_sends_first_and_changes_nothing_else(kind: type, micro_batche
             assert [str(i) for i in step if not isinstance(i, SENDS)] == others
 
 
+@pytest.mark.parametrize("order", [sends_first, iter])
+@pytest.mark.parametrize("kind", [schedule.TrainSchedule, schedule.InferenceSchedule])
+@pytest.mark.parametrize("micro_batches", [1, 2, 5, 12])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_every_instruction_is_for_the_micro_batch_in_its_buffer(
+    order: Callable[..., Any], kind: type, micro_batches: int, stages: int
+) -> None:
+    """Instructions of one kind come in the order of the micro-batches, so counting them gives the same numbers."""
+    for stage in range(stages):
+        steps = kind(micro_batches, stages, stage)
+        numbers = [None] * steps.num_pipe_buffers()
+        engine: Any = SimpleNamespace(
+            pipe_buffers={"micro_batch": numbers}, _arrived=0, is_first_stage=lambda stage=stage: stage == 0
+        )
+        found: dict[str, list[int | None]] = {}
+        for step in order(steps):
+            for instruction in step:
+                number = RoutedPipelineEngine._micro_batch_of(engine, instruction)
+                found.setdefault(instruction.name, []).append(number)
+        for name, numbered in found.items():
+            whole_step = name in ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
+            unnamed = whole_step or (name == "LoadMicroBatch" and stage > 0)
+            assert numbered == ([None] * len(numbered) if unnamed else list(range(micro_batches))), name
+
+
 def steps_by_instruction() -> list[str]:
     """The kinds of instructions that one training step runs here, in order."""
     rank = Rank(Case("PP4 uneven"))

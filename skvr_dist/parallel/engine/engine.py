@@ -11,7 +11,6 @@ positions over labels, which are 1 if none is ignored.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
@@ -34,7 +33,8 @@ from skvr_dist.parallel.engine.zero import ZeroUnderPipeline, compare_module_ord
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.parallel.pipeline.boundary import Handover, MicroBatchShape, connect
+from skvr_dist.parallel.pipeline.boundary import Handover, HandoverFormat, MicroBatchShape, connect
+from skvr_dist.parallel.pipeline.step_plan import MicroBatchPlan, plan_for_stage
 from skvr_dist.routing import RoutingPlan, fixed_plan
 
 
@@ -81,6 +81,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
             reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
         self.separate_documents = separate_documents
         self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
+        self.pipe_buffers["micro_batch"] = [None] * self.num_pipe_buffers  # the number of what the others hold
         self.mesh = mesh
         self.guard = guard
         self.stage = module
@@ -95,14 +96,15 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         self._mean_loss = 0.0
         self._labels = 0  # of the micro-batches that this rank has run, on the last stage
         self._update_is_admitted = True
-        self._plan: RoutingPlan | None = None
-        self._done: Counter[type] = Counter()
+        self._plans: tuple[MicroBatchPlan, ...] = ()
+        self._arrived = 0  # micro-batches that have come to this stage in the schedule that runs
         self._gradients: Handover | None = None
         self.total_loss: Tensor | None = None
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         self._shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
+        self._format = HandoverFormat(module.model_config, mesh, self._shape)
         with naming_the_operation(mesh, "connecting the pipeline stages"):
-            self.before, self.after = connect(module.model_config, mesh, module.starts, self._shape, dtype, self.device)
+            self.before, self.after = connect(mesh, dtype, self.device)
 
     def train_step(self, micro_batches: Iterator[MicroBatch | Tensor], plan: RoutingPlan) -> float:
         """One optimizer step.
@@ -121,7 +123,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
                 f"the plan has {plan.num_micro_batches} micro-batches, the step {self.micro_batches} on each of "
                 f"{self.mesh.dp_size} replicas"
             )
-        self._plan = plan
+        self._plans = plan_for_stage(plan, self.mesh, self.stage.start, self.stage.stop)
         self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed empties it only when it prints
         with naming_the_operation(self.mesh, "the training step"):
             return float(self.train_batch(micro_batches))
@@ -132,7 +134,8 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         Args:
             micro_batches: equally many on each replica.
         """
-        self._plan = fixed_plan(tuple(donors), len(micro_batches) * self.mesh.dp_size)
+        plan = fixed_plan(tuple(donors), len(micro_batches) * self.mesh.dp_size)
+        self._plans = plan_for_stage(plan, self.mesh, self.stage.start, self.stage.stop)
         with naming_the_operation(self.mesh, "the evaluation"):
             return float(self.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches)))
 
@@ -141,43 +144,48 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         """Global gradient norm of the last step, before clipping; not a number if its update was skipped."""
         return float(self.get_global_grad_norm() or 0.0)
 
-    # The schedule. Every kind of instruction is issued in the order of the micro-batches, so counting the
-    # instructions of a kind tells which micro-batch one is for.
+    # The schedule. A micro-batch gets its number where it comes to this stage: loaded on the first one, received on the
+    # others. From there on the number lies beside it in its buffer.
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         self.fwd_outputs: list[Tensor] = []
         self._labels = 0
-        self._done.clear()
+        self._arrived = 0
         self._expect_tensors(training=isinstance(pipe_schedule, schedule.TrainSchedule))
         for instructions in sends_first(pipe_schedule):
             for instruction in instructions:
                 kind = type(instruction)
-                with naming_the_operation(self.mesh, kind.__name__, self._done[kind]):
+                with naming_the_operation(self.mesh, kind.__name__, self._micro_batch_of(instruction)):
                     MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
-                self._done[kind] += 1
         if self.before:
             self.before.gradients.finish_sends()
         if self.after:
             self.after.activations.finish_sends()
 
+    def _micro_batch_of(self, instruction: schedule.PipeInstruction) -> int | None:
+        """Which of the micro-batches of this rank an instruction is for, from 0; None for what is for none or all."""
+        if not isinstance(instruction, schedule.BufferOpInstruction):
+            return None
+        buffer_id = instruction.kwargs["buffer_id"]
+        arrives = schedule.LoadMicroBatch if self.is_first_stage() else schedule.RecvActivation
+        if isinstance(instruction, arrives):
+            self.pipe_buffers["micro_batch"][buffer_id] = self._arrived
+            self._arrived += 1
+        elif isinstance(instruction, schedule.LoadMicroBatch):
+            return None  # the last stage loads labels before or after the rest arrives, depending on the schedule
+        return self.pipe_buffers["micro_batch"][buffer_id]
+
+    def _plan_of(self, buffer_id: int) -> MicroBatchPlan:
+        """The routing of the micro-batch in a buffer."""
+        return self._plans[self.pipe_buffers["micro_batch"][buffer_id]]
+
     def _expect_tensors(self, training: bool) -> None:
         """Tell the channels what this schedule will bring; its sizes follow from the plan."""
-        assert self._plan is not None
-        rows = self._plan.donors[self.mesh.dp_rank :: self.mesh.dp_size].tolist()
         if self.before:
-            self.before.activations.expect([self.before.boundary.elements(donors) for donors in rows])
+            self.before.activations.expect([self._format.elements(plan.entering) for plan in self._plans])
         if self.after and training:
-            self.after.gradients.expect([self.after.boundary.elements(donors) for donors in rows])
-
-    def _donors(self, instruction: type) -> list[int]:
-        """int [L]: donors of the micro-batch that this instruction is for.
-
-        Replica r of R runs the global micro-batches r, r + R, r + 2R, ...
-        """
-        assert self._plan is not None
-        row = self.mesh.dp_rank + self._done[instruction] * self.mesh.dp_size
-        return self._plan.donors[row].tolist()
+            self.after.gradients.expect([self._format.elements(plan.leaving) for plan in self._plans])
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         batch = MicroBatch.of(self._next_batch())
@@ -203,18 +211,18 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
         if self.separate_documents and not self.is_last_stage():  # the schedule lets only the outer stages load
             self._load_documents(buffer_id, MicroBatch.of(self._next_batch()))
         packed = self.before.activations.receive()
-        handover = self.before.boundary.unpack(packed, self._donors(schedule.RecvActivation))
+        handover = self._format.unpack(packed, self._plan_of(buffer_id).entering)
         for tensor in handover.tensors():
             tensor.requires_grad_()  # leaves of this stage's graph: their gradients are what goes back
         self.pipe_buffers["inputs"][buffer_id] = handover
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
-        donors = self._donors(schedule.ForwardPass)
+        plan = self._plan_of(buffer_id)
         outputs = DeepSpeedEngine.forward(
             self,
             inputs=self.pipe_buffers["inputs"][buffer_id],
-            donors=donors,
-            leaving=self.after.boundary.crossing(donors) if self.after else (),
+            donors=plan.donors,
+            leaving=plan.leaving,
             labels=self.pipe_buffers["labels"][buffer_id] if self.is_last_stage() else None,
             documents=self.pipe_buffers["documents"][buffer_id],
         )
@@ -226,18 +234,18 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         assert self.after is not None
-        packed = self.after.boundary.pack(self.pipe_buffers["outputs"][buffer_id].tensors())
+        packed = self._format.pack(self.pipe_buffers["outputs"][buffer_id].tensors())
         self.sent_bytes += packed.nbytes
         self.after.activations.send(packed)
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
         assert self.after is not None
         packed = self.after.gradients.receive()
-        self._gradients = self.after.boundary.unpack(packed, self._donors(schedule.RecvGrad))
+        self._gradients = self._format.unpack(packed, self._plan_of(buffer_id).leaving)
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         self.backward_passes += 1
-        micro_batch = self._done[schedule.BackwardPass]
+        micro_batch = self.pipe_buffers["micro_batch"][buffer_id]
         outputs = self.pipe_buffers["outputs"][buffer_id]
         self.begin_backward(micro_batch, last=micro_batch == self.micro_batches - 1)
         if self.is_last_stage():
@@ -262,7 +270,7 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
     def _exec_send_grads(self, buffer_id: int) -> None:
         assert self.before is not None
         gradients = [tensor.grad for tensor in self.pipe_buffers["inputs"][buffer_id].tensors()]
-        self.before.gradients.send(self.before.boundary.pack(gradients))
+        self.before.gradients.send(self._format.pack(gradients))
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _exec_reduce_tied_grads(self) -> None:

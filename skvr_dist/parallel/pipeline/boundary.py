@@ -24,7 +24,6 @@ from skvr_dist.model.decoder import KV
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.channel import Channel
 from skvr_dist.parallel.tensor import gather
-from skvr_dist.routing import crossing_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,21 +53,20 @@ class MicroBatchShape:
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """The cut in front of layer `layer`."""
+class HandoverFormat:
+    """How a `Handover` is packed into one tensor: the same at every boundary."""
 
     model: ModelConfig
     mesh: Mesh
-    layer: int
     shape: MicroBatchShape
 
-    def crossing(self, donors: Sequence[int]) -> tuple[int, ...]:
-        """Layers whose keys and values cross here in a micro-batch with these donors (int [L])."""
-        return crossing_layers(donors, self.layer)
+    def elements(self, crossing: Sequence[int]) -> int:
+        """N, the liveness bound of this rank.
 
-    def elements(self, donors: Sequence[int]) -> int:
-        """N, the liveness bound of this rank."""
-        return sum(math.prod(shape) for shape in self._shapes(donors))
+        Args:
+            crossing: the layers whose keys and values cross, ascending.
+        """
+        return sum(math.prod(shape) for shape in self._shapes(len(crossing)))
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
         """One flat tensor [N] of the tensors of a `Handover`, or of their gradients; not part of any graph."""
@@ -77,15 +75,19 @@ class Boundary:
             hidden = hidden.flatten().chunk(self.mesh.tp_size)[self.mesh.tp_rank]
         return torch.cat([part.flatten() for part in (hidden, *kv)])
 
-    def unpack(self, packed: Tensor, donors: Sequence[int]) -> Handover:
-        """The parts of a packed tensor [N]; all but perhaps the hidden states are views of it."""
-        shapes = self._shapes(donors)
+    def unpack(self, packed: Tensor, crossing: Sequence[int]) -> Handover:
+        """The parts of a packed tensor [N]; all but perhaps the hidden states are views of it.
+
+        Args:
+            crossing: the layers whose keys and values cross, ascending.
+        """
+        shapes = self._shapes(len(crossing))
         flat = packed.split([math.prod(shape) for shape in shapes])
         hidden, *kv = (part.view(shape) for part, shape in zip(flat, shapes, strict=True))
         if self._hidden_is_split_for_sending:
             hidden = gather(hidden, self.mesh.tp_group, dim=0)
             hidden = hidden.view(self.shape.batch, self.shape.sequence, self.model.hidden_size)
-        pairs = zip(self.crossing(donors), kv[0::2], kv[1::2], strict=True)
+        pairs = zip(crossing, kv[0::2], kv[1::2], strict=True)
         return Handover(hidden, {layer: KV(k, v) for layer, k, v in pairs})
 
     @property
@@ -93,39 +95,27 @@ class Boundary:
         """Without sequence parallelism all tensor-parallel ranks hold the same hidden states and gradients of them."""
         return self.mesh.tp_size > 1 and not self.shape.sequence_parallel
 
-    def _shapes(self, donors: Sequence[int]) -> list[tuple[int, ...]]:
-        """Shapes of the parts as they are sent."""
+    def _shapes(self, layers: int) -> list[tuple[int, ...]]:
+        """Shapes of the parts as they are sent, with keys and values of that many layers."""
         ranks, hidden_size = self.mesh.tp_size, self.model.hidden_size
         batch, sequence = self.shape.batch, self.shape.sequence
         heads = max(self.model.num_key_value_heads // ranks, 1)
         kv = (batch, sequence, heads, self.model.head_dim)
         flat = (batch * sequence * hidden_size // ranks,)
         hidden = flat if self._hidden_is_split_for_sending else (batch, sequence // ranks, hidden_size)
-        return [hidden, *([kv] * (2 * len(self.crossing(donors))))]
+        return [hidden, *([kv] * (2 * layers))]
 
 
 @dataclass(frozen=True)
 class Link:
-    """A boundary and what runs over it: activations forwards, gradients backwards."""
+    """What runs over one boundary: activations forwards, gradients backwards."""
 
-    boundary: Boundary
     activations: Channel
     gradients: Channel
 
 
-def connect(
-    model: ModelConfig,
-    mesh: Mesh,
-    starts: Sequence[int],
-    shape: MicroBatchShape,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Link | None, Link | None]:
-    """This stage's links to the stages before and after it; collective over all ranks.
-
-    Args:
-        starts: the first layer of every stage.
-    """
+def connect(mesh: Mesh, dtype: torch.dtype, device: torch.device) -> tuple[Link | None, Link | None]:
+    """This stage's links to the stages before and after it; collective over all ranks."""
     # Making a channel waits for the rank at its other end, and making a group for all ranks. All ranks come to those
     # they take part in in one and the same order: boundary by boundary, activations before gradients. Of the channels
     # and groups that some rank is waiting for, take the first: whoever is missing there cannot be waiting at a later
@@ -145,5 +135,5 @@ def connect(
     for after in range(1, mesh.pp_size):
         activations, gradients = channel(after - 1, after), channel(after, after - 1)
         if activations and gradients:
-            links[after] = Link(Boundary(model, mesh, starts[after], shape), activations, gradients)
+            links[after] = Link(activations, gradients)
     return links.get(mesh.pp_rank), links.get(mesh.pp_rank + 1)
