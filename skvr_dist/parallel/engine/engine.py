@@ -1,7 +1,7 @@
 """The routed pipeline engine: DeepSpeed's PipelineEngine with routed stages and packed boundaries.
 
-Kept from DeepSpeed: the 1F1B schedule, gradient reduction, ZeRO, mixed precision, the optimizer step, checkpoints.
-Replaced: what a stage computes, what crosses between stages, and the order of a step's instructions: sends come first.
+Kept from DeepSpeed: the 1F1B schedule, gradient reduction, ZeRO, mixed precision, the optimizer step. Replaced: what a
+stage computes, what crosses between stages, and the order of a step's instructions: sends come first.
 Sizes come from the routing plan, so there is no handshake; a stage's backward runs once per micro-batch, whatever
 crosses. The loss and its gradient are means over the labels of the global batch, not over its micro-batches: DeepSpeed
 averages the micro-batches' sums over equally many positions, and before the optimizer step all is multiplied by
@@ -29,7 +29,7 @@ from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.gradients import drop_gradients, gradient_tensors, scale_gradients
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import StageModule
-from skvr_dist.parallel.engine.zero import ZeroUnderPipeline, compare_module_order_within, reduce_layer_by_layer
+from skvr_dist.parallel.engine.zero import ZeroPipelineEngine, compare_module_order_within, reduce_layer_by_layer
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.mesh import Mesh
@@ -38,7 +38,7 @@ from skvr_dist.parallel.pipeline.step_plan import MicroBatchPlan, plan_for_stage
 from skvr_dist.routing import RoutingPlan, fixed_plan
 
 
-class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
+class RoutedPipelineEngine(ZeroPipelineEngine):
     """Trains and evaluates a decoder over pipeline stages, tensor-parallel ranks and data-parallel replicas.
 
     Args:
@@ -76,7 +76,6 @@ class RoutedPipelineEngine(PipelineEngine, ZeroUnderPipeline):
             config=deepspeed_json,
             config_class=DeepSpeedConfig(deepspeed_json, module.mpu()),
         )
-        self._in_pipeline_init = False
         if self.zero_optimization_stage() == 2:
             reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
         self.separate_documents = separate_documents

@@ -8,45 +8,56 @@ Nothing in their optimizers forbids it. What is missing is done here:
 * ZeRO-3 compares the order of its modules over all ranks of the world, but stages hold different modules;
 * the stages that share a tied embedding add its gradients up. They are where the optimizer will look for them: with
   ZeRO-3 in a partition, with ZeRO-1 in another place for each precision;
-* those stages must hold the same weight after any number of steps, to the last bit;
-* a parameter is in the gradient norm if it is marked, or if its rank is the first of its model-parallel group, which
-  under a pipeline is true of the first stage only (see `StageModule`).
+* those stages must hold the same weight after any number of steps, to the last bit.
+
+What concerns the modules of a stage is done in `StageModule`: which parameters count in the gradient norm on which
+rank, and that ZeRO-3 fetches a layer as one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import engine as pipe_engine
 from deepspeed.runtime.zero import partitioned_param_coordinator
-
-_FIRST_REFUSED_STAGE = 2
 
 TiedWeights = list[tuple[torch.nn.Parameter, dist.ProcessGroup]]
 """What the first and the last stage share, with the group of both."""
 
 
-class ZeroUnderPipeline(DeepSpeedEngine):
-    """Stands between PipelineEngine and DeepSpeedEngine in the order of classes."""
+@contextlib.contextmanager
+def _accepting_every_zero_stage() -> Iterator[None]:
+    """Let the constructor of PipelineEngine pass with ZeRO-2 and 3.
+
+    Right after DeepSpeedEngine's constructor, which must know the real stage, it asserts that the stage is below
+    `ZeroStageEnum.gradients`. That is the only use of this name in its module (0.19.8), so moving the bound while the
+    constructor runs touches nothing else.
+    """
+    refused = pipe_engine.ZeroStageEnum
+    pipe_engine.ZeroStageEnum = SimpleNamespace(gradients=refused.max_stage + 1)
+    try:
+        yield
+    finally:
+        pipe_engine.ZeroStageEnum = refused
+
+
+class ZeroPipelineEngine(pipe_engine.PipelineEngine):
+    """DeepSpeed's PipelineEngine with any ZeRO stage, and with tied weights that stay equal; arguments are its own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._in_pipeline_init = False
-        super().__init__(*args, **kwargs)
-        # From here to the end of PipelineEngine's own constructor, which refuses stages 2 and 3.
-        self._in_pipeline_init = True
-
-    def zero_optimization_stage(self) -> int:
-        stage = super().zero_optimization_stage()
-        return min(stage, _FIRST_REFUSED_STAGE - 1) if self._in_pipeline_init else stage
+        with _accepting_every_zero_stage():
+            super().__init__(*args, **kwargs)
 
     @property
     def reduces_in_backward(self) -> bool:
-        """Whether each backward pass reduces its gradients over the replicas."""
+        """Whether each backward pass reduces its gradients over the replicas: with ZeRO-2 and 3."""
         return bool(self.zero_optimization_partition_gradients())
 
     def begin_backward(self, micro_batch: int, last: bool) -> None:
@@ -59,7 +70,7 @@ class ZeroUnderPipeline(DeepSpeedEngine):
             self.optimizer.micro_step_id = micro_batch - counted_up
 
     def end_backward(self) -> None:
-        """After it."""
+        """After the backward pass that `begin_backward` announced."""
         self._force_grad_boundary = False
 
     def sum_tied_gradients(self, weights: TiedWeights) -> None:
