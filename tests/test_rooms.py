@@ -33,12 +33,19 @@ ROOMS = [
 OTHERS_WITH_DEEPSPEED = {"skvr_dist.hf.model.rcla"}
 
 
-def modules() -> Iterator[tuple[str, list[str]]]:
-    """Every module of the library, with the names that it imports, inside functions too."""
-    for file in sorted((ROOT / "skvr_dist").rglob("*.py")):
-        name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+def trees(*folders: str) -> Iterator[tuple[str, ast.Module]]:
+    """Every module below these folders, by its name."""
+    for folder in folders:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            yield name, ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imports(*folders: str) -> Iterator[tuple[str, list[str]]]:
+    """Every module below these folders, with the names that it imports, inside functions too."""
+    for name, tree in trees(*folders):
         imported: list[str] = []
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 imported += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -54,12 +61,12 @@ def room_of(name: str) -> int | None:
 
 
 def test_every_module_is_in_a_room() -> None:
-    assert [name for name, _ in modules() if room_of(name) is None] == ["skvr_dist"]
+    assert [name for name, _ in trees("skvr_dist") if room_of(name) is None] == ["skvr_dist"]
 
 
 def test_imports_point_one_way() -> None:
     wrong = []
-    for name, imported in modules():
+    for name, imported in imports("skvr_dist"):
         mine = room_of(name)
         for other in imported:
             theirs = room_of(other)
@@ -69,5 +76,21 @@ def test_imports_point_one_way() -> None:
 
 
 def test_one_room_knows_deepspeed() -> None:
-    knowing = {name for name, imported in modules() if any(other.split(".")[0] == "deepspeed" for other in imported)}
+    knowing = {
+        name
+        for name, imported in imports("skvr_dist", "launch", "tools")
+        if any(other.split(".")[0] == "deepspeed" for other in imported)
+    }
     assert {name for name in knowing if not name.startswith("skvr_dist.parallel.engine")} == OTHERS_WITH_DEEPSPEED
+
+
+def test_private_attributes_of_engine_and_optimizer_stay_in_that_room() -> None:
+    """By the name of what they are read from."""
+    found = []
+    for name, tree in trees("skvr_dist", "launch", "tools"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+                if owner in ("engine", "optimizer") and not name.startswith("skvr_dist.parallel.engine"):
+                    found.append(f"{name} line {node.lineno}: {owner}.{node.attr}")
+    assert not found, "\n".join(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -121,6 +122,14 @@ def ranks_along(axis: Literal["pp", "dp", "tp"], sizes: tuple[int, int, int]) ->
     dim = AXES.index(axis)
     ranks = torch.arange(sizes[0] * sizes[1] * sizes[2]).view(sizes)
     return ranks.movedim(dim, -1).reshape(-1, sizes[dim]).tolist()
+
+
+def agree(data: bytes, group: dist.ProcessGroup) -> bool:
+    """Whether all ranks of a gloo group hold the same bytes, found by comparing 7 bytes of a hash; collective."""
+    number = int.from_bytes(hashlib.sha256(data).digest()[:7], "little")
+    extremes = torch.tensor([number, -number])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    return bool(extremes[0] == -extremes[1])
 
 
 def own_group(rank_lists: Iterable[list[int]], backend: str | None = None) -> dist.ProcessGroup:

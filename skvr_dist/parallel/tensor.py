@@ -42,10 +42,12 @@ class TensorParallelModules(Modules):
         self.sequence_shards = mesh.tp_size if sequence_parallel else 1
 
     def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        """This rank's 1/T of the outputs of a linear layer."""
         share = outputs // self.mesh.tp_size
         return ColumnLinear(inputs, outputs, self.mesh.tp_rank * share, share, bias)
 
     def kv_column(self, config: ModelConfig) -> nn.Module:
+        """This rank's heads of keys or values; with fewer heads than ranks, the head it shares with its neighbours."""
         heads, ranks, rank = config.num_key_value_heads, self.mesh.tp_size, self.mesh.tp_rank
         start, count = rank * heads // ranks, max(heads // ranks, 1)
         return ColumnLinear(
@@ -59,19 +61,24 @@ class TensorParallelModules(Modules):
         )
 
     def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        """This rank's 1/T of the inputs of a linear layer."""
         return RowLinear(inputs, outputs, bias, self)
 
     def norm(self, size: int, eps: float) -> nn.Module:
+        """A norm of hidden states: whole on every rank, or of this rank's positions."""
         # With whole sequences every rank sees the whole gradient already.
         return PartialNorm(size, eps, self) if self.sequence_parallel else WholeNorm(size, eps, self)
 
     def head_norm(self, size: int, eps: float) -> nn.Module:
+        """A norm of this rank's heads."""
         return PartialNorm(size, eps, self)
 
     def vocabulary(self, config: ModelConfig) -> nn.Module:
+        """This rank's rows of the embedding or of the output head."""
         return VocabularyShard(config, self)
 
     def enter(self, x: Tensor) -> Tensor:
+        """Whole hidden states [B, S, D], of this rank's positions or whole already; their gradient is summed."""
         group = self.mesh.tp_group
         return _GatherSequence.apply(x, group) if self.sequence_parallel else _SumGradient.apply(x, group)
 
@@ -81,6 +88,7 @@ class TensorParallelModules(Modules):
         return _ScatterSequence.apply(x, group) if self.sequence_parallel else _Sum.apply(x, group)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """As `token_cross_entropy`, from this rank's logits [B, S, tokens of this rank]; the same on every rank."""
         flat = logits.float().flatten(0, 1)
         return _CrossEntropy.apply(flat, labels.flatten(), self.tokens, self.mesh.tp_group)
 

@@ -15,10 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
-import deepspeed.comm as ds_comm
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
@@ -26,7 +24,7 @@ from torch import Tensor
 
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.model.modules import count_labels
-from skvr_dist.parallel.engine.gradients import drop_gradients, gradient_tensors, scale_gradients
+from skvr_dist.parallel.engine.gradients import clip_by_global_norm, drop_gradients, gradient_tensors, scale_gradients
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import StageModule
 from skvr_dist.parallel.engine.zero import ZeroPipelineEngine, compare_module_order_within, reduce_layer_by_layer
@@ -327,7 +325,8 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self._skip_model_step()
             return
         if not (self.zero_optimization() or self.bfloat16_enabled()):
-            self._global_grad_norm = self._clip_by_global_norm()
+            group = self.mpu.get_model_parallel_group()
+            self._global_grad_norm = clip_by_global_norm(self.module, self.gradient_clipping(), group)
         super()._take_model_step(lr_kwargs)
         self.copy_tied_weights(self.module.get_tied_weights_and_groups())
 
@@ -347,16 +346,6 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
     def clip_fp32_gradients(self) -> None:
         """Nothing is left to clip; DeepSpeed's own would take the norm of the first stage for that of all."""
-
-    def _clip_by_global_norm(self) -> Tensor:
-        """Norm over all stages and shards, shared ones counted once: for ZeRO-0, the others have theirs."""
-        gradients = [(p.grad, getattr(p, PIPE_REPLICATED)) for p in self.module.parameters() if p.grad is not None]
-        squares = torch.stack([grad.square().sum() for grad, replicated in gradients if not replicated]).sum()
-        ds_comm.all_reduce(squares, group=self.mpu.get_model_parallel_group())
-        norm = squares.sqrt()
-        if self.gradient_clipping() > 0:
-            torch.nn.utils.clip_grads_with_norm_(list(self.module.parameters()), self.gradient_clipping(), norm)
-        return norm
 
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
         schedule.LoadMicroBatch: _exec_load_micro_batch,

@@ -12,7 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
@@ -45,6 +47,25 @@ def scale_gradients(optimizer: Any, module: nn.Module, factor: float) -> None:
     norms = getattr(optimizer, "norm_for_param_grads", {})  # taken when a gradient was offloaded
     for parameter, norm in norms.items():
         norms[parameter] = norm * factor
+
+
+def clip_by_global_norm(module: nn.Module, max_norm: float, group: dist.ProcessGroup) -> Tensor:
+    """Clip the gradients of ZeRO-0, which are whole on every rank; DeepSpeed's other optimizers clip their own.
+
+    Args:
+        max_norm: the norm to clip to; 0 clips nothing.
+        group: the ranks of all stages and shards, one of each.
+
+    Returns:
+        the norm before, []: over all stages and shards, what several ranks hold counted once.
+    """
+    counted = [p.grad for p in module.parameters() if p.grad is not None and not getattr(p, PIPE_REPLICATED)]
+    total = torch.stack([gradient.square().sum() for gradient in counted]).sum()
+    dist.all_reduce(total, group=group)
+    norm = total.sqrt()
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(list(module.parameters()), max_norm, norm)
+    return norm
 
 
 def drop_gradients(optimizer: Any) -> None:

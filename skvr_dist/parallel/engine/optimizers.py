@@ -41,9 +41,11 @@ class Partition:
     """Which element of the flattened parameter the first of them is."""
 
     def master(self) -> Tensor:
+        """The weights, flat [count], a view; fp32 unless the parameter is its own master."""
         return self.flat.detach().view(-1).narrow(0, self.offset, self.count)
 
     def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+        """Adam's `exp_avg` or `exp_avg_sq` of them, flat [count], a view."""
         return optimizer.state[self.flat][key].view(-1).narrow(0, self.offset, self.count)
 
     def pieces(self, flat: Tensor) -> list[Piece]:

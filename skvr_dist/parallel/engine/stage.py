@@ -138,6 +138,7 @@ class StageModule(PipelineModule):
         """Nothing to send: both stages draw or load the same weights by name."""
 
     def get_tied_weights_and_groups(self) -> TiedWeights:
+        """The tied embedding, on the first and the last stage, with the group of both."""
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
 

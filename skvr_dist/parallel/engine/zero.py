@@ -17,7 +17,6 @@ rank, and that ZeRO-3 fetches a layer as one.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -27,6 +26,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import engine as pipe_engine
 from deepspeed.runtime.zero import partitioned_param_coordinator
+
+from skvr_dist.parallel.mesh import agree
 
 TiedWeights = list[tuple[torch.nn.Parameter, dist.ProcessGroup]]
 """What the first and the last stage share, with the group of both."""
@@ -111,11 +112,7 @@ def compare_module_order_within(group: dist.ProcessGroup) -> None:
     """
 
     def require_same(numbers: list[int]) -> None:
-        digest = hashlib.sha256(repr(numbers).encode()).digest()
-        number = int.from_bytes(digest[:7], "little")
-        extremes = torch.tensor([number, -number])
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-        if extremes[0] != -extremes[1]:
+        if not agree(repr(numbers).encode(), group):
             raise RuntimeError(f"the replicas of this stage run their modules in different orders: {numbers}")
 
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = require_same

@@ -30,7 +30,7 @@ from skvr_dist.parallel.tensor import gather
 class Handover:
     """What a stage hands to the next one for one micro-batch, or the gradients of it.
 
-    Not a tuple, for the reason that `skvr_dist.model.decoder.KV` is none.
+    Not a tuple: like `skvr_dist.model.decoder.KV`, it must hide its tensors from ZeRO-3, which would count them.
     """
 
     hidden: Tensor

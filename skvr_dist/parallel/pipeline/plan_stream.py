@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from skvr_dist.errors import UserError
 from skvr_dist.parallel.failure import naming_the_operation
-from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.mesh import Mesh, agree
 from skvr_dist.routing import RoutingPlan
 
 _FIRST_STEPS_COMPARED = 3
@@ -70,11 +69,7 @@ class PlanStream:
 
     def _compare(self, donors: Tensor) -> None:
         """Compare a hash of the plan over all ranks, and the plans themselves only if it differs; collective."""
-        digest = hashlib.sha256(donors.numpy().tobytes()).digest()
-        number = torch.tensor([int.from_bytes(digest[:7], "little")])
-        extremes = torch.cat((number, -number))
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._mesh.host_group)
-        if extremes[0] == -extremes[1]:
+        if agree(donors.numpy().tobytes(), self._mesh.host_group):
             return
         plans = [torch.empty_like(donors) for _ in range(self._mesh.world_size)]
         dist.all_gather(plans, donors, group=self._mesh.host_group)
