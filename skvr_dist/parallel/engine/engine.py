@@ -41,7 +41,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
     Args:
         module: this rank's stage.
-        mesh: this rank's place.
+        mesh: this rank's coordinates and groups.
         separate_documents: attention stays within documents, so that every stage reads the micro-batches.
         guard: decides which updates are applied.
         sequence_length: tokens per sequence; with the micro-batch size it fixes every shape that crosses.
