@@ -141,9 +141,6 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         """Global gradient norm of the last step, before clipping; not a number if its update was skipped."""
         return float(self.get_global_grad_norm() or 0.0)
 
-    # The schedule. A micro-batch gets its number where it comes to this stage: loaded on the first one, received on the
-    # others. From there on the number lies beside it in its buffer.
-
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         self.fwd_outputs: list[Tensor] = []
@@ -161,7 +158,11 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self.after.activations.finish_sends()
 
     def _micro_batch_of(self, instruction: schedule.PipeInstruction) -> int | None:
-        """Which of the micro-batches of this rank an instruction is for, from 0; None for what is for none or all."""
+        """The number of the micro-batch that an instruction is for, from 0; None if it is for the whole step.
+
+        A micro-batch gets its number where it comes to this stage: loaded on the first one, received on the others. The
+        number then lies beside it in its buffer.
+        """
         if not isinstance(instruction, schedule.BufferOpInstruction):
             return None
         buffer_id = instruction.kwargs["buffer_id"]
@@ -170,7 +171,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self.pipe_buffers["micro_batch"][buffer_id] = self._arrived
             self._arrived += 1
         elif isinstance(instruction, schedule.LoadMicroBatch):
-            return None  # the last stage loads labels before or after the rest arrives, depending on the schedule
+            return None  # labels of the last stage, which some schedules load before the micro-batch arrives
         return self.pipe_buffers["micro_batch"][buffer_id]
 
     def _plan_of(self, buffer_id: int) -> MicroBatchPlan:
@@ -194,7 +195,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self._labels += int(count_labels(batch.labels))
 
     def set_dataiterator(self, iterator: Iterator[MicroBatch | Tensor] | None) -> None:
-        """On every stage; DeepSpeed's own forgets it between the outer ones."""
+        """Set where micro-batches come from, on every stage; DeepSpeed keeps it on the first and the last one only."""
         self.training_dataloader = None
         self.data_iterator = iterator
 
@@ -310,7 +311,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         return torch.tensor(self._mean_loss, dtype=torch.float64)
 
     def _reduce_outputs(self, outputs: list[Tensor], **kwargs: Any) -> list[Tensor]:
-        """Nothing yet: DeepSpeed would average the micro-batches, and only then tell the other stages."""
+        """Leave the losses as they are: DeepSpeed would average over micro-batches, whatever their number of labels."""
         return outputs
 
     def _bcast_pipe_scalar(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -345,7 +346,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.global_samples += self.train_batch_size()
 
     def clip_fp32_gradients(self) -> None:
-        """Nothing is left to clip; DeepSpeed's own would take the norm of the first stage for that of all."""
+        """Do nothing, they are clipped already; DeepSpeed's own takes the norm of the first stage for that of all."""
 
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
         schedule.LoadMicroBatch: _exec_load_micro_batch,
