@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.parallel import ActivationCheckpointing
 from skvr_dist.model import recompute
 from skvr_dist.model.attention import Documents, attend, resolve_backend
 from skvr_dist.model.modules import Parts, count_labels, shards_of
-from skvr_dist.model.recompute import ActivationCheckpointing
 from skvr_dist.model.rope import rope_tables, rotate
 
 

@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch.utils.checkpoint import checkpoint
-
-from skvr_dist.section import Section
-
-
-class ActivationCheckpointing(Section):
-    """What a decoder computes again in the backward pass."""
-
-    recompute: Literal["none", "layer", "attention"] = "none"
-    """`layer`: whole layers; `attention`: queries, attention and its output projection, but not keys and values."""
-    every: int = Field(default=1, gt=0)
-    """Recompute in every k-th layer only, counted over the whole decoder."""
-
-    def covers(self, part: str, layer: int) -> bool:
-        """Whether that part (layer or attention) of that layer is computed again."""
-        return self.recompute == part and layer % self.every == 0
 
 
 def run(function: Callable[..., Any], *args: Any, again: bool) -> Any:

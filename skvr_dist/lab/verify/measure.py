@@ -22,7 +22,8 @@ from skvr_dist.model.modules import Shard
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.guard import gradient_tensors
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.train.loop import build_engine, plan_stream
+from skvr_dist.train.build import build_engine
+from skvr_dist.train.plans import plan_stream
 
 Held = dict[str, tuple[Shard, Tensor]]
 """What a rank holds of each weight, by canonical name."""
