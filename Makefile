@@ -8,7 +8,7 @@ QUICKSTART := runs/quickstart
 # Quickstart and tests run on the CPU wherever they are: 4 ranks need no GPUs.
 export DS_ACCELERATOR := cpu
 
-.PHONY: env quickstart data test test-newest newest-env test-serve serve-env lint lock bench clean
+.PHONY: env quickstart data test test-newest newest-env test-serve serve-env lint lock docs bench clean
 .NOTPARALLEL: # the runs would share the cores and the launcher's port
 
 # PyTorch has a line of its own, because its builds for CPUs and for CUDA differ: TORCH chooses another. A build that is
@@ -105,6 +105,10 @@ lock:
 	$(COMPILE) pyproject.toml --extra dev --output-file requirements.txt
 	$(LOCK_VENV)/bin/python tests/serve/vllm_requirements.py > $(LOCK_VENV)/serve.in
 	$(COMPILE) $(LOCK_VENV)/serve.in --output-file requirements-serve.txt
+
+# The pages that are made from the code.
+docs: env
+	$(BIN)/python -m skvr_dist.config.page > docs/configuration.md
 
 bench: env
 	$(BIN)/python tools/bench.py

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from skvr_dist.cluster.launcher import announced_world_size
-from skvr_dist.config.load import load_config
+from skvr_dist.config.load import dump_config, load_config
 from skvr_dist.errors import run_command
 
 
@@ -27,7 +27,7 @@ def main() -> None:
 
     config = load_config(options.config, options.overrides)
     if options.print_config:
-        print(config.to_yaml(), end="")
+        print(dump_config(config), end="")
         return
     if options.dry_run:
         from skvr_dist.train.dry_run import describe

@@ -7,6 +7,7 @@ and writes each file with `write_whole`: beside its name, then renamed, so that 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -21,6 +22,7 @@ PARTIAL_SUFFIX = ".partial"
 
 # A single slash too: `Path` makes one of two.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|pipe:")
+_READ_BYTES = 1 << 22
 _PROBE_BYTES = 4096  # a full disk may still take an empty file
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -60,6 +62,15 @@ def require_file(path: Path) -> os.stat_result:
         kind = _KINDS.get(stat.S_IFMT(facts.st_mode), "no regular file")
         raise UserError(f"cannot read {path}: it is {kind}, not a regular file; copy it to one or leave it out")
     return facts
+
+
+def sha256_of(file: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal; a block of it is in memory at a time."""
+    digest = hashlib.sha256()
+    with Path(file).open("rb") as opened:
+        while block := opened.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A node of the configuration tree.
 
-    Strict: a string is never taken for a number, and an unknown key is an error. Frozen: what was
-    validated is what runs. Each part of the library declares its own section beside the code that
-    reads it; `skvr_dist.config.tree.Config` is the tree.
+    Strict: a string is never taken for a number, and an unknown key is an error. Frozen: what was validated is what
+    runs. The text below a field is its description (docs/configuration.md). The tree is `skvr_dist.config.tree.Config`.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )

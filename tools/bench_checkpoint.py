@@ -19,6 +19,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from skvr_dist.cluster.launcher import announced_world_size
+from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.load import load_config
 from skvr_dist.errors import EXIT_MISSED, run_command
 from skvr_dist.parallel.engine.process_group import start_process_group
@@ -35,11 +36,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     config = load_config([options.config], options.overrides)
-    config.data_parallel_size(announced_world_size())
+    data_parallel_size(config, announced_world_size())
 
     from skvr_dist.lab.bench.save import saving_cost
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.loop import build_engine
+    from skvr_dist.train.build import build_engine
 
     start_process_group()
     mesh = Mesh.build(config.parallel, config.model)

@@ -80,8 +80,9 @@ def data_wait(folder: Path, tokenizer: Tokenizer, config_file: str, overrides: l
     from skvr_dist.lab.bench.step import data_wait_share
     from skvr_dist.parallel.engine.process_group import start_process_group
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.loop import WatchedBatches, build_engine, training_batches
-    from skvr_dist.train.start import training_sequences
+    from skvr_dist.train.batches import WatchedBatches, training_batches
+    from skvr_dist.train.build import build_engine
+    from skvr_dist.train.inputs import training_sequences
 
     start_process_group()
     mesh = Mesh.build(config.parallel, config.model)

@@ -30,7 +30,7 @@ def main() -> None:
     elements = sum(math.prod(checkpoint.index.shape(name)) for name in names)
     facts = {
         "folder": str(checkpoint.folder),
-        **checkpoint.facts,
+        **checkpoint.facts.record(),
         "weights": len(checkpoint.weight_names()),
         "tensors": len(names),
         "elements": elements,

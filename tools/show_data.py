@@ -22,7 +22,7 @@ from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.data.view import passages, render
 from skvr_dist.errors import UserError, run_command
 from skvr_dist.files import prove_writable, write_whole
-from skvr_dist.train.start import require_made_with, training_sequences
+from skvr_dist.train.inputs import require_made_with, training_sequences
 
 LAST_SEQUENCE = 10**12
 

@@ -31,11 +31,14 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
+from skvr_dist.checkpoint.facts import FORMAT, Facts
 from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
 from skvr_dist.checkpoint.storage import INDEX_FILE, Index
-from skvr_dist.checkpoint.stored_config import StoredConfig
+from skvr_dist.config.stored import StoredConfig
 from skvr_dist.errors import UserError
+from skvr_dist.files import sha256_of
 from skvr_dist.model.decoder import Decoder
+from skvr_dist.run.folder import RunFolder
 
 CONFIG_FILE, FACTS_FILE, TOKENIZER_FILE, LATEST_FILE = "config.yaml", "checkpoint.json", "tokenizer.model", "latest"
 IMPORTED_TOKENIZER_FILE = "tokenizer.json"
@@ -43,11 +46,6 @@ TENSORS_SUFFIX = ".distcp"
 ASIDE_FOLDER = "set-aside"
 """Beside a run's checkpoints: those of a branch that it has left."""
 MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
-ORIGIN_FACTS = ("imported_from", "dequantized_from")
-"""Facts about where weights came from, which a run hands on from those it starts with."""
-FORMAT = 2
-"""Version of this layout of files; another one is refused."""
-_READ_BYTES = 1 << 22
 
 
 def step_folder(step: int) -> str:
@@ -60,23 +58,14 @@ def partial_folder(step: int) -> str:
     return f"{step_folder(step)}.partial"
 
 
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_facts(partial: Path, *, config_text: str, facts: dict[str, Any], tokenizer: bytes | None) -> None:
+def write_facts(partial: Path, *, config_text: str, facts: Facts, tokenizer: bytes | None) -> None:
     """Put what describes a checkpoint beside its tensors; on one rank.
 
     Args:
         tokenizer: content of the tokenizer's one file (`Tokenizer.model`).
     """
     (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-    (partial / FACTS_FILE).write_text(json.dumps({"format": FORMAT, **facts}, indent=2) + "\n", encoding="utf-8")
+    (partial / FACTS_FILE).write_text(facts.to_json(), encoding="utf-8")
     if tokenizer is not None:
         (partial / TOKENIZER_FILE).write_bytes(tokenizer)
 
@@ -177,7 +166,7 @@ class Checkpoint:
     def __init__(self, path: str | Path, *, verify: bool = False) -> None:
         folder = Path(path)
         if not any((folder / name).exists() for name in (FACTS_FILE, MANIFEST_FILE)):
-            found = candidates(folder / "checkpoints")
+            found = candidates(RunFolder(folder).checkpoints)
             if not found:
                 raise UserError(
                     f"{folder} is neither a checkpoint (it has no {FACTS_FILE}) nor the folder of a run that saved one"
@@ -188,15 +177,15 @@ class Checkpoint:
         self._tensors_are_whole = False
         try:
             content = {name: self._read(name) for name in self.files if not name.endswith(TENSORS_SUFFIX)}
-            self.config_text = content[CONFIG_FILE].decode()
-            self.facts: dict[str, Any] = json.loads(content[FACTS_FILE])
-            if (written := self.facts["format"]) != FORMAT:
+            config_text = content[CONFIG_FILE].decode()
+            facts = json.loads(content[FACTS_FILE])
+            if (written := facts["format"]) != FORMAT:
                 age, way_out = ("newer", "update skvr_dist") if written > FORMAT else ("older", "use its own release")
                 raise UserError(
                     f"checkpoint {folder} has format {written}, {age} than this release's {FORMAT}; {way_out}"
                 )
-            self.config_tree: dict[str, Any] = yaml.safe_load(self.config_text)
-            self.config = StoredConfig.model_validate(self.config_tree)
+            self.facts = Facts.model_validate(facts)
+            self.config = StoredConfig.model_validate(yaml.safe_load(config_text))
             self.model_config = self.config.model
             self.index = Index(folder, content[INDEX_FILE])
         except UserError:
@@ -258,7 +247,7 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return int(self.facts["step"])
+        return self.facts.step
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -269,12 +258,7 @@ class Checkpoint:
     @property
     def is_trained(self) -> bool:
         """Whether a run of ours wrote it; otherwise it is an import."""
-        return "data_fingerprint" in self.facts
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """Where its weights, or those it was trained on from, were imported from."""
-        return {name: self.facts[name] for name in ORIGIN_FACTS if name in self.facts}
+        return self.facts.data_fingerprint is not None
 
     @property
     def has_moments(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from skvr_dist.checkpoint.facts import Facts
 from skvr_dist.checkpoint.folder import (
     forget_old,
     partial_folder,
@@ -57,8 +58,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, state: Pieces, facts: dict[str, Any], done: Callable[[Path], None]) -> None:
-        """Copy the state of a step and start to write it; collective. Waits for the save before.
+    def save(self, state: Pieces, facts: Facts, done: Callable[[Path], None]) -> None:
+        """Copy the state of the step that the facts name, and start to write it; collective. Waits for the save before.
 
         Args:
             facts: what checkpoint.json says besides.
@@ -72,12 +73,12 @@ class Saver:
 
         def write() -> None:
             try:
-                self._write(step, self._copied, facts, done)
+                self._write(self._copied, facts, done)
             except BaseException as error:
                 self._error = error
 
         self._awaited.clear()
-        self._thread = threading.Thread(target=write, name=f"save step {step}")
+        self._thread = threading.Thread(target=write, name=f"save step {facts.step}")
         self._thread.start()
 
     @property
@@ -113,8 +114,8 @@ class Saver:
         """After so many bytes; none once somebody waits."""
         self._awaited.wait(written / self._bytes_per_second)
 
-    def _write(self, step: int, state: Pieces, facts: dict[str, Any], done: Callable[[Path], None]) -> None:
-        partial, final = self._checkpoints / partial_folder(step), self._checkpoints / step_folder(step)
+    def _write(self, state: Pieces, facts: Facts, done: Callable[[Path], None]) -> None:
+        partial, final = (self._checkpoints / name(facts.step) for name in (partial_folder, step_folder))
 
         def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)  # what an interrupted save left

@@ -21,8 +21,9 @@ from types import FrameType
 import psutil
 import yaml
 
-from skvr_dist.checkpoint.folder import CONFIG_FILE, candidates, step_folder
+from skvr_dist.checkpoint.folder import candidates, step_folder
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, UserError
+from skvr_dist.run.folder import RunFolder
 
 _MARK = "SKVR_KEPT_RUNNING_BY"
 _RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
@@ -44,7 +45,7 @@ class KeptRun:
 
     def __init__(self, command: Sequence[str], output_dir: Path, restarts: int) -> None:
         self._command = list(command)
-        self._output_dir = output_dir
+        self._run = RunFolder(output_dir)
         self._restarts = restarts
         self._mark = uuid.uuid4().hex
         self._stopping: str | None = None
@@ -107,11 +108,11 @@ class KeptRun:
 
     def _latest(self) -> Path | None:
         """The run's newest finished checkpoint."""
-        return next(iter(candidates(self._output_dir / "checkpoints")), None)
+        return next(iter(candidates(self._run.checkpoints)), None)
 
     def _finished(self) -> bool:
         """Whether the checkpoint of the run's last step is there."""
-        config = self._output_dir / CONFIG_FILE
+        config = self._run.config
         if not config.exists():
             raise UserError(
                 f"the command ended well, but {config} is not there; give its train.output_dir as --output-dir"

@@ -13,6 +13,7 @@ class SourceConfig(Section):
     """One of several training sets."""
 
     path: str
+    """As for a single one."""
     weight: float = Field(default=1.0, gt=0)
     """Its share of the sequences, relative to the other sources: exact over the long run."""
 
@@ -45,7 +46,7 @@ class DataConfig(Section):
     damage: Literal["stop", "skip"] = "stop"
     """A damaged piece of a shard stops the run, or is left out: its tokens get no loss, and are counted and logged."""
     on_resume: Literal["same_data", "other_data"] = "same_data"
-    """Whether a checkpoint may go on with other data, or in another order, than it was trained on."""
+    """Whether a run may resume from a checkpoint with other data, or in another order, than it was trained on."""
     workers: int = Field(default=1, ge=0)
     """Processes of each replica that read ahead (0: read when the step asks)."""
     prefetch: int = Field(default=4, gt=0)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tabulate import tabulate
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
+from skvr_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from skvr_dist.config.tree import Config
 
 ZERO_STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
@@ -95,3 +101,31 @@ def _require_shards(parallel: ParallelConfig, model: ModelConfig, sequence_lengt
             f"parallel.sequence_parallel cannot split data.sequence_length {sequence_length} over parallel.tensor "
             f"{ranks} ranks; use a multiple of {ranks}"
         )
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Replicas that `world_size` ranks make.
+
+    Raises:
+        UserError: the world size does not fit the layout, or the batch does not divide over the replicas.
+    """
+    stages, tensors = config.parallel.pipeline, config.parallel.tensor
+    if world_size % (stages * tensors):
+        raise UserError(
+            f"{world_size} ranks cannot hold parallel.pipeline {stages} stages x parallel.tensor {tensors} ranks; "
+            f"start a multiple of {stages * tensors} ranks"
+        )
+    replicas = world_size // (stages * tensors)
+    if config.num_micro_batches % replicas:
+        micro = config.train.micro_batch_size
+        raise UserError(
+            f"train.global_batch_size {config.train.global_batch_size} with micro_batch_size {micro} makes "
+            f"{config.num_micro_batches} micro-batches, which {replicas} replicas cannot share equally; "
+            f"make the batch a multiple of {micro * replicas}"
+        )
+    if config.data.lanes % (config.train.micro_batch_size * replicas):
+        raise UserError(
+            f"data.lanes {config.data.lanes} must be a multiple of train.micro_batch_size x replicas = "
+            f"{config.train.micro_batch_size} x {replicas}, so that each replica reads lanes of its own"
+        )
+    return replicas

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from skvr_dist.config.data import DataConfig
-from skvr_dist.config.tree import Config, TrainConfig
+from skvr_dist.config.train import TrainConfig
+from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 
 
@@ -72,6 +73,11 @@ def validate_config(tree: Mapping[str, Any]) -> Config:
         return Config.model_validate(dict(tree))
     except ValidationError as error:
         raise UserError("; ".join(_sentences(error.errors()))) from None
+
+
+def dump_config(config: Config) -> str:
+    """A configuration as YAML, every key with its value, which `load_config` reads back to the same tree."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):

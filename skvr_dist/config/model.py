@@ -13,10 +13,15 @@ class RopeScaling(Section):
     """Scaling of the rotary frequencies, as published in Hugging Face configurations."""
 
     rope_type: Literal["linear", "llama3"]
+    """`linear` divides all frequencies by the factor; `llama3` only the low ones."""
     factor: float = Field(gt=0)
+    """By how much positions are stretched."""
     low_freq_factor: float | None = None
+    """`llama3`: wavelengths above the original context over this are stretched in full."""
     high_freq_factor: float | None = None
+    """`llama3`: wavelengths below the original context over this are left alone."""
     original_max_position_embeddings: int | None = None
+    """`llama3`: the context that the frequencies were made for, in tokens."""
 
     @model_validator(mode="after")
     def _llama3_is_complete(self) -> RopeScaling:
@@ -34,21 +39,34 @@ class ModelConfig(Section):
     architecture: Literal["qwen3", "llama", "mistral"]
     """The Hugging Face family the model is published as."""
     vocab_size: int = Field(gt=0)
+    """Tokens of the embedding and the output head, at least those of the tokenizer."""
     hidden_size: int = Field(gt=0)
+    """Elements of a hidden state."""
     intermediate_size: int = Field(gt=0)
+    """Elements inside the MLP."""
     num_hidden_layers: int = Field(gt=0)
+    """L: decoder layers."""
     num_attention_heads: int = Field(gt=0)
+    """Query heads of a layer."""
     num_key_value_heads: int = Field(gt=0)
+    """Key/value heads of a layer, each shared by equally many query heads."""
     head_dim: int = Field(gt=0)
+    """Elements of a head."""
     max_position_embeddings: int = Field(gt=0)
+    """Longest sequence, in tokens."""
     rope_theta: float = Field(gt=0)
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = Field(gt=0)
+    """Epsilon of all RMSNorms."""
     qk_norm: bool
     """RMSNorm over each query and key head, before the rotation (Qwen3)."""
     attention_bias: bool = False
+    """Biases on the projections of attention (Llama and Qwen3)."""
     tie_word_embeddings: bool
+    """Whether the output head is the embedding."""
     initializer_range: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial matrices."""
     attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
     """`auto`: flash-attn on a GPU where it is installed, else PyTorch's SDPA."""
 

@@ -42,3 +42,8 @@ class MicroBatch(NamedTuple):
             return cls(tokens, labels)
         ends = tokens == separate_at
         return cls(tokens, labels.masked_fill(ends, IGNORED), ends.cumsum(dim=1) - ends.long())
+
+    def to(self, device: str) -> MicroBatch:
+        """The same on another device."""
+        documents = None if self.documents is None else self.documents.to(device)
+        return self._replace(tokens=self.tokens.to(device), labels=self.labels.to(device), documents=documents)

@@ -254,6 +254,33 @@ def validation_sequences(dataset: Dataset, *, sequence_length: int, num_sequence
     return torch.from_numpy(np.stack([tokens.read(start, sequence_length + 1) for start in starts]))
 
 
+def held_out_batches(
+    dataset: Dataset,
+    *,
+    sequence_length: int,
+    sequences: int,
+    batch_size: int,
+    separate_documents: bool,
+    batches_multiple_of: int = 1,
+) -> list[MicroBatch]:
+    """Held-out sequences in batches, their number rounded up to whole ones.
+
+    Args:
+        sequences: at least as many.
+        separate_documents: attention stays within documents, and the end of one predicts nothing.
+        batches_multiple_of: so many replicas share the batches equally.
+
+    Raises:
+        UserError: as `validation_sequences` does.
+    """
+    together = batch_size * batches_multiple_of
+    rows = validation_sequences(
+        dataset, sequence_length=sequence_length, num_sequences=-(-sequences // together) * together
+    )
+    separate_at = dataset.manifest.eos_id if separate_documents else None
+    return [MicroBatch.of(batch, separate_at) for batch in rows.split(batch_size)]
+
+
 class _StoredTokens:
     """A data set as one array of tokens, in stored order; holds one shard in memory."""
 

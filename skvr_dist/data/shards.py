@@ -30,9 +30,8 @@ from skvr_dist.data.format import (
     parse_manifest,
     parse_stored,
 )
-from skvr_dist.data.prepare.writer import file_sha256
 from skvr_dist.errors import UserError
-from skvr_dist.files import local_path
+from skvr_dist.files import local_path, sha256_of
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -281,5 +280,5 @@ def _check_shard(dataset: Dataset, shard: Shard) -> Iterator[str]:
         open_ended = int((tokens[offsets[1:] - 1] != dataset.manifest.eos_id).sum())
         if open_ended:
             yield f"shard {opened.place}: {open_ended} documents do not end with token {dataset.manifest.eos_id}"
-    if sound and file_sha256(opened.place) != shard.sha256:
+    if sound and sha256_of(opened.place) != shard.sha256:
         yield f"shard {opened.place} differs between its chunks from what the manifest names; {RESTORE}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.data.batch import IGNORED, MicroBatch
-from skvr_dist.data.reader import validation_sequences
+from skvr_dist.data.reader import held_out_batches
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
@@ -76,13 +76,14 @@ class HeldOutData:
 
     def batches(self, sequences: int, batch_size: int, device: str) -> list[MicroBatch]:
         """Held-out sequences, spread over the data set, their number rounded up to whole batches."""
-        rows = validation_sequences(
+        batches = held_out_batches(
             self.dataset,
             sequence_length=self.sequence_length,
-            num_sequences=-(-sequences // batch_size) * batch_size,
+            sequences=sequences,
+            batch_size=batch_size,
+            separate_documents=self.separate_documents,
         )
-        separate_at = self.dataset.manifest.eos_id if self.separate_documents else None
-        return [MicroBatch.of(batch, separate_at) for batch in rows.to(device).split(batch_size)]
+        return [batch.to(device) for batch in batches]
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def evaluate_checkpoint(
         UserError: a strategy cannot be read, or the data does not fit the checkpoint or does not suffice.
     """
     layers, profiles = checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
-    parsed = {spec: CacheStrategy.parse(spec, layers, profiles) for spec in strategies}
+    parsed = CacheStrategy.parse_all(strategies, layers, profiles)
     held_out.require_fits(checkpoint)
     batches = held_out.batches(sequences, batch_size, device)
     return Measurement(

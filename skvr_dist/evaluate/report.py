@@ -23,6 +23,7 @@ from skvr_dist.evaluate.curve import HeldOutData, Measurement, evaluate_checkpoi
 from skvr_dist.evaluate.generate import cache_bytes, generate
 from skvr_dist.evaluate.retention import RetentionPoint, as_records, as_table, percent, plot
 from skvr_dist.routing import CacheStrategy
+from skvr_dist.run.folder import RunFolder
 
 PICTURE, REPORT, RECORD = "retention.png", "report.md", "report.json"
 _PROMPT_TOKENS, _NEW_TOKENS, _TEMPERATURE = 128, 96, 0.7
@@ -117,7 +118,7 @@ def write_report(
             run.label: {
                 "routing": run.checkpoint.config.routing.model_dump(),
                 "step": run.checkpoint.step,
-                "tokens_seen": run.checkpoint.facts["tokens_seen"],
+                "tokens_seen": run.checkpoint.facts.tokens_seen,
                 "tokens_per_second": run.tokens_per_second,
                 "skipped_kv_share": run.skipped_kv_share,
                 "crossing_bytes_per_step": run.crossing_bytes_per_step,
@@ -133,9 +134,7 @@ def write_report(
 
 
 def _training_records(run: Path) -> list[dict[str, float]]:
-    file = run / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [record for record in map(json.loads, lines) if "train/loss" in record]
+    return [record for record in RunFolder(run).metric_records() if "train/loss" in record]
 
 
 def _require_comparable(a: Checkpoint, b: Checkpoint) -> None:
@@ -145,10 +144,9 @@ def _require_comparable(a: Checkpoint, b: Checkpoint) -> None:
     if not (a.is_trained and b.is_trained):
         return
     for fact in ("step", "tokens_seen", "data_fingerprint"):
-        if a.facts[fact] != b.facts[fact]:
-            raise UserError(
-                f"{a.folder} has {fact} {a.facts[fact]}, {b.folder} {b.facts[fact]}; compare runs on the same tokens"
-            )
+        theirs, others = getattr(a.facts, fact), getattr(b.facts, fact)
+        if theirs != others:
+            raise UserError(f"{a.folder} has {fact} {theirs}, {b.folder} {others}; compare runs on the same tokens")
 
 
 def _tokenizer(checkpoints: Sequence[Checkpoint]) -> Tokenizer:
@@ -238,7 +236,7 @@ def _markdown(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> 
 
 def _introduction(runs: Sequence[RunSummary]) -> str:
     standard = runs[0].checkpoint
-    layers, tokens = standard.model_config.num_hidden_layers, standard.facts["tokens_seen"]
+    layers, tokens = standard.model_config.num_hidden_layers, standard.facts.tokens_seen
     if all(run.checkpoint.is_trained for run in runs):
         return (
             f"The same {layers}-layer decoder, trained twice on the same {tokens:,} tokens: once as usual, once with "
@@ -249,8 +247,8 @@ def _introduction(runs: Sequence[RunSummary]) -> str:
 
 def _story(run: RunSummary) -> str:
     facts = run.checkpoint.facts
-    imported = f"imported from {facts['imported_from']}" if "imported_from" in facts else "drawn"
-    trained = f"then trained here on {facts['tokens_seen']:,} tokens" if run.checkpoint.is_trained else ""
+    imported = f"imported from {facts.imported_from}" if facts.imported_from else "drawn"
+    trained = f"then trained here on {facts.tokens_seen:,} tokens" if run.checkpoint.is_trained else ""
     return f"`{run.label}` was {', '.join(part for part in (imported, trained) if part)}"
 
 

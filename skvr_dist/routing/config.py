@@ -22,9 +22,10 @@ POLICY_PARAMETERS: dict[str, tuple[str, ...]] = {
 
 
 class RoutingConfig(Section):
-    """A routing policy and its parameters (`skvr_dist.routing.policies` has the rules)."""
+    """Which donors are drawn in training: a policy and its parameters."""
 
     policy: PolicyName
+    """The rule that draws each layer's donor (`skvr_dist.routing.policies`, docs/draws.md)."""
     cross_layer_prob: float | None = Field(default=None, ge=0, le=1)
     """Probability that a layer l > 0 reads a donor (the p of the paper's Table 1; 0 is standard training)."""
     window: int | None = Field(default=None, ge=1)

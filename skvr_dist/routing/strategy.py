@@ -5,7 +5,7 @@ A strategy S always holds layer 0. Layer l reads mu(l) = max{j in S : j <= l} (p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from skvr_dist.errors import UserError
@@ -79,6 +79,13 @@ class CacheStrategy:
             known = f" ({', '.join(profiles)})" if profiles else ""
             raise UserError(f"cannot read cache strategy {spec!r}; {_SPEC_HELP}{known}") from None
         return cls(num_layers, layers)
+
+    @classmethod
+    def parse_all(
+        cls, specs: Iterable[str], num_layers: int, profiles: Mapping[str, str] | None = None
+    ) -> dict[str, CacheStrategy]:
+        """Several, by the name that the user gave each."""
+        return {spec: cls.parse(spec, num_layers, profiles) for spec in specs}
 
     @property
     def kv_source_layers(self) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from skvr_dist.errors import EXIT_USAGE, UserError
+from skvr_dist.run.folder import RunFolder
 
-LOCK_FOLDER = "lock"
 _BEAT_SECONDS = 2.0
 # A file system that many hosts write to may stand still for a while.
 _PATIENCE_SECONDS = 30.0
@@ -52,7 +52,7 @@ class RunLock:
         beat_seconds: float = _BEAT_SECONDS,
         patience_seconds: float = _PATIENCE_SECONDS,
     ) -> None:
-        self._run_folder, self._folder = folder, folder / LOCK_FOLDER
+        self._run_folder, self._folder = folder, RunFolder(folder).lock
         self._beat_seconds, self._patience_seconds = beat_seconds, patience_seconds
         self._record: dict[str, Any] = {
             "host": socket.gethostname(),

@@ -8,12 +8,15 @@ from statistics import mean
 import torch
 from tabulate import tabulate
 
+from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.tree import Config
 from skvr_dist.model.decoder import Decoder
+from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.routing import crossing_elements, crossing_layers
-from skvr_dist.train.start import open_inputs
-from skvr_dist.train.state import look_ahead
+from skvr_dist.train.inputs import open_inputs
+from skvr_dist.train.plans import plan_of_step
+from skvr_dist.train.resume import preview_resume
 
 _PLANS = 64  # steps whose plans are drawn for the averages
 
@@ -23,12 +26,12 @@ def describe(config: Config, world_size: int) -> str:
 
     Opens the data sets and builds every stage (without storage), so it raises what a run would raise at its start.
     """
-    replicas = config.data_parallel_size(world_size)
+    replicas = data_parallel_size(config, world_size)
     inputs = open_inputs(config, world_size)
-    resumed = look_ahead(config, inputs.sequences.fingerprint())
+    resumed = preview_resume(config, inputs.sequences.fingerprint())
     bounds = stage_bounds(config.model, config.parallel)
     layers = config.model.num_hidden_layers
-    plans = [config.plan(step) for step in range(_PLANS)]
+    plans = [plan_of_step(config, step) for step in range(_PLANS)]
     rows = []
     for stage, (start, stop) in enumerate(bounds):
         with torch.device("meta"):
@@ -70,6 +73,6 @@ def describe(config: Config, world_size: int) -> str:
         [
             tabulate(facts, tablefmt="plain"),
             tabulate(rows, headers=header, tablefmt="github"),
-            "DeepSpeed configuration:\n" + json.dumps(config.deepspeed_json(world_size), indent=2),
+            "DeepSpeed configuration:\n" + json.dumps(deepspeed_json(config, world_size), indent=2),
         ]
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from skvr_dist.run.folder import RunFolder
+
 Values = dict[str, float]
 
 # TensorBoard tag -> how the console shows it; the others are for TensorBoard and metrics.jsonl.
@@ -26,13 +28,13 @@ _CONSOLE = {
 class Reporter:
     """Writes records of values by tag. On ranks other than 0 it does nothing."""
 
-    def __init__(self, rank: int, *, tensorboard: Path, metrics: Path, first_step: int, steps: int) -> None:
+    def __init__(self, rank: int, folder: RunFolder, *, first_step: int, steps: int) -> None:
         self._enabled = rank == 0
         self._first_step, self._steps = first_step, steps
         self._started = time.perf_counter()
         if self._enabled:
-            self._writer = SummaryWriter(str(tensorboard), purge_step=first_step + 1)
-            kept = _kept_records(metrics, first_step)
+            self._writer = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
+            metrics, kept = folder.metrics, _kept_records(folder.metrics, first_step)
             metrics.write_text("".join(kept), encoding="utf-8")
             self._metrics = metrics.open("a", encoding="utf-8")
             self._evaluated = {json.loads(line)["step"] for line in kept if '"evaluate/' in line}

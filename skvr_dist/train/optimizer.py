@@ -39,7 +39,7 @@ def build_scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> Lam
     return LambdaLR(optimizer, lambda step: learning_rate_factor(train, step))
 
 
-def go_on_from(scheduler: LambdaLR, step: int) -> None:
+def set_step(scheduler: LambdaLR, step: int) -> None:
     """Set the learning rate that the configuration gives after `step` steps."""
     scheduler.last_epoch = step
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

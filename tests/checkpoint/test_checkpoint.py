@@ -29,9 +29,10 @@ from skvr_dist.lab.verify.reshard import Trainer, reshard
 from skvr_dist.model.decoder import Decoder, initialize
 from skvr_dist.model.modules import TensorShard
 from skvr_dist.parallel.engine.optimizers import state_to_save
-from skvr_dist.run.folder import RunFolder
-from skvr_dist.train.loop import build_saver
-from skvr_dist.train.state import follow, load_state, load_weights, place_of, require_weights_fit, resumable, resume
+from skvr_dist.train.build import build_saver
+from skvr_dist.train.plans import plan_of_step
+from skvr_dist.train.resume import resume, resume_candidates, settle_resume
+from skvr_dist.train.state import load_state, load_weights, progress_facts, require_weights_fit
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,7 +128,7 @@ def test_a_new_run_starts_from_weights_alone(tmp_path: Path, layout: str) -> Non
     run_ranks(1, train_and_save, case, str(saved), 2)
     checkpoint = Checkpoint(saved)
     weights = {name: checkpoint.weight(name) for name in checkpoint.weight_names()}
-    plans = [case.config().plan(step).donors.tolist() for step in range(2)]
+    plans = [plan_of_step(case.config(), step).donors.tolist() for step in range(2)]
     wanted = reference.train(weights, case.shape, batches(2), plans, clip=CLIP, optimizer=OPTIMIZER)["losses"]
     other = Case(layout, tied=True)
     for losses in run_ranks(LAYOUTS[layout].ranks, start_from_weights, other, str(saved)):
@@ -231,8 +232,8 @@ def test_going_back_sets_newer_checkpoints_aside(run_folder: Path, tmp_path: Pat
         """What a run that is told this goes on from, in order; it then follows the first."""
         train = case.train.model_copy(update={"output_dir": str(run_folder), "resume": asked})
         config = case.model_copy(update={"train": train})
-        found = resumable(config)
-        for path in follow(config, Checkpoint(found[0])):
+        found = resume_candidates(config)
+        for path in settle_resume(config, Checkpoint(found[0])):
             Checkpoint(path, verify=True)
         newest = candidates(checkpoints)
         latest = checkpoints / "latest"
@@ -261,8 +262,8 @@ def save_with_tokenizer(case: Case, folder: str, tokenizer: str) -> None:
     config, trainer = case.config(), Trainer(case, folder)
     train = config.train.model_copy(update={"output_dir": folder})
     config = config.model_copy(update={"train": train, "data": config.data.model_copy(update={"tokenizer": tokenizer})})
-    saver = build_saver(config, RunFolder(config, 0))
-    saver.save(0, state_to_save(trainer.engine), place_of(trainer.engine, 0), lambda folder: None)
+    saver = build_saver(config)
+    saver.save(state_to_save(trainer.engine), progress_facts(trainer.engine, 0, tokens_seen=0), lambda folder: None)
     saver.finish()
 
 

@@ -18,6 +18,7 @@ import yaml
 from support.datasets import write_dataset
 from tokenizers import models, pre_tokenizers
 
+from skvr_dist.checkpoint.facts import Facts
 from skvr_dist.checkpoint.folder import Checkpoint, publish, step_folder, write_facts
 from skvr_dist.checkpoint.storage import INDEX_FILE
 from skvr_dist.data.tokenizers.base import Tokenizer
@@ -25,7 +26,8 @@ from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.cases import Case
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.lab.verify.reshard import Trainer
-from skvr_dist.train.state import load_state, load_weights, resume
+from skvr_dist.train.resume import resume
+from skvr_dist.train.state import load_state, load_weights
 
 TOOLS = Path(__file__).parents[2] / "tools"
 FLIPS = 50
@@ -61,8 +63,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (partial / name).unlink()
     tree = yaml.safe_load((partial / "config.yaml").read_text())
     tree["data"] |= {"validation": str(folder / "data")}
-    facts = json.loads((partial / "checkpoint.json").read_text())
-    facts |= {"data_fingerprint": {}, "tokens_seen": 96, "routing": tree["routing"]}
+    stored = json.loads((partial / "checkpoint.json").read_text())
+    facts = Facts(**stored | {"data_fingerprint": {}, "tokens_seen": 96, "routing": tree["routing"]})
     write_facts(partial, config_text=yaml.safe_dump(tree), facts=facts, tokenizer=tokenizer.model)
     publish(partial, saved, {})
     return folder

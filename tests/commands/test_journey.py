@@ -138,11 +138,11 @@ def test_the_documented_journey(workspace: Path, capsys: pytest.CaptureFixture[s
     assert "`standard` was imported from model.gguf; `routed` was imported from model.gguf, then trained here" in report
     assert json.loads((workspace / "runs/trained-on/report.json").read_text())["measured"]["tokens"] == 16 * 32
 
-    assert trained.step == STEPS and trained.facts["imported_from"] == "model.gguf"
-    assert trained.facts["dequantized_from"] == imported.facts["dequantized_from"]
+    assert trained.step == STEPS and trained.facts.imported_from == "model.gguf"
+    assert trained.facts.dequantized_from == imported.facts.dequantized_from
     assert not torch.equal(trained.weight("norm.weight"), imported.weight("norm.weight"))
     card = (workspace / "exports/trained-on/README.md").read_text()
-    assert f"Its training began with weights dequantized from {imported.facts['dequantized_from']}" in card
+    assert f"Its training began with weights dequantized from {imported.facts.dequantized_from}" in card
     assert "Over 16 held-out sequences of 32 tokens" in card
 
     scope: dict[str, Any] = {}

@@ -24,8 +24,8 @@ from skvr_dist.config.load import load_config
 from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy
 from skvr_dist.run.lock import RunLock
-from skvr_dist.train.start import open_inputs
-from skvr_dist.train.state import look_ahead
+from skvr_dist.train.inputs import open_inputs
+from skvr_dist.train.resume import preview_resume
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, SEQUENCE = 4, 8, 64
@@ -210,7 +210,7 @@ def test_a_preempted_run_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
     assert 0 < stopped < steps
     assert f"SIGTERM ended the run after step {stopped}, which is saved; start it again" in output
     assert "not started again after SIGUSR1" in output
-    assert Checkpoint(folder).facts["evaluation_due"]
+    assert Checkpoint(folder).facts.evaluation_due
     assert f"at step {stopped}" in run(*command)
     for tag in ("train/loss", "evaluate/loss/full"):
         assert [record["step"] for record in records(folder) if tag in record] == list(range(1, steps + 1))
@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_refused_before_any_process_group(
     keys = [*SMALL[2:], *data_keys(data), f"train.output_dir={routed}", *overrides]
     config = load_config([ROOT / SMALL[1]], keys)
     with pytest.raises(UserError, match=message):
-        look_ahead(config, open_inputs(config, world_size=4).sequences.fingerprint())
+        preview_resume(config, open_inputs(config, world_size=4).sequences.fingerprint())
 
 
 def test_a_shard_that_breaks_during_the_run_is_named(data: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from skvr_dist.config.load import load_config
+from skvr_dist.config.layouts import data_parallel_size
+from skvr_dist.config.load import dump_config, load_config
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
+from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs/experiment/quickstart.yaml"
@@ -24,7 +26,7 @@ def test_overrides_and_yaml_round_trip(tmp_path: Path) -> None:
     assert config.train.learning_rate == 1e-4
     assert config.model.num_hidden_layers == 8
     copy = tmp_path / "config.yaml"
-    copy.write_text(config.to_yaml())
+    copy.write_text(dump_config(config))
     assert load_config([copy]) == config
 
 
@@ -105,30 +107,30 @@ def test_missing_section_and_missing_file(tmp_path: Path) -> None:
 )
 def test_world_sizes_that_do_not_fit(ranks: int, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        quickstart(*overrides).data_parallel_size(ranks)
+        data_parallel_size(quickstart(*overrides), ranks)
 
 
 def test_deepspeed_json() -> None:
     config = quickstart("train.global_batch_size=32", "train.micro_batch_size=4", "deepspeed.wall_clock_breakdown=true")
-    generated = config.deepspeed_json(world_size=4)
+    generated = deepspeed_json(config, world_size=4)
     assert generated["train_batch_size"] == 32
     assert generated["gradient_accumulation_steps"] == 32 // 4 // 2
     assert generated["zero_optimization"] == {"stage": 1}
     assert generated["wall_clock_breakdown"] is True
-    passed = quickstart("deepspeed.zero_optimization={reduce_bucket_size: 1000}").deepspeed_json(4)
+    passed = deepspeed_json(quickstart("deepspeed.zero_optimization={reduce_bucket_size: 1000}"), 4)
     assert passed["zero_optimization"] == {"reduce_bucket_size": 1000, "stage": 1}
 
 
 def test_gradients_are_reduced_in_fp32_unless_asked_otherwise() -> None:
-    assert "communication_data_type" not in quickstart("train.precision=fp32").deepspeed_json(4)
-    assert quickstart("train.precision=bf16").deepspeed_json(4)["communication_data_type"] == "fp32"
-    asked = quickstart("train.precision=bf16", "deepspeed.communication_data_type=bf16").deepspeed_json(4)
+    assert "communication_data_type" not in deepspeed_json(quickstart("train.precision=fp32"), 4)
+    assert deepspeed_json(quickstart("train.precision=bf16"), 4)["communication_data_type"] == "fp32"
+    asked = deepspeed_json(quickstart("train.precision=bf16", "deepspeed.communication_data_type=bf16"), 4)
     assert asked["communication_data_type"] == "bf16"
 
 
 def test_an_offloaded_optimizer_is_torchs() -> None:
     key = "deepspeed.zero_optimization={offload_optimizer: {device: %s}}"
-    assert quickstart(key % "cpu").deepspeed_json(4)["zero_force_ds_cpu_optimizer"] is False
+    assert deepspeed_json(quickstart(key % "cpu"), 4)["zero_force_ds_cpu_optimizer"] is False
     with pytest.raises(UserError, match=r"offload_optimizer has no effect at parallel\.zero_stage 0; use 1, 2 or 3"):
         quickstart(key % "cpu", "parallel.zero_stage=0")
 

@@ -18,8 +18,8 @@ from skvr_dist.data.prepare.prepare import prepare
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.base import train_tokenizer
 from skvr_dist.errors import UserError
-from skvr_dist.train.start import open_inputs
-from skvr_dist.train.state import look_ahead
+from skvr_dist.train.inputs import open_inputs
+from skvr_dist.train.resume import preview_resume
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs/experiment/quickstart.yaml"
@@ -83,7 +83,7 @@ def start(data: Path, output: Path, *overrides: str) -> None:
     """What a run checks before its first step."""
     config = load_config([QUICKSTART], [*arguments(data, output), *overrides])
     inputs = open_inputs(config, world_size=1)
-    look_ahead(config, inputs.sequences.fingerprint())
+    preview_resume(config, inputs.sequences.fingerprint())
 
 
 def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(data: Path, tmp_path: Path) -> None:

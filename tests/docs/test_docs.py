@@ -38,7 +38,9 @@ def commands(page: Path) -> list[list[str]]:
     A command that another one is to start, after --, counts as one of its own.
     """
     text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.M | re.S) + re.findall(r"(?:^    .*\n)+", text, re.M)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    blocks = [block for language, block in fenced if language in ("", "bash")]
+    blocks += re.findall(r"(?:^    .*\n)+", text, re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     parts = [part for line in lines for part in re.split(r" -- ", line)]
     return [shlex.split(part, comments=True) for part in parts if re.search(r"\b(tools|launch)/\w+\.py\b", part)]

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import skvr_dist.hf.convert.export as export_module
+from skvr_dist.checkpoint.facts import Facts
 from skvr_dist.checkpoint.folder import partial_folder, publish, step_folder, write_facts
 from skvr_dist.checkpoint.pieces import WEIGHTS, Piece
 from skvr_dist.checkpoint.storage import write_pieces
@@ -320,7 +321,7 @@ def run(tokenizer_file: Path, tmp_path: Path) -> Path:
         "data": {"sequence_length": 192},
         "train": {"precision": "bf16"},
     }
-    facts = {"step": 40, "tokens_seen": 12345, "layout": {"pipeline": 2}}
+    facts = Facts(step=40, tokens_seen=12345)
     write_facts(partial, config_text=yaml.safe_dump(tree), facts=facts, tokenizer=tokenizer_file.read_bytes())
     folder = partial.with_name(step_folder(40))
     publish(partial, folder, {})

@@ -50,7 +50,7 @@ def test_every_weight_is_the_dequantized_one(config: ModelConfig, tmp_path: Path
     assert report.dtypes == ("bfloat16", "float16", "float32")
     checkpoint = Checkpoint(tmp_path / "ours")
     assert checkpoint.model_config == config
-    assert checkpoint.facts["dequantized_from"] == report.dequantized_from
+    assert checkpoint.facts.dequantized_from == report.dequantized_from
     assert sorted(checkpoint.weight_names()) == sorted(wanted)
     for name, values in wanted.items():
         assert torch.equal(checkpoint.weight(name).float(), torch.from_numpy(values.astype(np.float32))), name

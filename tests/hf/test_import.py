@@ -32,6 +32,7 @@ from skvr_dist.lab.verify import reference
 from skvr_dist.lab.verify.cases import CLIP, LAYOUTS, OPTIMIZER, Case, batches
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.model.decoder import next_token_loss
+from skvr_dist.train.plans import plan_of_step
 
 LLAMA3 = RopeScaling(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
@@ -141,7 +142,7 @@ def test_training_goes_on_in_any_layout(tmp_path: Path, layout: str) -> None:
     config = ModelConfig.model_validate(case.shape)
     published(config, tmp_path / "theirs")
     import_model(str(tmp_path / "theirs"), tmp_path / "ours")
-    plans = [case.config().plan(step).donors.tolist() for step in range(2)]
+    plans = [plan_of_step(case.config(), step).donors.tolist() for step in range(2)]
     wanted = reference.train(random_weights(config), case.shape, batches(2), plans, clip=CLIP, optimizer=OPTIMIZER)[
         "losses"
     ]

@@ -19,7 +19,7 @@ from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.gradients import gather_gradient
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.routing import fixed_plan
-from skvr_dist.train.loop import build_engine
+from skvr_dist.train.build import build_engine
 
 SHAPE = Case("single").shape
 DONORS = [0, 0, 1, 1, 4]

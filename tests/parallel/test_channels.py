@@ -22,6 +22,7 @@ from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.channel import Channel
+from skvr_dist.train.plans import plan_of_step
 
 PIPELINES = ["PP2", "PP4 uneven", "PP2xDP2 ZeRO-1"]
 
@@ -30,7 +31,7 @@ class Rank:
     """This rank's engine for a case, with the batches and plans of its steps."""
 
     def __init__(self, case: Case) -> None:
-        from skvr_dist.train.loop import build_engine
+        from skvr_dist.train.build import build_engine
 
         self.config = case.config()
         self.mesh = Mesh.build(self.config.parallel, self.config.model)
@@ -38,7 +39,7 @@ class Rank:
         self.batches = [batch[self.mesh.dp_rank :: self.mesh.dp_size] for batch in batches(case.steps)]
 
     def train(self, step: int) -> float:
-        return self.engine.train_step(iter(self.batches[step]), self.config.plan(step))
+        return self.engine.train_step(iter(self.batches[step]), plan_of_step(self.config, step))
 
     def evaluate(self) -> float:
         return self.engine.evaluate(self.batches[0], [0, 0, 2, 2, 2])

@@ -15,6 +15,7 @@ from skvr_dist.errors import RunInterrupted, UserError
 from skvr_dist.lab.verify.cases import SHAPE, Case, batches
 from skvr_dist.lab.verify.ranks import RankError, run_ranks
 from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.train.plans import plan_of_step
 
 TIMEOUT = 3.0
 
@@ -35,7 +36,7 @@ def test_ranks_that_disagree_stop() -> None:
 
 
 def receive_another_plan() -> str:
-    from skvr_dist.train.loop import plan_stream
+    from skvr_dist.train.plans import plan_stream
 
     mesh = mesh_of_replicas()
     plans = plan_stream(Case("DP2 ZeRO-1", "none").config(), mesh, first_step=0)
@@ -58,14 +59,14 @@ def test_a_rank_with_another_plan_is_named() -> None:
 def train_until(rank: int, fate: str) -> tuple[str, float]:
     """Train on 4 ranks; after the first step one rank gets stuck or dies. What the others say, and after how long."""
     from skvr_dist.parallel.engine.process_group import use_timeout
-    from skvr_dist.train.loop import build_engine
+    from skvr_dist.train.build import build_engine
 
     use_timeout(timedelta(seconds=TIMEOUT))
     config = Case("PP2xDP2 ZeRO-1").config()
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
     first, second, _ = batches(3)
-    engine.train_step(iter(first[mesh.dp_rank :: mesh.dp_size]), config.plan(0))
+    engine.train_step(iter(first[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, 0))
     dist.barrier()
     if mesh.rank == rank:
         if fate == "dies":
@@ -74,7 +75,7 @@ def train_until(rank: int, fate: str) -> tuple[str, float]:
         return "", 0.0
     started = time.monotonic()
     with pytest.raises(RunInterrupted) as raised:
-        engine.train_step(iter(second[mesh.dp_rank :: mesh.dp_size]), config.plan(1))
+        engine.train_step(iter(second[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, 1))
     return str(raised.value), time.monotonic() - started
 
 

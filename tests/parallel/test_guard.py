@@ -17,6 +17,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel.guard import UpdateGuard
+from skvr_dist.train.plans import plan_of_step
 
 STEPS = 3
 BAD_STEP = 1
@@ -41,7 +42,7 @@ def everything(engine: Any) -> list[Tensor]:
 def break_the_bad_step(config: Config, kind: str) -> list[dict[str, Any]]:
     """Train twice: once with a step that goes wrong on the last rank, once without that step's batch."""
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.loop import build_engine
+    from skvr_dist.train.build import build_engine
 
     mesh = Mesh.build(config.parallel, config.model)
     last_rank = mesh.rank == mesh.world_size - 1
@@ -63,7 +64,7 @@ def break_the_bad_step(config: Config, kind: str) -> list[dict[str, Any]]:
             before = everything(engine)
             result["rates"].append(engine.get_lr()[0])
             mine = iter(batch[mesh.dp_rank :: mesh.dp_size])
-            result["losses"].append(engine.train_step(mine, config.plan(step)))
+            result["losses"].append(engine.train_step(mine, plan_of_step(config, step)))
             result["norms"].append(engine.gradient_norm)
             for hook in hooks:
                 hook.remove()
@@ -109,7 +110,7 @@ def test_an_update_that_is_not_finite_is_dropped_exactly(layout: str, precision:
 def spike(config: Config) -> dict[str, Any]:
     """Four steps, the third with logits blown up; the guard's state goes through JSON before it."""
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.loop import build_engine
+    from skvr_dist.train.build import build_engine
 
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
@@ -122,7 +123,7 @@ def spike(config: Config) -> dict[str, Any]:
             stored = json.dumps(engine.guard.state())
             engine.guard = UpdateGuard(max_loss_ratio=config.train.max_loss_ratio, max_skipped_in_a_row=3)
             engine.guard.load_state(json.loads(stored))
-        losses.append(engine.train_step(iter(batch[mesh.dp_rank :: mesh.dp_size]), config.plan(step)))
+        losses.append(engine.train_step(iter(batch[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, step)))
         reasons.append(engine.guard.reason)
         hook.remove()
     return {"losses": losses, "reasons": reasons, "state": engine.guard.state()}

@@ -11,6 +11,7 @@ from torch import Tensor
 from skvr_dist.config.tree import Config
 from skvr_dist.lab.verify.cases import SEQUENCE, SHAPE, Case
 from skvr_dist.lab.verify.ranks import run_ranks
+from skvr_dist.train.plans import plan_of_step
 
 REPLICAS, STEPS = 3, 4  # of three summands, unlike of two, the order shows in the last bit
 TIED = "embed_tokens.weight"
@@ -39,7 +40,7 @@ def train(modes: list[tuple[int, str, bool]], pipeline: int) -> list[dict[str, A
     """What this rank holds of each weight after a run in each of these modes: ZeRO stage, precision, persistence."""
     from skvr_dist.parallel.engine.optimizers import gather_parameter
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.loop import build_engine
+    from skvr_dist.train.build import build_engine
 
     held = []
     for zero_stage, precision, persist in modes:
@@ -49,7 +50,7 @@ def train(modes: list[tuple[int, str, bool]], pipeline: int) -> list[dict[str, A
         generator = torch.Generator().manual_seed(2)
         for step in range(STEPS):
             batch = torch.randint(0, SHAPE["vocab_size"], (2 * REPLICAS, 2, SEQUENCE + 1), generator=generator)
-            engine.train_step(iter(batch[mesh.dp_rank :: mesh.dp_size]), config.plan(step))
+            engine.train_step(iter(batch[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, step))
         held.append({name: gather_parameter(p) for name, p in engine.stage.decoder.named_parameters()})
         engine.destroy()
         gc.collect()

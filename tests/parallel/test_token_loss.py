@@ -17,6 +17,7 @@ from skvr_dist.lab.verify.cases import LAYOUTS, SEED, SHAPE, Case
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.model.decoder import Decoder, initialize
 from skvr_dist.routing import CacheStrategy
+from skvr_dist.train.plans import plan_of_step
 
 KEPT = (12, 1, 12, 2, 0, 12, 3, 12)
 """Labels of each sequence of the global batch; the other ones are ignored."""
@@ -57,7 +58,7 @@ def per_token(kept: tuple[int, ...]) -> tuple[float, float]:
 def train_once(layout: str, micro_batch_sizes: list[int], kept: tuple[int, ...]) -> list[dict[str, Any]]:
     """Evaluate the batch and train one step on it, cut into micro-batches of each of these sizes."""
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.loop import build_engine
+    from skvr_dist.train.build import build_engine
 
     results = []
     for size in micro_batch_sizes:
@@ -67,7 +68,7 @@ def train_once(layout: str, micro_batch_sizes: list[int], kept: tuple[int, ...])
         tokens, labels = (part.split(size) for part in sequences(kept))
         mine = [MicroBatch(*both) for both in zip(tokens, labels, strict=True)][mesh.dp_rank :: mesh.dp_size]
         held_out, evaluated = engine.evaluate(mine, range(5)), engine.predicted_tokens
-        loss = engine.train_step(iter(mine), config.plan(0))
+        loss = engine.train_step(iter(mine), plan_of_step(config, 0))
         results.append(
             {
                 "losses": [held_out, loss],
@@ -105,7 +106,7 @@ def train_without_labels(config: Config) -> dict[str, Any]:
     """A step, a step without a label, and a step again."""
     from skvr_dist.parallel.engine.optimizers import gather_parameter
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.loop import build_engine
+    from skvr_dist.train.build import build_engine
 
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
@@ -113,7 +114,7 @@ def train_without_labels(config: Config) -> dict[str, Any]:
     for step, kept in enumerate((KEPT, (0,) * 8, KEPT)):
         tokens, labels = (part.split(2) for part in sequences(kept))
         mine = [MicroBatch(*both) for both in zip(tokens, labels, strict=True)][mesh.dp_rank :: mesh.dp_size]
-        losses.append(engine.train_step(iter(mine), config.plan(step)))
+        losses.append(engine.train_step(iter(mine), plan_of_step(config, step)))
         reasons.append(engine.guard.reason)
         weights.append([gather_parameter(p) for p in engine.stage.decoder.parameters()])
     nothing = [MicroBatch(tokens[0], torch.full_like(labels[0], IGNORED))]

@@ -20,7 +20,7 @@ from skvr_dist.cluster.launcher import free_port
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel.engine.process_group import start_process_group
-from skvr_dist.run.folder import read_run, wait_for_run_id, write_run
+from skvr_dist.run.folder import RunFolder
 from skvr_dist.run.lock import RunLock
 
 HOLDER = """
@@ -135,11 +135,11 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
 
 def test_a_run_keeps_its_id(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sees no .*run.json of rank 0 after 0 s; give a train.output_dir on a file"):
-        wait_for_run_id(tmp_path, 0.2)
-    threading.Timer(0.3, lambda: write_run(tmp_path, id="abc")).start()
-    assert wait_for_run_id(tmp_path, 10.0) == "abc"
-    write_run(tmp_path, resume="auto")
-    assert read_run(tmp_path) == {"id": "abc", "resume": "auto"}
+        RunFolder(tmp_path).wait_for_id(0.2)
+    threading.Timer(0.3, lambda: RunFolder(tmp_path).note(id="abc")).start()
+    assert RunFolder(tmp_path).wait_for_id(10.0) == "abc"
+    RunFolder(tmp_path).note(resume="auto")
+    assert RunFolder(tmp_path).notes() == {"id": "abc", "resume": "auto"}
 
 
 def meet(port: int, run_of: dict[int, tuple[str, int, int]], folder: str) -> Any:

@@ -74,14 +74,7 @@ def prepare(
         UserError: `output` holds something else or cannot be written, the corpus cannot be read, or there are too few
             documents for the shards. What was finished stays in `output/partial`, and the same call goes on.
     """
-    if num_shards < 1 or (workers is not None and workers < 1):
-        raise UserError(f"--shards {num_shards} and --workers {workers} must be positive")
-    if num_shards > MAX_SHARDS:
-        raise UserError(f"--shards {num_shards} are too many; ask for at most {MAX_SHARDS}")
-    if workers is not None and workers > (most := max(64, 8 * available_cores())):
-        raise UserError(f"--workers {workers} are too many processes for {available_cores()} cores; at most {most}")
-    if not 0 <= validation_share < 1:
-        raise UserError(f"--validation-share {validation_share} must be at least 0 and below 1")
+    _require_possible(num_shards, workers, validation_share)
     output = local_path(output)
     partial = output / "partial"
     # The output may lie in the folder of the corpus; its lists of what was left out are no documents.
@@ -105,30 +98,51 @@ def prepare(
     tokenizer.save(output / TOKENIZER_FILE)
     try:
         _start_or_go_on(partial, {**asked, "text key": corpus.text_key, "list of files": _fingerprint(tasks)})
-        todo = {number: parts for number, parts in tasks.items() if not _done_file(partial, number).exists()}
         if not is_made:
-            try:
-                run_tasks(
-                    _Making(corpus, tokenizer.model, partial, validation_share),
-                    todo,
-                    total_bytes=_total_bytes(todo),
-                    workers=workers,
-                )
-            except _EmptyShardError:
-                next(corpus.documents(files))  # says so if all are empty, which no other division would change
-                raise
+            making = _Making(corpus, tokenizer.model, partial, validation_share)
+            todo = {number: parts for number, parts in tasks.items() if not _done_file(partial, number).exists()}
+            _make_shards(making, files, todo, workers)
             _write_manifests(partial, tokenizer, validation_share)
-        shutil.copyfile(partial / LEFT_OUT_FILE, output / LEFT_OUT_FILE)
-        # Training comes last: where its data set is, the held-out one is too.
-        for split in (VALIDATION, TRAIN):
-            if (partial / split / MANIFEST).exists():
-                (partial / split).rename(output / split)
-        shutil.rmtree(partial)
+        _publish(partial, output)
     except OSError as error:
         raise UserError(
             f"cannot write data set {output}: {error}; its finished shards are kept, and the same command goes on"
         ) from None
     return Prepared(find_datasets(output), written=True)
+
+
+def _require_possible(num_shards: int, workers: int | None, validation_share: float) -> None:
+    if num_shards < 1 or (workers is not None and workers < 1):
+        raise UserError(f"--shards {num_shards} and --workers {workers} must be positive")
+    if num_shards > MAX_SHARDS:
+        raise UserError(f"--shards {num_shards} are too many; ask for at most {MAX_SHARDS}")
+    if workers is not None and workers > (most := max(64, 8 * available_cores())):
+        raise UserError(f"--workers {workers} are too many processes for {available_cores()} cores; at most {most}")
+    if not 0 <= validation_share < 1:
+        raise UserError(f"--validation-share {validation_share} must be at least 0 and below 1")
+
+
+def _make_shards(making: _Making, files: Parts, tasks: Mapping[int, Parts], workers: int | None) -> None:
+    """Write the shards that are missing.
+
+    Args:
+        files: the whole corpus.
+    """
+    try:
+        run_tasks(making, tasks, total_bytes=_total_bytes(tasks), workers=workers)
+    except _EmptyShardError:
+        next(making.corpus.documents(files))  # says so if all are empty, which no other division would change
+        raise
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Move what is finished to where it belongs."""
+    shutil.copyfile(partial / LEFT_OUT_FILE, output / LEFT_OUT_FILE)
+    # Training comes last: where its data set is, the held-out one is too.
+    for split in (VALIDATION, TRAIN):
+        if (partial / split / MANIFEST).exists():
+            (partial / split).rename(output / split)
+    shutil.rmtree(partial)
 
 
 def deal(files: Sequence[FilePart], num_shards: int) -> dict[int, Parts]:

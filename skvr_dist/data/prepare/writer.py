@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -27,7 +26,7 @@ from skvr_dist.data.format import (
     smallest_token_type,
 )
 from skvr_dist.data.tokenizers.base import Tokenizer
-from skvr_dist.files import PARTIAL_SUFFIX, write_whole
+from skvr_dist.files import PARTIAL_SUFFIX, sha256_of, write_whole
 
 CHUNK_TOKENS = 2**20
 """Tokens after which a chunk is closed: what a lane of the reader holds in memory, 2 or 4 MiB."""
@@ -125,7 +124,7 @@ class ShardWriter:
             tokens=sum(chunk.tokens for chunk in chunks),
             text_bytes=self._text_bytes,
             bytes=self._partial.stat().st_size,
-            sha256=file_sha256(self._partial),
+            sha256=sha256_of(self._partial),
         )
         index = ShardIndex(shard=shard, tokenizer_sha256=self._tokenizer.sha256, chunks=tuple(chunks))
         self._partial.replace(self._path)
@@ -171,11 +170,3 @@ def write_manifest(
         shards=shards,
     )
     write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-
-
-def file_sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

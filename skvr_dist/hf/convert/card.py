@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from tabulate import tabulate
 
-from skvr_dist.checkpoint.folder import ORIGIN_FACTS, Checkpoint
+from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.evaluate.retention import RETENTION_FILE, RetentionPoint, as_table
 from skvr_dist.routing import CacheStrategy, RoutingConfig
@@ -26,7 +26,7 @@ _POLICIES = {
 
 
 # What a checkpoint's facts hold that a reader of the card wants to know.
-_FACTS = ("step", "tokens_seen", *ORIGIN_FACTS)
+_FACTS = ("step", "tokens_seen", "imported_from", "dequantized_from")
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Training:
     def of(cls, checkpoint: Checkpoint) -> Training:
         """What a checkpoint knows, with the retention curve if `tools/retention.py` left one in it."""
         config = checkpoint.config
-        facts = {name: checkpoint.facts[name] for name in _FACTS if name in checkpoint.facts}
+        facts = {name: value for name, value in checkpoint.facts.record().items() if name in _FACTS}
         facts |= config.data.model_dump(exclude={"validation"}, exclude_none=True)
-        facts |= config.train.model_dump(exclude_none=True)
+        facts |= config.train.model_dump(exclude={"seed", "micro_batch_size"}, exclude_none=True)
         table = None
         measured = checkpoint.folder / RETENTION_FILE
         if measured.exists():

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from skvr_dist.checkpoint.facts import Facts
 from skvr_dist.checkpoint.folder import Checkpoint, partial_folder, publish, step_folder, write_facts
 from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
 from skvr_dist.checkpoint.storage import write_pieces
@@ -37,6 +38,7 @@ from skvr_dist.hf.convert.gguf_file import GGUFFile
 from skvr_dist.hf.convert.model_config import hf_config, model_config
 from skvr_dist.hf.convert.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from skvr_dist.hf.convert.weights import check_names, hf_name, parameter_shapes
+from skvr_dist.run.folder import RunFolder
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
@@ -111,16 +113,14 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as temporary:
         run = Path(temporary) / output.name
-        partial = run / "checkpoints" / partial_folder(0)
+        partial = RunFolder(run).checkpoints / partial_folder(0)
         partial.mkdir(parents=True)
         digests = _write(partial, shapes, dtypes, original)
         tokenizer = original.write_tokenizer(partial)
         tree = {"model": config.model_dump(), "routing": {"policy": "none"}}
-        facts = {"step": 0, "tokens_seen": 0, "imported_from": source}
-        if dequantized_from:
-            facts["dequantized_from"] = dequantized_from
+        facts = Facts(step=0, tokens_seen=0, imported_from=source, dequantized_from=dequantized_from or None)
         write_facts(partial, config_text=yaml.safe_dump(tree, sort_keys=False), facts=facts, tokenizer=None)
-        final = run / "checkpoints" / step_folder(0)
+        final = RunFolder(run).checkpoints / step_folder(0)
         publish(partial, final, digests)
         report = ImportReport(
             architecture=config.architecture,

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from skvr_dist.checkpoint.folder import Checkpoint, step_folder
 from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
 from skvr_dist.lab.bench.step import Ratio, random_batches
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.optimizers import state_to_save
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.train.state import load_state, place_of
+from skvr_dist.train.plans import plan_of_step
+from skvr_dist.train.state import load_state, progress_facts
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
     batches = random_batches(config)
     saver = Saver(
         folder,
-        config_text=config.to_yaml(),
+        config_text=dump_config(config),
         tokenizer=None,
         keep_last=1,
         keep_every_steps=None,
@@ -57,13 +59,13 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
         nonlocal number
         mesh.sum_over_ranks([0.0])  # all ranks start together
         started = time.perf_counter()
-        engine.train_step(batches, config.plan(number))
+        engine.train_step(batches, plan_of_step(config, number))
         number += 1
         return time.perf_counter() - started
 
     def save() -> float:
         started = time.perf_counter()
-        saver.save(number, state_to_save(engine), place_of(engine, number), lambda finished: None)
+        saver.save(state_to_save(engine), progress_facts(engine, number, tokens_seen=0), lambda finished: None)
         return time.perf_counter() - started
 
     step()

@@ -14,7 +14,8 @@ from skvr_dist.config.tree import Config
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.routing import RoutingConfig
-from skvr_dist.train.loop import WatchedBatches
+from skvr_dist.train.batches import WatchedBatches
+from skvr_dist.train.plans import plan_of_step
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def interleaved_step_times(
     for number in range(rounds + 1):
         for offset in range(len(routings)):
             kind = (number + offset) % len(routings)
-            plan = config.plan(number, routings[kind])
+            plan = plan_of_step(config, number, routings[kind])
             mesh.sum_over_ranks([0.0])  # all ranks start together
             started = time.perf_counter()
             engine.train_step(batches, plan)
@@ -83,7 +84,7 @@ def data_wait_share(
     """Share of the time of `steps` optimizer steps that goes into waiting for micro-batches; one more warms up."""
     waited = seconds = 0.0
     for step in range(steps + 1):
-        plan = config.plan(step)
+        plan = plan_of_step(config, step)
         started, waited_before = time.perf_counter(), batches.seconds
         engine.train_step(batches, plan)
         if step:

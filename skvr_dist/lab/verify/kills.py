@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import subprocess
 import time
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.cluster.keep_running import ranks_among
 from skvr_dist.errors import RunInterrupted
+from skvr_dist.run.folder import RunFolder
 
 _LOOK_SECONDS = 0.05
 _LONGEST_DELAY_SECONDS = 0.3  # a few steps, evaluations and saves of the small runs that this is for
@@ -126,22 +126,16 @@ def _be_patient(deadline: float, what: str) -> None:
     time.sleep(_LOOK_SECONDS)
 
 
-def _records(folder: Path) -> list[dict[str, float]]:
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def _reported(folder: Path) -> tuple[int, float]:
     """The last step of the run, and when it was written."""
-    steps = [int(record["step"]) for record in _records(folder)]
-    return (steps[-1], (folder / "metrics.jsonl").stat().st_mtime) if steps else (0, 0.0)
+    steps = [int(record["step"]) for record in RunFolder(folder).metric_records()]
+    return (steps[-1], RunFolder(folder).metrics.stat().st_mtime) if steps else (0, 0.0)
 
 
 def _doing(folder: Path) -> str:
-    if any((folder / "checkpoints").glob("*.partial")):
+    if any(RunFolder(folder).checkpoints.glob("*.partial")):
         return "save"
-    records = _records(folder)
+    records = RunFolder(folder).metric_records()
     evaluations = [record["step"] for record in records if any(tag.startswith("evaluate/") for tag in record)]
     every = min(evaluations, default=0)
     step = records[-1]["step"]

@@ -25,7 +25,8 @@ from skvr_dist.parallel.engine.optimizers import (
     parameter_tensors,
 )
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.train.loop import build_engine, plan_stream
+from skvr_dist.train.build import build_engine
+from skvr_dist.train.plans import plan_stream
 
 Held = dict[str, tuple[TensorShard, Tensor]]
 """What a rank holds of each weight, by canonical name."""

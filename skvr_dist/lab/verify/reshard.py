@@ -15,12 +15,15 @@ from tabulate import tabulate
 from skvr_dist.checkpoint.folder import Checkpoint, step_folder
 from skvr_dist.checkpoint.pieces import MOMENTS
 from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.config.load import dump_config
 from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel.engine.optimizers import state_to_save
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.train.loop import build_engine
-from skvr_dist.train.state import load_state, place_of
+from skvr_dist.run.folder import RunFolder
+from skvr_dist.train.build import build_engine
+from skvr_dist.train.plans import plan_of_step
+from skvr_dist.train.state import load_state, progress_facts
 
 SAVED_AT, STEPS = 2, 7
 """The step after which the source saves, and the steps in all: five more."""
@@ -133,22 +136,24 @@ class Trainer:
         self.mesh = Mesh.build(self.config.parallel, self.config.model)
         self.engine = build_engine(self.config, self.mesh)
         keep: dict[str, Any] = {"keep_last": 2, "keep_every_steps": None}
-        self.saver = Saver(Path(folder) / "checkpoints", config_text=self.config.to_yaml(), tokenizer=None, **keep)
+        self.saver = Saver(RunFolder(folder).checkpoints, config_text=dump_config(self.config), tokenizer=None, **keep)
 
     def train(self, steps: range) -> list[float]:
         mesh, tokens = self.mesh, batches(STEPS)
         mine = [iter(tokens[step][mesh.dp_rank :: mesh.dp_size]) for step in steps]
-        return [self.engine.train_step(b, self.config.plan(step)) for b, step in zip(mine, steps, strict=True)]
+        return [self.engine.train_step(b, plan_of_step(self.config, step)) for b, step in zip(mine, steps, strict=True)]
 
     def save(self, step: int) -> None:
-        self.saver.save(step, state_to_save(self.engine), place_of(self.engine, step), lambda folder: None)
+        self.saver.save(
+            state_to_save(self.engine), progress_facts(self.engine, step, tokens_seen=0), lambda folder: None
+        )
         self.saver.finish()
         dist.barrier()
 
 
 def checkpoint_of(run: str | Path, step: int) -> Path:
     """Where a trainer saved a step."""
-    return Path(run) / "checkpoints" / step_folder(step)
+    return RunFolder(run).checkpoints / step_folder(step)
 
 
 def _errors(one: Path, other: Path, step: int) -> tuple[float, float]:

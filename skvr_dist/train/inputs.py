@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skvr_dist.config.data import DataConfig
+from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
-from skvr_dist.data.reader import SequenceStream, SourceData, validation_sequences
+from skvr_dist.data.reader import SequenceStream, SourceData, held_out_batches
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
@@ -30,7 +31,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     Raises:
         UserError: a data set is missing, damaged or does not fit.
     """
-    replicas = config.data_parallel_size(world_size)
+    replicas = data_parallel_size(config, world_size)
     require_backend(config.model.attention)
     held_out = Dataset.open(config.data.validation)
     tokenizer = Tokenizer.load(config.data.tokenizer)
@@ -39,16 +40,14 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     sequences = training_sequences(config.data, config.train.seed)
     for source in sequences.sources.values():
         source.dataset.require_same_tokenizer(held_out)
-    round_size = config.train.micro_batch_size * replicas
-    held_out_sequences = validation_sequences(
+    micro_batches = held_out_batches(
         held_out,
         sequence_length=config.data.sequence_length,
-        num_sequences=-(-config.evaluate.sequences // round_size) * round_size,
+        sequences=config.evaluate.sequences,
+        batch_size=config.train.micro_batch_size,
+        separate_documents=config.data.documents == "separate",
+        batches_multiple_of=replicas,
     )
-    separate_at = held_out.manifest.eos_id if config.data.documents == "separate" else None
-    micro_batches = [
-        MicroBatch.of(batch, separate_at) for batch in held_out_sequences.split(config.train.micro_batch_size)
-    ]
     return Inputs(sequences, micro_batches)
 
 

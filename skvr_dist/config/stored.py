@@ -29,7 +29,9 @@ class StoredData(_Stored):
 class StoredTraining(_Stored):
     """Of `train:`; all None for an import."""
 
+    seed: int | None = None
     global_batch_size: int | None = None
+    micro_batch_size: int | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
     precision: Literal["fp32", "bf16"] | None = None

@@ -1,0 +1,55 @@
+"""The log of each rank, and what the run was made with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from skvr_dist.files import write_whole
+
+_PACKAGES = ("skvr-dist", "torch", "deepspeed", "transformers", "webdataset", "sentencepiece", "numpy")
+
+
+def start_log(file: Path) -> logging.Logger:
+    """This rank's log file, in a folder that is made; what DeepSpeed logs and Python warns of goes there too.
+
+    Only DeepSpeed's warnings still reach the console.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("skvr_dist")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(handler)
+    deepspeed_logger = logging.getLogger("DeepSpeed")
+    for console in deepspeed_logger.handlers:
+        console.setLevel(logging.WARNING)
+    deepspeed_logger.addHandler(handler)
+    return logger
+
+
+@contextlib.contextmanager
+def prints_to(file: Path) -> Iterator[None]:
+    """Send what libraries print, rather than log, to a rank's log file."""
+    with file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        yield
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result may depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def write_versions(file: Path, layout: dict[str, Any]) -> None:
+    """Note the software, the command line and the layout (JSON values) of a run; on one rank."""
+    record = {**software_versions(), "command": sys.argv, "layout": layout}
+    write_whole(file, json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,60 @@
+"""What a configuration becomes on each rank: the engine, and what writes its checkpoints."""
+
+from __future__ import annotations
+
+import functools
+
+from skvr_dist.checkpoint.facts import LayoutFacts
+from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.config.layouts import data_parallel_size
+from skvr_dist.config.load import dump_config
+from skvr_dist.config.tree import Config
+from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
+from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
+from skvr_dist.parallel.engine.stage import StageModule
+from skvr_dist.parallel.guard import UpdateGuard
+from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.split import stage_bounds
+from skvr_dist.run.folder import RunFolder
+from skvr_dist.train.optimizer import build_optimizer, build_scheduler
+
+
+def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
+    """This rank's stage, with initial weights, optimizer and schedule."""
+    return RoutedPipelineEngine(
+        StageModule(config.model, config.parallel, mesh, config.train.seed),
+        mesh,
+        guard=UpdateGuard(
+            max_loss_ratio=config.train.max_loss_ratio,
+            max_skipped_in_a_row=config.train.max_skipped_steps_in_a_row,
+        ),
+        sequence_length=config.data.sequence_length,
+        deepspeed_json=deepspeed_json(config, mesh.world_size),
+        optimizer=functools.partial(build_optimizer, config.train),
+        lr_scheduler=functools.partial(build_scheduler, config.train),
+        separate_documents=config.data.documents == "separate",
+    )
+
+
+def build_saver(config: Config) -> Saver:
+    """What writes this run's checkpoints; collective."""
+    return Saver(
+        RunFolder(config.train.output_dir).checkpoints,
+        config_text=dump_config(config),
+        tokenizer=Tokenizer.load(config.data.tokenizer).model,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        megabytes_per_second=config.checkpoint.megabytes_per_second,
+    )
+
+
+def layout_of(config: Config, world_size: int) -> LayoutFacts:
+    """How a run is laid out, for the record."""
+    return LayoutFacts(
+        pipeline=[stop - start for start, stop in stage_bounds(config.model, config.parallel)],
+        tensor=config.parallel.tensor,
+        replicas=data_parallel_size(config, world_size),
+        zero_stage=config.parallel.zero_stage,
+        precision=config.train.precision,
+    )
