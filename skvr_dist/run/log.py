@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from skvr_dist.checkpoint.facts import LayoutFacts
 from skvr_dist.files import write_whole
 
 _PACKAGES = ("skvr-dist", "torch", "deepspeed", "transformers", "webdataset", "sentencepiece", "numpy")
@@ -49,7 +49,7 @@ def software_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def write_versions(file: Path, layout: LayoutFacts) -> None:
+def write_versions(file: Path, layout: dict[str, Any]) -> None:
     """Note the software, the command line and the layout of a run; on one rank."""
-    record = {**software_versions(), "command": sys.argv, "layout": layout.model_dump()}
+    record = {**software_versions(), "command": sys.argv, "layout": layout}
     write_whole(file, json.dumps(record, indent=2) + "\n")

@@ -100,7 +100,7 @@ def start(config: Config) -> Run:
     log = start_log(folder.log(mesh.rank))
     if mesh.rank == 0:
         folder.config.write_text(dump_config(config), encoding="utf-8")
-        write_versions(folder.versions, layout_of(config, mesh.world_size))
+        write_versions(folder.versions, layout_of(config, mesh.world_size).model_dump())
     with prints_to(folder.log(mesh.rank)), naming_the_operation(mesh, "reading the checkpoint"):
         engine = build_engine(config, mesh)
         resumed, left_out = resume(engine, config, fingerprint)
