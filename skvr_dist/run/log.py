@@ -50,6 +50,6 @@ def software_versions() -> dict[str, str]:
 
 
 def write_versions(file: Path, layout: dict[str, Any]) -> None:
-    """Note the software, the command line and the layout (JSON values) of a run; on one rank."""
+    """Note the software, the command line and the layout of a run; on one rank."""
     record = {**software_versions(), "command": sys.argv, "layout": layout}
     write_whole(file, json.dumps(record, indent=2) + "\n")
