@@ -116,5 +116,5 @@ def _waiting(folder: Path, tokenizer: Tokenizer, options: Namespace) -> _Measure
     engine = build_engine(config, mesh)
     batches = training_batches(config, training_sequences(config.data, config.train.seed), mesh, engine, first_step=0)
     watched = WatchedBatches(batches, logging.getLogger("skvr_dist"))
-    wait = data_wait_share(config, engine, mesh, watched, options.steps)
+    wait = data_wait_share(config, engine, watched, options.steps)
     return _Measured("data wait in the step", f"{wait:.3%}", "below 1 %", wait < WAIT_BOUND, wait)

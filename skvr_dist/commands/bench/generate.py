@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
@@ -86,6 +87,8 @@ def _load(options: Namespace) -> Any:
     from skvr_dist.hf.convert.model_config import hf_config
 
     if options.model:
+        if not Path(options.model, "config.json").exists():
+            raise UserError(f"--model {options.model} is not an export: it has no config.json; give the folder of one")
         return AutoModelForCausalLM.from_pretrained(options.model, kv_profile="full").eval()
     file = options.config[-1]
     positions = options.prompt_tokens + options.new_tokens + 1

@@ -15,6 +15,7 @@ import os
 import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Serve and measure; returns the exit code."""
+    if find_spec("vllm") is None:
+        raise UserError(
+            "this measures vLLM, which is not installed here; `make serve-env` makes an environment with it"
+        )
     shape = _shape(options.model)
     layers = shape["num_hidden_layers"]
     elements = 2 * layers * shape["num_key_value_heads"] * shape["head_dim"]

@@ -63,7 +63,7 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
 
     def save() -> float:
         started = time.perf_counter()
-        saver.save(number, state_to_save(engine), place_of(engine, number), lambda finished: None)
+        saver.save(number, state_to_save(engine), place_of(engine, number), lambda _: None)
         return time.perf_counter() - started
 
     step()

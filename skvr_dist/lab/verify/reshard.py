@@ -141,7 +141,7 @@ class Trainer:
         return [self.engine.train_step(b, self.config.plan(step)) for b, step in zip(mine, steps, strict=True)]
 
     def save(self, step: int) -> None:
-        self.saver.save(step, state_to_save(self.engine), place_of(self.engine, step), lambda folder: None)
+        self.saver.save(step, state_to_save(self.engine), place_of(self.engine, step), lambda _: None)
         self.saver.finish()
         dist.barrier()
 
