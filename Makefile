@@ -8,7 +8,7 @@ QUICKSTART := runs/quickstart
 # Quickstart and tests run on the CPU wherever they are: 4 ranks need no GPUs.
 export DS_ACCELERATOR := cpu
 
-.PHONY: env quickstart data test test-newest newest-env test-serve serve-env lint lock docs bench clean
+.PHONY: env quickstart data test test-newest newest-env test-serve serve-env lint format lock docs clean
 .NOTPARALLEL: # the runs would share the cores and the launcher's port
 
 # PyTorch has a line of its own, because its builds for CPUs and for CUDA differ: TORCH chooses another. A build that is
@@ -88,6 +88,10 @@ $(SERVE_VENV)/installed: requirements-serve.txt pyproject.toml
 test-serve: serve-env
 	$(SERVE_VENV)/bin/python -m pytest tests/serve
 
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -110,9 +114,19 @@ lock:
 docs: env
 	$(BIN)/python -m skvr_dist.config.page > docs/configuration.md
 
-bench: env
-	$(BIN)/python tools/bench.py
-	$(BIN)/python tools/bench_data.py
+# `tools/bench.py serve` needs the environment of serve-env, and an export.
+BENCHMARKS := step save data generate
+.PHONY: bench $(BENCHMARKS:%=bench-%)
+bench: $(BENCHMARKS:%=bench-%)
+$(BENCHMARKS:%=bench-%): bench-%: env
+	$(BIN)/python tools/bench.py $*
+
+# The quick matrices, and some kills; docs/parallel.md and docs/checkpoints.md have the full ones.
+.PHONY: verify
+verify: env
+	$(BIN)/python tools/verify.py layouts
+	$(BIN)/python tools/verify.py reshard
+	$(BIN)/python tools/verify.py kills --kills 5
 
 clean:
 	rm -rf $(QUICKSTART) data/stdlib

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 # They start launchers, which would fight for ports and cores.
-_ALONE = {"test_pretrain", "test_interruptions"}
+_ALONE = {"test_pretrain", "test_interruptions", "test_wheel"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

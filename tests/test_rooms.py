@@ -28,6 +28,8 @@ ROOMS = [
     "hf",
     "serve",
     "lab",
+    "command",
+    "commands",
 ]
 # It prepares other people's models for their own DeepSpeed, which they have if they use it.
 OTHERS_WITH_DEEPSPEED = {"skvr_dist.hf.model.rcla"}

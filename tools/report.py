@@ -1,45 +1,6 @@
-"""Compare a standard and a routed run: retention curves in one picture, table, continuations, speed.
+"""Starts `skvr-report` from a checkout."""
 
-python tools/report.py --standard runs/quickstart/standard --routed runs/quickstart/routed --output runs/quickstart
-
-Either may be an imported checkpoint. Both are measured over the held-out data of the first that was trained here, or
-over that of --data and --sequence-length.
-"""
-
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from skvr_dist.errors import run_command
-from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES
-from skvr_dist.evaluate.report import write_report
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--standard", type=Path, required=True, metavar="RUN")
-    parser.add_argument("--routed", type=Path, required=True, metavar="RUN")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--strategies", nargs="+", default=list(DEFAULT_STRATEGIES), metavar="S")
-    parser.add_argument("--sequences", type=int, default=256, help="held-out sequences (default: 256)")
-    parser.add_argument("--data", metavar="FOLDER", help="another held-out data set than the runs'")
-    parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens per sequence (default: the runs')")
-    parser.add_argument("--prompt", help="text to continue (default: the beginning of the held-out data)")
-    options = parser.parse_args()
-    report = write_report(
-        options.standard,
-        options.routed,
-        options.output,
-        strategies=options.strategies,
-        sequences=options.sequences,
-        prompt=options.prompt,
-        data=options.data,
-        sequence_length=options.sequence_length,
-    )
-    print(report.read_text(encoding="utf-8"))
-    print(f"written: {report}")
-
+from skvr_dist.commands.report import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -1,36 +1,6 @@
-"""Train a tokenizer on a corpus.
+"""Starts `skvr-train-tokenizer` from a checkout."""
 
-    python tools/train_tokenizer.py --input stdlib --vocab-size 2048 --output data/stdlib/tokenizer.model
-
-A file that holds this very tokenizer is left alone; one that holds another is an error. More in docs/data.md.
-"""
-
-from __future__ import annotations
-
-import argparse
-
-from skvr_dist.data.prepare.corpus import INPUT_HELP, add_corpus_arguments, corpus_from
-from skvr_dist.data.tokenizers.base import train_tokenizer
-from skvr_dist.errors import run_command
-from skvr_dist.files import prove_writable
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help=INPUT_HELP)
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces, 256 bytes among them")
-    parser.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
-    add_corpus_arguments(parser)
-    arguments = parser.parse_args()
-    corpus = corpus_from(arguments)
-    output = prove_writable(arguments.output, make_folder=True)
-    tokenizer = train_tokenizer(corpus, vocab_size=arguments.vocab_size, model_type=arguments.model_type)
-    tokenizer.save(output)
-    print(f"{output}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}")
-    for reason, count in corpus.left_out.items():
-        print(f"{count} documents of {arguments.input} were left out, each {reason}")
-
+from skvr_dist.commands.train_tokenizer import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

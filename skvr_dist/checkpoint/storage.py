@@ -79,7 +79,7 @@ def write_pieces(
     group: dist.ProcessGroup | None = None,
     *,
     alone: bool = False,
-    pause: Callable[[int], None] = lambda written: None,
+    pause: Callable[[int], None] = lambda _: None,
 ) -> dict[str, str]:
     """Store what all ranks hold; collective over `group`, or `alone` in a process without any.
 

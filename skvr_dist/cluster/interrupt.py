@@ -10,8 +10,9 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-# SIGTERM is what launchers and batch systems send first; Slurm sends SIGUSR1 ahead of the end where it is asked to.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# SIGTERM is what launchers and batch systems send first; a terminal sends SIGINT for Ctrl-C; Slurm sends SIGUSR1 ahead
+# of the end where it is asked to.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class InterruptListener:
@@ -29,7 +30,7 @@ class InterruptListener:
         for number in SIGNALS:
             signal.signal(number, self._note)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _: FrameType | None) -> None:
         self._received.add(number)
 
     def received(self) -> str | None:

@@ -89,7 +89,7 @@ class KeptRun:
         self._end_what_is_left()
         return code if code >= 0 else 128 - code
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def _pass_on(self, number: int, _: FrameType | None) -> None:
         """Ask the ranks of this host to save and end; before they exist, end the launcher."""
         self._stopping = signal.Signals(number).name
         processes = marked_processes(_MARK, self._mark)

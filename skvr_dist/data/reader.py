@@ -9,6 +9,7 @@ Shapes: B sequences of a micro-batch, S sequence length, N sequences, Q micro-ba
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from typing import Any, NamedTuple, Protocol
@@ -200,7 +201,12 @@ class MicroBatchReader(Iterator[MicroBatch]):
         self._rows: Iterator[Rows | UserError] = iter(rows)
         if workers:
             loader = DataLoader(
-                rows, batch_size=None, collate_fn=_unchanged, num_workers=workers, prefetch_factor=prefetch
+                rows,
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=workers,
+                prefetch_factor=prefetch,
+                worker_init_fn=_leave_interrupts,
             )
             self._rows = iter(loader)
 
@@ -211,6 +217,11 @@ class MicroBatchReader(Iterator[MicroBatch]):
         tokens, labels = torch.from_numpy(rows.tokens), torch.from_numpy(rows.labels)
         documents = None if rows.documents is None else torch.from_numpy(rows.documents)
         return MicroBatch(tokens, labels, documents, rows.lost_tokens, rows.damage)
+
+
+def _leave_interrupts(_: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to this worker too, to the run: it still reads until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _ReplicaRows(IterableDataset[Rows | UserError]):

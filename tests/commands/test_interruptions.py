@@ -154,7 +154,8 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path
     """Real launcher, real ranks; the same tool with more kills is the long version."""
     tool = [
         sys.executable,
-        "tools/kill_test.py",
+        "tools/verify.py",
+        "kills",
         "--kills",
         "2",
         "--ranks",

@@ -216,6 +216,30 @@ def test_a_preempted_run_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
         assert [record["step"] for record in records(folder) if tag in record] == list(range(1, steps + 1))
 
 
+def test_control_c_saves_before_the_run_ends(data: Path, tmp_path: Path) -> None:
+    """As a terminal sends it: to all processes of the run, those that read ahead among them, and twice."""
+    folder = tmp_path / "run"
+    keys = [*SMALL, *data_keys(data), f"train.output_dir={folder}", "train.steps=1000", "parallel.pipeline=1"]
+    command = [sys.executable, "launch/pretrain.py", *keys, "checkpoint.every_steps=1000", "evaluate.every_steps=1000"]
+    process = subprocess.Popen(
+        [*command, "data.workers=1"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not ((folder / "metrics.jsonl").exists() and records(folder)):
+        time.sleep(0.05)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    assert f"error: SIGINT ended the run after step {Checkpoint(folder).step}, which is saved" in stderr
+    assert "Traceback" not in stderr
+
+
 def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -> None:
     before = sorted(routed.rglob("*"))
     output = pretrain(routed, data, "train.stepz=5", code=2)
@@ -271,7 +295,7 @@ def test_a_shard_that_breaks_during_the_run_is_named(data: Path, tmp_path: Path)
     assert not (tmp_path / "run/checkpoints/latest").exists()
 
 
-def test_dry_run_and_print_config(routed: Path, data: Path, tmp_path: Path) -> None:
+def test_dry_run_and_print_config(data: Path, tmp_path: Path) -> None:
     keys = [*SMALL, *data_keys(data), f"train.output_dir={tmp_path / 'new'}"]
     dry = run(sys.executable, "launch/pretrain.py", *keys, "--dry-run", "--world-size", "4")
     assert "4 = 2 stages x 2 replicas" in dry and '"train_micro_batch_size_per_gpu": 2' in dry

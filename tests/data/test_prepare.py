@@ -286,9 +286,9 @@ def test_a_full_disk_is_named_and_leaves_nothing_that_looks_complete(
 ) -> None:
     """A limit on the size of a file, smaller than a shard."""
     script = (
-        "import resource, signal, sys, tools.prepare_data as tool; from skvr_dist.errors import run_command; "
+        "import resource, signal; from skvr_dist.commands.prepare_data import main; "
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); run_command(tool.main)"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); main()"
     )
     command = ["--input", source, "--tokenizer", prepared / "tokenizer.model", "--output", tmp_path, "--shards", "4"]
     arguments = [*map(str, command), "--validation-share", "0.3"]

@@ -19,14 +19,16 @@ from skvr_dist.config.load import load_config
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+# Benchmarks are dated: they name the commands of their commit.
+CURRENT = [page for page in PAGES if page.parent.name != "benchmarks"]
 
 
 @cache
-def options_of(script: str) -> set[str]:
+def options_of(script: str, *subcommand: str) -> set[str]:
     """As its --help tells; run in this process, which imports torch once for all scripts."""
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
-        patch.setattr(sys, "argv", [script, "--help"])
+        patch.setattr(sys, "argv", [script, *subcommand, "--help"])
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert not ended.value.code
     return set(re.findall(r"--[a-z][a-z_-]*", shown.getvalue()))
@@ -53,12 +55,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_name_what_exists(page: Path) -> None:
     for words in commands(page):
         at = next(i for i, word in enumerate(words) if re.fullmatch(r"(tools|launch)/\w+\.py", word))
         script, arguments = words[at], words[at + 1 :]
-        known = options_of(script)
+        subcommand = arguments[:1] if script in ("tools/bench.py", "tools/verify.py") else []
+        known = options_of(script, *subcommand)
         assert {word.split("=")[0] for word in arguments if word.startswith("--")} <= known, shlex.join(words)
         configs = [Path(word) for word in arguments if word.startswith("configs/")]
         assert all((ROOT / config).exists() for config in configs), shlex.join(words)

@@ -145,7 +145,7 @@ def test_compiled_decoding(model: Any) -> None:
     """With a static cache `generate` compiles each step by itself on a GPU, and here if told to."""
     graphs: list[torch.fx.GraphModule] = []
 
-    def run_as_it_is(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    def run_as_it_is(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
         graphs.append(graph)
         return graph.forward
 

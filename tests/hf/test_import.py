@@ -150,7 +150,7 @@ def test_training_goes_on_in_any_layout(tmp_path: Path, layout: str) -> None:
         assert losses == pytest.approx(wanted, rel=1e-6)
 
 
-def test_tokenizer_files_travel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokenizer_files_travel(tmp_path: Path) -> None:
     """There and back, by the commands, with the settings of generation and a chat template."""
     theirs = tmp_path / "theirs"
     published(shape_of("qwen3", vocab_size=704), theirs)

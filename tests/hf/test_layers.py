@@ -130,7 +130,7 @@ def test_keys_live_as_long_as_they_are_read() -> None:
     def count(*_: Any) -> None:
         alive.append(sum(reference() is not None for reference in handed_out))
 
-    def remember(layer: torch.nn.Module, args: Any, output: Any) -> None:
+    def remember(_: torch.nn.Module, __: Any, output: Any) -> None:
         handed_out.extend(weakref.ref(tensor) for tensor in output[1:] if tensor is not None)
 
     for layer in model.model.layers:

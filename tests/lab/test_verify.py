@@ -261,19 +261,19 @@ def test_the_quick_matrix_has_every_variation() -> None:
     assert all(set(varied(Case("DP2 ZeRO-1"), name).also) in also for name in VARIATIONS)
 
 
-def parity(*arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "tools/parity.py", *arguments]
+def verify_layouts(*arguments: str, code: int = 0) -> str:
+    command = [sys.executable, "tools/verify.py", "layouts", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def test_the_command(tmp_path: Path) -> None:
-    output = parity("--layout", "single", "--json", str(tmp_path / "parity.json"))
+    output = verify_layouts("--layout", "single", "--json", str(tmp_path / "parity.json"))
     assert "2 cases in " in output and "0 out of tolerance" in output
     outcomes = json.loads((tmp_path / "parity.json").read_text())
     assert [outcome["case"]["layout"] for outcome in outcomes] == ["single", "single"]
-    assert "no layout of the quick matrix has 'TP3' in its name" in parity("--layout", "TP3", code=2)
+    assert "no layout of the quick matrix has 'TP3' in its name" in verify_layouts("--layout", "TP3", code=2)
 
 
 def test_the_command_goes_on_where_it_was_ended(
@@ -281,9 +281,9 @@ def test_the_command_goes_on_where_it_was_ended(
 ) -> None:
     def here(*arguments: str, code: int = 0) -> str:
         """In this process, which has imported everything."""
-        monkeypatch.setattr(sys, "argv", ["tools/parity.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["tools/verify.py", "layouts", *arguments])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "tools/parity.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / "tools/verify.py"), run_name="__main__")
         shown = capsys.readouterr()
         assert (ended.value.code or 0) == code, shown.out + shown.err
         return shown.out + shown.err
@@ -304,6 +304,6 @@ def test_the_command_goes_on_where_it_was_ended(
 
 
 def test_the_support_matrix_is_printed() -> None:
-    output = parity("--support")
+    output = verify_layouts("--support")
     assert "|      2 | yes                 | yes                 | no               | no               |" in output
     assert "parallel.zero_stage 2 under a pipeline" in output

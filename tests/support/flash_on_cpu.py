@@ -29,9 +29,11 @@ def flash_attn_func(
     assert dropout_p == 0 and not any(options.values()), options
     queries, keys = q.shape[1], k.shape[1]
     seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries) if causal else None
-    return torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen, scale=softmax_scale, enable_gqa=True
-    ).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, scale=softmax_scale, enable_gqa=True
+    )
+    return attended.transpose(1, 2)
 
 
 def flash_attn_varlen_func(

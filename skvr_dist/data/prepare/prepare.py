@@ -244,7 +244,7 @@ class _Digest:
 
     corpus: Corpus
 
-    def __call__(self, number: int, parts: Parts, advance: Advance) -> str:
+    def __call__(self, _: int, parts: Parts, advance: Advance) -> str:
         digest = hashlib.sha256()
         for part in parts:
             for item in self.corpus.read(part, advance):

@@ -106,6 +106,6 @@ class _Encode:
     texts: Sequence[str]
     model: bytes
 
-    def __call__(self, number: int, share: slice, advance: Advance) -> int:
+    def __call__(self, _: int, share: slice, __: Advance) -> int:
         processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         return sum(map(len, processor.encode(list(self.texts[share]))))

@@ -65,7 +65,7 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
 
     def save() -> float:
         started = time.perf_counter()
-        saver.save(state_to_save(engine), progress_facts(engine, number, tokens_seen=0), lambda finished: None)
+        saver.save(state_to_save(engine), progress_facts(engine, number, tokens_seen=0), lambda _: None)
         return time.perf_counter() - started
 
     step()

@@ -78,9 +78,7 @@ def interleaved_step_times(
     ]
 
 
-def data_wait_share(
-    config: Config, engine: RoutedPipelineEngine, mesh: Mesh, batches: WatchedBatches, steps: int
-) -> float:
+def data_wait_share(config: Config, engine: RoutedPipelineEngine, batches: WatchedBatches, steps: int) -> float:
     """Share of the time of `steps` optimizer steps that goes into waiting for micro-batches; one more warms up."""
     waited = seconds = 0.0
     for step in range(steps + 1):

@@ -155,7 +155,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """In words, what `tools/parity.py --only` searches."""
+        """In words, what `tools/verify.py layouts --only` searches."""
         words = [self.layout, self.policy, f"checkpointing {self.checkpointing}", "tied" if self.tied else "untied"]
         return ", ".join([*words, *self.also])
 

@@ -144,9 +144,7 @@ class Trainer:
         return [self.engine.train_step(b, plan_of_step(self.config, step)) for b, step in zip(mine, steps, strict=True)]
 
     def save(self, step: int) -> None:
-        self.saver.save(
-            state_to_save(self.engine), progress_facts(self.engine, step, tokens_seen=0), lambda folder: None
-        )
+        self.saver.save(state_to_save(self.engine), progress_facts(self.engine, step, tokens_seen=0), lambda _: None)
         self.saver.finish()
         dist.barrier()
 

@@ -1,7 +1,7 @@
 """Prove that a checkpoint of any layout goes on in any other.
 
-    python tools/reshard.py --matrix quick
-    python tools/reshard.py --matrix full --json reshard.json
+    skvr-verify reshard --matrix quick
+    skvr-verify reshard --matrix full --json reshard.json
 
 Each layout trains 2 steps, saves, and trains 5 more; each layout then loads each of those checkpoints and trains the
 same 5 steps. Loaded state must be the same bit for bit, losses and the optimizer's state after the steps to 1e-6
@@ -11,17 +11,15 @@ Runs on the CPU of this machine. Exits 1 when a pair misses.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
-from dataclasses import asdict
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from skvr_dist.errors import EXIT_MISSED, run_command
-from skvr_dist.lab.verify.reshard import as_table, reshard
+from skvr_dist.command import add_json, write_json
+from skvr_dist.errors import EXIT_MISSED
 
 MATRICES = {
     "quick": ["single", "PP2xDP2 ZeRO-1", "TP2xDP2 ZeRO-3"],
@@ -39,12 +37,17 @@ MATRICES = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument("--matrix", choices=list(MATRICES), default="quick")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes there too")
-    args = parser.parse_args()
-    layouts = MATRICES[args.matrix]
+    add_json(parser, "write the outcomes there too")
+
+
+def run(options: Namespace) -> int:
+    """Try every pair; returns the exit code."""
+    from skvr_dist.lab.verify.reshard import as_table, reshard
+
+    layouts = MATRICES[options.matrix]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         pairs = reshard(layouts, Path(folder))
@@ -53,14 +56,10 @@ def main() -> int:
             outcomes.append(outcome)
             if outcome.missed:  # not only in the table, which a long run prints at its end
                 tqdm.write(f"missed: {outcome}")
-            if args.json:
-                args.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n", encoding="utf-8")
+            if options.json:
+                write_json(options.json, outcomes)
     print(as_table(outcomes))
     missed = [outcome for outcome in outcomes if outcome.missed]
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{len(outcomes)} pairs in {minutes:.1f} min, {len(missed)} missed")
     return EXIT_MISSED if missed else 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,0 +1,307 @@
+"""One way to be a command: how it reads its arguments, proves and writes its files, gives its verdict, and ends.
+
+Exit codes, of every command:
+
+  0  done                    70  a failure that nobody foresaw; the traceback is in the file that stderr names
+  1  a figure was missed     75  start it again as it is
+  2  put something right    130  Ctrl-C
+                            141  whoever read its output has gone (`... | head -1`), as a shell says it of SIGPIPE
+
+Light to import: commands import torch and what builds on it inside their functions, so that --help and mistakes in
+arguments are answered at once, and Ctrl-C during those imports ends with a sentence too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import json
+import logging
+import math
+import os
+import select
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from skvr_dist.config.presets import find_configs
+from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, UserError
+from skvr_dist.files import prove_writable, write_whole
+
+EXIT_UNFORESEEN = 70  # EX_SOFTWARE of sysexits.h
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE
+
+_LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+_LOCAL_RANK_OPTIONS = ("--local_rank=", "--local-rank=")
+
+
+class Subcommand(Protocol):
+    """A module that is one subcommand; its docstring is the help."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+
+    def run(self, options: argparse.Namespace) -> int | None:
+        """Do it; returns the exit code."""
+
+
+def new_parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring as it is written."""
+    return argparse.ArgumentParser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line; options and other arguments may stand in any order.
+
+    Drops the option that DeepSpeed's launcher passes to each rank, which has it in its environment too.
+
+    Raises:
+        UserError: the file of `--json` could not be written, or there is no configuration of the name given.
+    """
+    words = launcher_free(sys.argv[1:]) if words is None else words
+    options = parser.parse_intermixed_args(words)
+    if hasattr(options, "config"):
+        options.config = find_configs(options.config or [options.default_config])
+    if getattr(options, "json", None) is not None:  # empty is a mistake too
+        options.json = prove_writable(options.json) if _writes_files() else Path(options.json)
+    return options
+
+
+def launcher_free(words: Sequence[str]) -> list[str]:
+    """A command line without what the launcher has added to it."""
+    return [word for word in words if not word.startswith(_LOCAL_RANK_OPTIONS)]
+
+
+def run_subcommand(doc: str | None, subcommands: Mapping[str, Subcommand]) -> int | None:
+    """Read the name of a subcommand, then its arguments, and run it."""
+    words = launcher_free(sys.argv[1:])
+    top = new_parser(doc)
+    lines = [f"{name:<10}{(module.__doc__ or '').splitlines()[0]}" for name, module in subcommands.items()]
+    top.epilog = "subcommands (each has a --help of its own):\n  " + "\n  ".join(lines)
+    top.add_argument("subcommand", choices=subcommands, metavar="{" + ",".join(subcommands) + "}")
+    name = top.parse_args(words[:1]).subcommand
+    own = new_parser(subcommands[name].__doc__, f"{top.prog} {name}")
+    subcommands[name].add_arguments(own)
+    return subcommands[name].run(parse(own, words[1:]))
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "write the figures there too") -> None:
+    """`--json FILE`, which `parse` proves writable before any work begins."""
+    parser.add_argument("--json", metavar="FILE", help=what)
+
+
+def add_bound(parser: argparse.ArgumentParser, default: float, what: str, name: str = "--bound") -> None:
+    """The figure that decides between exit code 0 and 1."""
+    parser.add_argument(name, type=float, default=default, metavar="X", help=f"{what} (default: {default})")
+
+
+def add_configs(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """`--config`, whose names `parse` makes files of; required unless there is a default."""
+    shown = "" if default is None else f" (default: {default})"
+    parser.add_argument(
+        "--config",
+        action="append",
+        required=default is None,
+        metavar="FILE",
+        help=f"a YAML file or a preset's name; repeated, later ones win{shown}",
+    )
+    parser.set_defaults(default_config=default)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Keys of the configuration, given on the command line."""
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; value in YAML")
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """The type of an option that counts something."""
+
+    def count(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"{number} is less than {minimum}, the fewest that make sense")
+        return number
+
+    return count
+
+
+def write_json(file: Path, record: Any) -> None:
+    """Write figures as JSON that every reader takes (RFC 8259): what is not a finite number becomes null.
+
+    Args:
+        record: made of dictionaries, sequences, dataclasses and scalars.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_whole(file, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure held against its bound; NaN meets none."""
+
+    what: str
+    """The figure in words, its value included."""
+    bound: str
+    met: bool
+
+    @property
+    def verdict(self) -> str:
+        return "met" if self.met else "missed"
+
+    def __str__(self) -> str:
+        return f"{self.what}; bound {self.bound}: {self.verdict}"
+
+
+def conclude(figures: Sequence[Figure], *, table: str, record: Any, json_file: Path | None) -> int:
+    """Print a table, then a line per figure; write the record; returns the exit code."""
+    print(table + "\n")
+    for figure in figures:
+        print(figure)
+    if json_file is not None:
+        write_json(json_file, record)
+    return exit_code_of(figures)
+
+
+def exit_code_of(figures: Sequence[Figure]) -> int:
+    """0 if every figure meets its bound."""
+    return 0 if all(figure.met for figure in figures) else EXIT_MISSED
+
+
+def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> NoReturn:
+    """Run a command and end the process: what goes wrong becomes one sentence on stderr and an exit code.
+
+    Args:
+        main: reads `sys.argv`; returns the exit code, None for 0.
+        over_ranks: launchers start it once per rank, and all ranks meet the same mistake until they join their
+            process group: then only the first rank of each host says it.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file need not be text, a terminal not know every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            code = main() or 0
+        finally:
+            _flush_stdout()
+    except SystemExit:  # argparse has said what there is to say
+        raise
+    except BaseException as error:
+        code, sentence = _ending_of(error)
+        one_rank = isinstance(error, OneRankError) or code == EXIT_UNFORESEEN
+        if sentence and (one_rank or not (over_ranks and _said_by_another_rank())):
+            with suppress(OSError):  # nobody may be reading stderr either
+                print(f"error: {sentence}", file=sys.stderr, flush=True)
+        _leave_stdout()
+    sys.exit(code)
+
+
+def _ending_of(error: BaseException) -> tuple[int, str]:
+    """Exit code and sentence of what ended a command; no sentence where nobody would read it."""
+    name = Path(sys.argv[0]).name
+    if isinstance(error, UserError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, f"{name} was interrupted (Ctrl-C) before it was through"
+    if isinstance(error, BrokenPipeError) and _reader_has_gone():
+        return EXIT_CLOSED_PIPE, ""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        file = error.filename or "the standard output, or a file that the system did not name"
+        return EXIT_USAGE, f"cannot write {file}: {os.strerror(error.errno)}; make room, or write to another disk"
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
+        asked = f": {text}" if text else ""
+        return EXIT_USAGE, f"{name} ran out of memory{asked}; give it more, or less to hold at a time"
+    culprit = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return EXIT_UNFORESEEN, f"{name} met what nobody foresaw, {culprit}; {_keep_traceback(error)}"
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Write the traceback to the run's log, or to a temporary file; returns where it is, in words."""
+    logger = logging.getLogger("skvr_dist")
+    logs = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
+    if logs:
+        logger.error("the run ends", exc_info=error)
+        return f"the traceback is in {logs[0].baseFilename}"
+    text = "".join(traceback.format_exception(error))
+    try:
+        descriptor, file = tempfile.mkstemp(prefix=f"{Path(sys.argv[0]).stem}-", suffix=".traceback", text=True)
+        os.close(descriptor)
+        Path(file).write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as failure:
+        return f"no file could take the traceback ({failure}):\n{text}"
+    return f"the traceback is in {file}"
+
+
+def _flush_stdout() -> None:
+    """Meet a closed pipe or a full disk here, not when the interpreter ends."""
+    if sys.stdout is not None and not sys.stdout.closed:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            error.filename = error.filename or "the standard output"
+            raise
+
+
+def _leave_stdout() -> None:
+    """Let go of an output that takes nothing: the interpreter would try again at its end, and complain."""
+    try:
+        _flush_stdout()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+
+
+def _reader_has_gone() -> bool:
+    """Whether it is the standard output whose pipe is broken, not a connection of the command's own."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # no descriptor
+        return False
+
+
+def _said_by_another_rank() -> bool:
+    """Whether the first rank of this host says the same. One variable left over in the environment makes no rank."""
+    local_rank = next((os.environ[name] for name in _LOCAL_RANK_VARIABLES if name in os.environ), "0")
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed is not None and distributed.is_initialized()
+    return local_rank != "0" and not joined and _world_size() > 1
+
+
+def _writes_files() -> bool:
+    """Whether this process is the one that writes what a command over ranks writes once."""
+    if not any(name in os.environ for name in _LOCAL_RANK_VARIABLES) or _world_size() == 1:
+        return True
+    from skvr_dist.cluster.launcher import announced_rank
+
+    return announced_rank() == 0
+
+
+def _world_size() -> int:
+    from skvr_dist.cluster.launcher import announced_world_size
+
+    return announced_world_size()

@@ -1,0 +1,119 @@
+"""vLLM under a fixed budget for the cache: throughput with more requests than fit, and time to first token.
+
+    skvr-bench serve exports/mine --json serve.json
+
+At full retention, every 4th layer, and the first half of the layers. The budget holds `--full-requests` requests at
+full retention; needs vLLM and this package installed beside it. Exit code 1: the throughput with every 4th layer is
+less than `--bound` times that at full retention, or the first token with the first half of the layers takes more than
+`--first-token-bound` times as long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from skvr_dist.command import Figure, add_bound, add_json, at_least, conclude
+from skvr_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from skvr_dist.lab.bench.serve import Serving
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", metavar="MODEL", type=Path, help="an export")
+    parser.add_argument("--requests", type=at_least(1), default=64)
+    parser.add_argument(
+        "--full-requests", type=at_least(1), default=10, help="that fit at full retention (default: 10)"
+    )
+    parser.add_argument("--prompt-tokens", type=at_least(1), default=128)
+    parser.add_argument("--new-tokens", type=at_least(1), default=128)
+    parser.add_argument(
+        "--long-prompt-tokens", type=at_least(1), default=2000, help="for the first token (default: 2000)"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="engines of each strategy (default: 3)")
+    add_bound(parser, 1.0, "smallest ratio of throughputs")
+    add_bound(parser, 0.7, "largest ratio of times to first token", "--first-token-bound")
+    add_json(parser)
+
+
+def run(options: Namespace) -> int:
+    """Serve and measure; returns the exit code."""
+    if find_spec("vllm") is None:
+        raise UserError(
+            "this measures vLLM, which is not installed here; `make serve-env` makes an environment with it"
+        )
+    shape = _shape(options.model)
+    layers = shape["num_hidden_layers"]
+    elements = 2 * layers * shape["num_key_value_heads"] * shape["head_dim"]
+    tokens = options.full_requests * (options.prompt_tokens + options.new_tokens)
+
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read by vLLM when it is imported
+    from skvr_dist.lab.bench.serve import Load, measure_serving
+
+    full, quarter, half = found = measure_serving(
+        options.model,
+        ("full", "every:4", f"prefix:{layers // 2}"),
+        Load(options.requests, options.prompt_tokens, options.new_tokens, options.long_prompt_tokens),
+        dtype=shape["dtype"],
+        budget_bytes=tokens * elements * ELEMENT_BYTES[shape["dtype"]],
+        rounds=options.rounds,
+    )
+    ratio, first_token = quarter.ratio_to(full, "tokens_per_second"), half.ratio_to(full, "first_token_seconds")
+    figures = [
+        Figure(
+            f"{options.requests} requests of {options.prompt_tokens} + {options.new_tokens} tokens, "
+            f"{options.full_requests} of which fit at full retention, with {quarter.strategy}: {ratio:.2f} times the "
+            f"throughput",
+            f"{options.bound:.2f}",
+            ratio >= options.bound,
+        ),
+        Figure(
+            f"time to first token of {half.strategy} at {options.long_prompt_tokens} tokens of prompt: "
+            f"{first_token:.3f} of full",
+            f"{options.first_token_bound:.2f}",
+            first_token <= options.first_token_bound,
+        ),
+    ]
+    record = {"servings": found, "ratio": ratio, "bound": options.bound}
+    record |= {"first_token_ratio": first_token, "first_token_bound": options.first_token_bound}
+    return conclude(figures, table=_table(found), record=record, json_file=options.json)
+
+
+def _shape(model: Path) -> dict[str, Any]:
+    """The `config.json` of an export, with all that the budget is counted from."""
+    try:
+        shape: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        _ = [shape[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
+        _ = ELEMENT_BYTES[shape["dtype"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{model} is not an export ({error}); give the folder of one") from None
+    return shape
+
+
+def _table(found: Sequence[Serving]) -> str:
+    full = found[0]
+    rows = [
+        [
+            each.strategy,
+            f"{each.cache_tokens:,}",
+            f"{statistics.median(each.tokens_per_second):,.0f}",
+            f"{each.ratio_to(full, 'tokens_per_second'):.2f}",
+            f"{1e3 * statistics.median(each.first_token_seconds):.1f}",
+            f"{each.ratio_to(full, 'first_token_seconds'):.3f}",
+        ]
+        for each in found
+    ]
+    header = ["strategy", "tokens in the cache", "generated tokens/s", "of full", "first token (ms)", "of full"]
+    return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)

@@ -1,0 +1,138 @@
+"""Export a checkpoint for Hugging Face transformers, to run at any cache strategy, and check that it is the same model.
+
+    skvr-export runs/quickstart/routed exports/routed --profile half=every:2
+
+CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. OUT then loads with
+AutoModelForCausalLM.from_pretrained(OUT) and AutoTokenizer.from_pretrained(OUT). Exit code 1: what transformers
+loads is not the checkpoint's model, and OUT was not written.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from skvr_dist.command import add_json, new_parser, parse, run_command, write_json
+from skvr_dist.errors import EXIT_MISSED, UserError
+
+if TYPE_CHECKING:
+    from skvr_dist.checkpoint.folder import Checkpoint
+    from skvr_dist.hf.convert.export import ExportReport
+
+DTYPES = ("float32", "bfloat16")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(run)
+
+
+def run() -> int | None:
+    """Export and compare; returns the exit code."""
+    parser = new_parser(__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("output", metavar="OUT", type=Path, help="folder to make; it must not hold anything")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the exported weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--profile", action="append", default=[], metavar="NAME=STRATEGY", help="name a strategy; may be repeated"
+    )
+    parser.add_argument("--prune", metavar="STRATEGY", help="leave out the projections that this strategy does not use")
+    tokenizer = parser.add_mutually_exclusive_group()
+    tokenizer.add_argument("--without-tokenizer", action="store_true", help="export the model only")
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        type=Path,
+        help="the same tokenizer with all its files, such as a chat template: where the data set's was taken from",
+    )
+    add_json(parser, "write the figures of the check there")
+    options = parse(parser)
+
+    import torch
+
+    from skvr_dist.checkpoint.folder import Checkpoint
+    from skvr_dist.hf.convert.card import Training
+    from skvr_dist.hf.convert.export import ExportMismatchError, export_model
+    from skvr_dist.routing import CacheStrategy
+
+    checkpoint = Checkpoint(options.checkpoint)
+    training, layers = Training.of(checkpoint), checkpoint.model_config.num_hidden_layers
+    training = replace(training, profiles={**training.profiles, **_profiles(options.profile, layers)})
+    pruned_to = CacheStrategy.parse(options.prune, layers, training.profiles) if options.prune else None
+    names, problem = checkpoint.weight_names(), None
+    try:
+        report = export_model(
+            checkpoint.model_config,
+            names,
+            checkpoint.weight,
+            None if options.without_tokenizer else _tokenizer(checkpoint, options.tokenizer),
+            options.output,
+            training=training,
+            dtype=getattr(torch, options.dtype) if options.dtype else {n: checkpoint.weight_dtype(n) for n in names},
+            pruned_to=pruned_to,
+        )
+    except ExportMismatchError as error:
+        report, problem = error.report, f"{error}; {options.output} was not written"
+    print(_table(report))
+    if options.json:
+        write_json(options.json, report.figures())
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return EXIT_MISSED
+    return None
+
+
+def _tokenizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
+    """The checkpoint's own, or the files of the same one in a folder."""
+    from skvr_dist.data.tokenizers.base import Tokenizer
+
+    own = checkpoint.tokenizer_file
+    if folder is None or own is None:
+        if folder is not None:
+            raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to hold {folder} against; copy its files")
+        return own
+    ours, given = Tokenizer.load(own).sha256, Tokenizer.load(folder).sha256
+    if ours != given:
+        raise UserError(
+            f"tokenizer {folder} is {given[:12]}, but {checkpoint.folder} was trained with {ours[:12]}; give the "
+            f"folder that the data set was prepared with"
+        )
+    return folder / "tokenizer.json"
+
+
+def _profiles(texts: list[str], num_layers: int) -> dict[str, str]:
+    """Read NAME=STRATEGY."""
+    from skvr_dist.routing import CacheStrategy
+
+    profiles = dict(text.partition("=")[::2] for text in texts)
+    for name, spec in profiles.items():
+        if not name or not spec:
+            raise UserError(f"--profile {name}={spec} must look like NAME=STRATEGY, such as half=every:2")
+        CacheStrategy.parse(spec, num_layers)
+    return profiles
+
+
+def _table(report: ExportReport) -> str:
+    check = report.check
+    copied = "copied as it is" if "tokenizer.json" in report.file_bytes else "none"
+    agreeing = check.tokenizer_texts - len(check.differing_texts)
+    rows = {
+        "files": len(report.file_bytes),
+        "bytes": f"{sum(report.file_bytes.values()):,}",
+        "parameters": f"{report.parameters:,} in {report.figures()['dtype']}",
+        "differing weights": len(check.differing_weights),
+        "largest logit difference": f"{check.max_logit_difference:.2g} over {check.positions} tokens at "
+        f"{', '.join(check.strategies)} ({check.relative_logit_difference:.1e} of the largest logit)",
+        "decoding with a cache": f"{max(check.decoding_errors.values()):.1e} of the largest logit from none, over "
+        f"{len(check.decoding_errors)} strategies and kinds of cache",
+        "tokenizer": f"{agreeing} of {check.tokenizer_texts} texts agree" if check.tokenizer_texts else copied,
+    }
+    return tabulate(rows.items(), headers=["export", ""], tablefmt="github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Pretrain a decoder with stochastic KV routing.
+
+    deepspeed --num_gpus 4 launch/pretrain.py --config quickstart train.steps=100
+    deepspeed --num_gpus 4 --module skvr_dist.commands.pretrain --config quickstart train.steps=100
+
+`--config` is a YAML file or the name of a preset, and may be given several times, later ones win;
+`section.key=value` overrides a key. Also starts under torchrun and mpirun.
+"""
+
+from __future__ import annotations
+
+from skvr_dist.command import add_configs, add_overrides, at_least, new_parser, parse, run_command
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(run, over_ranks=True)
+
+
+def run() -> None:
+    """Train, or show what would be trained."""
+    parser = new_parser(__doc__)
+    add_configs(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the layout and stop")
+    parser.add_argument("--world-size", type=at_least(1), metavar="N", help="ranks to assume in a dry run")
+    add_overrides(parser)
+    options = parse(parser)
+
+    from skvr_dist.cluster.launcher import announced_world_size
+    from skvr_dist.config.load import dump_config, load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.print_config:
+        print(dump_config(config), end="")
+        return
+    if options.dry_run:
+        from skvr_dist.train.dry_run import describe
+
+        print(describe(config, options.world_size or announced_world_size()))
+        return
+
+    from skvr_dist.train.loop import pretrain
+
+    pretrain(config)
+
+
+if __name__ == "__main__":
+    main()

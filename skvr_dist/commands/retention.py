@@ -1,0 +1,73 @@
+"""Retention curve of a checkpoint: loss for a list of cache strategies, as a table, JSON and a picture.
+
+    skvr-retention runs/quickstart/routed --strategies full every:2 every:4
+
+CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. One that was imported has no
+held-out data of its own: give it with --data and --sequence-length.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from skvr_dist.command import add_json, new_parser, parse, run_command, write_json
+from skvr_dist.errors import UserError
+from skvr_dist.files import prove_writable
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(run)
+
+
+def run() -> None:
+    """Measure the curve, write and print it."""
+    parser = new_parser(__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--strategies", nargs="+", metavar="S", help="cache strategies (default: five)")
+    parser.add_argument("--sequences", type=int, default=256, help="held-out sequences (default: 256)")
+    parser.add_argument("--data", metavar="FOLDER", help="another held-out data set than the run's")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens per sequence (default: the run's)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
+    parser.add_argument("--device", help="where to compute (default: a GPU if there is one)")
+    add_json(parser, "default: retention.json in the checkpoint")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="default: beside the JSON")
+    options = parse(parser)
+    if options.sequences < 1 or options.batch_size < 1:
+        raise UserError(f"--sequences {options.sequences} and --batch-size {options.batch_size} must be positive")
+
+    import torch
+
+    from skvr_dist.checkpoint.folder import Checkpoint
+    from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES, HeldOutData, evaluate_checkpoint
+    from skvr_dist.evaluate.retention import RETENTION_FILE, as_table, plot
+
+    checkpoint = Checkpoint(options.checkpoint)
+    if (options.data or options.sequence_length) and checkpoint.is_trained and not options.json:
+        parser.error(
+            "--data and --sequence-length need --json: the checkpoint keeps the curve over its own held-out data"
+        )
+    json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)
+    png_file = prove_writable(options.png or json_file.with_suffix(".png"))
+    measurement = evaluate_checkpoint(
+        checkpoint,
+        HeldOutData.of(checkpoint, options.data, options.sequence_length),
+        options.strategies or DEFAULT_STRATEGIES,
+        sequences=options.sequences,
+        batch_size=options.batch_size,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    curves = {f"step {checkpoint.step}": measurement.points}
+    record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, **measurement.record()}
+    write_json(json_file, record)
+    plot(curves, png_file)
+    print(as_table(curves))
+    print(
+        f"over {measurement.tokens:,} tokens: {measurement.sequences} sequences of {measurement.sequence_length} from "
+        f"{measurement.data} ({measurement.data_fingerprint}), documents {measurement.documents}"
+    )
+    print(f"written: {json_file}, {png_file}")
+
+
+if __name__ == "__main__":
+    main()

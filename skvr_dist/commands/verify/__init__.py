@@ -1,0 +1,23 @@
+"""Prove that training is right, whatever the layout and whatever dies.
+
+    skvr-verify layouts --matrix quick
+    skvr-verify reshard --matrix quick
+    skvr-verify kills --kills 30
+
+Each runs on the CPU of this machine. Exit code 1: a figure is missed.
+"""
+
+from __future__ import annotations
+
+from skvr_dist.command import run_command, run_subcommand
+from skvr_dist.commands.verify import kills, layouts, reshard
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(run)
+
+
+def run() -> int | None:
+    """Run the subcommand that is named first; returns the exit code."""
+    return run_subcommand(__doc__, {"layouts": layouts, "reshard": reshard, "kills": kills})

@@ -1,0 +1,135 @@
+"""Kill a small run's ranks at random moments, keep it running, and hold its weights against an undisturbed run's.
+
+    skvr-verify kills --kills 30 --json kills.json
+
+Prepares a little text of Python's standard library and trains on it twice at the same time: without disturbance, and
+under skvr-keep-running with one rank or all of them killed (SIGKILL) during steps, evaluations and saves. Exits 1
+when the run did not take all kills, or when a weight differs by more than the bound.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from skvr_dist.command import Figure, add_json, at_least, conclude
+from skvr_dist.errors import RunInterrupted, UserError
+
+if TYPE_CHECKING:
+    from skvr_dist.lab.verify.kills import Kill
+
+BOUND = 1e-6
+SMALL = {
+    "model.num_hidden_layers": 4,
+    "model.hidden_size": 32,
+    "model.intermediate_size": 48,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 2,
+    "train.warmup_steps": 1,
+    "data.sequence_length": 64,
+    "data.lanes": 4,
+    "evaluate.every_steps": 2,
+    "evaluate.sequences": 8,
+    "checkpoint.every_steps": 2,
+    "parallel.timeout_seconds": 60.0,
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--kills", type=at_least(1), default=30, metavar="N")
+    parser.add_argument("--ranks", type=at_least(2), default=4, metavar="N", help="a multiple of 2 stages (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    add_json(parser)
+
+
+def run(options: Namespace) -> int:
+    """Train twice, kill, and compare; returns the exit code."""
+    if options.ranks % 2:
+        raise UserError(f"--ranks {options.ranks} is odd; the runs have 2 stages, so give a multiple of 2")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    steps = 3 * options.kills + 24
+    with tempfile.TemporaryDirectory() as folder:
+        kills, worst, difference = _train_and_kill(Path(folder), options, steps)
+    pause = median(kill.seconds_to_next_start for kill in kills) if kills else 0.0
+    figure = Figure(
+        f"{len(kills)} of {options.kills} kills in {steps} steps, {pause:.1f} s (median) until the next start; "
+        f"largest relative difference of a weight {difference:.1e} ({worst})",
+        f"{BOUND:.0e}",
+        len(kills) == options.kills and difference <= BOUND,
+    )
+    record = {"kills": kills, "asked": options.kills, "steps": steps, "ranks": options.ranks}
+    record |= {"difference": difference, "worst": worst, "bound": BOUND, "passed": figure.met}
+    return conclude([figure], table=_table(kills), record=record, json_file=options.json)
+
+
+def _train_and_kill(folder: Path, options: Namespace, steps: int) -> tuple[list[Kill], str, float]:
+    """Both runs at the same time; returns the kills, and the weight that differs most with its relative difference."""
+    from skvr_dist.lab.verify.kills import kill_while_it_runs, largest_difference
+
+    _make_data(folder / "data")
+    calm, killed = folder / "calm", folder / "killed"
+    keeper = [sys.executable, "-m", "skvr_dist.commands.keep_running", "--output-dir", str(killed)]
+    keeper += ["--restarts", str(options.kills), "--", *_pretraining(killed, folder / "data", options.ranks, steps)]
+    undisturbed = subprocess.Popen(
+        _pretraining(calm, folder / "data", options.ranks, steps), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        kills = kill_while_it_runs(
+            keeper, killed, num_ranks=options.ranks, kills=options.kills, steps=steps, seed=options.seed
+        )
+        console, _ = undisturbed.communicate()
+    finally:
+        undisturbed.terminate()
+        undisturbed.wait()
+    if undisturbed.returncode != 0:
+        raise RunInterrupted(f"the undisturbed run failed:\n{console.decode()}")
+    return kills, *largest_difference(killed, calm)
+
+
+def _table(kills: Sequence[Kill]) -> str:
+    counts = Counter((kill.during, "all" if kill.ranks > 1 else "one") for kill in kills)
+    rows = [[during, ranks, count] for (during, ranks), count in sorted(counts.items())]
+    return tabulate(rows, headers=["killed during", "ranks", "kills"], tablefmt="github")
+
+
+def _make_data(folder: Path) -> None:
+    """A small data set of the running Python's own source."""
+    from skvr_dist.data.prepare.corpus import open_corpus
+    from skvr_dist.data.prepare.prepare import prepare
+    from skvr_dist.data.tokenizers.base import train_tokenizer
+
+    corpus = open_corpus(str(Path(os.__file__).parent / "email"), suffixes=(".py",))
+    tokenizer = train_tokenizer(corpus, vocab_size=512, model_type="bpe")
+    folder.mkdir()
+    tokenizer.save(folder / "tokenizer.model")
+    prepare(corpus, tokenizer, folder, num_shards=4, validation_share=0.25, workers=1)
+
+
+def _pretraining(output: Path, data: Path, ranks: int, steps: int) -> list[str]:
+    """The command line of a run on 2 stages, on a port of its own."""
+    from skvr_dist.cluster.launcher import free_port
+    from skvr_dist.config.presets import find_config
+
+    keys = SMALL | {
+        "train.steps": steps,
+        "train.output_dir": output,
+        "data.train": data / "train",
+        "data.validation": data / "validation",
+        "data.tokenizer": data / "tokenizer.model",
+    }
+    launcher = [sys.executable, "-c", "from deepspeed.launcher.runner import main; main()"]
+    launcher += ["--num_gpus", str(ranks), "--master_port", str(free_port()), "--log_level", "error"]
+    command = ["--module", "skvr_dist.commands.pretrain", "--config", str(find_config("experiment/quickstart"))]
+    return [*launcher, *command, *(f"{key}={value}" for key, value in keys.items())]
