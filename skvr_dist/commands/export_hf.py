@@ -88,14 +88,14 @@ def run() -> int | None:
 
 def _tokenizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
     """The checkpoint's own, or the files of the same one in a folder."""
-    from skvr_dist.data.tokenizers.base import Tokenizer
+    from skvr_dist.data.tokenizers.load import load_tokenizer
 
     own = checkpoint.tokenizer_file
     if folder is None or own is None:
         if folder is not None:
             raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to hold {folder} against; copy its files")
         return own
-    ours, given = Tokenizer.load(own).sha256, Tokenizer.load(folder).sha256
+    ours, given = load_tokenizer(own).sha256, load_tokenizer(folder).sha256
     if ours != given:
         raise UserError(
             f"tokenizer {folder} is {given[:12]}, but {checkpoint.folder} was trained with {ours[:12]}; give the "

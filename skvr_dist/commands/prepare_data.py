@@ -53,12 +53,12 @@ def run() -> int | None:
 
     from skvr_dist.data.prepare.prepare import LEFT_OUT_FILE, prepare
     from skvr_dist.data.shards import TRAIN
-    from skvr_dist.data.tokenizers.base import Tokenizer
+    from skvr_dist.data.tokenizers.load import load_tokenizer
 
     corpus = corpus_from(options)
     prepared = prepare(
         corpus,
-        Tokenizer.load(options.tokenizer),
+        load_tokenizer(options.tokenizer),
         options.output,
         num_shards=options.shards,
         validation_share=options.validation_share,

@@ -49,11 +49,11 @@ def run() -> None:
         )
 
     from skvr_dist.config.load import load_data_config
-    from skvr_dist.data.tokenizers.base import Tokenizer
+    from skvr_dist.data.tokenizers.load import load_tokenizer
     from skvr_dist.data.view import passages, render
 
     data, seed = load_data_config(options.config, options.overrides)
-    tokenizer = Tokenizer.load(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
     read, source_of = _sequences(options.examples, data, seed, tokenizer)
     records: list[dict[str, Any]] = []
     for number in range(options.first, options.first + options.count):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from skvr_dist.command import new_parser, parse, run_command
 from skvr_dist.data.prepare.corpus import INPUT_HELP, add_corpus_arguments, corpus_from
-from skvr_dist.data.tokenizers.base import train_tokenizer
+from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.files import prove_writable
 
 

@@ -10,7 +10,7 @@ from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.data.batch import IGNORED, MicroBatch
 from skvr_dist.data.reader import held_out_batches
 from skvr_dist.data.shards import Dataset
-from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.retention import RetentionPoint, retention_curve
 from skvr_dist.routing import CacheStrategy
@@ -64,7 +64,7 @@ class HeldOutData:
         if checkpoint.tokenizer_file is None:
             return
         try:
-            tokenizer = Tokenizer.load(checkpoint.tokenizer_file).sha256
+            tokenizer = load_tokenizer(checkpoint.tokenizer_file).sha256
         except UserError:  # it came along with an import, and no data set can be made with it
             return
         if tokenizer != self.dataset.manifest.tokenizer_sha256:

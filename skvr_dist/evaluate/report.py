@@ -18,6 +18,7 @@ from tabulate import tabulate
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.data.reader import validation_sequences
 from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.curve import HeldOutData, Measurement, evaluate_checkpoint
 from skvr_dist.evaluate.generate import cache_bytes, generate
@@ -157,7 +158,7 @@ def _tokenizer(checkpoints: Sequence[Checkpoint]) -> Tokenizer:
             f"{' and '.join(str(checkpoint.folder) for checkpoint in checkpoints)} have no tokenizer to continue a "
             f"text with; compare checkpoints that have one"
         )
-    return Tokenizer.load(files[0])
+    return load_tokenizer(files[0])
 
 
 def _samples(run: RunSummary, held_out: HeldOutData, tokenizer: Tokenizer, text: str | None) -> list[dict[str, Any]]:

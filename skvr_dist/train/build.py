@@ -9,7 +9,7 @@ from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
-from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.stage import StageModule
@@ -42,7 +42,7 @@ def build_saver(config: Config) -> Saver:
     return Saver(
         RunFolder(config.train.output_dir).checkpoints,
         config_text=dump_config(config),
-        tokenizer=Tokenizer.load(config.data.tokenizer).model,
+        tokenizer=load_tokenizer(config.data.tokenizer).model,
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=config.checkpoint.keep_every_steps,
         megabytes_per_second=config.checkpoint.megabytes_per_second,

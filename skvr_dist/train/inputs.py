@@ -11,6 +11,7 @@ from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import SequenceStream, SourceData, held_out_batches
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.model.attention import require_backend
 
@@ -34,7 +35,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     replicas = data_parallel_size(config, world_size)
     require_backend(config.model.attention)
     held_out = Dataset.open(config.data.validation)
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     held_out.require_vocabulary(config.model.vocab_size)
     require_made_with(held_out, tokenizer, config.data)
     sequences = training_sequences(config.data, config.train.seed)

@@ -20,7 +20,7 @@ from support.trainers import start_from_weights
 from skvr_dist.checkpoint.folder import FORMAT, Checkpoint, candidates, forget_old, publish, step_folder
 from skvr_dist.checkpoint.pieces import pieces_of
 from skvr_dist.config.model import ModelConfig
-from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify import reference
 from skvr_dist.lab.verify.cases import CLIP, LAYOUTS, OPTIMIZER, SEED, SHAPE, Case, batches
@@ -272,8 +272,8 @@ def test_any_kind_of_tokenizer_travels_with_a_checkpoint(tmp_path: Path, name: s
     """A folder, a file of it, and the one file that data sets keep; exports convert that one."""
     one_file = train_hugging_face(tmp_path / "tokenizer.model")
     run_ranks(1, save_with_tokenizer, Case("single"), str(tmp_path / "run"), str(tmp_path / name))
-    saved = Tokenizer.load(Checkpoint(tmp_path / "run").tokenizer_file)
-    assert saved.sha256 == Tokenizer.load(one_file).sha256
+    saved = load_tokenizer(Checkpoint(tmp_path / "run").tokenizer_file)
+    assert saved.sha256 == load_tokenizer(one_file).sha256
 
 
 def test_another_format_and_a_folder_without_a_checkpoint_are_refused(run_folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from skvr_dist.checkpoint.facts import Facts
 from skvr_dist.checkpoint.folder import Checkpoint, publish, step_folder, write_facts
 from skvr_dist.checkpoint.storage import INDEX_FILE
 from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import tokenizer_from_bytes
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.cases import Case
 from skvr_dist.lab.verify.ranks import run_ranks
@@ -37,7 +38,7 @@ def small_tokenizer() -> Tokenizer:
     """Of 90 words: the decoders of the parity cases have 97 embeddings."""
     words = tokenizers.Tokenizer(models.WordLevel({**{f"w{n}": n for n in range(89)}, "</s>": 89}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return Tokenizer.from_bytes(json.dumps({"eos_token": "</s>", "tokenizer": json.loads(words.to_str())}).encode())
+    return tokenizer_from_bytes(json.dumps({"eos_token": "</s>", "tokenizer": json.loads(words.to_str())}).encode())
 
 
 def train_and_save(case: Case, folder: str) -> None:

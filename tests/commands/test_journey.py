@@ -23,7 +23,7 @@ from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.data.prepare.corpus import Corpus
 from skvr_dist.data.prepare.prepare import prepare
 from skvr_dist.data.shards import Dataset
-from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.curve import HeldOutData
 from skvr_dist.evaluate.retention import retention_curve
@@ -165,7 +165,7 @@ def test_what_a_tool_misses_is_named(workspace: Path, capsys: pytest.CaptureFixt
     checkpoint = Checkpoint(workspace / "runs/imported")
     prepare(
         Corpus(workspace / "texts"),
-        Tokenizer.load(checkpoint.folder),
+        load_tokenizer(checkpoint.folder),
         workspace / "data",
         num_shards=4,
         validation_share=0.4,
@@ -200,7 +200,7 @@ def test_data_of_another_tokenizer_is_refused(workspace: Path) -> None:
     (workspace / "other").mkdir()
     byte_level_tokenizer([TEXT.upper()], 320).save(str(workspace / "other/tokenizer.json"))
     (workspace / "other/tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-    other = Tokenizer.load(workspace / "other")
+    other = load_tokenizer(workspace / "other")
     prepare(Corpus(workspace / "texts"), other, workspace / "data", num_shards=1, validation_share=0.4, workers=1)
     checkpoint = Checkpoint("runs/imported")
     with pytest.raises(

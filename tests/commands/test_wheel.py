@@ -14,7 +14,7 @@ import pytest
 from skvr_dist.cluster.launcher import free_port
 from skvr_dist.data.prepare.corpus import open_corpus
 from skvr_dist.data.prepare.prepare import prepare
-from skvr_dist.data.tokenizers.base import train_tokenizer
+from skvr_dist.data.tokenizers.train import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -16,7 +16,7 @@ from skvr_dist.config.load import load_config
 from skvr_dist.data.prepare.corpus import Corpus, open_corpus
 from skvr_dist.data.prepare.prepare import prepare
 from skvr_dist.data.shards import Dataset
-from skvr_dist.data.tokenizers.base import train_tokenizer
+from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.resume import preview_resume

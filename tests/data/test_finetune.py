@@ -19,7 +19,7 @@ from skvr_dist.data.batch import IGNORED
 from skvr_dist.data.finetune import PROMPT, FinetuneSequences, QuestionAnswer, encode_example, pack, read_examples
 from skvr_dist.data.prepare.corpus import open_corpus
 from skvr_dist.data.reader import MicroBatchReader
-from skvr_dist.data.tokenizers.base import train_tokenizer
+from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.errors import UserError
 
 TOKENIZER = train_tokenizer(

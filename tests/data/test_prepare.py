@@ -32,7 +32,10 @@ from skvr_dist.data.prepare.formats import FilePart, holds_records
 from skvr_dist.data.prepare.prepare import LEFT_OUT_FILE, Prepared, deal, prepare
 from skvr_dist.data.prepare.writer import ShardWriter, write_manifest
 from skvr_dist.data.shards import Dataset, check_dataset, find_datasets
-from skvr_dist.data.tokenizers.base import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
+from skvr_dist.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, UserError
 
 DOCUMENTS = [document for document in open_corpus("stdlib") if document.id.startswith(("json/", "email/", "xml/"))]
@@ -112,7 +115,7 @@ def test_the_manifest_and_the_indices_count(prepared: Path) -> None:
     train = find_datasets(prepared)["train"].manifest
     assert max(shard.bytes for shard in train.shards) < 3 * min(shard.bytes for shard in train.shards)
     assert any(len(Dataset.open(prepared / "train").open_shard(i).chunks) > 1 for i in range(4))
-    assert Tokenizer.load(prepared / "tokenizer.model").sha256 == TOKENIZER.sha256
+    assert load_tokenizer(prepared / "tokenizer.model").sha256 == TOKENIZER.sha256
 
 
 def test_webdataset_reads_the_shards(prepared: Path) -> None:
@@ -230,6 +233,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the backg
 from skvr_dist.data.prepare import prepare, writer
 from skvr_dist.data.prepare.corpus import Corpus
 from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 writer.CHUNK_TOKENS = 10_000
 publish = writer.ShardWriter.publish
 def slowly(self):
@@ -238,7 +242,7 @@ def slowly(self):
     return publish(self)
 writer.ShardWriter.publish = slowly
 source, model, output = sys.argv[1:]
-prepare.prepare(Corpus(source), Tokenizer.load(model), output, num_shards=4, validation_share=0.3, workers=1)
+prepare.prepare(Corpus(source), load_tokenizer(model), output, num_shards=4, validation_share=0.3, workers=1)
 """
 
 

@@ -21,7 +21,7 @@ from skvr_dist.data.batch import IGNORED, MicroBatch
 from skvr_dist.data.order import Mixture, permutation
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream, SourceData, validation_sequences
 from skvr_dist.data.shards import Dataset
-from skvr_dist.data.tokenizers.base import train_tokenizer
+from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.errors import UserError
 
 SHARDS, LANES, SEQUENCE_LENGTH = 13, 8, 24

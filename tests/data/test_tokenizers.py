@@ -18,9 +18,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
-import skvr_dist.data.tokenizers.base as tokenizer_module
 from skvr_dist.data.prepare.corpus import Document, open_corpus
-from skvr_dist.data.tokenizers.base import ModelType, Tokenizer, train_tokenizer
+from skvr_dist.data.tokenizers import sentencepiece as sentencepiece_module
+from skvr_dist.data.tokenizers import train as training_module
+from skvr_dist.data.tokenizers.load import load_tokenizer, tokenizer_from_bytes
+from skvr_dist.data.tokenizers.train import ModelType, train_tokenizer
 from skvr_dist.errors import UserError
 
 CODE = [document for document in open_corpus("stdlib") if document.id.startswith("json/")]
@@ -49,7 +51,7 @@ def test_long_texts_are_encoded_in_stretches_without_a_trace(text: str, stretch_
     tokenizer = TOKENIZERS["bpe"]
     whole = tokenizer.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "_STRETCH_CHARS", stretch_chars)
+        patch.setattr(sentencepiece_module, "_STRETCH_CHARS", stretch_chars)
         assert tokenizer.encode(text) == whole
 
 
@@ -76,7 +78,7 @@ def test_training_does_not_depend_on_the_order_of_documents(kind: ModelType) -> 
 
 
 def test_a_large_corpus_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_module, "TRAINING_CHARS", 20_000)
+    monkeypatch.setattr(training_module, "TRAINING_CHARS", 20_000)
     lines = [Document(str(i), line) for i, line in enumerate("".join(d.text for d in CODE).splitlines())]
     sampled = train_tokenizer(lines, vocab_size=400)
     assert sampled.model == train_tokenizer(reversed(lines), vocab_size=400).model
@@ -131,7 +133,7 @@ def test_scripts_without_spaces_get_their_share(
     held_out = unspaced(2, 2100, characters)[-2000:]
     lengths = []
     for chunks in (10, 10**6):
-        monkeypatch.setattr(tokenizer_module, "_CHUNKS_PER_PIECE", chunks)
+        monkeypatch.setattr(training_module, "_CHUNKS_PER_PIECE", chunks)
         lengths.append(len(train_tokenizer(documents, vocab_size=600, model_type=kind).encode(held_out)))
     assert lengths[0] <= 1.1 * lengths[1]
 
@@ -186,7 +188,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(text=TEXTS)
 @example(text="a<|end|>b")
 def test_hugging_face_tokenizers(hf_folder: Path, text: str) -> None:
-    tokenizer = Tokenizer.load(hf_folder)
+    tokenizer = load_tokenizer(hf_folder)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.eos_id == 0
@@ -196,14 +198,14 @@ def test_hugging_face_tokenizers(hf_folder: Path, text: str) -> None:
 
 
 def test_hugging_face_tokenizers_become_one_file(hf_folder: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(hf_folder / "tokenizer.json")
+    tokenizer = load_tokenizer(hf_folder / "tokenizer.json")
     tokenizer.save(tmp_path / "tokenizer.model")
-    again = Tokenizer.load(tmp_path / "tokenizer.model")
-    assert again.sha256 == tokenizer.sha256 == Tokenizer.load(hf_folder).sha256
+    again = load_tokenizer(tmp_path / "tokenizer.model")
+    assert again.sha256 == tokenizer.sha256 == load_tokenizer(hf_folder).sha256
     assert (again.vocab_size, again.eos_id) == (500, 0)
     shutil.copy(hf_folder / "tokenizer.json", tmp_path)
     with pytest.raises(UserError, match=r"cannot read tokenizer .*: No such file"):
-        Tokenizer.load(tmp_path / "tokenizer.json")
+        load_tokenizer(tmp_path / "tokenizer.json")
     for config, message in (
         ("{}", "tokenizer_config.json names no eos_token"),
         ('{"eos_token": "<none>"}', "has no token '<none>', which its configuration names as the eos_token"),
@@ -211,7 +213,7 @@ def test_hugging_face_tokenizers_become_one_file(hf_folder: Path, tmp_path: Path
     ):
         (tmp_path / "tokenizer_config.json").write_text(config)
         with pytest.raises(UserError, match=message):
-            Tokenizer.load(tmp_path / "tokenizer.json")
+            load_tokenizer(tmp_path / "tokenizer.json")
     shutil.copy(hf_folder / "tokenizer_config.json", tmp_path)
     for content, message in (
         ('{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}', r"is not a Hugging Face tokenizer \("),
@@ -219,29 +221,29 @@ def test_hugging_face_tokenizers_become_one_file(hf_folder: Path, tmp_path: Path
     ):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match=message):
-            Tokenizer.load(tmp_path)
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match=r"cannot read .*tokenizer.json: it is a named pipe"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "broken.model").write_text('{"eos_token": "a", "tokenizer": {}}')
     with pytest.raises(UserError, match=r"broken.model is not a Hugging Face tokenizer \("):
-        Tokenizer.load(tmp_path / "broken.model")
+        load_tokenizer(tmp_path / "broken.model")
 
 
 def test_settings_of_training_are_off(hf_folder: Path, tmp_path: Path) -> None:
     """Dropout, truncation and padding, which a tokenizer.json may hold: the tokens depend on the text alone."""
     text = CODE[0].text
-    expected = Tokenizer.load(hf_folder).encode(text)
+    expected = load_tokenizer(hf_folder).encode(text)
     shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
     trained = tokenizers.Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
     trained.model.dropout = 0.5
     trained.enable_truncation(7)
     trained.enable_padding(length=100)
     trained.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert json.loads(tokenizer.model)["tokenizer"]["model"]["dropout"] == 0.5  # the file stays what was given
-    for used in (tokenizer, Tokenizer.from_bytes(tokenizer.model)):
+    for used in (tokenizer, tokenizer_from_bytes(tokenizer.model)):
         assert used.encode(text) == expected
         assert used.encode("") == []
     assert tokenizer.for_export().encode(text).ids == expected
@@ -250,7 +252,7 @@ def test_settings_of_training_are_off(hf_folder: Path, tmp_path: Path) -> None:
 def test_a_text_that_a_tokenizer_has_no_token_for_is_refused() -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<end>": 0, "a": 1}, unk_token="<none>"))
     content = {"eos_token": "<end>", "tokenizer": json.loads(words.to_str())}
-    tokenizer = Tokenizer.from_bytes(json.dumps(content).encode(), "words.model")
+    tokenizer = tokenizer_from_bytes(json.dumps(content).encode(), "words.model")
     assert tokenizer.encode("a") == [1]
     with pytest.raises(UserError, match=r"words.model cannot encode a text \(WordLevel error: Missing \[UNK\]"):
         tokenizer.encode("b")
@@ -261,28 +263,28 @@ def test_save_and_load(tmp_path: Path) -> None:
     tokenizer.save(file)
     tokenizer.save(file)
     assert [path.name for path in file.parent.iterdir()] == ["tokenizer.model"]
-    assert Tokenizer.load(file).sha256 == tokenizer.sha256
+    assert load_tokenizer(file).sha256 == tokenizer.sha256
     with pytest.raises(UserError, match=r"tokenizer.model holds another tokenizer; remove it or choose another name"):
         TOKENIZERS["unigram"].save(file)
-    assert Tokenizer.load(file).sha256 == tokenizer.sha256
+    assert load_tokenizer(file).sha256 == tokenizer.sha256
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=rf"cannot read tokenizer {tmp_path}: No such file.*{tmp_path}/tokenizer.json\)"
     ):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="cannot read /dev/zero: it is a device"):
-        Tokenizer.load("/dev/zero")
+        load_tokenizer("/dev/zero")
     with pytest.raises(UserError, match=r"cannot read tokenizer .*none.model: No such file"):
-        Tokenizer.load(tmp_path / "none.model")
+        load_tokenizer(tmp_path / "none.model")
     (tmp_path / "text.model").write_text("not a model")
     with pytest.raises(UserError, match=r"text.model is not a sentencepiece model"):
-        Tokenizer.load(tmp_path / "text.model")
+        load_tokenizer(tmp_path / "text.model")
     usual = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(CODE[0].text.splitlines()), model_writer=usual, vocab_size=300, minloglevel=2
     )
     (tmp_path / "usual.model").write_bytes(usual.getvalue())
     with pytest.raises(UserError, match=r"usual.model does not keep texts exact: it must have byte fallback"):
-        Tokenizer.load(tmp_path / "usual.model")
+        load_tokenizer(tmp_path / "usual.model")

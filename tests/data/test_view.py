@@ -15,7 +15,7 @@ from skvr_dist.data.finetune import FinetuneSequences, QuestionAnswer
 from skvr_dist.data.prepare.corpus import Corpus, open_corpus
 from skvr_dist.data.prepare.prepare import prepare
 from skvr_dist.data.reader import Rows
-from skvr_dist.data.tokenizers.base import train_tokenizer
+from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.data.view import passages, render
 
 ROOT = Path(__file__).parents[2]

@@ -18,6 +18,7 @@ from support.tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.hf.convert.tokenizer import convert_tokenizer, write_tokenizer
 
@@ -30,7 +31,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("tokenizer")
     file = request.param(folder / "training.model")
     write_tokenizer(folder, convert_tokenizer(file, 10**6))
-    return Tokenizer.load(file), AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(file), AutoTokenizer.from_pretrained(folder)
 
 
 def assert_same(pair: Pair, text: str) -> None:

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from support.hf_models import random_weights, shape_of
 from support.tokenizers import train_ours
 
-from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.hf.convert.card import Training
 from skvr_dist.hf.convert.export import export_model
 from skvr_dist.model.decoder import Decoder, next_token_loss
@@ -61,7 +61,7 @@ def test_likelihood_at_a_profile(tmp_path: Path) -> None:
     sources = CacheStrategy.parse("every:4", 8).kv_source_layers
     nats = 0.0
     for text in TEXTS:
-        ids = torch.tensor([[2, *Tokenizer.load(tokenizer).encode(text)]])  # a text follows the end of another one
+        ids = torch.tensor([[2, *load_tokenizer(tokenizer).encode(text)]])  # a text follows the end of another one
         nats += float(next_token_loss(decoder(ids[:, :-1], sources), ids[:, 1:]).detach()) * (ids.shape[1] - 1)
     size = sum(len(text.encode()) for text in TEXTS)
     assert found == pytest.approx(math.exp(nats / size), rel=1e-4)

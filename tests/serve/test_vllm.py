@@ -25,7 +25,7 @@ from vllm.model_executor.models.llama import LlamaAttention
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.prepare.corpus import Document
-from skvr_dist.data.tokenizers.base import train_tokenizer
+from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.hf.convert.card import Training
 from skvr_dist.hf.convert.export import export_model

@@ -10,7 +10,8 @@ from skvr_dist.data.prepare import writer
 from skvr_dist.data.prepare.corpus import open_corpus
 from skvr_dist.data.prepare.writer import ShardWriter, write_manifest
 from skvr_dist.data.shards import Dataset
-from skvr_dist.data.tokenizers.base import Tokenizer, train_tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.train import train_tokenizer
 
 CODE = [document for document in open_corpus("stdlib") if document.id.startswith("json/")]
 

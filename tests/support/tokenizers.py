@@ -13,7 +13,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from skvr_dist.data.prepare.corpus import Document
-from skvr_dist.data.tokenizers.base import Tokenizer, train_tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
+from skvr_dist.data.tokenizers.train import train_tokenizer
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
@@ -75,5 +76,5 @@ def train_hugging_face(file: Path, normalizer: Any = None) -> Path:
     fast.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     folder = file.parent / "hf"
     PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    Tokenizer.load(folder).save(file)
+    load_tokenizer(folder).save(file)
     return file

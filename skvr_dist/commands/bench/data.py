@@ -52,7 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Measure all three; returns the exit code."""
     from skvr_dist.data.prepare.corpus import open_corpus
-    from skvr_dist.data.tokenizers.base import train_tokenizer
+    from skvr_dist.data.tokenizers.train import train_tokenizer
 
     corpus = open_corpus("stdlib")
     tokenizer = train_tokenizer(corpus, vocab_size=512)

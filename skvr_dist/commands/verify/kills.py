@@ -108,7 +108,7 @@ def _make_data(folder: Path) -> None:
     """A small data set of the running Python's own source."""
     from skvr_dist.data.prepare.corpus import open_corpus
     from skvr_dist.data.prepare.prepare import prepare
-    from skvr_dist.data.tokenizers.base import train_tokenizer
+    from skvr_dist.data.tokenizers.train import train_tokenizer
 
     corpus = open_corpus(str(Path(os.__file__).parent / "email"), suffixes=(".py",))
     tokenizer = train_tokenizer(corpus, vocab_size=512, model_type="bpe")

@@ -31,6 +31,7 @@ from skvr_dist.data.prepare.pool import available_cores, run_tasks
 from skvr_dist.data.prepare.writer import ShardWriter, write_manifest
 from skvr_dist.data.shards import TRAIN, VALIDATION, Dataset, find_datasets
 from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import tokenizer_from_bytes
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, naming_failure, prove_folder, write_whole
 
@@ -278,7 +279,7 @@ class _Making:
     validation_share: float
 
     def __call__(self, number: int, parts: Parts, advance: Advance) -> None:
-        tokenizer = Tokenizer.from_bytes(self.tokenizer_model)
+        tokenizer = tokenizer_from_bytes(self.tokenizer_model)
         eos_id = tokenizer.eos_id
         file = f"shard-{number:05d}.tar"
         digest, left_out = hashlib.sha256(), Counter[str]()

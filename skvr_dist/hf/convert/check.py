@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM, Qw
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.hf.convert.weights import WeightReader, hf_name
 from skvr_dist.hf.model import causal_lm
 from skvr_dist.hf.model.layers import route
@@ -135,7 +136,7 @@ def check_export(
     differing_texts: tuple[str, ...] = ()
     sequences = _drawn_sequences(config)
     if tokenizer_file is not None:
-        source = Tokenizer.load(tokenizer_file)
+        source = load_tokenizer(tokenizer_file)
         differing_texts = _differing_texts(folder, source)
         encoded = [torch.tensor(source.encode(text)[:SEQUENCE_LENGTH]) for text in SAMPLE_TEXTS]
         sequences = [tokens[: config.max_position_embeddings] for tokens in encoded if len(tokens)]

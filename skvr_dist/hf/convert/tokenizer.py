@@ -16,8 +16,10 @@ from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from skvr_dist.data.tokenizers.base import UNIGRAM_SCORE_STEPS, Tokenizer, special_names
 from skvr_dist.data.tokenizers.hugging_face import HuggingFaceTokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
+from skvr_dist.data.tokenizers.sentencepiece import special_names
+from skvr_dist.data.tokenizers.train import UNIGRAM_SCORE_STEPS
 from skvr_dist.errors import UserError
 
 TOKENIZER_FILES = (
@@ -50,7 +52,7 @@ def convert_tokenizer(file: Path, max_length: int) -> PreTrainedTokenizerFast:
     Raises:
         UserError: `Tokenizer` refuses the file, or transformers cannot give the same ids.
     """
-    tokenizer = Tokenizer.load(file)
+    tokenizer = load_tokenizer(file)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         fast, eos, unk = tokenizer.for_export(), tokenizer.eos_token, None
     else:
