@@ -56,7 +56,14 @@ class Subcommand(Protocol):
 
 def new_parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
     """A parser whose help is a module's docstring as it is written."""
-    return argparse.ArgumentParser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog or _program(), description=doc, formatter_class=formatter)
+
+
+def _program() -> str:
+    """What was started, as a user knows it; of a package (`python -m`) its name."""
+    started = Path(sys.argv[0])
+    return started.parent.name if started.name == "__main__.py" else started.name
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -220,7 +227,7 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
 
 def _ending_of(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence of what ended a command; no sentence where nobody would read it."""
-    name = Path(sys.argv[0]).name
+    name = _program()
     if isinstance(error, UserError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -247,7 +254,7 @@ def _keep_traceback(error: BaseException) -> str:
         return f"the traceback is in {logs[0].baseFilename}"
     text = "".join(traceback.format_exception(error))
     try:
-        descriptor, file = tempfile.mkstemp(prefix=f"{Path(sys.argv[0]).stem}-", suffix=".traceback", text=True)
+        descriptor, file = tempfile.mkstemp(prefix=f"{Path(_program()).stem}-", suffix=".traceback", text=True)
         os.close(descriptor)
         Path(file).write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as failure:

@@ -11,6 +11,7 @@ the sequences are those of fine-tuning on a jsonl file of contexts, questions an
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,12 @@ def main() -> None:
     run_command(run)
 
 
-def run() -> None:
-    """Print the sequences, and write them where asked to."""
+def _options() -> Namespace:
+    """The arguments.
+
+    Raises:
+        UserError: numbers of sequences that no run has.
+    """
     parser = new_parser(__doc__)
     add_configs(parser)
     parser.add_argument("--examples", metavar="FILE", help="fine-tuning examples instead of data.train")
@@ -47,6 +52,12 @@ def run() -> None:
             f"--first {options.first} and --count {options.count} go beyond sequence {LAST_SEQUENCE}, the last that a "
             f"run could read"
         )
+    return options
+
+
+def run() -> None:
+    """Print the sequences, and write them where asked to."""
+    options = _options()
 
     from skvr_dist.config.load import load_data_config
     from skvr_dist.data.tokenizers.load import load_tokenizer
