@@ -168,7 +168,7 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured figure held against its bound; NaN meets none."""
+    """A measured figure and its bound; NaN meets none."""
 
     what: str
     """The figure in words, its value included."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something a user can put right: the message names the culprit, both values and the way out."""
+    """Something a user can correct: the message names the culprit, both values and the way out."""
 
     exit_code = 2
 
@@ -17,7 +17,7 @@ class OneRankError(UserError):
 
 
 class RunInterrupted(UserError):
-    """A run that cannot go on here but can be started again as it is: a rank died, or the job was preempted."""
+    """A run that cannot continue here but can be started again as it is: a rank died, or the job was preempted."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 

@@ -18,7 +18,7 @@ class _Record(BaseModel):
 
 
 class GuardFacts(_Record):
-    """What `skvr_dist.parallel.guard.UpdateGuard` goes on with."""
+    """What `skvr_dist.parallel.guard.UpdateGuard` continues with."""
 
     losses: list[float]
     """The last finite ones, the newest last."""

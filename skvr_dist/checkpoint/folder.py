@@ -36,7 +36,7 @@ from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
 from skvr_dist.checkpoint.storage import INDEX_FILE, Index
 from skvr_dist.config.stored import StoredConfig
 from skvr_dist.errors import UserError
-from skvr_dist.files import sha256_of
+from skvr_dist.files import sha256_of, write_whole
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.run.folder import RunFolder
 
@@ -99,13 +99,11 @@ def point_latest(checkpoints: Path) -> None:
     if newest is None:
         (checkpoints / LATEST_FILE).unlink(missing_ok=True)
         return
-    pointer = checkpoints / f"{LATEST_FILE}.partial"
-    pointer.write_text(newest.name + "\n", encoding="utf-8")
-    pointer.replace(checkpoints / LATEST_FILE)
+    write_whole(checkpoints / LATEST_FILE, newest.name + "\n")
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Move a checkpoint to where no run goes on from it by itself; returns its new place."""
+    """Move a checkpoint to where no run resumes from it by itself; returns its new place."""
     aside = checkpoint.parent / ASIDE_FOLDER
     aside.mkdir(exist_ok=True)
     target, number = aside / checkpoint.name, 1
@@ -262,7 +260,7 @@ class Checkpoint:
 
     @property
     def has_moments(self) -> bool:
-        """Whether training can go on from it; a weights-only checkpoint is a start."""
+        """Whether training can resume from it: a checkpoint of weights alone can only start a run."""
         return any(not name.startswith(WEIGHTS) for name in self.index.names())
 
     def weight_names(self) -> list[str]:

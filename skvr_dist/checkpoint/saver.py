@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run, while the run goes on."""
+"""Writes the checkpoints of a run while it trains."""
 
 from __future__ import annotations
 
@@ -142,6 +142,8 @@ class Saver:
                 work()
             except OSError as error:
                 failed = f"{error.strerror}: {error.filename}"
+            except UserError as error:
+                failed = str(error)
         said: list[str | None] = [failed]
         dist.broadcast_object_list(said, src=0, group=self._group)
         if said[0]:

@@ -97,7 +97,7 @@ class KeptRun:
             process.terminate()
 
     def _end_what_is_left(self) -> None:
-        """Ranks that have lost their launcher would go on, and write to the same folder as the next attempt."""
+        """Ranks that have lost their launcher would train on, and write to the same folder as the next attempt."""
         processes = marked_processes(_MARK, self._mark)
         for process in processes:
             process.terminate()

@@ -93,7 +93,7 @@ def _tokenizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
     own = checkpoint.tokenizer_file
     if folder is None or own is None:
         if folder is not None:
-            raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to hold {folder} against; copy its files")
+            raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to compare {folder} with; copy its files")
         return own
     ours, given = load_tokenizer(own).sha256, load_tokenizer(folder).sha256
     if ours != given:

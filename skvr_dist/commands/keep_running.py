@@ -3,7 +3,7 @@
     skvr-keep-running --output-dir runs/mine -- deepspeed --num_gpus 4 --module skvr_dist.commands.pretrain \\
         --config quickstart train.output_dir=runs/mine
 
-The run goes on from its latest checkpoint. SIGTERM, SIGUSR1 and Ctrl+C are passed to the ranks, which save and end;
+The run resumes from its latest checkpoint. SIGTERM, SIGUSR1 and Ctrl+C are passed to the ranks, which save and end;
 after that the run is not started again (exit code 75). A mistake of the user's (exit code 2) ends it at once.
 """
 

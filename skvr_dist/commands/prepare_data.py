@@ -4,8 +4,8 @@
         --shards 32 --validation-share 0.05
     skvr-prepare-data --check data/stdlib
 
-Writes OUTPUT/train, OUTPUT/validation and OUTPUT/tokenizer.model. Interrupted, the same command goes on; an output that
-holds these very data sets is left alone; one that holds others is an error. More in docs/data.md.
+Writes OUTPUT/train, OUTPUT/validation and OUTPUT/tokenizer.model. Interrupted, the same command continues; an output
+that holds these very data sets is left alone; one that holds others is an error. More in docs/data.md.
 """
 
 from __future__ import annotations

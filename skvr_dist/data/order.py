@@ -43,7 +43,7 @@ class _OpenStretch:
     """Position of its first token in the lane."""
     epoch: int
     number: int
-    """Of the shard in its data set."""
+    """Number of the shard in its data set."""
     shard: OpenShard | None
     """None if its index is damaged."""
     order: NDArray[np.int64]

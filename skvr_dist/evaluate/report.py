@@ -23,6 +23,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.evaluate.curve import HeldOutData, Measurement, evaluate_checkpoint
 from skvr_dist.evaluate.generate import cache_bytes, generate
 from skvr_dist.evaluate.retention import RetentionPoint, as_records, as_table, percent, plot
+from skvr_dist.files import write_whole
 from skvr_dist.routing import CacheStrategy
 from skvr_dist.run.folder import RunFolder
 
@@ -111,9 +112,16 @@ def write_report(
     samples = [sample for run in runs for sample in _samples(run, held_out, tokenizer, prompt)]
     output.mkdir(parents=True, exist_ok=True)
     plot({run.label: run.curve for run in runs}, output / PICTURE)
+    write_whole(output / RECORD, json.dumps(_record(runs, samples), indent=2) + "\n")
+    write_whole(output / REPORT, _markdown(runs, samples))
+    return output / REPORT
+
+
+def _record(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What report.json says."""
     measured = runs[0].measurement.record()
     del measured["points"]
-    record = {
+    return {
         "measured": measured,
         "runs": {
             run.label: {
@@ -129,9 +137,6 @@ def write_report(
         },
         "samples": samples,
     }
-    (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (output / REPORT).write_text(_markdown(runs, samples), encoding="utf-8")
-    return output / REPORT
 
 
 def _training_records(run: Path) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from skvr_dist.data.batch import MicroBatch
+from skvr_dist.files import write_whole
 from skvr_dist.model.decoder import Decoder, summed_next_token_loss
 from skvr_dist.model.modules import count_labels
 from skvr_dist.routing import CacheStrategy
@@ -126,5 +128,7 @@ def plot(curves: Mapping[str, Sequence[RetentionPoint]], file: Path) -> None:
     if len(curves) > 1:
         axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(file)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(file, picture.getvalue())
     plt.close(figure)

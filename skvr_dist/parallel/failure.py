@@ -44,7 +44,7 @@ def naming_the_operation(mesh: Mesh, operation: str, micro_batch: int | None = N
         silent = f"no sign of life from rank {', '.join(map(str, missing))}" if missing else "all ranks are alive"
         reason = " ".join(str(error).split())[:200]
         sentence = (
-            f"{mesh.name} failed in {operation}{of}: {silent} ({reason}); start the run again, it goes on from the "
+            f"{mesh.name} failed in {operation}{of}: {silent} ({reason}); start the run again, it resumes from the "
             f"latest checkpoint"
         )
         logging.getLogger("skvr_dist").error(sentence)

@@ -2,7 +2,7 @@
 
 All ranks decide alike, before the optimizer step, from sums over the world. An update that is refused is dropped
 exactly (`skvr_dist.parallel.engine.gradients`): weights and moments stay as they are, while the step counter and the
-learning-rate schedule, which are functions of the step, go on. The batch is gone, as if the run had never trained on
+learning-rate schedule, which are functions of the step, advance. The batch is gone, as if the run had never trained on
 it.
 """
 
@@ -81,7 +81,7 @@ class UpdateGuard:
         if self._skipped_in_a_row >= self._max_skipped_in_a_row:
             raise UserError(
                 f"step {step} was the {self._skipped_in_a_row}. step in a row whose update was skipped, the last one "
-                f"because {self.reason}, and train.max_skipped_steps_in_a_row is {self._max_skipped_in_a_row}; go on "
+                f"because {self.reason}, and train.max_skipped_steps_in_a_row is {self._max_skipped_in_a_row}; resume "
                 f"from an earlier checkpoint with a lower train.learning_rate, or look at the data of these steps"
             )
 
@@ -94,7 +94,7 @@ class UpdateGuard:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Continue from what `state` returned."""
         self._losses = deque(state["losses"], maxlen=_HISTORY)
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]

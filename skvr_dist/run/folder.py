@@ -1,6 +1,6 @@
 """The folder of a run: everything it writes lies in here, and nobody else knows where.
 
-run.json          the run's id, and what it was last told to go on from
+run.json          the run's id, and what it was last told to resume from
 lock/             who writes here (`skvr_dist.run.lock`)
 config.yaml       the resolved configuration
 versions.json     the software, the command and the layout

@@ -1,6 +1,6 @@
 """One run per folder: a lock that the hosts of a shared file system respect, and that no dead process holds.
 
-    lock/00000001.json      who holds it: host, process, since when, the run; and a beat that goes on while it lives
+    lock/00000001.json      who holds it: host, process, since when, the run; and a count that rises while it lives
 
 The file with the highest number counts. Its holder rewrites it every few seconds; whoever wants the lock and shares
 the holder's process numbers looks for the process, and otherwise watches whether the beat moves: no clock of two hosts

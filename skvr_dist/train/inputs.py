@@ -1,4 +1,4 @@
-"""The data sets that a run reads, held against the configuration."""
+"""The data sets that a run reads, compared with the configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Inputs:
 
 
 def open_inputs(config: Config, world_size: int) -> Inputs:
-    """Open what a run reads and hold it against the configuration, before any process group exists.
+    """Open what a run reads and compare it with the configuration, before any process group exists.
 
     Raises:
         UserError: a data set is missing, damaged or does not fit.

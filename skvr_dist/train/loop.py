@@ -19,6 +19,7 @@ from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.errors import RunInterrupted
+from skvr_dist.files import write_whole
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.optimizers import state_to_save
 from skvr_dist.parallel.engine.process_group import start_process_group
@@ -57,7 +58,7 @@ def pretrain(config: Config) -> None:
     finish(run)
     if interrupted and step < config.train.steps:
         sentence = (
-            f"{interrupted} ended the run after step {step}, which is saved; start it again, it goes on from there"
+            f"{interrupted} ended the run after step {step}, which is saved; start it again, it resumes from there"
         )
         run.log.info(sentence)
         raise RunInterrupted(sentence)
@@ -100,7 +101,7 @@ def start(config: Config) -> Run:
     mesh.require_same({"data": fingerprint, **sections})
     log = start_log(folder.log(mesh.rank))
     if mesh.rank == 0:
-        folder.config.write_text(dump_config(config), encoding="utf-8")
+        write_whole(folder.config, dump_config(config))
         write_versions(folder.versions, layout_of(config, mesh.world_size).model_dump())
     with prints_to(folder.log(mesh.rank)), naming_the_operation(mesh, "reading the checkpoint"):
         engine = build_engine(config, mesh)
@@ -208,7 +209,7 @@ def evaluate(run: Run, step: int) -> None:
 
 
 def save(run: Run, step: int, *, evaluation_due: bool) -> None:
-    """Start to write a checkpoint, which goes on while the next steps run; collective."""
+    """Start to write a checkpoint, which is written while the next steps run; collective."""
     facts = progress_facts(
         run.engine,
         step,

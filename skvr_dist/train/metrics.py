@@ -9,6 +9,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from skvr_dist.files import write_whole
 from skvr_dist.run.folder import RunFolder
 
 Values = dict[str, float]
@@ -35,7 +36,7 @@ class Reporter:
         if self._enabled:
             self._writer = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
             metrics, kept = folder.metrics, _kept_records(folder.metrics, first_step)
-            metrics.write_text("".join(kept), encoding="utf-8")
+            write_whole(metrics, "".join(kept))
             self._metrics = metrics.open("a", encoding="utf-8")
             self._evaluated = {json.loads(line)["step"] for line in kept if '"evaluate/' in line}
             # The bar is for terminals; the lines below carry the time left everywhere else.

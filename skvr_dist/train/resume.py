@@ -39,9 +39,9 @@ def resume_candidates(config: Config) -> list[Path]:
 
 
 def settle_resume(config: Config, resumed: Checkpoint | None) -> list[Path]:
-    """Make what a run goes on from the newest in its folder, and note what it was told; on one rank.
+    """Make the checkpoint that a run resumes from the newest in its folder, and note what it was told; on one rank.
 
-    Newer checkpoints, and all of them if it goes on from elsewhere, are of another training: they are set aside.
+    Newer checkpoints, and all of them if it resumes from elsewhere, are of another training: they are set aside.
 
     Returns:
         where those are now.
@@ -72,7 +72,7 @@ def _as_noted(checkpoint: str) -> str:
 
 
 def preview_resume(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoint | None:
-    """The checkpoint that a run would go on from, as far as one process can tell without reading its tensors.
+    """The checkpoint that a run would resume from, as far as one process can tell without reading its tensors.
 
     Raises:
         UserError: none is left, or it does not fit the configuration; or the initial weights of a new run do not.
@@ -95,7 +95,7 @@ def preview_resume(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoi
 def _require_one(problems: list[str]) -> None:
     """A run never starts afresh where it had begun."""
     if problems:
-        raise UserError(f"no checkpoint is left to go on from: {'; '.join(problems)}")
+        raise UserError(f"no checkpoint is left to resume from: {'; '.join(problems)}")
 
 
 def resume(
@@ -159,7 +159,7 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
     if checkpoint.step > config.train.steps:
         raise UserError(
             f"checkpoint {checkpoint.folder} is at step {checkpoint.step}, but train.steps is {config.train.steps}; "
-            f"raise it to go on"
+            f"raise it to train longer"
         )
     if config.data.on_resume == "same_data":
         _require_same_data(checkpoint, data_fingerprint)
@@ -174,7 +174,7 @@ def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:
     if different:
         raise UserError(
             f"checkpoint {checkpoint.folder} was trained on other data than this configuration reads: they differ in "
-            f"{', '.join(different)}; put it back, start a new run with another train.output_dir, or go on with the "
+            f"{', '.join(different)}; put it back, start a new run with another train.output_dir, or resume with the "
             f"other data with data.on_resume=other_data"
         )
 

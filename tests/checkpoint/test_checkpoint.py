@@ -1,4 +1,4 @@
-"""Checkpoints: any layout goes on in any other, in any precision; damage is seen; nothing unfinished counts."""
+"""Checkpoints: any layout resumes from any other's, in any precision; damage is seen; nothing unfinished counts."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(run_folder: Path) -
         assert "step-00000002 is damaged: index.json is missing" in left_out[1]
     (checkpoints / "step-00000001/manifest.json").unlink()
     for message in run_ranks(2, go_on_here, case, str(run_folder)):
-        assert message.startswith("no checkpoint is left to go on from: ")
+        assert message.startswith("no checkpoint is left to resume from: ")
         assert "step-00000001 is incomplete (No such file or directory" in message
 
 
@@ -229,7 +229,7 @@ def test_going_back_sets_newer_checkpoints_aside(run_folder: Path, tmp_path: Pat
     other = Path(shutil.copytree(checkpoints / "step-00000002", tmp_path / "other/checkpoints" / step_folder(2)))
 
     def start(asked: str) -> list[str]:
-        """What a run that is told this goes on from, in order; it then follows the first."""
+        """What a run that is told this resumes from, in order; it then follows the first."""
         train = case.train.model_copy(update={"output_dir": str(run_folder), "resume": asked})
         config = case.model_copy(update={"train": train})
         found = resume_candidates(config)

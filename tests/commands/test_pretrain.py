@@ -191,7 +191,7 @@ def test_resuming_is_as_if_never_stopped(routed: Path, data: Path, tmp_path: Pat
 
 
 def test_a_preempted_run_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
-    """SIGUSR1 to what keeps the real launcher running, as Slurm sends it; the same command then goes on to the end."""
+    """SIGUSR1 to what keeps the real launcher running, as Slurm sends it; the same command then trains to the end."""
     steps, folder = 60, tmp_path / "run"
     keys = [*SMALL, *data_keys(data), f"train.output_dir={folder}", f"train.steps={steps}", "evaluate.every_steps=1"]
     keys += ["checkpoint.every_steps=1000", "evaluate.strategies=[full]"]
@@ -256,7 +256,7 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
         (["routing.cross_layer_prob=0.6"], "has routing.cross_layer_prob 0.5, the configuration 0.6"),
         (["train.global_batch_size=16"], "has train.global_batch_size 8, the configuration 16"),
         (["evaluate.sequences=10000"], "sequences of 64 tokens, but 10000 are asked for"),
-        (["train.steps=3"], "is at step 4, but train.steps is 3; raise it to go on"),
+        (["train.steps=3"], "is at step 4, but train.steps is 3; raise it to train longer"),
         (["train.seed=5"], "has train.seed 0, the configuration 5"),
         (["data.lanes=2", "train.micro_batch_size=1"], "has train.micro_batch_size 2, the configuration 1"),
         (["train.resume=never"], "already holds checkpoints"),

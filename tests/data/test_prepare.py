@@ -301,7 +301,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_that_looks_complete(
     )
     assert done.returncode == EXIT_USAGE
     assert f"cannot write data set {tmp_path}: [Errno 27] File too large" in done.stderr
-    assert "the same command goes on" in done.stderr
+    assert "the same command continues" in done.stderr
     assert not list(tmp_path.rglob("train/*.tar"))
     assert not list(tmp_path.rglob("*.tar.partial"))
     prepare(Corpus(source), TOKENIZER, tmp_path, **OPTIONS)

@@ -1,4 +1,4 @@
-"""Hugging Face -> ours -> Hugging Face: the same bits, and a checkpoint that training goes on from."""
+"""Hugging Face -> ours -> Hugging Face: the same bits, and a checkpoint that training resumes from."""
 
 from __future__ import annotations
 

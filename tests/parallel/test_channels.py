@@ -98,7 +98,7 @@ def evaluate_and_train(case: Case) -> tuple[set[str], list[float]]:
 
 @pytest.mark.parametrize(("layout", "precision"), [("PP4 uneven", "fp32"), ("PP2xDP2 ZeRO-1", "bf16")])
 def test_every_channel_has_been_used_before_the_first_step(layout: str, precision: str) -> None:
-    """The first step may be an evaluation, as in a run that goes on."""
+    """The first step may be an evaluation, as in a run that resumes."""
     (_, expected), *_ = run_ranks(1, evaluate_and_train, Case("single", tied=True))
     case = Case(layout, tied=True, precision=precision)
     for first_used, losses in run_ranks(LAYOUTS[layout].ranks, evaluate_and_train, case):

@@ -1,4 +1,4 @@
-"""Kill a small run's ranks at random moments, keep it running, and hold its weights against an undisturbed run's.
+"""Kill a small run's ranks at random moments, keep it running, and compare its weights with an undisturbed run's.
 
     skvr-verify kills --kills 30 --json kills.json
 

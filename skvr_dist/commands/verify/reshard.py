@@ -1,4 +1,4 @@
-"""Prove that a checkpoint of any layout goes on in any other.
+"""Prove that any layout resumes from a checkpoint of any other.
 
     skvr-verify reshard --matrix quick
     skvr-verify reshard --matrix full --json reshard.json

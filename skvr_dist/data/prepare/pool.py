@@ -63,7 +63,7 @@ def run_tasks(
                 results |= {numbers[future]: future.result() for future in finished}
         except BrokenProcessPool:
             raise UserError(
-                "a process was killed, for want of memory perhaps; the same command goes on, --workers 1 takes least"
+                "a process was killed, for want of memory perhaps; the same command continues, --workers 1 takes least"
             ) from None
         except BaseException:
             stop.set()

@@ -2,7 +2,7 @@
 
 The files of the corpus are dealt to the training shards before anything is read, and each shard is made on its own:
 read, tokenised and written by one process, the held-out documents among it to a shard of their own. So any number of
-processes make the same bytes, in constant memory, and an interrupted run goes on with the shards that are not there.
+processes make the same bytes, in constant memory, and an interrupted run continues with the shards that are not there.
 
     OUTPUT/partial/          while it is being made: job.json says what; done-00000.json that a shard is finished
     OUTPUT/tokenizer.model
@@ -73,7 +73,7 @@ def prepare(
 
     Raises:
         UserError: `output` holds something else or cannot be written, the corpus cannot be read, or there are too few
-            documents for the shards. What was finished stays in `output/partial`, and the same call goes on.
+            documents for the shards. What was finished stays in `output/partial`, and the same call continues.
     """
     _require_possible(num_shards, workers, validation_share)
     output = local_path(output)
@@ -107,7 +107,7 @@ def prepare(
         _publish(partial, output)
     except OSError as error:
         raise UserError(
-            f"cannot write data set {output}: {error}; its finished shards are kept, and the same command goes on"
+            f"cannot write data set {output}: {error}; its finished shards are kept, and the same command continues"
         ) from None
     return Prepared(find_datasets(output), written=True)
 

@@ -1,4 +1,4 @@
-"""Import of a Qwen3, Llama or Mistral checkpoint: a checkpoint of ours at step 0, from which training goes on.
+"""Import of a Qwen3, Llama or Mistral checkpoint: a checkpoint of ours at step 0, to train further from.
 
 Weights are copied tensor by tensor in their stored dtype, those of a GGUF file dequantized to float32; one at a time is
 in memory.

@@ -173,7 +173,7 @@ class RoutedDecoderLayer:
             hidden_states: [B, S, D].
             donor_k, donor_v: what this layer reads instead of its own keys and values, each [B, K, T, E].
             own_is_read: whether anyone reads this layer's own keys and values; if not, they are not computed.
-            last_positions: go on with that many positions only, once keys and values are computed; the mask is theirs.
+            last_positions: compute only that many positions after the keys and values; the mask is for these.
 
         Returns:
             hidden states, and this layer's own keys and values if they are read.

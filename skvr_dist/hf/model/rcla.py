@@ -27,7 +27,7 @@ class DonorDraw:
     def __init__(self, model: nn.Module, routing: RoutingConfig, seed: int) -> None:
         self.model, self.routing, self.seed = model, routing, seed
         self.passes = 0
-        """Forward passes so far; set it to go on where an earlier training stopped."""
+        """Forward passes so far; set it to continue where an earlier training stopped."""
 
     @torch.compiler.disable  # it cannot trace numpy's generators
     def __call__(self) -> Sequence[int]:

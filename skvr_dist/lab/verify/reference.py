@@ -2,7 +2,8 @@
 
 It shares no code with the rest of `skvr_dist`: parameters are a dictionary by canonical name, every layer's keys and
 values are computed and kept, attention is the formula, a reader looks its donor up in the list, and AdamW is written
-out. What is drawn at random comes from `skvr_dist.lab.verify.draws`. Everything else in the project is held against it.
+out. What is drawn at random comes from `skvr_dist.lab.verify.draws`. Everything else in the project is compared with
+it.
 
 Shapes: Q micro-batches of B sequences of S + 1 tokens, L layers, E head_dim, V vocabulary.
 """

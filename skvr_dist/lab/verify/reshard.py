@@ -1,4 +1,4 @@
-"""Save on one layout, go on with another: the same training, to the last bit of state that was loaded."""
+"""Save on one layout, resume on another: the same training, to the last bit of state that was loaded."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Channel:
             self.receive()
 
     def send(self, tensor: Tensor) -> None:
-        """Start to send; it goes on while this rank computes."""
+        """Start to send, and return; the tensor travels while this rank computes."""
         self._sends.append((_started(dist.isend(tensor, self._receiver, group=self._group)), tensor))
         self.finish_sends(leave=_SENDS_IN_FLIGHT)
 
