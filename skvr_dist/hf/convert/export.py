@@ -19,7 +19,7 @@ from skvr_dist.hf.convert.check import TOLERANCE, CheckReport, check_export
 from skvr_dist.hf.convert.model_config import hf_config, write_config
 from skvr_dist.hf.convert.tokenizer import convert_tokenizer, copy_tokenizer, special_ids, write_tokenizer
 from skvr_dist.hf.convert.weights import WeightReader, check_names, parameter_shapes, pruned_names, write_weights
-from skvr_dist.routing import CacheStrategy, RoutingConfig
+from skvr_dist.routing import POLICIES, CacheStrategy, RoutingConfig
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def export_model(
 
 def _check_routing(routing: RoutingConfig) -> None:
     """Raises `UserError` if in training some layers never read their own keys and values, which the export reads."""
-    if routing.policy == "cla" or routing.cross_layer_prob == 1.0:
+    if not POLICIES[routing.policy].reads_own or routing.cross_layer_prob == 1.0:
         what = f"cross_layer_prob {routing.cross_layer_prob}" if routing.cross_layer_prob else "its fixed groups"
         raise UserError(
             f"a model trained by policy {routing.policy} with {what} cannot run at full retention: some layers have "

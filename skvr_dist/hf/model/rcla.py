@@ -18,7 +18,10 @@ from skvr_dist.errors import UserError
 from skvr_dist.hf.model.causal_lm import require_working_transformers
 from skvr_dist.hf.model.layers import route
 from skvr_dist.model.decoder import zero_gradients
-from skvr_dist.routing import RoutingConfig, draw_plan
+from skvr_dist.routing import POLICIES, RoutingConfig, draw_plan
+
+_POLICIES = [name for name, policy in POLICIES.items() if policy.parameters == ("cross_layer_prob",)]
+"""Those that `enable_rcla` has all parameters of."""
 
 
 class DonorDraw:
@@ -70,10 +73,10 @@ def enable_rcla(
     Raises:
         UserError: there is no such model, or the probability or policy is impossible.
     """
-    if policy not in ("uniform", "strategy") or not 0 <= cross_layer_prob <= 1:
+    if policy not in _POLICIES or not 0 <= cross_layer_prob <= 1:
         raise UserError(
-            f"enable_rcla with policy {policy} and cross_layer_prob {cross_layer_prob}: the policy must be uniform or "
-            f"strategy, the probability between 0 and 1"
+            f"enable_rcla with policy {policy} and cross_layer_prob {cross_layer_prob}: the policy must be "
+            f"{' or '.join(_POLICIES)}, the probability between 0 and 1"
         )
     require_working_transformers()
     base = route(model)
