@@ -1,7 +1,7 @@
 """Hugging Face: import and export, and models of transformers whose layers share key/value caches.
 
-Importing this package lets `AutoModelForCausalLM` load our exports at any cache strategy. Other Qwen3, Llama and
-Mistral checkpoints still become the classes of transformers, unless `kv_profile` or `kv_source_layers` is given.
+Importing this package lets `AutoModelForCausalLM` load our exports at any cache strategy. Other checkpoints
+of these families still become the classes of transformers, unless `kv_profile` or `kv_source_layers` is given.
 """
 
 from skvr_dist.hf.model.auto import register

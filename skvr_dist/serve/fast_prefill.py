@@ -75,7 +75,8 @@ class FastMistralModel(FastPrefill, MistralModel):
     pass
 
 
-_FAST = {Qwen3Model: FastQwen3Model, LlamaModel: FastLlamaModel, MistralModel: FastMistralModel}
+_FAST = {fast.__bases__[1]: fast for fast in (FastQwen3Model, FastLlamaModel, FastMistralModel)}
+"""Our class of each base model of vLLM."""
 
 
 def stop_prefill_early(model: Any, sources: Sequence[int], vllm_config: VllmConfig) -> None:

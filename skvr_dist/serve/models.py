@@ -1,4 +1,4 @@
-"""vLLM's Qwen3, Llama and Mistral at the cache strategy of the configuration; without one they are vLLM's own."""
+"""vLLM's models of each of our families at the cache strategy of the configuration; without one they are vLLM's own."""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ class MistralReader(Reader, MistralAttention):
     pass
 
 
-_READERS = {Qwen3Attention: Qwen3Reader, LlamaAttention: LlamaReader, MistralAttention: MistralReader}
+_READERS = {reader.__bases__[1]: reader for reader in (Qwen3Reader, LlamaReader, MistralReader)}
+"""Our class of each attention of vLLM."""
 
 
 def require_known_attention(attention: Any) -> None:

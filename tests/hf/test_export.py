@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from support.tokenizers import train_hugging_face, train_normalizing, train_other, train_ours, train_unigram
@@ -25,13 +24,14 @@ import skvr_dist.hf.convert.export as export_module
 from skvr_dist.checkpoint.folder import partial_folder, publish, step_folder, write_facts
 from skvr_dist.checkpoint.pieces import WEIGHTS, Piece
 from skvr_dist.checkpoint.storage import write_pieces
+from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig, RopeScaling
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.retention import RetentionPoint, as_records
 from skvr_dist.hf.convert.card import Training
 from skvr_dist.hf.convert.check import TOLERANCE
 from skvr_dist.hf.convert.export import ExportMismatchError, ExportReport, export_model
-from skvr_dist.hf.convert.model_config import ARCHITECTURES
+from skvr_dist.hf.model.families import CLASSES
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import CacheStrategy, RoutingConfig
 
@@ -55,7 +55,7 @@ def tiny(architecture: str, **changes: Any) -> ModelConfig:
         "max_position_embeddings": 256,
         "rope_theta": 777.0,
         "rms_norm_eps": 3e-4,
-        "qk_norm": architecture == "qwen3",
+        "qk_norm": FAMILIES[architecture].qk_norm,
         "tie_word_embeddings": False,
         **changes,
     }
@@ -119,7 +119,7 @@ def tamper(monkeypatch: pytest.MonkeyPatch, name: str, change: float) -> None:
 def test_transformers_computes_the_decoders_logits(config: ModelConfig, tmp_path: Path) -> None:
     weights = random_weights(config)
     report = export(config, weights, tmp_path / "out")
-    plain_class = getattr(transformers, ARCHITECTURES[config.architecture])
+    plain_class = CLASSES[config.architecture].plain
     model, info = plain_class.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 

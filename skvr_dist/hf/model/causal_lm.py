@@ -15,7 +15,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import Cache, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import Cache, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -242,13 +242,9 @@ def _find_fault() -> str | None:
     installed = f"transformers {transformers.__version__} is newer than {NEWEST_TESTED}, the newest tested"
     generator = torch.Generator().manual_seed(0)
     try:
-        for config, model_class in (
-            (Qwen3Config, Qwen3ForCausalLM),
-            (LlamaConfig, LlamaForCausalLM),
-            (MistralConfig, MistralForCausalLM),
-        ):
+        for model_class in (Qwen3ForCausalLM, LlamaForCausalLM, MistralForCausalLM):
             for sources in ((0, 1), (0, 0)):
-                model = model_class(config(**shape, **heads)).float()
+                model = model_class(model_class.config_class(**shape, **heads)).float()
                 model.model.kv_sources = sources
                 for parameter in model.parameters():
                     parameter.data.copy_(torch.randn(parameter.shape, generator=generator))

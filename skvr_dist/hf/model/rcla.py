@@ -54,7 +54,7 @@ def _is_under_zero(model: nn.Module) -> bool:
 def enable_rcla(
     model: nn.Module, cross_layer_prob: float = 0.6, *, seed: int = 0, policy: str = "uniform"
 ) -> DonorDraw:
-    """Let the layers of a Qwen3, Llama or Mistral model read random donors whenever it trains.
+    """Let the layers of a model of one of our families read random donors whenever it trains.
 
     That is in training mode, where gradients are recorded; elsewhere nothing changes. Call it after
     `TrainingArguments` were made and before the model is wrapped or sharded. It works in place and keeps parameters,

@@ -42,7 +42,11 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
-LLAMA = {"architecture": "llama", "qk_norm": False, "attention_bias": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "llama": {"architecture": "llama", "qk_norm": False, "attention_bias": True},
+}
+"""What the shape of each family has otherwise."""
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
     "uniform": {"cross_layer_prob": 0.6},
@@ -174,10 +178,9 @@ class Case:
     @property
     def shape(self) -> dict[str, Any]:
         """The model section."""
-        family = LLAMA if self.family == "llama" else {}
         own = {"tie_word_embeddings": self.tied, "attention": self.attention}
         rope = {"rope_scaling": LLAMA3_ROPE} if self.rope_scaling else {}
-        return {**SHAPE, **family, **own, **rope, "initializer_range": self.initializer_range}
+        return {**SHAPE, **FAMILIES[self.family], **own, **rope, "initializer_range": self.initializer_range}
 
     @property
     def routing(self) -> dict[str, Any]:
