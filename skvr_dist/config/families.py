@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Architecture = Literal["qwen3", "llama", "mistral"]
+Architecture = Literal["qwen3", "qwen2", "llama", "mistral"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,20 @@ class Family:
     """How the names of its classes begin, such as `Qwen3` in `Qwen3ForCausalLM`."""
     qk_norm: bool
     """Whether each query and key head is normed before the rotation."""
-    attention_bias: Literal["optional", "never"]
-    """Whether its projections have biases: `optional` on all four of attention where `attention_bias` is true."""
-    head_dim: Literal["free", "heads divide hidden_size"]
-    """What transformers wants of the size of a head."""
+    attention_bias: Literal["optional", "never", "q, k and v"]
+    """Which projections of attention have biases: `optional`, all four where `attention_bias` is true; or always those
+    of queries, keys and values, and never that of the output."""
+    head_dim: Literal["free", "heads divide hidden_size", "hidden_size / heads"]
+    """What transformers wants of the size of a head; it has no field for one that follows from the others."""
     hf_fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the configuration of transformers whose defaults are not what our decoder computes."""
     gguf_architecture: str | None = None
     """As GGUF files name it; None where they name another family."""
     gguf_pairs_rows: bool = False
     """Whether GGUF files hold query and key rows in pairs of a rotation side by side, as Llama was first released."""
+
+    tokenizer_class: str | None = None
+    """The class as which `AutoTokenizer` loads every tokenizer of the family, whatever its files say, if it does."""
 
     @property
     def causal_lm(self) -> str:
@@ -52,6 +56,15 @@ FAMILIES: dict[str, Family] = {
             attention_bias="optional",
             head_dim="free",
             gguf_architecture="qwen3",
+        ),
+        Family(
+            "qwen2",
+            "Qwen2",
+            qk_norm=False,
+            attention_bias="q, k and v",
+            head_dim="hidden_size / heads",
+            gguf_architecture="qwen2",
+            tokenizer_class="Qwen2Tokenizer",
         ),
         Family(
             "llama",

@@ -74,11 +74,26 @@ class ModelConfig(Section):
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}: "
                 f"transformers refuses any other {family.name}"
             )
+        if family.head_dim == "hidden_size / heads" and self.head_dim * self.num_attention_heads != self.hidden_size:
+            raise ValueError(
+                f"head_dim {self.head_dim} times num_attention_heads {self.num_attention_heads} must be hidden_size "
+                f"{self.hidden_size}: configurations of {family.name} have no head size of their own"
+            )
+        if family.attention_bias == "q, k and v" and not self.attention_bias:
+            raise ValueError(
+                f"attention_bias is false, but architecture {family.name} is published with biases of queries, keys "
+                f"and values; set it to true"
+            )
         if self.attention_bias and family.attention_bias == "never":
             raise ValueError(
                 f"attention_bias is true, but architecture {family.name} has no attention biases; use llama"
             )
         return self
+
+    @property
+    def attention_output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias, as the others have with `attention_bias`."""
+        return self.attention_bias and FAMILIES[self.architecture].attention_bias == "optional"
 
     @property
     def kv_size(self) -> int:

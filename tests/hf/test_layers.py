@@ -31,6 +31,7 @@ LLAMA3 = RopeScaling(
 MODELS = {
     "qwen3": shape_of("qwen3"),
     "llama": shape_of("llama", tie_word_embeddings=True, attention_bias=True, rope_scaling=LLAMA3),
+    "qwen2": shape_of("qwen2"),
     "mistral": shape_of("mistral", num_key_value_heads=4),
 }
 

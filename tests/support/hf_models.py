@@ -39,6 +39,7 @@ def shape_of(architecture: str, **changes: Any) -> ModelConfig:
         "rope_theta": 777.0,
         "rms_norm_eps": 3e-4,
         "qk_norm": FAMILIES[architecture].qk_norm,
+        "attention_bias": FAMILIES[architecture].attention_bias == "q, k and v",
         "tie_word_embeddings": False,
         **changes,
     }
@@ -90,9 +91,14 @@ def prompts() -> Tensor:
 
 
 @torch.no_grad()
-def reference_tokens(config: ModelConfig, retained: tuple[int, ...], inputs: Tensor, count: int) -> Tensor:
-    """Inputs int [B, S] and `count` greedy tokens, without a cache, by the reference that shares no code with us."""
-    weights, shape = random_weights(config), config.model_dump()
+def reference_tokens(
+    config: ModelConfig, retained: tuple[int, ...], inputs: Tensor, count: int, scale: float = 0.3
+) -> Tensor:
+    """Inputs int [B, S] and `count` greedy tokens, without a cache, by the reference that shares no code with us.
+
+    The weights are `random_weights` of that scale.
+    """
+    weights, shape = random_weights(config, scale), config.model_dump()
     sources = list(CacheStrategy(config.num_hidden_layers, retained).kv_source_layers)
     for _ in range(count):
         logits = reference.logits(weights, shape, inputs, sources)[:, -1]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
 from skvr_dist.hf.convert.bundle import add_code, describe_routing
 from skvr_dist.hf.convert.card import Training, model_card
-from skvr_dist.hf.convert.check import TOLERANCE, CheckReport, check_export
+from skvr_dist.hf.convert.check import SAMPLE_TEXTS, TOLERANCE, CheckReport, check_export
 from skvr_dist.hf.convert.model_config import hf_config, write_config
 from skvr_dist.hf.convert.output import published, require_free
 from skvr_dist.hf.convert.tokenizer import convert_tokenizer, copy_tokenizer, special_ids, write_tokenizer
@@ -89,7 +93,7 @@ def export_model(
     """
     require_free(output)
     _check_routing(training.routing, pruned_to)
-    tokenizer = None if tokenizer_file is None else _open_tokenizer(tokenizer_file, config)
+    tokenizer = None if tokenizer_file is None else _open_tokenizer(tokenizer_file, config, pruned_to is None)
     shapes = _exported_shapes(config, names, pruned_to)
     dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else {name: dtype[name] for name in shapes}
     main_dtype = _main_dtype(shapes, dtypes)
@@ -120,8 +124,12 @@ def _is_ours(tokenizer_file: Path) -> bool:
     return tokenizer_file.suffix == ".model"
 
 
-def _open_tokenizer(file: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer as transformers has it; raises `UserError` if the model has fewer tokens."""
+def _open_tokenizer(file: Path, config: ModelConfig, whole: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer as transformers has it, for a model of its family or, if not `whole`, a pruned one.
+
+    Raises:
+        UserError: the model has fewer tokens, or transformers would make another tokenizer of it for this family.
+    """
     tokenizer: PreTrainedTokenizerBase
     if _is_ours(file):
         tokenizer = convert_tokenizer(file, config.max_position_embeddings)
@@ -132,7 +140,25 @@ def _open_tokenizer(file: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
             f"tokenizer {file} has {len(tokenizer)} tokens, but the model's vocab_size is {config.vocab_size}; export "
             f"with the tokenizer that the model was trained with"
         )
+    forced = FAMILIES[config.architecture].tokenizer_class
+    if whole and forced is not None and _changes(file, tokenizer, forced):
+        raise UserError(
+            f"transformers loads the tokenizer of any {config.architecture} model as {forced}, which gives other ids "
+            f"than {file}; export the weights without a tokenizer, or train another architecture with this one"
+        )
     return tokenizer
+
+
+def _changes(file: Path, tokenizer: PreTrainedTokenizerBase, tokenizer_class: str) -> bool:
+    """Whether a class of transformers gives texts other ids than the tokenizer.json that it would be loaded from."""
+    with tempfile.TemporaryDirectory() as temporary:
+        _write_tokenizer_files(Path(temporary), file, tokenizer)
+        found = getattr(transformers, tokenizer_class).from_pretrained(temporary, local_files_only=True)
+        wanted = FastTokenizer.from_file(f"{temporary}/tokenizer.json")
+    return any(
+        found(text, add_special_tokens=False)["input_ids"] != wanted.encode(text, add_special_tokens=False).ids
+        for text in SAMPLE_TEXTS
+    )
 
 
 def _write_tokenizer_files(folder: Path, file: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -48,6 +48,7 @@ def hf_config(
     fields = dict(family.hf_fields)
     if family.attention_bias == "optional":
         fields["attention_bias"] = config.attention_bias
+    shared = _SHARED - {"head_dim"} if family.head_dim == "hidden_size / heads" else _SHARED
     scaling = config.rope_scaling.model_dump(exclude_none=True) if config.rope_scaling else {"rope_type": "default"}
     if pruned_to is not None:
         model_type, architecture = f"skvr_{model_type}", f"Pruned{architecture}"
@@ -57,7 +58,7 @@ def hf_config(
         architectures=[architecture],
         dtype=dtype,
         rope_parameters={**scaling, "rope_theta": config.rope_theta},
-        **config.model_dump(include=_SHARED),
+        **config.model_dump(include=shared),
         **fields,
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special_ids},
     )
@@ -79,7 +80,7 @@ def model_config(config: PreTrainedConfig) -> ModelConfig:
         raise UserError("the checkpoint is quantized and cannot be trained; import the original in bf16 or fp32")
     rope = dict(config.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
-    plain = {"hidden_act": "silu", "mlp_bias": False, "sliding_window": None}
+    plain = {"hidden_act": "silu", "mlp_bias": False, "sliding_window": None, "dual_chunk_attention_config": None}
     unknown = [
         f"{name} {getattr(config, name)}" for name, value in plain.items() if getattr(config, name, value) != value
     ]
@@ -94,10 +95,11 @@ def model_config(config: PreTrainedConfig) -> ModelConfig:
         return ModelConfig(
             architecture=family.name,
             qk_norm=family.qk_norm,
-            attention_bias=getattr(config, "attention_bias", False),
+            attention_bias=family.attention_bias == "q, k and v" or getattr(config, "attention_bias", False),
             rope_theta=float(theta),
             rope_scaling=None if kind == "default" else RopeScaling(**_known(rope)),
-            **{name: getattr(config, name) for name in _SHARED},
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            **{name: getattr(config, name) for name in _SHARED - {"head_dim"}},
         )
     except ValidationError as error:
         raise UserError(

@@ -24,6 +24,7 @@ class FamilyClasses:
 
 CLASSES: dict[str, FamilyClasses] = {
     "qwen3": FamilyClasses(transformers.Qwen3ForCausalLM, causal_lm.Qwen3ForCausalLM, causal_lm.PrunedQwen3ForCausalLM),
+    "qwen2": FamilyClasses(transformers.Qwen2ForCausalLM, causal_lm.Qwen2ForCausalLM, causal_lm.PrunedQwen2ForCausalLM),
     "llama": FamilyClasses(transformers.LlamaForCausalLM, causal_lm.LlamaForCausalLM, causal_lm.PrunedLlamaForCausalLM),
     "mistral": FamilyClasses(
         transformers.MistralForCausalLM, causal_lm.MistralForCausalLM, causal_lm.PrunedMistralForCausalLM

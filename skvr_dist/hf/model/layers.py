@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
@@ -347,6 +348,10 @@ class Qwen3Attention(RoutedAttention, modeling_qwen3.Qwen3Attention):
     pass
 
 
+class Qwen2Attention(RoutedAttention, modeling_qwen2.Qwen2Attention):
+    pass
+
+
 class LlamaAttention(RoutedAttention, modeling_llama.LlamaAttention):
     pass
 
@@ -356,6 +361,10 @@ class MistralAttention(RoutedAttention, modeling_mistral.MistralAttention):
 
 
 class Qwen3DecoderLayer(RoutedDecoderLayer, modeling_qwen3.Qwen3DecoderLayer):
+    pass
+
+
+class Qwen2DecoderLayer(RoutedDecoderLayer, modeling_qwen2.Qwen2DecoderLayer):
     pass
 
 
@@ -371,6 +380,10 @@ class Qwen3Model(RoutedModel, modeling_qwen3.Qwen3Model):
     pass
 
 
+class Qwen2Model(RoutedModel, modeling_qwen2.Qwen2Model):
+    pass
+
+
 class LlamaModel(RoutedModel, modeling_llama.LlamaModel):
     pass
 
@@ -383,6 +396,7 @@ _ROUTED = {
     routed.__bases__[1]: routed
     for routed in (
         *(Qwen3Attention, Qwen3DecoderLayer, Qwen3Model),
+        *(Qwen2Attention, Qwen2DecoderLayer, Qwen2Model),
         *(LlamaAttention, LlamaDecoderLayer, LlamaModel),
         *(MistralAttention, MistralDecoderLayer, MistralModel),
     )
