@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -131,6 +132,49 @@ def prove_folder(folder: str | Path) -> Path:
     with naming_failure(path):
         _probe(path, f"probe-{os.getpid()}{PARTIAL_SUFFIX}", True)
     return path
+
+
+def require_free(folder: Path) -> None:
+    """Refuse a folder to make that is there already, unless it is empty.
+
+    Raises:
+        UserError: something is there, and would be lost or mixed with what is written.
+    """
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output {folder} exists and is not an empty folder; choose another one, or remove it first")
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """An empty folder of the same name to fill, which becomes `folder` at the end, and vanishes if anything is raised.
+
+    It is in a temporary folder beside `folder`, so that the rename stays within one file system. Files get the rights
+    that this process gives to files; safetensors, for one, writes them for its user alone.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = folder.absolute()
+    with naming_failure(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=f"{folder.name}{PARTIAL_SUFFIX}-", dir=folder.parent)
+    with temporary:
+        filled = Path(temporary.name) / folder.name
+        filled.mkdir()
+        yield filled
+        with naming_failure(folder):
+            for file in filled.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o666 & ~_umask())
+            filled.replace(folder)
+
+
+def _umask() -> int:
+    """The rights that this process takes from files that it makes."""
+    mask = os.umask(0)  # there is no way to ask without setting it
+    os.umask(mask)
+    return mask
 
 
 def _probe(folder: Path, name: str, make_folder: bool) -> None:

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skvr_dist.errors import UserError
-from skvr_dist.files import local_path, prove_folder, prove_writable, require_file, write_whole
+from skvr_dist.files import (
+    local_path,
+    prove_folder,
+    prove_writable,
+    published,
+    require_file,
+    require_free,
+    write_whole,
+)
 
 
 def everything(folder: Path) -> list[str]:
@@ -113,3 +121,29 @@ def test_the_home_folder_is_meant_or_refused(tmp_path: Path, monkeypatch: pytest
     for text, message in (("~nobody-here/x", "no user of this machine"), ("", "'' is no path"), ("a\0b", "is no path")):
         with pytest.raises(UserError, match=message):
             local_path(text)
+
+
+def test_a_folder_is_published_whole_and_with_the_usual_rights(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with published(tmp_path / "in/out") as folder:
+            (folder / "weights").write_bytes(b"1")
+            (folder / "weights").chmod(0o600)
+            assert not (tmp_path / "in/out").exists()
+    finally:
+        os.umask(before)
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["out"]
+    assert (tmp_path / "in/out/weights").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), published(tmp_path / "out"):
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*/file/out: Not a directory"), published(tmp_path / "file/out"):
+        pass
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/already").touch()
+    with pytest.raises(UserError, match="exists and is not an empty folder; choose another one, or remove it first"):
+        require_free(tmp_path / "full")

@@ -1,4 +1,4 @@
-"""Import a Qwen3, Llama or Mistral checkpoint of Hugging Face to train it further, and check that it is the same model.
+"""Import a checkpoint of Hugging Face to train it further, and check that it is the same model.
 
     skvr-import Qwen/Qwen3-0.6B runs/qwen3
     skvr-import models/model.Q4_1.gguf runs/model

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from skvr_dist.config.families import FAMILIES, Architecture
 from skvr_dist.section import Section
 
 
@@ -34,10 +35,10 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """A decoder-only transformer: enough for Qwen3, Llama 3 and Mistral."""
+    """A decoder-only transformer: enough for every family of `skvr_dist.config.families`."""
 
-    architecture: Literal["qwen3", "llama", "mistral"]
-    """The Hugging Face family the model is published as."""
+    architecture: Architecture
+    """The Hugging Face family the model is published as (`skvr_dist.config.families`)."""
     vocab_size: int = Field(gt=0)
     """Tokens of the embedding and the output head, at least those of the tokenizer."""
     hidden_size: int = Field(gt=0)
@@ -62,7 +63,7 @@ class ModelConfig(Section):
     qk_norm: bool
     """RMSNorm over each query and key head, before the rotation (Qwen3)."""
     attention_bias: bool = False
-    """Biases on the projections of attention (Llama and Qwen3)."""
+    """Biases in the projections of attention, in those of them that have any in the family."""
     tie_word_embeddings: bool
     """Whether the output head is the embedding."""
     initializer_range: float = Field(default=0.02, gt=0)
@@ -72,6 +73,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
+        family = FAMILIES[self.architecture]
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
@@ -79,19 +81,36 @@ class ModelConfig(Section):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even for rotary position embeddings")
-        if self.qk_norm != (self.architecture == "qwen3"):
+        if self.qk_norm != family.qk_norm:
             raise ValueError(
                 f"qk_norm is {self.qk_norm}, but architecture {self.architecture} is published "
-                f"{'with' if self.architecture == 'qwen3' else 'without'} query/key norms"
+                f"{'with' if family.qk_norm else 'without'} query/key norms"
             )
-        if self.architecture == "llama" and self.hidden_size % self.num_attention_heads:
+        if family.head_dim == "heads divide hidden_size" and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}: "
-                f"transformers refuses any other llama"
+                f"transformers refuses any other {family.name}"
             )
-        if self.attention_bias and self.architecture == "mistral":
-            raise ValueError("attention_bias is true, but architecture mistral has no attention biases; use llama")
+        if family.head_dim == "hidden_size / heads" and self.head_dim * self.num_attention_heads != self.hidden_size:
+            raise ValueError(
+                f"head_dim {self.head_dim} times num_attention_heads {self.num_attention_heads} must be hidden_size "
+                f"{self.hidden_size}: configurations of {family.name} have no head size of their own"
+            )
+        if family.attention_bias == "q, k and v" and not self.attention_bias:
+            raise ValueError(
+                f"attention_bias is false, but architecture {family.name} is published with biases of queries, keys "
+                f"and values; set it to true"
+            )
+        if self.attention_bias and family.attention_bias == "never":
+            raise ValueError(
+                f"attention_bias is true, but architecture {family.name} has no attention biases; use llama"
+            )
         return self
+
+    @property
+    def attention_output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias, as the others have with `attention_bias`."""
+        return self.attention_bias and FAMILIES[self.architecture].attention_bias == "optional"
 
     @property
     def kv_size(self) -> int:

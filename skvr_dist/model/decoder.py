@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.q_proj = modules.column(config.hidden_size, query_size, config.attention_bias)
         self.k_proj = modules.kv_column(config)
         self.v_proj = modules.kv_column(config)
-        self.o_proj = modules.row(query_size, config.hidden_size, config.attention_bias)
+        self.o_proj = modules.row(query_size, config.hidden_size, config.attention_output_bias)
         if config.qk_norm:
             self.q_norm = modules.head_norm(config.head_dim, config.rms_norm_eps)
             self.k_norm = modules.head_norm(config.head_dim, config.rms_norm_eps)

@@ -3,10 +3,13 @@
 from skvr_dist.routing.config import RoutingConfig
 from skvr_dist.routing.liveness import crossing_elements, crossing_layers, read_layers
 from skvr_dist.routing.plan import RoutingPlan, draw_plan, fixed_plan
+from skvr_dist.routing.policies import POLICIES, Policy
 from skvr_dist.routing.strategy import CacheStrategy
 
 __all__ = [
+    "POLICIES",
     "CacheStrategy",
+    "Policy",
     "RoutingConfig",
     "RoutingPlan",
     "crossing_elements",

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
+from skvr_dist.routing.policies import POLICIES, PolicyName
 from skvr_dist.section import Section
-
-PolicyName = Literal["none", "uniform", "strategy", "window", "cla", "rd_cla"]
-
-# Which parameters each policy takes; every one of them is required, and no other is accepted.
-POLICY_PARAMETERS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "uniform": ("cross_layer_prob",),
-    "strategy": ("cross_layer_prob",),
-    "window": ("cross_layer_prob", "window"),
-    "cla": ("group_size",),
-    "rd_cla": ("cross_layer_prob", "group_size"),
-}
 
 
 class RoutingConfig(Section):
@@ -35,7 +22,7 @@ class RoutingConfig(Section):
 
     @model_validator(mode="after")
     def _parameters_fit_policy(self) -> RoutingConfig:
-        wanted = POLICY_PARAMETERS[self.policy]
+        wanted = POLICIES[self.policy].parameters
         for name in ("cross_layer_prob", "window", "group_size"):
             value = getattr(self, name)
             if name in wanted and value is None:

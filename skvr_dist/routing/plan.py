@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from skvr_dist.errors import UserError
 from skvr_dist.routing.config import RoutingConfig
 from skvr_dist.routing.liveness import read_layers
-from skvr_dist.routing.policies import draw_donors
+from skvr_dist.routing.policies import POLICIES, Donors, Uniforms
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RoutingPlan:
         return 1.0 - sum(int(read_layers(row).sum()) for row in self.donors) / self.donors.size
 
 
-def _uniforms(seed: int, step: int, micro_batch: int, count: int) -> NDArray[np.float64]:
+def _uniforms(seed: int, step: int, micro_batch: int, count: int) -> Uniforms:
     """`count` numbers in [0, 1), a pure function of (seed, step, micro_batch).
 
     Philox is counter-based (Salmon et al., SC 2011): the seed is its key, and step and micro-batch are words of
@@ -69,6 +69,23 @@ def _uniforms(seed: int, step: int, micro_batch: int, count: int) -> NDArray[np.
     """
     bits = np.random.Philox(key=seed, counter=[0, 0, micro_batch, step]).random_raw(count)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def draw_donors(routing: RoutingConfig, coin: Uniforms, pick: Uniforms) -> Donors:
+    """Donors of every micro-batch.
+
+    Args:
+        routing: the policy and its parameters.
+        coin, pick: float [Q, L], uniform in [0, 1). Layer 0's are drawn but not used: it has no donor.
+
+    Returns:
+        int64 [Q, L] with donors[q, l] <= l and donors[q, 0] == 0.
+    """
+    reads_donor = coin < (routing.cross_layer_prob or 0.0)
+    size = routing.window or routing.group_size or 0
+    donors = np.broadcast_to(POLICIES[routing.policy].rule(reads_donor, pick, size), coin.shape).copy()
+    donors[:, 0] = 0
+    return donors
 
 
 def draw_plan(routing: RoutingConfig, *, num_layers: int, num_micro_batches: int, seed: int, step: int) -> RoutingPlan:

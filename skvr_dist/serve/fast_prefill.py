@@ -18,6 +18,7 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.mistral import MistralModel
+from vllm.model_executor.models.qwen2 import Qwen2Model
 from vllm.model_executor.models.qwen3 import Qwen3Model
 from vllm.v1.attention.backends.utils import KVSharingFastPrefillMetadata
 
@@ -67,6 +68,10 @@ class FastQwen3Model(FastPrefill, Qwen3Model):
     pass
 
 
+class FastQwen2Model(FastPrefill, Qwen2Model):
+    pass
+
+
 class FastLlamaModel(FastPrefill, LlamaModel):
     pass
 
@@ -75,7 +80,8 @@ class FastMistralModel(FastPrefill, MistralModel):
     pass
 
 
-_FAST = {Qwen3Model: FastQwen3Model, LlamaModel: FastLlamaModel, MistralModel: FastMistralModel}
+_FAST = {fast.__bases__[1]: fast for fast in (FastQwen3Model, FastQwen2Model, FastLlamaModel, FastMistralModel)}
+"""Our class of each base model of vLLM."""
 
 
 def stop_prefill_early(model: Any, sources: Sequence[int], vllm_config: VllmConfig) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's Qwen3, Llama and Mistral at the cache strategy of the configuration; without one they are vLLM's own."""
+"""vLLM's models of each of our families at the cache strategy of the configuration; without one they are vLLM's own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
@@ -32,6 +33,10 @@ class _Shared:
 
 class SharedQwen3ForCausalLM(_Shared, Qwen3ForCausalLM):
     """Qwen3, some layers reading the caches of others."""
+
+
+class SharedQwen2ForCausalLM(_Shared, Qwen2ForCausalLM):
+    """Qwen2, some layers reading the caches of others."""
 
 
 class SharedLlamaForCausalLM(_Shared, LlamaForCausalLM):

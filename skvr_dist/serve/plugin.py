@@ -9,8 +9,9 @@ def register() -> None:
 
     # Importing it teaches AutoConfig the types of pruned checkpoints.
     import skvr_dist.hf  # noqa: F401
+    from skvr_dist.config.families import FAMILIES
 
-    for family in ("Qwen3", "Llama", "Mistral"):
+    for family in FAMILIES.values():
         # By name: vLLM imports models late, after it has chosen a device.
-        for architecture in (f"{family}ForCausalLM", f"Pruned{family}ForCausalLM"):
-            ModelRegistry.register_model(architecture, f"skvr_dist.serve.models:Shared{family}ForCausalLM")
+        for architecture in (family.causal_lm, f"Pruned{family.causal_lm}"):
+            ModelRegistry.register_model(architecture, f"skvr_dist.serve.models:Shared{family.causal_lm}")

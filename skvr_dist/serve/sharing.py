@@ -17,6 +17,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.models.llama import LlamaAttention
 from vllm.model_executor.models.mistral import MistralAttention
+from vllm.model_executor.models.qwen2 import Qwen2Attention
 from vllm.model_executor.models.qwen3 import Qwen3Attention
 
 from skvr_dist.errors import UserError
@@ -47,6 +48,10 @@ class Qwen3Reader(Reader, Qwen3Attention):
     pass
 
 
+class Qwen2Reader(Reader, Qwen2Attention):
+    pass
+
+
 class LlamaReader(Reader, LlamaAttention):
     pass
 
@@ -55,7 +60,8 @@ class MistralReader(Reader, MistralAttention):
     pass
 
 
-_READERS = {Qwen3Attention: Qwen3Reader, LlamaAttention: LlamaReader, MistralAttention: MistralReader}
+_READERS = {reader.__bases__[1]: reader for reader in (Qwen3Reader, Qwen2Reader, LlamaReader, MistralReader)}
+"""Our class of each attention of vLLM."""
 
 
 def require_known_attention(attention: Any) -> None:

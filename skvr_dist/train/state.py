@@ -24,6 +24,7 @@ _WEIGHTS_DEPEND_ON = (
     "head_dim",
     "qk_norm",
     "attention_bias",
+    "attention_output_bias",
     "tie_word_embeddings",
 )
 

@@ -70,6 +70,7 @@ def test_later_files_win(tmp_path: Path) -> None:
         ("model.attention=flash", "flash works in bf16 only"),
         ("model.num_key_value_heads=3", "must be a multiple of num_key_value_heads 3"),
         ("model.qk_norm=false", "architecture qwen3 is published with"),
+        ("model={architecture: qwen2, qk_norm: false}", "attention_bias is false, but architecture qwen2 is published"),
         ("train.steps", "must look like section.key=value"),
     ],
 )
@@ -140,6 +141,7 @@ PUBLISHED = {
     "qwen3-0.6b": 596,
     "qwen3-1.7b": 1721,
     "qwen3-8b": 8191,
+    "qwen2.5-0.5b": 494,
     "llama-3.1-8b": 8030,
     "mistral-7b": 7248,
 }

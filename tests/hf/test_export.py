@@ -14,25 +14,25 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from support.tokenizers import train_hugging_face, train_normalizing, train_other, train_ours, train_unigram
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
 import skvr_dist.hf.convert.export as export_module
 from skvr_dist.checkpoint.facts import Facts
 from skvr_dist.checkpoint.folder import partial_folder, publish, step_folder, write_facts
 from skvr_dist.checkpoint.pieces import WEIGHTS, Piece
 from skvr_dist.checkpoint.storage import write_pieces
+from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig, RopeScaling
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.retention import RetentionPoint, as_records
 from skvr_dist.hf.convert.card import Training
-from skvr_dist.hf.convert.check import TOLERANCE
+from skvr_dist.hf.convert.check import SAMPLE_TEXTS, TOLERANCE
 from skvr_dist.hf.convert.export import ExportMismatchError, ExportReport, export_model
-from skvr_dist.hf.convert.model_config import ARCHITECTURES
+from skvr_dist.hf.model.families import CLASSES
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import CacheStrategy, RoutingConfig
 
@@ -56,7 +56,8 @@ def tiny(architecture: str, **changes: Any) -> ModelConfig:
         "max_position_embeddings": 256,
         "rope_theta": 777.0,
         "rms_norm_eps": 3e-4,
-        "qk_norm": architecture == "qwen3",
+        "qk_norm": FAMILIES[architecture].qk_norm,
+        "attention_bias": FAMILIES[architecture].attention_bias == "q, k and v",
         "tie_word_embeddings": False,
         **changes,
     }
@@ -68,6 +69,8 @@ MODELS = {
     "qwen3 tied, biased": tiny("qwen3", tie_word_embeddings=True, attention_bias=True),
     "llama tied": tiny("llama", tie_word_embeddings=True, rope_scaling=LLAMA3),
     "llama biased": tiny("llama", attention_bias=True, rope_scaling=RopeScaling(rope_type="linear", factor=2.0)),
+    "qwen2": tiny("qwen2", head_dim=12),
+    "qwen2 tied": tiny("qwen2", head_dim=12, tie_word_embeddings=True),
     "mistral": tiny("mistral"),
     "mistral tied": tiny("mistral", tie_word_embeddings=True, num_key_value_heads=4),
 }
@@ -116,11 +119,32 @@ def tamper(monkeypatch: pytest.MonkeyPatch, name: str, change: float) -> None:
     monkeypatch.setattr(export_module, "write_weights", write_and_tamper)
 
 
+def test_a_tokenizer_that_transformers_would_change_is_refused(tokenizer_file: Path, tmp_path: Path) -> None:
+    """It takes every tokenizer of a Qwen2 for Qwen's own; not of a pruned one, which is a type of ours."""
+    config = tiny("qwen2", head_dim=12)
+    weights = random_weights(config)
+    train_hugging_face(tmp_path / "tokenizer.model")
+    other = tmp_path / "hf/tokenizer.json"
+    for file in (tokenizer_file, other):
+        with pytest.raises(UserError, match="of any qwen2 model as Qwen2Tokenizer, which gives other ids than"):
+            export(config, weights, tmp_path / "out", file)
+    pruned = export(config, weights, tmp_path / "pruned", tokenizer_file, pruned_to=CacheStrategy(3, (0, 2)))
+    assert pruned.check.tokenizer_texts and not pruned.check.differing_texts
+    model = json.loads(other.read_text())["model"]
+    Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]]).save_pretrained(
+        tmp_path / "qwen"
+    )
+    export(config, weights, tmp_path / "out", tmp_path / "qwen/tokenizer.json")
+    texts = list(SAMPLE_TEXTS)
+    wanted = Qwen2Tokenizer.from_pretrained(tmp_path / "qwen")(texts)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(texts)["input_ids"] == wanted
+
+
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_transformers_computes_the_decoders_logits(config: ModelConfig, tmp_path: Path) -> None:
     weights = random_weights(config)
     report = export(config, weights, tmp_path / "out")
-    plain_class = getattr(transformers, ARCHITECTURES[config.architecture])
+    plain_class = CLASSES[config.architecture].plain
     model, info = plain_class.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 

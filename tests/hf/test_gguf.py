@@ -139,7 +139,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no GGUF": (lambda f: f.write_bytes(b"nothing" * 100), r"model.gguf is not a whole GGUF file \(.*\); download it"),
     "not there": (lambda f: None, r"model.gguf is not a whole GGUF file \(.*No such file.*\); download it again"),
     "truncated": (lambda f: (write(f, MODELS["llama"]), truncate(f)), r"model.gguf is not a whole GGUF file \("),
-    "architecture": (other_architecture, r"is of architecture gpt2, but only llama and qwen3 can be imported"),
+    "architecture": (other_architecture, r"is of architecture gpt2, but only llama, qwen2 and qwen3 can be imported"),
     "yarn": (
         lambda f: write(f, MODELS["qwen3"], rope__scaling__type="yarn", rope__scaling__factor=4),
         r"has qwen3.rope.scaling.type yarn and qwen3.rope.scaling.factor 4, which our decoder has not; choose another",

@@ -42,6 +42,8 @@ MODELS = {
     "qwen3 tied, biased": shape_of("qwen3", tie_word_embeddings=True, attention_bias=True),
     "llama": shape_of("llama", rope_scaling=LLAMA3),
     "llama tied": shape_of("llama", tie_word_embeddings=True, rope_scaling=RopeScaling(rope_type="linear", factor=2.0)),
+    "qwen2": shape_of("qwen2"),
+    "qwen2 tied": shape_of("qwen2", tie_word_embeddings=True, rope_scaling=LLAMA3),
     "mistral": shape_of("mistral"),
     "mistral tied": shape_of("mistral", tie_word_embeddings=True, num_key_value_heads=4),
 }
@@ -212,7 +214,7 @@ UP, NORM = "model.layers.3.mlp.up_proj.weight", "model.norm.weight"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "architecture": (
         edit_config(model_type="gpt2"),
-        r"model_type gpt2, but only qwen3, llama, mistral can be imported",
+        r"model_type gpt2, but only qwen3, qwen2, llama, mistral can be imported",
     ),
     "no model type": (lambda f: (f / "config.json").write_text("{}"), r"cannot read .*/config.json \("),
     "quantized": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), r"is quantized and cannot be"),
@@ -281,6 +283,29 @@ def test_sliding_windows_are_refused(tmp_path: Path) -> None:
         UserError, match=r"has sliding_window 4096, which our decoder has not; .* change its config.json"
     ):
         import_model(str(tmp_path / "theirs"), tmp_path / "ours")
+
+
+def test_what_a_qwen2_may_have_and_what_not(tmp_path: Path) -> None:
+    """Published ones name a window that they do not use, and no head size."""
+    published(MODELS["qwen2"], tmp_path / "theirs")
+    edit_config(use_sliding_window=False, sliding_window=32768)(tmp_path / "theirs")
+    assert "head_dim" not in json.loads((tmp_path / "theirs/config.json").read_text())
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours", check=False)
+    assert Checkpoint(tmp_path / "ours").model_config == MODELS["qwen2"]
+    for edit, shown in (
+        (edit_config(use_sliding_window=True), r"has sliding_window 32768, which our decoder has not"),
+        (
+            edit_config(use_sliding_window=False, dual_chunk_attention_config={"chunk_size": 64}),
+            r"has dual_chunk_attention_config \{'chunk_size': 64\}, which our decoder has not",
+        ),
+        (
+            edit_config(dual_chunk_attention_config=None, head_dim=16),
+            r"head_dim 16 times num_attention_heads 4 must be hidden_size 32: configurations of qwen2 have no head",
+        ),
+    ):
+        edit(tmp_path / "theirs")
+        with pytest.raises(UserError, match=shown):
+            import_model(str(tmp_path / "theirs"), tmp_path / "again")
 
 
 def test_what_is_not_the_same_is_not_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ LLAMA3 = RopeScaling(
 MODELS = {
     "qwen3": shape_of("qwen3"),
     "llama": shape_of("llama", tie_word_embeddings=True, attention_bias=True, rope_scaling=LLAMA3),
+    "qwen2": shape_of("qwen2"),
     "mistral": shape_of("mistral", num_key_value_heads=4),
 }
 
@@ -202,7 +203,7 @@ def test_copies(tmp_path: Path) -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x).logits, model(x).logits)
     model.save_pretrained(tmp_path)
-    again = CLASSES["mistral"].from_pretrained(tmp_path, kv_profile="every:2")
+    again = CLASSES["mistral"].routed.from_pretrained(tmp_path, kv_profile="every:2")
     assert torch.equal(again(x).logits, model(x).logits)
 
 
@@ -247,20 +248,20 @@ def test_impossible_strategies(options: dict[str, Any], shown: str) -> None:
     config = hf_config(MODELS["qwen3"], torch.float32, {})
     config.kv_profiles = {"bulk": "every:4"}
     with pytest.raises(UserError, match=shown):
-        CLASSES["qwen3"](config, **options)
+        CLASSES["qwen3"].routed(config, **options)
 
 
 def test_warns_of_a_model_that_never_shared(caplog: pytest.LogCaptureFixture) -> None:
     config = hf_config(shape_of("qwen3", num_hidden_layers=7), torch.float32, {})  # each message appears once
     with caplog.at_level(logging.WARNING):
-        CLASSES["qwen3"](config)
+        CLASSES["qwen3"].routed(config)
         config.kv_training = {"policy": "uniform", "cross_layer_prob": 0.5}
-        CLASSES["qwen3"](config, kv_profile="every:2")
+        CLASSES["qwen3"].routed(config, kv_profile="every:2")
         assert not caplog.records
         config.kv_training = {"policy": "none", "retention_table": "| every:2 | +0.4 |"}
-        CLASSES["qwen3"](config, kv_profile="every:2")
+        CLASSES["qwen3"].routed(config, kv_profile="every:2")
         del config.kv_training
-        CLASSES["qwen3"](config, kv_profile="every:4")
+        CLASSES["qwen3"].routed(config, kv_profile="every:4")
     measured, unmeasured = (record.getMessage() for record in caplog.records)
     assert "4 of 7 layers keep a cache, but this checkpoint was not trained with stochastic KV routing" in measured
     assert measured.endswith("measured:\n| every:2 | +0.4 |")

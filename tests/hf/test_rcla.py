@@ -29,7 +29,8 @@ TOLERANCE = 1e-5
 
 @cache
 def shape(architecture: str) -> Any:
-    return shape_of(architecture, attention_bias=architecture == "llama", tie_word_embeddings=architecture == "mistral")
+    biased = architecture in ("llama", "qwen2")
+    return shape_of(architecture, attention_bias=biased, tie_word_embeddings=architecture == "mistral")
 
 
 def initial_weights(architecture: str) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama", "mistral"])
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["stored", "non-reentrant", "reentrant"])
 def test_gradients(architecture: str, checkpointing: bool | None) -> None:
     model = plain_model(architecture)
@@ -323,7 +324,7 @@ def test_impossible_draws_are_refused(options: dict[str, Any], shown: str) -> No
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^Linear holds 0 Qwen3, Llama or Mistral decoders; routing needs exactly one"):
+    with pytest.raises(UserError, match=r"^Linear holds 0 Qwen3, Qwen2, Llama or Mistral decoders; routing needs"):
         enable_rcla(torch.nn.Linear(2, 2))
     config = hf_config(shape("mistral"), torch.float32, {})
     config.sliding_window = 64

@@ -243,6 +243,7 @@ def test_the_full_matrix_has_every_combination() -> None:
         (layout, tied) for layout in LAYOUTS for tied in (True, False)
     }
     assert {case.layout for case in cases if case.steps == 20} == set(whole)
+    assert {case.layout for case in cases if case.family == "qwen2"} == set(whole)
     for layout in whole:
         also = [set(case.also) for case in cases if case.layout == layout]
         for name in VARIATIONS:

@@ -305,7 +305,7 @@ def test_the_reference_draws_the_same_donors(
     assert drawn.tolist() == draws.plan(routing.model_dump(), layers, rows, seed=seed, step=step)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("seed", [0, 7, 2**70])
 def test_the_reference_draws_the_same_initial_weights(family: str, tied: bool, seed: int) -> None:

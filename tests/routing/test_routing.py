@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skvr_dist.errors import UserError
+from skvr_dist.lab.verify import cases
 from skvr_dist.routing import (
+    POLICIES,
     CacheStrategy,
     RoutingConfig,
     RoutingPlan,
@@ -18,6 +22,7 @@ from skvr_dist.routing import (
     fixed_plan,
     read_layers,
 )
+from skvr_dist.routing.policies import PolicyName
 
 ROUTINGS = st.one_of(
     st.just(RoutingConfig(policy="none")),
@@ -51,6 +56,14 @@ def test_a_row_depends_on_seed_step_and_its_index_alone(
     longer = plan_of(routing, layers, rows + 3, seed, step)
     assert (longer.donors[:rows] == plan.donors).all()
     assert (plan.donors == plan_of(routing, layers, rows, seed, step).donors).all()
+
+
+def test_every_policy_is_in_every_list() -> None:
+    """One that a configuration may name is in the table, is proven by the matrix, and can be put into words."""
+    assert list(get_args(PolicyName)) == list(POLICIES) == list(cases.POLICIES)
+    for name, policy in POLICIES.items():
+        assert policy.name == name and set(policy.parameters) == set(cases.POLICIES[name])
+        assert bool(policy.words) == (name != "none")
 
 
 def test_draws_are_pinned() -> None:

@@ -16,6 +16,7 @@ from support.tokenizers import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig, RopeScaling
 from skvr_dist.hf.convert.weights import hf_name
 from skvr_dist.model.rope import inverse_frequencies
@@ -66,7 +67,7 @@ def write_gguf(
         split: name of the rule by which the tokenizer splits texts.
         more: further metadata under the architecture's name, with dots as double underscores.
     """
-    architecture = "qwen3" if config.architecture == "qwen3" else "llama"
+    architecture = FAMILIES[config.architecture].gguf_architecture or "llama"
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)
@@ -79,7 +80,7 @@ def write_gguf(
     if architecture == "qwen3":
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    else:
+    elif architecture == "llama":
         writer.add_vocab_size(config.vocab_size)
         writer.add_rope_dimension_count(config.head_dim)
     for name, value in more.items():
@@ -157,6 +158,8 @@ MODELS = {
     "llama 3 tied": shape_of("llama", **SHAPE | {"rope_theta": 5e5, "rope_scaling": LLAMA3}, tie_word_embeddings=True),
     "llama biased": shape_of("llama", **SHAPE, attention_bias=True),
     "qwen3": shape_of("qwen3", **SHAPE | {"head_dim": 32}),
+    "qwen2": shape_of("qwen2", **SHAPE),
+    "qwen2 tied": shape_of("qwen2", **SHAPE, tie_word_embeddings=True),
 }
 
 

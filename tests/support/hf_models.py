@@ -1,4 +1,4 @@
-"""Tiny models of the three families for the tests of `skvr_dist.hf`, with the weights of the plain reference."""
+"""Tiny models of every family for the tests of `skvr_dist.hf`, with the weights of the plain reference."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig
-from skvr_dist.hf import RoutedLlamaForCausalLM, RoutedMistralForCausalLM, RoutedQwen3ForCausalLM
 from skvr_dist.hf.convert.card import Training
 from skvr_dist.hf.convert.export import export_model
 from skvr_dist.hf.convert.model_config import hf_config
 from skvr_dist.hf.convert.weights import hf_name
+from skvr_dist.hf.model.families import CLASSES
 from skvr_dist.lab.verify import reference
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import CacheStrategy
 
-CLASSES: dict[str, Any] = {
-    "qwen3": RoutedQwen3ForCausalLM,
-    "llama": RoutedLlamaForCausalLM,
-    "mistral": RoutedMistralForCausalLM,
-}
 STRATEGIES = {"every:2": (0, 2, 4, 6), "every:4": (0, 4), "prefix:3": (0, 1, 2), "irregular": (0, 3, 4, 7)}
 
 
@@ -42,7 +38,8 @@ def shape_of(architecture: str, **changes: Any) -> ModelConfig:
         "max_position_embeddings": 256,
         "rope_theta": 777.0,
         "rms_norm_eps": 3e-4,
-        "qk_norm": architecture == "qwen3",
+        "qk_norm": FAMILIES[architecture].qk_norm,
+        "attention_bias": FAMILIES[architecture].attention_bias == "q, k and v",
         "tie_word_embeddings": False,
         **changes,
     }
@@ -84,7 +81,7 @@ def export_checkpoint(run: Path, output: Path) -> None:
 def routed_model(config: ModelConfig, weights: dict[str, Tensor] | None = None) -> Any:
     """Our class of transformers."""
     ids = {"pad_token_id": 0}
-    model = CLASSES[config.architecture](hf_config(config, torch.float32, ids))
+    model = CLASSES[config.architecture].routed(hf_config(config, torch.float32, ids))
     return load_into(model, weights or random_weights(config))
 
 
@@ -94,9 +91,14 @@ def prompts() -> Tensor:
 
 
 @torch.no_grad()
-def reference_tokens(config: ModelConfig, retained: tuple[int, ...], inputs: Tensor, count: int) -> Tensor:
-    """Inputs int [B, S] and `count` greedy tokens, without a cache, by the reference that shares no code with us."""
-    weights, shape = random_weights(config), config.model_dump()
+def reference_tokens(
+    config: ModelConfig, retained: tuple[int, ...], inputs: Tensor, count: int, scale: float = 0.3
+) -> Tensor:
+    """Inputs int [B, S] and `count` greedy tokens, without a cache, by the reference that shares no code with us.
+
+    The weights are `random_weights` of that scale.
+    """
+    weights, shape = random_weights(config, scale), config.model_dump()
     sources = list(CacheStrategy(config.num_hidden_layers, retained).kv_source_layers)
     for _ in range(count):
         logits = reference.logits(weights, shape, inputs, sources)[:, -1]

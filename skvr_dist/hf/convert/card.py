@@ -13,17 +13,7 @@ from tabulate import tabulate
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.evaluate.retention import RETENTION_FILE, RetentionPoint, as_table
-from skvr_dist.routing import CacheStrategy, RoutingConfig
-
-# How each policy chooses, in words for a reader of the card (`skvr_dist.routing.policies` has the rules).
-_POLICIES = {
-    "uniform": "with probability `cross_layer_prob` a layer read those of an earlier layer, each equally likely",
-    "strategy": "with probability `cross_layer_prob` a layer gave up its own and read the nearest ones kept before it",
-    "window": "with probability `cross_layer_prob` a layer read those of one of the `window` layers before it",
-    "cla": "the layers of a group of `group_size` always read those of its first layer",
-    "rd_cla": "with probability `cross_layer_prob` a layer read those of the first layer of its group of `group_size`",
-}
-
+from skvr_dist.routing import POLICIES, CacheStrategy, RoutingConfig
 
 # What a checkpoint's facts hold that a reader of the card wants to know.
 _FACTS = ("step", "tokens_seen", "imported_from", "dequantized_from")
@@ -99,11 +89,12 @@ def _origin(config: ModelConfig, training: Training) -> str:
 def _trained(config: ModelConfig, routing: RoutingConfig) -> str:
     if routing.policy == "none":
         return f"A {config.architecture} decoder, trained without stochastic KV routing."
-    drawn = "" if routing.policy == "cla" else ", drawn anew for each micro-batch"
+    policy = POLICIES[routing.policy]
+    drawn = ", drawn anew for each micro-batch" if policy.is_random else ""
     return (
         f"A {config.architecture} decoder, trained with stochastic KV routing (random cross-layer attention, "
-        f"[arXiv 2604.22782](https://arxiv.org/abs/2604.22782)) under the policy `{routing.policy}`: instead of its "
-        f"own keys and values, {_POLICIES[routing.policy]}{drawn}."
+        f"[arXiv 2604.22782](https://arxiv.org/abs/2604.22782)) under the policy `{policy.name}`: instead of its "
+        f"own keys and values, {policy.words}{drawn}."
     )
 
 

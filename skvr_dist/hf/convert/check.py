@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM
+from transformers import AutoTokenizer
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.hf.convert.weights import WeightReader, hf_name
-from skvr_dist.hf.model import causal_lm
+from skvr_dist.hf.model.causal_lm import decoding_error
+from skvr_dist.hf.model.families import CLASSES
 from skvr_dist.hf.model.layers import route
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import CacheStrategy
@@ -35,18 +36,6 @@ SEQUENCE_LENGTH = 128
 PROMPT_LENGTH, DECODED_TOKENS = 16, 8
 """What is decoded with each cache at each strategy."""
 CACHES = ("dynamic", "static")
-
-_PLAIN_CLASSES: dict[str, Any] = {"qwen3": Qwen3ForCausalLM, "llama": LlamaForCausalLM, "mistral": MistralForCausalLM}
-_ROUTED_CLASSES: dict[str, Any] = {
-    "qwen3": causal_lm.Qwen3ForCausalLM,
-    "llama": causal_lm.LlamaForCausalLM,
-    "mistral": causal_lm.MistralForCausalLM,
-}
-_PRUNED_CLASSES: dict[str, Any] = {
-    "qwen3": causal_lm.PrunedQwen3ForCausalLM,
-    "llama": causal_lm.PrunedLlamaForCausalLM,
-    "mistral": causal_lm.PrunedMistralForCausalLM,
-}
 
 SAMPLE_TEXTS = (
     inspect.getsource(textwrap),
@@ -133,22 +122,12 @@ def check_export(
         pruned_to: the one strategy that the folder serves; None for a plain checkpoint.
         loading: further arguments of `from_pretrained`, such as the GGUF file that holds the model.
     """
-    differing_texts: tuple[str, ...] = ()
-    sequences = _drawn_sequences(config)
-    if tokenizer_file is not None:
-        source = load_tokenizer(tokenizer_file)
-        differing_texts = _differing_texts(folder, source)
-        encoded = [torch.tensor(source.encode(text)[:SEQUENCE_LENGTH]) for text in SAMPLE_TEXTS]
-        sequences = [tokens[: config.max_position_embeddings] for tokens in encoded if len(tokens)]
+    tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
+    differing_texts = () if tokenizer is None else _differing_texts(folder, tokenizer)
+    sequences = _drawn_sequences(config) if tokenizer is None else _encoded_samples(config, tokenizer)
     strategies = {"full": CacheStrategy.full(config.num_hidden_layers), **_shared(config)}
     if pruned_to is not None:
         strategies = {f"layers {','.join(map(str, pruned_to.retained))}": pruned_to}
-
-    model_class = (_PLAIN_CLASSES if pruned_to is None else _PRUNED_CLASSES)[config.architecture]
-    exported = model_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True, **(loading or {})
-    )
-    loaded = exported.state_dict()
 
     def as_stored(name: str) -> Tensor:
         ours = weight(name)
@@ -156,23 +135,14 @@ def check_export(
 
     decoder = _meta_decoder(config)
     names = list(decoder.state_dict())
+    exported = _load(folder, config, pruned_to, loading or {})
+    loaded = exported.state_dict()
     stored = [name for name in names if pruned_to is None or hf_name(name) in loaded]
     differing_weights = tuple(name for name in stored if not torch.equal(loaded[hf_name(name)], as_stored(name)))
-    found, decoding_errors = [], {}
-    for strategy in strategies.values():
-        if strategy.retention < 1 and pruned_to is None:
-            route(exported).kv_sources = strategy.kv_source_layers
-        found.append(torch.cat([exported(tokens[None], use_cache=False).logits[0] for tokens in sequences]))
+    found = _logits(exported, strategies, sequences)
     if pruned_to is None:
-        exported.__class__ = _ROUTED_CLASSES[config.architecture]  # as whoever loads it at a strategy gets it
-    new_tokens = min(DECODED_TOKENS, config.max_position_embeddings - 1)
-    prompt = sequences[0][None, : min(PROMPT_LENGTH, config.max_position_embeddings - new_tokens)]
-    for name, strategy in strategies.items():
-        exported.model.kv_sources = strategy.kv_source_layers
-        for kind in CACHES:
-            options = {"cache_implementation": "static", "disable_compile": True} if kind == "static" else {}
-            error = causal_lm.decoding_error(exported, prompt, new_tokens, **options)
-            decoding_errors[f"{name} with a {kind} cache"] = error
+        exported.__class__ = CLASSES[config.architecture].routed  # as whoever loads it at a strategy gets it
+    decoding_errors = _decoding_errors(exported, strategies, sequences[0])
     del exported, loaded
 
     decoder.load_state_dict({name: as_stored(name) for name in names}, assign=True)
@@ -193,6 +163,38 @@ def check_export(
     )
 
 
+def _load(folder: Path, config: ModelConfig, pruned_to: CacheStrategy | None, loading: Mapping[str, Any]) -> Any:
+    """The model of a folder: of the plain class, unless it was pruned."""
+    classes = CLASSES[config.architecture]
+    return (classes.plain if pruned_to is None else classes.pruned).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True, **loading
+    )
+
+
+def _logits(exported: Any, strategies: Mapping[str, CacheStrategy], sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Of all sequences one after the other, [positions, V], at each strategy; a plain model is routed on the way."""
+    found = []
+    for strategy in strategies.values():
+        if strategy.retention < 1:
+            route(exported).kv_sources = strategy.kv_source_layers
+        found.append(torch.cat([exported(tokens[None], use_cache=False).logits[0] for tokens in sequences]))
+    return found
+
+
+def _decoding_errors(exported: Any, strategies: Mapping[str, CacheStrategy], sequence: Tensor) -> dict[str, float]:
+    """Of a routed model after the beginning of a sequence, int [S], at each strategy with each kind of cache."""
+    longest = exported.config.max_position_embeddings
+    new_tokens = min(DECODED_TOKENS, longest - 1)
+    prompt = sequence[None, : min(PROMPT_LENGTH, longest - new_tokens)]
+    errors = {}
+    for name, strategy in strategies.items():
+        exported.model.kv_sources = strategy.kv_source_layers
+        for kind in CACHES:
+            options = {"cache_implementation": "static", "disable_compile": True} if kind == "static" else {}
+            errors[f"{name} with a {kind} cache"] = decoding_error(exported, prompt, new_tokens, **options)
+    return errors
+
+
 def _shared(config: ModelConfig) -> dict[str, CacheStrategy]:
     """Two strategies that share: one spread over the depth, one at its beginning."""
     layers = config.num_hidden_layers
@@ -207,6 +209,12 @@ def _meta_decoder(config: ModelConfig) -> Decoder:
 def _drawn_sequences(config: ModelConfig) -> list[Tensor]:
     length = min(SEQUENCE_LENGTH, config.max_position_embeddings)
     return list(torch.randint(config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0)))
+
+
+def _encoded_samples(config: ModelConfig, tokenizer: Tokenizer) -> list[Tensor]:
+    length = min(SEQUENCE_LENGTH, config.max_position_embeddings)
+    encoded = [torch.tensor(tokenizer.encode(text)[:length]) for text in SAMPLE_TEXTS]
+    return [tokens for tokens in encoded if len(tokens)]
 
 
 def _differing_texts(folder: Path, source: Tokenizer) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Export: a plain Qwen3, Llama or Mistral checkpoint that serves any strategy, published only if it checks out."""
+"""Export: a plain checkpoint of a model's family that serves any strategy, published only if it checks out."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
+from skvr_dist.files import published, require_free
 from skvr_dist.hf.convert.bundle import add_code, describe_routing
 from skvr_dist.hf.convert.card import Training, model_card
-from skvr_dist.hf.convert.check import TOLERANCE, CheckReport, check_export
+from skvr_dist.hf.convert.check import SAMPLE_TEXTS, TOLERANCE, CheckReport, check_export
 from skvr_dist.hf.convert.model_config import hf_config, write_config
 from skvr_dist.hf.convert.tokenizer import convert_tokenizer, copy_tokenizer, special_ids, write_tokenizer
 from skvr_dist.hf.convert.weights import WeightReader, check_names, parameter_shapes, pruned_names, write_weights
-from skvr_dist.routing import CacheStrategy, RoutingConfig
+from skvr_dist.routing import POLICIES, CacheStrategy, RoutingConfig
 
 
 @dataclass(frozen=True)
@@ -87,68 +91,106 @@ def export_model(
             unexpected or of another shape, or the tokenizer cannot be converted exactly.
         ExportMismatchError: what transformers loads differs from what was trained.
     """
-    output = output.absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output {output} exists and is not an empty folder; choose another one, or remove it first")
-    if pruned_to is None:
-        _check_routing(training.routing)
-    tokenizer: PreTrainedTokenizerBase | None = None
-    ours = tokenizer_file is not None and tokenizer_file.suffix == ".model"
-    if tokenizer_file is not None:
-        if ours:
-            tokenizer = convert_tokenizer(tokenizer_file, config.max_position_embeddings)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_file.parent, local_files_only=True)
-        if len(tokenizer) > config.vocab_size:
-            raise UserError(
-                f"tokenizer {tokenizer_file} has {len(tokenizer)} tokens, but the model's vocab_size is "
-                f"{config.vocab_size}; export with the tokenizer that the model was trained with"
-            )
-    shapes = parameter_shapes(hf_config(config, torch.float32, {}))
-    way_out = "export with the model section that the weights were trained with"
-    check_names(names, shapes, config.architecture, way_out)
-    if pruned_to is not None:
-        unused = pruned_names(pruned_to)
-        shapes = {name: shape for name, shape in shapes.items() if name not in unused}
-    parameters = sum(shape.numel() for shape in shapes.values())
+    require_free(output)
+    _check_routing(training.routing, pruned_to)
+    tokenizer = None if tokenizer_file is None else _open_tokenizer(tokenizer_file, config, pruned_to is None)
+    shapes = _exported_shapes(config, names, pruned_to)
     dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else {name: dtype[name] for name in shapes}
-    elements: Counter[torch.dtype] = Counter()
-    for name, shape in shapes.items():
-        elements[dtypes[name]] += shape.numel()
-    main_dtype = elements.most_common(1)[0][0]
+    main_dtype = _main_dtype(shapes, dtypes)
+    parameters = sum(shape.numel() for shape in shapes.values())
     ids = special_ids(tokenizer) if tokenizer else {}
     published_config = hf_config(config, main_dtype, ids, pruned_to)
     describe_routing(published_config, training)
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as temporary:
-        folder = Path(temporary) / output.name
-        folder.mkdir()
+    with published(output) as folder:
         write_weights(folder, shapes, weight, dtypes, max_shard_size)
         add_code(folder, published_config, published_config.architectures[0])
         write_config(folder, published_config)
         GenerationConfig(**ids).save_pretrained(folder)
-        if ours:
-            write_tokenizer(folder, tokenizer)
-        elif tokenizer_file is not None:
-            copy_tokenizer(tokenizer_file.parent, folder)
-        card = model_card(output.name, config, parameters, training, tokenizer_file, pruned_to)
+        if tokenizer_file is not None:
+            _write_tokenizer_files(folder, tokenizer_file, tokenizer)
+        card = model_card(folder.name, config, parameters, training, tokenizer_file, pruned_to)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        report = ExportReport(
-            file_bytes={file.name: file.stat().st_size for file in sorted(folder.iterdir())},
-            parameters=parameters,
-            dtype=main_dtype,
-            check=check_export(folder, config, weight, dtypes, tokenizer_file if ours else None, pruned_to),
-        )
-        if report.check.failures():
+        file_bytes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        compared = tokenizer_file if tokenizer_file is not None and _is_ours(tokenizer_file) else None
+        check = check_export(folder, config, weight, dtypes, compared, pruned_to)
+        report = ExportReport(file_bytes, parameters, main_dtype, check)
+        if check.failures():
             raise ExportMismatchError(report)
-        folder.replace(output)
     return report
 
 
-def _check_routing(routing: RoutingConfig) -> None:
+def _is_ours(tokenizer_file: Path) -> bool:
+    """Whether it is a data set's tokenizer.model, which is converted; a tokenizer.json is copied."""
+    return tokenizer_file.suffix == ".model"
+
+
+def _open_tokenizer(file: Path, config: ModelConfig, whole: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer as transformers has it, for a model of its family or, if not `whole`, a pruned one.
+
+    Raises:
+        UserError: the model has fewer tokens, or transformers would make another tokenizer of it for this family.
+    """
+    tokenizer: PreTrainedTokenizerBase
+    if _is_ours(file):
+        tokenizer = convert_tokenizer(file, config.max_position_embeddings)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, local_files_only=True)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"tokenizer {file} has {len(tokenizer)} tokens, but the model's vocab_size is {config.vocab_size}; export "
+            f"with the tokenizer that the model was trained with"
+        )
+    forced = FAMILIES[config.architecture].tokenizer_class
+    if whole and forced is not None and _changes(file, tokenizer, forced):
+        raise UserError(
+            f"transformers loads the tokenizer of any {config.architecture} model as {forced}, which gives other ids "
+            f"than {file}; export the weights without a tokenizer, or train another architecture with this one"
+        )
+    return tokenizer
+
+
+def _changes(file: Path, tokenizer: PreTrainedTokenizerBase, tokenizer_class: str) -> bool:
+    """Whether a class of transformers gives texts other ids than the tokenizer.json that it would be loaded from."""
+    with tempfile.TemporaryDirectory() as temporary:
+        _write_tokenizer_files(Path(temporary), file, tokenizer)
+        found = getattr(transformers, tokenizer_class).from_pretrained(temporary, local_files_only=True)
+        wanted = FastTokenizer.from_file(f"{temporary}/tokenizer.json")
+    return any(
+        found(text, add_special_tokens=False)["input_ids"] != wanted.encode(text, add_special_tokens=False).ids
+        for text in SAMPLE_TEXTS
+    )
+
+
+def _write_tokenizer_files(folder: Path, file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    if _is_ours(file):
+        write_tokenizer(folder, tokenizer)
+    else:
+        copy_tokenizer(file.parent, folder)
+
+
+def _exported_shapes(
+    config: ModelConfig, names: Collection[str], pruned_to: CacheStrategy | None
+) -> dict[str, torch.Size]:
+    """Shapes of the weights to write, by canonical name; raises `UserError` if `names` are not those of the model."""
+    shapes = parameter_shapes(hf_config(config, torch.float32, {}))
+    check_names(names, shapes, config.architecture, "export with the model section that the weights were trained with")
+    unused = set() if pruned_to is None else pruned_names(pruned_to)
+    return {name: shape for name, shape in shapes.items() if name not in unused}
+
+
+def _main_dtype(shapes: Mapping[str, torch.Size], dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype of most of the parameters."""
+    elements: Counter[torch.dtype] = Counter()
+    for name, shape in shapes.items():
+        elements[dtypes[name]] += shape.numel()
+    return elements.most_common(1)[0][0]
+
+
+def _check_routing(routing: RoutingConfig, pruned_to: CacheStrategy | None) -> None:
     """Raises `UserError` if in training some layers never read their own keys and values, which the export reads."""
-    if routing.policy == "cla" or routing.cross_layer_prob == 1.0:
+    if pruned_to is not None:
+        return
+    if not POLICIES[routing.policy].reads_own or routing.cross_layer_prob == 1.0:
         what = f"cross_layer_prob {routing.cross_layer_prob}" if routing.cross_layer_prob else "its fixed groups"
         raise UserError(
             f"a model trained by policy {routing.policy} with {what} cannot run at full retention: some layers have "

@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig, RopeScaling
 from skvr_dist.errors import UserError
 from skvr_dist.hf.convert.model_config import hf_config
@@ -36,14 +37,14 @@ _KNOWN = {*_REQUIRED, _KV_HEADS, _KEY_LENGTH, _VALUE_LENGTH, _ROTATED, _THETA, _
 _DEFAULT_THETA = 10000.0
 _ROPE_FACTORS = "rope_freqs.weight"
 """By how much each rotary frequency is divided: all that a file keeps of Llama 3's scaling."""
-# Llama's query and key rows are stored in the order of its first release, pairs of a rotation side by side.
-_PAIRED_ROWS = {"llama": True, "qwen3": False}
+_FAMILIES = {family.gguf_architecture: family for family in FAMILIES.values() if family.gguf_architecture}
+"""By what files say of their architecture."""
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Stored as values; everything else is blocks, whose values are float32."""
 
 
 class GGUFFile:
-    """A Llama, Mistral or Qwen3 model in one GGUF file.
+    """A model in one GGUF file, of a family that `skvr_dist.config.families` has a GGUF name for.
 
     Args:
         file: the file; what `transformers` can make of its tokenizer is taken from it, or from the folder around it.
@@ -69,11 +70,13 @@ class GGUFFile:
         except (OSError, ValueError, KeyError, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{file} is not a whole GGUF file ({reason}); download it again") from None
-        if self.gguf_architecture not in _PAIRED_ROWS:
+        if self.gguf_architecture not in _FAMILIES:
+            *others, last = sorted(_FAMILIES)
             raise UserError(
-                f"{file} is of architecture {self.gguf_architecture}, but only {' and '.join(_PAIRED_ROWS)} can be "
+                f"{file} is of architecture {self.gguf_architecture}, but only {', '.join(others)} and {last} can be "
                 f"imported (Mistral's files say llama); choose another checkpoint"
             )
+        self.family = _FAMILIES[self.gguf_architecture]
         self.config = self._model_config()
         names = gguf.get_tensor_name_map(_architecture(gguf, self.gguf_architecture), self.config.num_hidden_layers)
         self._stored: dict[str, str] = {}
@@ -113,7 +116,7 @@ class GGUFFile:
                 f"choose another file of this model"
             ) from None
         part = name.split(".")[-2]
-        if _PAIRED_ROWS[self.gguf_architecture] and part in ("q_proj", "k_proj"):
+        if self.family.gguf_pairs_rows and part in ("q_proj", "k_proj"):
             heads = self.config.num_attention_heads if part == "q_proj" else self.config.num_key_value_heads
             values = values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         return torch.from_numpy(values).to(_PLAIN.get(kind, torch.float32))
@@ -173,7 +176,7 @@ class GGUFFile:
             raise UserError(f"{self.file} has {' and '.join(unknown)}, which our decoder has not; choose another model")
         try:
             config = ModelConfig(
-                architecture="qwen3" if self.gguf_architecture == "qwen3" else "llama",
+                architecture=self.family.name,
                 vocab_size=self._tensors["token_embd.weight"].shape.tolist()[-1],
                 hidden_size=hidden,
                 intermediate_size=found[_FEED_FORWARD],
@@ -184,7 +187,7 @@ class GGUFFile:
                 max_position_embeddings=found[_CONTEXT],
                 rope_theta=_float32(found.get(_THETA, _DEFAULT_THETA)),
                 rms_norm_eps=_float32(found[_EPSILON]),
-                qk_norm=self.gguf_architecture == "qwen3",
+                qk_norm=self.family.qk_norm,
                 attention_bias="blk.0.attn_q.bias" in self._tensors,
                 tie_word_embeddings="output.weight" not in self._tensors,
             )

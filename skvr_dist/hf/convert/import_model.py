@@ -1,4 +1,4 @@
-"""Import of a Qwen3, Llama or Mistral checkpoint: a checkpoint of ours at step 0, to train further from.
+"""Import of a checkpoint of Hugging Face: a checkpoint of ours at step 0, to train further from.
 
 Weights are copied tensor by tensor in their stored dtype, those of a GGUF file dequantized to float32; one at a time is
 in memory.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +32,7 @@ from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
 from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
+from skvr_dist.files import published, require_free
 from skvr_dist.hf.convert.check import CheckReport, check_export
 from skvr_dist.hf.convert.gguf_file import GGUFFile
 from skvr_dist.hf.convert.model_config import hf_config, model_config
@@ -93,9 +93,7 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
             weights, or has others or of another shape.
         ImportMismatchError: our decoder computes other logits than transformers.
     """
-    output = output.absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output {output} exists and is not an empty folder; choose another one, or remove it first")
+    require_free(output)
     original: _Original
     if source.endswith(".gguf") and not Path(source).is_dir():
         gguf = GGUFFile(Path(source))
@@ -110,9 +108,7 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
     check_names(original.names(), shapes, config.architecture, way_out)
     dtypes = {name: _trainable_dtype(name, *original.shape_and_dtype(name), shape) for name, shape in shapes.items()}
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as temporary:
-        run = Path(temporary) / output.name
+    with published(output) as run:
         partial = RunFolder(run).checkpoints / partial_folder(0)
         partial.mkdir(parents=True)
         digests = _write(partial, shapes, dtypes, original)
@@ -135,7 +131,6 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
         )
         if report.failures():
             raise ImportMismatchError(report)
-        run.replace(output)
     return report
 
 

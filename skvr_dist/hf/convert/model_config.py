@@ -11,11 +11,10 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
+from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig, RopeScaling
 from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy
-
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 # Fields with the same name and meaning on both sides.
 _SHARED = {
@@ -43,23 +42,24 @@ def hf_config(
         special_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, or nothing without a tokenizer.
         pruned_to: the strategy whose projections alone are stored; the architecture is then one of ours.
     """
-    model_type, architecture = config.architecture, ARCHITECTURES[config.architecture]
-    family: dict[str, Any] = {}
-    if config.architecture == "mistral":
-        family["sliding_window"] = None  # transformers' default is a window of 4096
-    else:
-        family["attention_bias"] = config.attention_bias
+    family = FAMILIES[config.architecture]
+    model_type: str = family.name
+    architecture = family.causal_lm
+    fields = dict(family.hf_fields)
+    if family.attention_bias == "optional":
+        fields["attention_bias"] = config.attention_bias
+    shared = _SHARED - {"head_dim"} if family.head_dim == "hidden_size / heads" else _SHARED
     scaling = config.rope_scaling.model_dump(exclude_none=True) if config.rope_scaling else {"rope_type": "default"}
     if pruned_to is not None:
-        model_type, architecture = f"skvr_{model_type}", f"Pruned{architecture}"  # type: ignore[assignment]
-        family |= {"kv_pruned_to": list(pruned_to.retained), "kv_source_layers": list(pruned_to.kv_source_layers)}
+        model_type, architecture = f"skvr_{model_type}", f"Pruned{architecture}"
+        fields |= {"kv_pruned_to": list(pruned_to.retained), "kv_source_layers": list(pruned_to.kv_source_layers)}
     return AutoConfig.for_model(
         model_type,
         architectures=[architecture],
         dtype=dtype,
         rope_parameters={**scaling, "rope_theta": config.rope_theta},
-        **config.model_dump(include=_SHARED),
-        **family,
+        **config.model_dump(include=shared),
+        **fields,
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special_ids},
     )
 
@@ -70,17 +70,17 @@ def model_config(config: PreTrainedConfig) -> ModelConfig:
     Raises:
         UserError: another architecture, or a feature of the family that our decoder has not.
     """
-    family = config.model_type
-    if family not in ARCHITECTURES:
+    if config.model_type not in FAMILIES:
         raise UserError(
-            f"the checkpoint is of model_type {family}, but only {', '.join(ARCHITECTURES)} can be imported; choose a "
-            f"checkpoint of one of these families"
+            f"the checkpoint is of model_type {config.model_type}, but only {', '.join(FAMILIES)} can be imported; "
+            f"choose a checkpoint of one of these families"
         )
+    family = FAMILIES[config.model_type]
     if getattr(config, "quantization_config", None) is not None:
         raise UserError("the checkpoint is quantized and cannot be trained; import the original in bf16 or fp32")
     rope = dict(config.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
-    plain = {"hidden_act": "silu", "mlp_bias": False, "sliding_window": None}
+    plain = {"hidden_act": "silu", "mlp_bias": False, "sliding_window": None, "dual_chunk_attention_config": None}
     unknown = [
         f"{name} {getattr(config, name)}" for name, value in plain.items() if getattr(config, name, value) != value
     ]
@@ -93,15 +93,18 @@ def model_config(config: PreTrainedConfig) -> ModelConfig:
         )
     try:
         return ModelConfig(
-            architecture=family,
-            qk_norm=family == "qwen3",
-            attention_bias=getattr(config, "attention_bias", False),
+            architecture=family.name,
+            qk_norm=family.qk_norm,
+            attention_bias=family.attention_bias == "q, k and v" or getattr(config, "attention_bias", False),
             rope_theta=float(theta),
             rope_scaling=None if kind == "default" else RopeScaling(**_known(rope)),
-            **{name: getattr(config, name) for name in _SHARED},
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            **{name: getattr(config, name) for name in _SHARED - {"head_dim"}},
         )
     except ValidationError as error:
-        raise UserError(f"the checkpoint's config.json is not one of a trainable {family} model: {error}") from None
+        raise UserError(
+            f"the checkpoint's config.json is not one of a trainable {family.name} model: {error}"
+        ) from None
 
 
 def _known(rope: dict[str, Any]) -> dict[str, Any]:

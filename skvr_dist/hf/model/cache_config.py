@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.utils import logging
 
 from skvr_dist.errors import UserError
@@ -99,6 +99,12 @@ class PrunedQwen3Config(Qwen3Config):
     """Qwen3 with the projections of layers `kv_pruned_to` alone."""
 
     model_type = "skvr_qwen3"
+
+
+class PrunedQwen2Config(Qwen2Config):
+    """Qwen2 with the projections of layers `kv_pruned_to` alone."""
+
+    model_type = "skvr_qwen2"
 
 
 class PrunedLlamaConfig(LlamaConfig):

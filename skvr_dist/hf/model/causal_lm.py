@@ -15,10 +15,11 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import Cache, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import Cache, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils import logging
 
@@ -26,6 +27,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.hf.model.cache_config import (
     PrunedLlamaConfig,
     PrunedMistralConfig,
+    PrunedQwen2Config,
     PrunedQwen3Config,
     Sources,
     sources_of,
@@ -194,6 +196,10 @@ class Qwen3ForCausalLM(RoutedForCausalLM, modeling_qwen3.Qwen3ForCausalLM):
     """Qwen3 at any cache strategy."""
 
 
+class Qwen2ForCausalLM(RoutedForCausalLM, modeling_qwen2.Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5 at any cache strategy."""
+
+
 class LlamaForCausalLM(RoutedForCausalLM, modeling_llama.LlamaForCausalLM):
     """Llama at any cache strategy."""
 
@@ -220,6 +226,13 @@ class PrunedQwen3ForCausalLM(_Pruned, Qwen3ForCausalLM):
     config_class = PrunedQwen3Config
 
 
+class PrunedQwen2ForCausalLM(_Pruned, Qwen2ForCausalLM):
+    """Qwen2 for one strategy."""
+
+    config: PrunedQwen2Config
+    config_class = PrunedQwen2Config
+
+
 class PrunedLlamaForCausalLM(_Pruned, LlamaForCausalLM):
     """Llama for one strategy."""
 
@@ -242,13 +255,9 @@ def _find_fault() -> str | None:
     installed = f"transformers {transformers.__version__} is newer than {NEWEST_TESTED}, the newest tested"
     generator = torch.Generator().manual_seed(0)
     try:
-        for config, model_class in (
-            (Qwen3Config, Qwen3ForCausalLM),
-            (LlamaConfig, LlamaForCausalLM),
-            (MistralConfig, MistralForCausalLM),
-        ):
+        for model_class in (Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM, MistralForCausalLM):
             for sources in ((0, 1), (0, 0)):
-                model = model_class(config(**shape, **heads)).float()
+                model = model_class(model_class.config_class(**shape, **heads)).float()
                 model.model.kv_sources = sources
                 for parameter in model.parameters():
                     parameter.data.copy_(torch.randn(parameter.shape, generator=generator))

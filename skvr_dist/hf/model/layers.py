@@ -1,4 +1,4 @@
-"""Qwen3, Llama and Mistral of transformers, where a layer may read the keys and values of an earlier one.
+"""Decoders of transformers, of each of our families, where a layer may read an earlier one's keys and values.
 
 Each class here is the class of transformers with the same name and parameters, and computes the same where every
 layer reads its own. Layers that nobody reads skip their key and value projections and hold no cache. Keys and values
@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
@@ -204,11 +205,6 @@ def _last_rope(rope: RopeTables, count: int) -> RopeTables:
     return rope[0][:, -count:], rope[1][:, -count:]
 
 
-def _last_rows(mask: Tensor | None, count: int) -> Tensor | None:
-    """The rows of the last queries; a mask [B, T] over keys, which flash attention takes, has none."""
-    return mask[:, :, -count:] if mask is not None and mask.dim() == 4 else mask
-
-
 class RoutedModel:
     """The layers, with the map of which one reads which."""
 
@@ -249,9 +245,9 @@ class RoutedModel:
         if use_cache and cache is None and paged is None:
             cache = DynamicCache(config=self.config)
         seen = cache.get_seq_length() if cache is not None else 0
-        if position_ids is None:
-            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
         positions = hidden.shape[1]
+        if position_ids is None:
+            position_ids = (torch.arange(positions, device=hidden.device) + seen).unsqueeze(0)
         mask = attention_mask["full_attention"] if isinstance(attention_mask, dict) else attention_mask
         mask = create_causal_mask(
             config=self.config,
@@ -260,24 +256,47 @@ class RoutedModel:
             position_ids=position_ids,
             **{CACHE: paged if paged is not None and CACHE == "cache" else cache},
         )
-        if last_positions is not None and (
-            last_positions >= positions or self._needs_all_positions(mask, position_ids)
-        ):
-            last_positions = None
+        last_mask = None
         if last_positions is not None:
-            last_mask = _last_rows(mask, last_positions)
-            if last_mask is None and self.config._attn_implementation == "sdpa":
-                # Without a mask SDPA takes several queries for those of the first keys, and lets a single one see all
-                # keys, also those that a static cache has not filled.
+            if last_positions >= positions or self._needs_all_positions(mask, position_ids):
+                last_positions = None
+            else:
                 keys = positions if cache is None else cache.get_mask_sizes(positions, 0)[0]
-                rows = torch.arange(positions, device=hidden.device)[-last_positions:] + seen
-                last_mask = (torch.arange(keys, device=hidden.device) <= rows[:, None])[None, None]
+                rows = torch.arange(positions - last_positions, positions, device=hidden.device) + seen
+                last_mask = self._last_mask(mask, rows, keys)
+        kwargs |= {"use_cache": use_cache, "paged": paged}
         rope = self.rotary_emb(hidden, position_ids=position_ids)
+        hidden = self._run_layers(hidden, rope, mask, position_ids, cache, last_positions, last_mask, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache if use_cache else None})
 
+    def _last_mask(self: Any, mask: Tensor | None, rows: Tensor, keys: int) -> Tensor | None:
+        """The mask of the last queries, which are at `rows` of the keys, int [last positions], of which there are T."""
+        if mask is None and self.config._attn_implementation == "sdpa":
+            # Without a mask SDPA takes several queries for those of the first keys, and lets a single one see all
+            # keys, also those that a static cache has not filled.
+            return (torch.arange(keys, device=rows.device) <= rows[:, None])[None, None]
+        # A mask [B, T] over keys, which flash attention takes, has no rows of queries.
+        return mask[:, :, -len(rows) :] if mask is not None and mask.dim() == 4 else mask
+
+    def _sources(self: Any, layers: int) -> Sequence[int]:
+        """The layer that each of the first layers reads in this pass, int [L]."""
         draws = self.training and torch.is_grad_enabled() and self.draw_sources is not None
-        sources = self.draw_sources() if draws else self.kv_sources
+        return (self.draw_sources() if draws else self.kv_sources)[:layers]
+
+    def _run_layers(
+        self: Any,
+        hidden: Tensor,
+        rope: RopeTables,
+        mask: Any,
+        position_ids: Tensor,
+        cache: Cache | None,
+        last_positions: int | None,
+        last_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states [B, S, D] behind the last layer, of `last_positions` positions if that is not None."""
         layers = self.layers[: self.config.num_hidden_layers]  # transformers lowers it to draft with the first ones
-        sources = sources[: len(layers)]
+        sources = self._sources(len(layers))
         read = set(sources)
         if cache is not None:
             _require_same_strategy(cache, read)
@@ -286,7 +305,7 @@ class RoutedModel:
         for number, layer in enumerate(layers):
             stops_here = last_positions if number == max(read) else None
             if stops_here is not None:
-                mask = last_mask
+                mask, position_ids = last_mask, position_ids[:, -stops_here:]
             hidden, k, v = layer(
                 hidden,
                 *(known[sources[number]] if sources[number] != number else (None, None)),
@@ -294,9 +313,7 @@ class RoutedModel:
                 last_positions=stops_here,
                 position_embeddings=rope,
                 attention_mask=mask,
-                position_ids=position_ids if stops_here is None else position_ids[:, -stops_here:],
-                use_cache=use_cache,
-                paged=paged,
+                position_ids=position_ids,
                 **{CACHE: cache},
                 **kwargs,
             )
@@ -307,8 +324,7 @@ class RoutedModel:
             del k, v
             if stops_here is not None:
                 rope = _last_rope(rope, stops_here)
-                position_ids = position_ids[:, -stops_here:]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache if use_cache else None})
+        return hidden
 
     def _needs_all_positions(self: Any, mask: Any, position_ids: Tensor) -> bool:
         """Whether attention cannot be asked for the last queries alone."""
@@ -332,6 +348,10 @@ class Qwen3Attention(RoutedAttention, modeling_qwen3.Qwen3Attention):
     pass
 
 
+class Qwen2Attention(RoutedAttention, modeling_qwen2.Qwen2Attention):
+    pass
+
+
 class LlamaAttention(RoutedAttention, modeling_llama.LlamaAttention):
     pass
 
@@ -341,6 +361,10 @@ class MistralAttention(RoutedAttention, modeling_mistral.MistralAttention):
 
 
 class Qwen3DecoderLayer(RoutedDecoderLayer, modeling_qwen3.Qwen3DecoderLayer):
+    pass
+
+
+class Qwen2DecoderLayer(RoutedDecoderLayer, modeling_qwen2.Qwen2DecoderLayer):
     pass
 
 
@@ -356,6 +380,10 @@ class Qwen3Model(RoutedModel, modeling_qwen3.Qwen3Model):
     pass
 
 
+class Qwen2Model(RoutedModel, modeling_qwen2.Qwen2Model):
+    pass
+
+
 class LlamaModel(RoutedModel, modeling_llama.LlamaModel):
     pass
 
@@ -365,22 +393,20 @@ class MistralModel(RoutedModel, modeling_mistral.MistralModel):
 
 
 _ROUTED = {
-    modeling_qwen3.Qwen3Attention: Qwen3Attention,
-    modeling_qwen3.Qwen3DecoderLayer: Qwen3DecoderLayer,
-    modeling_qwen3.Qwen3Model: Qwen3Model,
-    modeling_llama.LlamaAttention: LlamaAttention,
-    modeling_llama.LlamaDecoderLayer: LlamaDecoderLayer,
-    modeling_llama.LlamaModel: LlamaModel,
-    modeling_mistral.MistralAttention: MistralAttention,
-    modeling_mistral.MistralDecoderLayer: MistralDecoderLayer,
-    modeling_mistral.MistralModel: MistralModel,
+    routed.__bases__[1]: routed
+    for routed in (
+        *(Qwen3Attention, Qwen3DecoderLayer, Qwen3Model),
+        *(Qwen2Attention, Qwen2DecoderLayer, Qwen2Model),
+        *(LlamaAttention, LlamaDecoderLayer, LlamaModel),
+        *(MistralAttention, MistralDecoderLayer, MistralModel),
+    )
 }
 """Our class of each class of transformers. They have its name, by which FSDP policies and device maps know it."""
-PLAIN_MODELS = (modeling_qwen3.Qwen3Model, modeling_llama.LlamaModel, modeling_mistral.MistralModel)
+PLAIN_MODELS = tuple(plain for plain, routed in _ROUTED.items() if issubclass(routed, RoutedModel))
 
 
 def route(model: nn.Module) -> Any:
-    """Let the layers of a Qwen3, Llama or Mistral model of transformers read one another, in place.
+    """Let the layers of a model of transformers, of one of our families, read one another, in place.
 
     The model keeps its parameters, hooks and adapters, and computes the same until a map says otherwise.
 
@@ -395,8 +421,10 @@ def route(model: nn.Module) -> Any:
     """
     bases = [module for module in model.modules() if isinstance(module, PLAIN_MODELS)]
     if len(bases) != 1:
+        *others, last = (plain.__name__.removesuffix("Model") for plain in PLAIN_MODELS)
         raise UserError(
-            f"{type(model).__name__} holds {len(bases)} Qwen3, Llama or Mistral decoders; routing needs exactly one"
+            f"{type(model).__name__} holds {len(bases)} {', '.join(others)} or {last} decoders; routing needs exactly "
+            f"one"
         )
     base = bases[0]
     if isinstance(base, RoutedModel):
@@ -408,11 +436,10 @@ def route(model: nn.Module) -> Any:
             f"config.sliding_window to null before loading if no text is longer than that"
         )
     for module in base.modules():
-        for plain, routed in _ROUTED.items():
-            if type(module) is plain:
-                module.__class__ = routed
-                if "_old_forward" in vars(module):  # accelerate placed it on a device: what its hook calls
-                    module._old_forward = types.MethodType(type(module).forward, module)
+        if type(module) in _ROUTED:
+            module.__class__ = _ROUTED[type(module)]
+            if "_old_forward" in vars(module):  # accelerate placed it on a device: what its hook calls
+                module._old_forward = types.MethodType(type(module).forward, module)
     # transformers looks the outputs that can be captured up by class, and registers classes where they are constructed.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(base)), base._can_record_outputs)
     base.kv_sources = tuple(range(base.config.num_hidden_layers))

@@ -18,7 +18,10 @@ from skvr_dist.errors import UserError
 from skvr_dist.hf.model.causal_lm import require_working_transformers
 from skvr_dist.hf.model.layers import route
 from skvr_dist.model.decoder import zero_gradients
-from skvr_dist.routing import RoutingConfig, draw_plan
+from skvr_dist.routing import POLICIES, RoutingConfig, draw_plan
+
+_POLICIES = [name for name, policy in POLICIES.items() if policy.parameters == ("cross_layer_prob",)]
+"""Those that `enable_rcla` has all parameters of."""
 
 
 class DonorDraw:
@@ -51,7 +54,7 @@ def _is_under_zero(model: nn.Module) -> bool:
 def enable_rcla(
     model: nn.Module, cross_layer_prob: float = 0.6, *, seed: int = 0, policy: str = "uniform"
 ) -> DonorDraw:
-    """Let the layers of a Qwen3, Llama or Mistral model read random donors whenever it trains.
+    """Let the layers of a model of one of our families read random donors whenever it trains.
 
     That is in training mode, where gradients are recorded; elsewhere nothing changes. Call it after
     `TrainingArguments` were made and before the model is wrapped or sharded. It works in place and keeps parameters,
@@ -70,10 +73,10 @@ def enable_rcla(
     Raises:
         UserError: there is no such model, or the probability or policy is impossible.
     """
-    if policy not in ("uniform", "strategy") or not 0 <= cross_layer_prob <= 1:
+    if policy not in _POLICIES or not 0 <= cross_layer_prob <= 1:
         raise UserError(
-            f"enable_rcla with policy {policy} and cross_layer_prob {cross_layer_prob}: the policy must be uniform or "
-            f"strategy, the probability between 0 and 1"
+            f"enable_rcla with policy {policy} and cross_layer_prob {cross_layer_prob}: the policy must be "
+            f"{' or '.join(_POLICIES)}, the probability between 0 and 1"
         )
     require_working_transformers()
     base = route(model)

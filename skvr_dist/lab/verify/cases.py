@@ -42,7 +42,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
-LLAMA = {"architecture": "llama", "qk_norm": False, "attention_bias": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "qwen2": {"architecture": "qwen2", "qk_norm": False, "attention_bias": True},
+    "llama": {"architecture": "llama", "qk_norm": False, "attention_bias": True},
+}
+"""What the shape of each family has otherwise."""
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
     "uniform": {"cross_layer_prob": 0.6},
@@ -174,10 +179,9 @@ class Case:
     @property
     def shape(self) -> dict[str, Any]:
         """The model section."""
-        family = LLAMA if self.family == "llama" else {}
         own = {"tie_word_embeddings": self.tied, "attention": self.attention}
         rope = {"rope_scaling": LLAMA3_ROPE} if self.rope_scaling else {}
-        return {**SHAPE, **family, **own, **rope, "initializer_range": self.initializer_range}
+        return {**SHAPE, **FAMILIES[self.family], **own, **rope, "initializer_range": self.initializer_range}
 
     @property
     def routing(self) -> dict[str, Any]:
@@ -293,9 +297,10 @@ def varied(case: Case, variation: str) -> Case:
 
 
 def full_matrix() -> list[Case]:
-    """Every layout, with policies, kinds of checkpointing and kinds of embedding combined; and once over 20 steps.
+    """Every layout, with policies, kinds of checkpointing and kinds of embedding combined.
 
-    With checkpointing each case has another variation, and in each layout they meet other policies and kinds.
+    Once it trains over 20 steps, and once a Qwen2, whose biases are on queries, keys and values alone. With
+    checkpointing each case has another variation, and in each layout they meet other policies and kinds.
     """
     policies, tied = ("none", "uniform", "strategy"), itertools.cycle((True, False))
     kinds = [kind for kind in CHECKPOINTING if kind != "none"]
@@ -306,6 +311,7 @@ def full_matrix() -> list[Case]:
         for policy, kind in itertools.product(policies, kinds):
             cases.append(varied(Case(layout, policy, kind, next(tied)), next(names)))
         cases.append(Case(layout, steps=20))
+        cases.append(Case(layout, family="qwen2", tied=number % 2 == 1))
     for layout in (layout for layout in LAYOUTS if LAYOUTS[layout].brief):
         cases += [Case(layout), Case(layout, "strategy", "layer", tied=True, ragged=True)]
         cases += [varied(Case(layout, tied=True), variation) for variation in ("bf16", "all at once")]

@@ -30,7 +30,7 @@ def weight_shapes(shape: dict) -> dict[str, tuple[int, ...]]:
         sides = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
         for letter, matrix in sides.items():
             shapes[f"{name}.self_attn.{letter}_proj.weight"] = matrix
-            if shape.get("attention_bias"):
+            if shape.get("attention_bias") and not (shape["architecture"] == "qwen2" and letter == "o"):
                 shapes[f"{name}.self_attn.{letter}_proj.bias"] = matrix[:1]
         if shape["qk_norm"]:
             shapes[f"{name}.self_attn.q_norm.weight"] = shapes[f"{name}.self_attn.k_norm.weight"] = (head,)
