@@ -141,7 +141,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
         1 / 0  # noqa: B018
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*/file/out: Not a directory"), published(tmp_path / "file/out"):
+    with pytest.raises(UserError, match=r"cannot write .*/file/out: File exists"), published(tmp_path / "file/out"):
         pass
     (tmp_path / "full").mkdir()
     (tmp_path / "full/already").touch()
