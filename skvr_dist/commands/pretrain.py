@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from skvr_dist.command import add_configs, add_overrides, at_least, new_parser, parse, run_command
-from skvr_dist.errors import RunInterrupted
 
 
 def main() -> None:
@@ -43,17 +42,7 @@ def run() -> None:
 
     from skvr_dist.train.loop import pretrain
 
-    try:
-        pretrain(config)
-    except RuntimeError as error:
-        # torch raises it wherever the rank is at that moment. DeepSpeed's launcher ends a rank's children with the rank
-        # when it gets Ctrl-C or SIGTERM itself; a host that runs out of memory does so too.
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunInterrupted(
-            f"a process that reads data ahead was ended ({' '.join(str(error).split())}); start the run again, it goes "
-            f"on from its latest checkpoint"
-        ) from None
+    pretrain(config)
 
 
 if __name__ == "__main__":

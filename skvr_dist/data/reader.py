@@ -9,7 +9,9 @@ Shapes: B sequences of a micro-batch, S sequence length, N sequences, Q micro-ba
 
 from __future__ import annotations
 
+import logging
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from typing import Any, NamedTuple, Protocol
@@ -195,28 +197,54 @@ class MicroBatchReader(Iterator[MicroBatch]):
             )
         if micro_batches_per_step % replicas:
             raise UserError(f"{micro_batches_per_step} micro-batches of a step cannot be shared by {replicas} replicas")
+        self._sequences, self._size, self._stride = sequences, micro_batch_size, replicas
         # A step has as many micro-batches for one replica as for another, so those of replica r are r, r + R, ... of
         # the whole run too.
-        rows = _ReplicaRows(sequences, start_step * micro_batches_per_step + replica, replicas, micro_batch_size)
-        self._rows: Iterator[Rows | UserError] = iter(rows)
+        self._next = start_step * micro_batches_per_step + replica
+        self._rows: Iterator[Rows | UserError] = iter(self._rest())
         if workers:
-            loader = DataLoader(
-                rows,
-                batch_size=None,
-                collate_fn=_unchanged,
-                num_workers=workers,
-                prefetch_factor=prefetch,
-                worker_init_fn=_leave_interrupts,
-            )
-            self._rows = iter(loader)
+            self._rows = _read_ahead(self._rest(), workers, prefetch)
+
+    def _rest(self) -> _ReplicaRows:
+        return _ReplicaRows(self._sequences, self._next, self._stride, self._size)
 
     def __next__(self) -> MicroBatch:
-        rows = next(self._rows)
+        try:
+            rows = next(self._rows)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            # The host has run out of memory, or a launcher that is told to end ends readers with their rank, which is
+            # still to save. What they had read ahead is read again.
+            reason = " ".join(str(error).split())
+            logging.getLogger("skvr_dist").warning("a process that reads ahead was ended (%s); its rank reads", reason)
+            self._rows = iter(self._rest())
+            rows = next(self._rows)
         if isinstance(rows, UserError):
             raise rows
+        self._next += self._stride
         tokens, labels = torch.from_numpy(rows.tokens), torch.from_numpy(rows.labels)
         documents = None if rows.documents is None else torch.from_numpy(rows.documents)
         return MicroBatch(tokens, labels, documents, rows.lost_tokens, rows.damage)
+
+
+def _read_ahead(rows: _ReplicaRows, workers: int, prefetch: int) -> Iterator[Rows | UserError]:
+    """The same rows from processes that read ahead; RuntimeError, from `next` alone, when one of them was ended."""
+    loader = DataLoader(
+        rows,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        worker_init_fn=_leave_interrupts,
+    )
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch has a handler raise the error wherever the rank is, in the middle of a step; without it, `next` finds
+        # out for itself, within 5 s.
+        signal.signal(signal.SIGCHLD, before)
+    return iterator
 
 
 def _leave_interrupts(_: int) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,6 +170,21 @@ def test_the_tokens_do_not_depend_on_the_processes(
     dataset: Dataset, other: Dataset, straight: list[bytes], workers: int, replicas: int
 ) -> None:
     assert run_of([dataset, other], steps=STEPS, replicas=replicas, workers=workers) == straight
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_the_tokens_do_not_depend_on_readers_that_are_killed(
+    dataset: Dataset, straight: list[bytes], other: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by a launcher that ends, or a host without memory; and nothing is raised in the middle of a step."""
+    reader = reader_of(stream_of(dataset, other), workers=2)
+    steps = [b"".join(ids_of(next(reader)) for _ in range(8)) for _ in range(3)]
+    for child in psutil.Process().children():
+        child.kill()
+    time.sleep(0.5)  # no signal of their end is turned into an error here
+    steps += [b"".join(ids_of(next(reader)) for _ in range(8)) for _ in range(20)]
+    assert steps == straight[:23]
+    assert "a process that reads ahead was ended" in caplog.text
 
 
 def test_the_tokens_do_not_depend_on_stops(dataset: Dataset, other: Dataset, straight: list[bytes]) -> None:
