@@ -31,9 +31,9 @@ class DataConfig(Section):
     """The held-out data set, in the same forms."""
     tokenizer: str
     """The tokenizer of all of them: it travels with checkpoints and exports."""
-    sequence_length: int = Field(gt=0)
+    sequence_length: int = Field(gt=0, le=10**8)
     """Tokens that the model reads per sequence; each sequence on disk spans one more, the last label."""
-    lanes: int = Field(default=16, gt=0)
+    lanes: int = Field(default=16, gt=0, le=10**6)
     """Independent token streams that the sequences of a batch are dealt from, whatever the number of replicas.
 
     Must be a multiple of micro_batch_size x data-parallel replicas, and no larger than the number of shards.
@@ -47,9 +47,9 @@ class DataConfig(Section):
     """A damaged piece of a shard stops the run, or is left out: its tokens get no loss, and are counted and logged."""
     on_resume: Literal["same_data", "other_data"] = "same_data"
     """Whether a run may resume from a checkpoint with other data, or in another order, than it was trained on."""
-    workers: int = Field(default=1, ge=0)
+    workers: int = Field(default=1, ge=0, le=1024)
     """Processes of each replica that read ahead (0: read when the step asks)."""
-    prefetch: int = Field(default=4, gt=0)
+    prefetch: int = Field(default=4, gt=0, le=10_000)
     """Micro-batches that each of them reads ahead."""
 
     @field_validator("train", mode="before")

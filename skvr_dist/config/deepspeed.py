@@ -37,6 +37,14 @@ def require_passable(options: Mapping[str, Any], zero_stage: int) -> None:
     Raises:
         ValueError: names the option, and what to use instead.
     """
+    for name in ("zero_optimization", "data_types", "checkpoint"):
+        if not isinstance(options.get(name, {}), Mapping):
+            raise ValueError(f"deepspeed.{name} is {options[name]!r}; it must hold options")
+    offload = options.get("zero_optimization", {}).get("offload_optimizer")
+    if not isinstance(offload, Mapping | None):
+        raise ValueError(
+            f"deepspeed.zero_optimization.offload_optimizer is {offload!r}; it must hold options, such as device: cpu"
+        )
     for path, instead in _GENERATED_FROM.items():
         section, _, key = path.partition(".")
         if section in options and (not key or key in options[section]):

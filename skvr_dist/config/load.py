@@ -20,6 +20,9 @@ from skvr_dist.config.data import DataConfig
 from skvr_dist.config.train import TrainConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
+from skvr_dist.files import require_file
+
+_LONGEST_VALUE = 80
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -81,7 +84,18 @@ def dump_config(config: Config) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the floats of YAML 1.2: 1e-4 is a number, not a text."""
+    """YAML with the floats of YAML 1.2 (1e-4 is a number, not a text), whose keys are texts, each given once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -93,16 +107,24 @@ def _read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if file.resolve() in seen:
         raise UserError(f"configuration {file} includes itself")
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader) or {}
+        require_file(file)
+        text = file.read_bytes().decode("utf-8")
     except OSError as error:
         raise UserError(f"cannot read configuration {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"configuration {file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    try:
+        tree = _parse(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"configuration {file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"configuration {file} must hold sections, not a {type(tree).__name__}")
     merged: dict[str, Any] = {}
     included = tree.pop("include", [])
-    for name in [included] if isinstance(included, str) else included:
+    names = [included] if isinstance(included, str) else included
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"configuration {file} includes {included!r}; give a file or a list of files")
+    for name in names:
         merged = _merge(merged, _read_yaml(file.parent / name, (*seen, file.resolve())))
     return _merge(merged, tree)
 
@@ -110,14 +132,30 @@ def _read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _parse_override(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path:
-        raise UserError(f"override {text!r} must look like section.key=value")
+        raise UserError(f"override {_shown(text)} must look like section.key=value")
     try:
-        node: Any = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"override {text!r}: the value is not valid YAML") from None
-    for key in reversed(path.split(".")):
+        node: Any = _parse(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"override {_shown(text)}: the value is not valid YAML ({reason})") from None
+    keys = path.split(".")
+    if not all(keys):
+        raise UserError(f"override {_shown(text)} must look like section.key=value; a key is empty")
+    for key in reversed(keys):
         node = {key: node}
     return node
+
+
+def _parse(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError: it says nothing that can be understood.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, OverflowError, RecursionError) as error:  # a number of thousands of digits, no such day, a knot
+        raise yaml.YAMLError(" ".join(str(error).split())) from None
 
 
 def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,9 +184,17 @@ def _sentences(mistakes: Iterable[ErrorDetails]) -> Iterator[str]:
             prefix = f"{path}: " if path else ""
             yield f"{prefix}{item['ctx']['error']}"
         elif kind == "literal_error":
-            yield f"{path} is {value!r}; allowed are {item['ctx']['expected']}"
+            yield f"{path} is {_shown(value)}; allowed are {item['ctx']['expected']}"
+        elif kind in ("model_type", "model_attributes_type"):
+            yield f"{path} is {_shown(value)}; it must hold keys: {', '.join(_known_keys(item['loc']))}"
         else:
-            yield f"{path} is {value!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
+            yield f"{path} is {_shown(value)}; {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it is told to the user, not the whole of a long one."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:

@@ -17,11 +17,11 @@ class RopeScaling(Section):
     """`linear` divides all frequencies by the factor; `llama3` only the low ones."""
     factor: float = Field(gt=0)
     """By how much positions are stretched."""
-    low_freq_factor: float | None = None
+    low_freq_factor: float | None = Field(default=None, gt=0)
     """`llama3`: wavelengths above the original context over this are stretched in full."""
-    high_freq_factor: float | None = None
+    high_freq_factor: float | None = Field(default=None, gt=0)
     """`llama3`: wavelengths below the original context over this are left alone."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: int | None = Field(default=None, gt=0, le=10**9)
     """`llama3`: the context that the frequencies were made for, in tokens."""
 
     @model_validator(mode="after")
@@ -31,6 +31,10 @@ class RopeScaling(Section):
             raise ValueError(
                 "rope_type llama3 needs low_freq_factor, high_freq_factor and original_max_position_embeddings"
             )
+        if None not in bands and self.low_freq_factor >= self.high_freq_factor:  # type: ignore[operator]
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}"
+            )
         return self
 
 
@@ -39,21 +43,21 @@ class ModelConfig(Section):
 
     architecture: Architecture
     """The Hugging Face family the model is published as (`skvr_dist.config.families`)."""
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=10**8)
     """Tokens of the embedding and the output head, at least those of the tokenizer."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=10**6)
     """Elements of a hidden state."""
-    intermediate_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, le=10**7)
     """Elements inside the MLP."""
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=10_000)
     """L: decoder layers."""
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, le=10**5)
     """Query heads of a layer."""
-    num_key_value_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0, le=10**5)
     """Key/value heads of a layer, each shared by equally many query heads."""
-    head_dim: int = Field(gt=0)
+    head_dim: int = Field(gt=0, le=10**5)
     """Elements of a head."""
-    max_position_embeddings: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0, le=10**9)
     """Longest sequence, in tokens."""
     rope_theta: float = Field(gt=0)
     """Base of the rotary frequencies."""

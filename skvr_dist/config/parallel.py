@@ -14,7 +14,7 @@ class ActivationCheckpointing(Section):
 
     recompute: Literal["none", "layer", "attention"] = "none"
     """`layer`: whole layers; `attention`: queries, attention and its output projection, but not keys and values."""
-    every: int = Field(default=1, gt=0)
+    every: int = Field(default=1, gt=0, le=10_000)
     """Recompute in every k-th layer only, counted over the whole decoder."""
 
     def covers(self, part: str, layer: int) -> bool:
@@ -25,18 +25,18 @@ class ActivationCheckpointing(Section):
 class ParallelConfig(Section):
     """Stages, tensor-parallel ranks and ZeRO; data-parallel replicas are what the world size leaves."""
 
-    pipeline: int = Field(default=1, gt=0)
+    pipeline: int = Field(default=1, gt=0, le=10_000)
     """Pipeline stages."""
     stage_layers: list[int] | None = None
     """Layers of each stage, by hand; null balances them by cost (`skvr_dist.parallel.split`)."""
-    tensor: int = Field(default=1, gt=0)
+    tensor: int = Field(default=1, gt=0, le=10_000)
     """Tensor-parallel ranks that share each layer."""
     sequence_parallel: bool = False
     """Also split the sequence over those ranks, between their regions."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What data-parallel replicas share: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
-    timeout_seconds: float = Field(default=600.0, gt=0)
+    timeout_seconds: float = Field(default=600.0, gt=0, le=10**7)
     """Longest wait for another rank; then the run ends and names it."""
-    verify_plan_every_steps: int = Field(default=100, gt=0)
+    verify_plan_every_steps: int = Field(default=100, gt=0, le=10**9)
     """How often all ranks compare their routing plans, besides the first steps."""

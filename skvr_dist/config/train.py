@@ -14,13 +14,13 @@ class TrainConfig(Section):
 
     output_dir: str
     """Folder that holds everything of the run."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of everything that is drawn: initial weights, donors, the order of the data."""
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, le=10**9)
     """Optimizer steps."""
-    global_batch_size: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0, le=10**7)
     """Sequences per optimizer step, over all replicas and micro-batches."""
-    micro_batch_size: int = Field(gt=0)
+    micro_batch_size: int = Field(gt=0, le=10**6)
     """Sequences per forward pass; each micro-batch draws its own donors."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32."""
@@ -28,7 +28,7 @@ class TrainConfig(Section):
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate of the last step as a share of the peak."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=10**9)
     """Steps in which the learning rate rises to its peak, in equal parts."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's first moments."""
@@ -42,9 +42,9 @@ class TrainConfig(Section):
     """Largest global gradient norm; 0 turns clipping off."""
     max_loss_ratio: float | None = Field(default=None, gt=1)
     """Skip the update of a step whose loss exceeds this multiple of the median of the last 32; null applies it."""
-    max_skipped_steps_in_a_row: int = Field(default=3, gt=0)
+    max_skipped_steps_in_a_row: int = Field(default=3, gt=0, le=10**9)
     """Skipped updates after which the run ends; those with a loss or gradient that is not finite always are."""
-    log_every_steps: int = Field(default=1, gt=0)
+    log_every_steps: int = Field(default=1, gt=0, le=10**9)
     """Steps between console lines; TensorBoard and metrics.jsonl get every step."""
     resume: str = "auto"
     """`auto` resumes from the run's newest whole checkpoint if it has one, `never` starts afresh; else a checkpoint.
@@ -57,11 +57,11 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When checkpoints are written, and which are kept; the last step always is written."""
 
-    every_steps: int = Field(default=1000, gt=0)
+    every_steps: int = Field(default=1000, gt=0, le=10**9)
     """Steps between two checkpoints."""
-    keep_last: int = Field(default=3, gt=0)
+    keep_last: int = Field(default=3, gt=0, le=10**9)
     """Newest checkpoints to keep; with more than one, a damaged one does not end a run."""
-    keep_every_steps: int | None = Field(default=None, gt=0)
+    keep_every_steps: int | None = Field(default=None, gt=0, le=10**9)
     """Keep those of every n-th step as well; null keeps none."""
     megabytes_per_second: float | None = Field(default=100.0, gt=0)
     """Speed of each rank's writing beside training, so that a save is spread over steps; once somebody waits for it, it
@@ -71,11 +71,11 @@ class CheckpointConfig(Section):
 class EvaluateConfig(Section):
     """Evaluation at several retentions during training."""
 
-    every_steps: int = Field(default=500, gt=0)
+    every_steps: int = Field(default=500, gt=0, le=10**9)
     """Steps between two evaluations; the last step is always evaluated."""
     strategies: list[str] = Field(default=["full", "every:2", "every:4"], min_length=1)
     """Cache strategies: full, every:G, prefix:M, a list such as 0,4,8, or a name from `profiles`."""
     profiles: dict[str, str] = Field(default={})
     """Named strategies."""
-    sequences: int = Field(default=64, gt=0)
+    sequences: int = Field(default=64, gt=0, le=10**7)
     """Held-out sequences; rounded up to whole micro-batches over all replicas."""

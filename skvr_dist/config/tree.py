@@ -20,6 +20,9 @@ from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy, RoutingConfig
 from skvr_dist.section import Section
 
+MOST_MICRO_BATCHES = 100_000
+"""Of one step; more is a batch that was given in tokens."""
+
 
 class Config(Section):
     """The tree."""
@@ -45,6 +48,12 @@ class Config(Section):
                 f"train.global_batch_size {batch} is not a multiple of train.micro_batch_size {micro}; "
                 f"the nearest ones are {batch - batch % micro} and {batch - batch % micro + micro}"
             )
+        if self.num_micro_batches > MOST_MICRO_BATCHES:
+            raise ValueError(
+                f"train.global_batch_size {batch} makes {self.num_micro_batches} micro-batches of {micro}; it counts "
+                f"sequences, not tokens: use at most {MOST_MICRO_BATCHES * micro}, or a larger "
+                f"train.micro_batch_size"
+            )
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is longer than "
@@ -54,6 +63,13 @@ class Config(Section):
             raise ValueError("model.attention flash works in bf16 only, but train.precision is fp32; use sdpa or auto")
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(f"train.warmup_steps {self.train.warmup_steps} exceeds train.steps {self.train.steps}")
+        for name in self.evaluate.profiles:
+            if CacheStrategy.is_spec(name):
+                raise ValueError(f"evaluate.profiles: {name} is a strategy itself; give the profile another name")
+        try:
+            CacheStrategy.parse_all(self.evaluate.profiles.values(), self.model.num_hidden_layers)
+        except UserError as error:
+            raise ValueError(f"evaluate.profiles: {error}") from None
         try:
             CacheStrategy.parse_all(self.evaluate.strategies, self.model.num_hidden_layers, self.evaluate.profiles)
         except UserError as error:

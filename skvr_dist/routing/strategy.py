@@ -5,6 +5,7 @@ A strategy S always holds layer 0. Layer l reads mu(l) = max{j in S : j <= l} (p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -79,6 +80,11 @@ class CacheStrategy:
             known = f" ({', '.join(profiles)})" if profiles else ""
             raise UserError(f"cannot read cache strategy {spec!r}; {_SPEC_HELP}{known}") from None
         return cls(num_layers, layers)
+
+    @staticmethod
+    def is_spec(text: str) -> bool:
+        """Whether a text says by itself which layers it means, so that it can name nothing else."""
+        return re.fullmatch(r"full|(every|prefix):.*|[\d, ]+", text) is not None
 
     @classmethod
     def parse_all(

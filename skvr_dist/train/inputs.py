@@ -14,6 +14,7 @@ from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.model.attention import require_backend
+from skvr_dist.parallel.engine.deepspeed_json import require_accepted
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         UserError: a data set is missing, damaged or does not fit.
     """
     replicas = data_parallel_size(config, world_size)
+    require_accepted(config, world_size)
     require_backend(config.model.attention)
     held_out = Dataset.open(config.data.validation)
     tokenizer = load_tokenizer(config.data.tokenizer)

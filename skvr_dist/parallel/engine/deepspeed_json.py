@@ -1,11 +1,17 @@
-"""The DeepSpeed configuration of a run, generated from ours."""
+"""The DeepSpeed configuration of a run, generated from ours; and whether DeepSpeed takes what is passed through."""
 
 from __future__ import annotations
 
+import difflib
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from pydantic import ValidationError
 
 from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.tree import Config
+from skvr_dist.errors import UserError
 
 
 def deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
@@ -34,3 +40,130 @@ def deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
     passed = {**defaults, **config.deepspeed}
     zero = {**passed.pop("zero_optimization", {}), **generated.pop("zero_optimization")}
     return {**passed, **generated, "zero_optimization": zero}
+
+
+def require_accepted(config: Config, world_size: int) -> None:
+    """Have DeepSpeed itself read the configuration, before any process group exists.
+
+    What it does not say of its own accord follows from watching it read: a key that it never asks for is unknown, and a
+    value of another kind than its default is wrong.
+
+    Raises:
+        UserError: names the option of the `deepspeed` section, and the nearest known one.
+    """
+    if not config.deepspeed:
+        return
+    options = deepspeed_json(config, world_size)
+    # Without a process group DeepSpeed takes the world for one rank.
+    options["train_batch_size"] = options["train_micro_batch_size_per_gpu"] * options["gradient_accumulation_steps"]
+    watched = _Watched(options)
+    try:
+        _let_deepspeed_read(watched)
+    except ValidationError as error:
+        raise UserError("; ".join(_sentences(error, options))) from None
+    except Exception as error:  # assertions, and what follows from a value of a type that nobody checked
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        culprits = [f"deepspeed.{key} {options[key]!r}" for key in config.deepspeed if _is_refused(options, key)]
+        raise UserError(
+            f"DeepSpeed cannot read {' and '.join(culprits) or 'the deepspeed section'} ({reason}); compare it with "
+            f"DeepSpeed's documentation"
+        ) from None
+    wrong = list(watched.complaints("deepspeed"))
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+def _let_deepspeed_read(options: dict[str, Any]) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    logging.disable(logging.INFO)
+    try:
+        DeepSpeedConfig(options)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _is_refused(options: Mapping[str, Any], key: str) -> bool:
+    """Whether the configuration can be read without that key, which then is the one to blame."""
+    try:
+        _let_deepspeed_read({name: value for name, value in options.items() if name != key})
+    except Exception:
+        return False
+    return True
+
+
+class _Watched(dict[str, Any]):
+    """Options that remember what was asked of them, and with which defaults."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__({key: _Watched(value) if isinstance(value, dict) else value for key, value in options.items()})
+        self.asked: dict[str, Any] = {}
+        self.taken_whole = False
+        """By one of DeepSpeed's models, which refuses what it does not know."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if self.asked.get(key) is None:
+            self.asked[key] = default
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.setdefault(key, None)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.setdefault(str(key), None)
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        self.taken_whole = True
+        return super().keys()
+
+    def __iter__(self) -> Iterator[str]:  # `**options` asks for keys only if this is not dict's own
+        return super().__iter__()
+
+    def __copy__(self) -> _Watched:
+        return self
+
+    def complaints(self, path: str) -> Iterator[str]:
+        """Keys that nobody asked for, and values of another kind than the default."""
+        for key, value in self.items():
+            if key not in self.asked:
+                near = difflib.get_close_matches(key, self.asked, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(self.asked))}"
+                yield f"unknown key {path}.{key}; {hint}"
+            elif isinstance(value, _Watched):
+                if value.asked and not value.taken_whole:  # else a model has taken it in its own way
+                    yield from value.complaints(f"{path}.{key}")
+            elif not _is_alike(value, self.asked[key]):
+                yield f"{path}.{key} is {value!r}; give a value like DeepSpeed's default {self.asked[key]!r}"
+
+
+def _is_alike(value: Any, default: Any) -> bool:
+    if value is None or default is None:
+        return True
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, type(default))
+
+
+def _sentences(error: ValidationError, options: Mapping[str, Any]) -> Iterator[str]:
+    """One for each mistake that one of DeepSpeed's models has found; it names itself, but not where it was."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    models = {model.__name__: model for model in _descendants(DeepSpeedConfigModel)}
+    known = list(models[error.title].model_fields) if error.title in models else []
+    for item in error.errors():
+        name = str(item["loc"][0])
+        sections = [key for key, value in options.items() if isinstance(value, Mapping) and name in value]
+        path = ".".join(["deepspeed", *sections[:1], *map(str, item["loc"])])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, known, n=1)
+            yield f"unknown key {path}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+        else:
+            yield f"{path} is {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _descendants(model: Any) -> Iterator[Any]:
+    for each in model.__subclasses__():
+        yield each
+        yield from _descendants(each)
