@@ -36,7 +36,7 @@ from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
 from skvr_dist.checkpoint.storage import INDEX_FILE, Index
 from skvr_dist.config.stored import StoredConfig
 from skvr_dist.errors import UserError
-from skvr_dist.files import sha256_of, write_whole
+from skvr_dist.files import local_path, sha256_of, write_whole
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.run.folder import RunFolder
 
@@ -162,7 +162,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, *, verify: bool = False) -> None:
-        folder = Path(path)
+        folder = local_path(path)
         if not any((folder / name).exists() for name in (FACTS_FILE, MANIFEST_FILE)):
             found = candidates(RunFolder(folder).checkpoints)
             if not found:

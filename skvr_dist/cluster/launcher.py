@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
+from skvr_dist.errors import UserError
+
 # Launchers announce ranks and their number under different names: torchrun and deepspeed, Open MPI, MPICH.
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -39,4 +41,17 @@ def free_port() -> int:
 
 
 def _first_number(variables: tuple[str, ...], otherwise: int) -> int:
-    return next((int(os.environ[name]) for name in variables if name in os.environ), otherwise)
+    """The first of these variables that is set.
+
+    Raises:
+        UserError: it is no number.
+    """
+    for name in variables:
+        if name in os.environ:
+            try:
+                return int(os.environ[name])
+            except ValueError:
+                raise UserError(
+                    f"{name} in the environment is {os.environ[name]!r}, no number; unset it or let a launcher set it"
+                ) from None
+    return otherwise

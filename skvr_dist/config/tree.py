@@ -20,7 +20,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy, RoutingConfig
 from skvr_dist.section import Section
 
-MOST_MICRO_BATCHES = 100_000
+MOST_MICRO_BATCHES = 20_000
 """Of one step; more is a batch that was given in tokens."""
 
 

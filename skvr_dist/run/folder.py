@@ -19,18 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from skvr_dist.errors import UserError
-from skvr_dist.files import write_whole
+from skvr_dist.files import local_path, prove_folder, prove_writable, write_whole
 
 
 class RunFolder:
     """Paths of a run, whether it is there yet or not, and its small files.
 
     Args:
-        path: its `train.output_dir`.
+        path: its `train.output_dir`; `~` is the home folder.
+
+    Raises:
+        UserError: it is no path of this machine.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.logs = self.path / "logs"
@@ -39,6 +42,17 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.versions = self.path / "versions.json"
         self._notes = self.path / "run.json"
+
+    def prove_writable(self) -> None:
+        """Find out before the work whether everything can be written; all is left as it was.
+
+        Raises:
+            UserError: something cannot; it names the path and the cause.
+        """
+        for folder in (self.checkpoints, self.logs, self.tensorboard, self.lock):
+            prove_folder(folder)
+        for file in (self.config, self.metrics, self.versions, self._notes):
+            prove_writable(file, make_folder=True)
 
     def log(self, rank: int) -> Path:
         """The log file of a rank."""

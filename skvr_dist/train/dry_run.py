@@ -14,11 +14,12 @@ from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.routing import crossing_elements, crossing_layers
+from skvr_dist.run.folder import RunFolder
 from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.plans import plan_of_step
 from skvr_dist.train.resume import preview_resume
 
-_PLANS = 64  # steps whose plans are drawn for the averages
+_ROWS = 4096  # micro-batches whose donors are drawn for the averages, in whole steps
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -29,9 +30,10 @@ def describe(config: Config, world_size: int) -> str:
     replicas = data_parallel_size(config, world_size)
     inputs = open_inputs(config, world_size)
     resumed = preview_resume(config, inputs.sequences.fingerprint())
+    RunFolder(config.train.output_dir).prove_writable()
     bounds = stage_bounds(config.model, config.parallel)
     layers = config.model.num_hidden_layers
-    plans = [plan_of_step(config, step) for step in range(_PLANS)]
+    plans = [plan_of_step(config, step) for step in range(max(1, _ROWS // config.num_micro_batches))]
     rows = []
     for stage, (start, stop) in enumerate(bounds):
         with torch.device("meta"):
@@ -65,8 +67,8 @@ def describe(config: Config, world_size: int) -> str:
             "starts from",
             str(resumed.folder) if resumed else config.train.initial_weights or f"seed {config.train.seed}",
         ],
-        ["cross-layer reads", f"{sum(p.cross_layer_share for p in plans) / _PLANS:.1%}"],
-        ["K/V projections skipped", f"{sum(p.skipped_kv_share for p in plans) / _PLANS:.1%}"],
+        ["cross-layer reads", f"{mean(p.cross_layer_share for p in plans):.1%}"],
+        ["K/V projections skipped", f"{mean(p.skipped_kv_share for p in plans):.1%}"],
     ]
     header = ["stage", "layers", "parameters", "layers whose K/V cross to the next (hidden states sent)"]
     return "\n\n".join(

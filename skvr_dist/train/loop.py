@@ -95,6 +95,8 @@ def start(config: Config) -> Run:
     fingerprint = inputs.sequences.fingerprint()
     preview_resume(config, fingerprint)
     folder = RunFolder(config.train.output_dir)
+    if announced_rank() == 0:
+        folder.prove_writable()
     join_run(config, folder)
     mesh = Mesh.build(config.parallel, config.model)
     sections = {f"section {name}": section for name, section in config.model_dump().items()}

@@ -181,3 +181,46 @@ def test_two_starts_of_one_run_at_one_port_keep_apart(tmp_path: Path) -> None:
     told, other = sorted(met[1:], key=lambda found: isinstance(found, list))
     assert other == met[0]
     assert "rank 1 of run a is process " in told and "comes as the same; end the other start of this run" in told
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "tensorboard", "logs", "lock"])
+def test_a_file_where_a_folder_must_be_is_named_before_the_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    place = tmp_path / "run" / name
+    if not name:
+        place.rmdir()
+    place.touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=rf"cannot write .*/run.*: .*{place.name} is not a folder"):
+        RunFolder(tmp_path / "run").prove_writable()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_elsewhere_is_refused() -> None:
+    with pytest.raises(UserError, match="is a URL, but only paths of this machine"):
+        RunFolder("s3://bucket/run")
+    assert RunFolder("~/run").path == Path.home() / "run"
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        script = "from skvr_dist.parallel.engine.process_group import start_process_group as s; s()"
+        ranks = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        ended = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | ranks, capture_output=True, text=True, timeout=60
+        )
+        assert f"port {port} of 127.0.0.1, where the ranks are to meet, is in use; give the launcher" in ended.stderr
+        ranks |= {"MASTER_ADDR": "no-such-host.invalid", "RANK": "1"}
+        ended = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | ranks, capture_output=True, text=True, timeout=60
+        )
+        assert "host no-such-host.invalid (MASTER_ADDR), where the ranks are to meet, has no address" in ended.stderr

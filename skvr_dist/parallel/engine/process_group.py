@@ -53,9 +53,9 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
         os.environ.update(alone, MASTER_PORT=str(free_port()))
     # A shared-memory sum for inference on CPUs, which DeepSpeed would compile here, for a minute and with a compiler.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    with contextlib.redirect_stdout(io.StringIO()):
-        # Under mpirun DeepSpeed would overwrite MASTER_PORT, and two runs on a host would meet on one port.
-        port = int(os.environ.get("MASTER_PORT", _DEFAULT_PORT))
+    # Under mpirun DeepSpeed would overwrite MASTER_PORT, and two runs on a host would meet on one port.
+    port = int(os.environ.get("MASTER_PORT", _DEFAULT_PORT))
+    with contextlib.redirect_stdout(io.StringIO()), _naming_the_address(port):
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             timeout=timeout,
@@ -67,6 +67,28 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         # DeepSpeed numbers the ranks of a host by world rank. Open MPI need not, and DeepSpeed's engine then refuses.
         os.environ["LOCAL_RANK"] = os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
+
+
+@contextlib.contextmanager
+def _naming_the_address(port: int) -> Iterator[None]:
+    """Say in a sentence what is wrong with the place where ranks are to meet."""
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:  # torch would ask again and again, until its time is up
+        raise UserError(
+            f"host {host} (MASTER_ADDR), where the ranks are to meet, has no address ({error.strerror}); give the "
+            f"launcher another --master_addr, or name it in /etc/hosts"
+        ) from None
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistNetworkError is one
+        if "address already in use" not in str(error).lower() and "eaddrinuse" not in str(error).lower():
+            raise
+        raise UserError(
+            f"port {port} of {host}, where the ranks are to meet, is in use; give the launcher another --master_port, "
+            f"or end what holds it"
+        ) from None
 
 
 def _join_run(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
