@@ -302,7 +302,7 @@ def test_philox_against_its_published_vectors() -> None:
     step=st.integers(0, 2**40),
     rows=st.integers(1, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_reference_draws_the_same_donors(
     routing: RoutingConfig, layers: int, seed: int, step: int, rows: int
 ) -> None:
