@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from skvr_dist.config.families import FAMILIES, Architecture
 from skvr_dist.section import Section
 
+AttentionName = Literal["auto", "sdpa", "flash", "eager"]
+
 
 class RopeScaling(Section):
     """Scaling of the rotary frequencies, as published in Hugging Face configurations."""
@@ -72,7 +74,7 @@ class ModelConfig(Section):
     """Whether the output head is the embedding."""
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial matrices."""
-    attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
+    attention: AttentionName = "auto"
     """`auto`: flash-attn on a GPU where it is installed, else PyTorch's SDPA."""
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -79,26 +80,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, document_mask: Documen
     Args:
         q: [B, S, H, E].
         k, v: [B, T, K, E] with T >= S and K dividing H; head h reads key/value head h * K // H.
-        backend: sdpa, flash or eager.
+        backend: one of `BACKENDS`.
         document_mask: what each query is confined to, with T = S; None lets it see all earlier keys.
 
     Returns:
         [B, S, H, E].
     """
-    if backend == "sdpa":
-        return _sdpa(q, k, v, document_mask)
-    if backend == "flash":
-        from flash_attn import flash_attn_func, flash_attn_varlen_func  # not importable without a GPU build
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    return BACKENDS[backend](q, k, v, document_mask)
 
-        if document_mask is None:
-            return flash_attn_func(q, k, v, causal=True)
-        bounds, longest = document_mask.flash_bounds
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        out = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
-        return out.view_as(q)
-    if backend == "eager":
-        return _eager(q, k, v, document_mask)
-    raise ValueError(f"attention backend {backend!r} is not one of sdpa, flash, eager")
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, document_mask: DocumentMask | None) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # not importable without a GPU build
+
+    if document_mask is None:
+        return flash_attn_func(q, k, v, causal=True)
+    bounds, longest = document_mask.flash_bounds
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    out = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
+    return out.view_as(q)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, document_mask: DocumentMask | None) -> Tensor:
@@ -128,3 +129,11 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, document_mask: DocumentMask | None) 
 def _causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """bool [S, T]: which keys each query sees."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, DocumentMask | None], Tensor]] = {
+    "sdpa": _sdpa,
+    "flash": _flash,
+    "eager": _eager,
+}
+"""What `attend` may be computed with, by the name of `skvr_dist.config.model.AttentionName`."""

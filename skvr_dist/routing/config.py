@@ -23,8 +23,8 @@ class RoutingConfig(Section):
     @model_validator(mode="after")
     def _parameters_fit_policy(self) -> RoutingConfig:
         wanted = POLICIES[self.policy].parameters
-        for name in ("cross_layer_prob", "window", "group_size"):
-            value = getattr(self, name)
+        parameters = {name: value for name, value in self if name != "policy"}
+        for name, value in parameters.items():
             if name in wanted and value is None:
                 raise ValueError(f"policy {self.policy} needs {name}")
             if name not in wanted and value is not None:

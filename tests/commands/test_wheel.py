@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,7 @@ def test_the_wheel_does_the_main_job(installed: Path, tmp_path: Path) -> None:
 
 def test_every_console_command_shows_its_help(installed: Path, tmp_path: Path) -> None:
     commands = sorted(program.name for program in installed.glob("skvr-*"))
-    assert len(commands) == 13
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert commands == sorted(project["scripts"])
     for command in commands:
         assert start(installed, tmp_path, command, "--help").startswith(f"usage: {command} ")

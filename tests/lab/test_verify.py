@@ -304,6 +304,15 @@ def test_the_command_goes_on_where_it_was_ended(
     assert "--resume needs --json FILE" in here("--resume", code=2)
 
 
+def test_a_matrix_with_another_policy_family_or_attention() -> None:
+    shown = verify_layouts("--set", "policy=window", "--set", "attention=eager", "--layout", "single", "--list")
+    names = [name.split(", ") for name in shown.splitlines()]
+    assert len(names) == 2 and all(name[1] == "window" and "attention eager" in name for name in names)
+    refused = verify_layouts("--set", "policy=windows", code=2)
+    assert "error: --set policy=windows is not one of policy=none, uniform" in refused
+    assert "--set clip=0 is not one of" in verify_layouts("--set", "clip=0", code=2)
+
+
 def test_the_support_matrix_is_printed() -> None:
     output = verify_layouts("--support")
     assert "|      2 | yes                 | yes                 | no               | no               |" in output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from support import flash_on_cpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import LlamaConfig
 
-from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.model import AttentionName, ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.generate import cache_bytes, generate
-from skvr_dist.model.attention import attend, flash_is_installed, require_backend, resolve_backend
+from skvr_dist.model.attention import BACKENDS, attend, flash_is_installed, require_backend, resolve_backend
 from skvr_dist.model.decoder import Decoder, initialize, next_token_loss
 from skvr_dist.model.rope import inverse_frequencies, rope_tables, rotate
 from skvr_dist.parallel.split import head_cost, layer_cost, stage_bounds
@@ -55,17 +55,25 @@ def tokens(batch: int, sequence: int) -> torch.Tensor:
     return torch.randint(0, 61, (batch, sequence), generator=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 9), (3, 9)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_backends_agree(queries: int, keys: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_agree(backend: str, queries: int, keys: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the formula: what they return, and the gradients of queries, keys and values."""
     monkeypatch.setitem(sys.modules, "flash_attn", flash_on_cpu)
-    q = torch.randn(2, queries, 4, 8)
-    k, v = torch.randn(2, 2, keys, kv_heads, 8)
-    for backend in ("sdpa", "flash"):
-        torch.testing.assert_close(attend(q, k, v, backend), attend(q, k, v, "eager"), rtol=1e-5, atol=1e-5)
+    inputs = [torch.randn(2, queries, 4, 8), *torch.randn(2, 2, keys, kv_heads, 8)]
+    upstream = torch.randn(2, queries, 4, 8)
+    found = []
+    for name in (backend, "eager"):
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        out = attend(q, k, v, name)
+        found.append([out, *torch.autograd.grad(out, (q, k, v), upstream)])
+    for ours, formula in zip(*found, strict=True):
+        torch.testing.assert_close(ours, formula, rtol=1e-5, atol=1e-5)
 
 
 def test_backend_names() -> None:
+    assert {"auto", *BACKENDS} == set(get_args(AttentionName)), "`model.attention` and `BACKENDS` name others"
     assert resolve_backend("auto", torch.device("cpu"), torch.bfloat16) == "sdpa"
     assert resolve_backend("auto", torch.device("cuda"), torch.float32) == "sdpa"
     assert resolve_backend("eager", torch.device("cuda"), torch.bfloat16) == "eager"

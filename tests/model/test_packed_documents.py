@@ -13,7 +13,7 @@ from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.lab.verify.cases import LAYOUTS, SEED, SEQUENCE, Case
 from skvr_dist.lab.verify.ranks import run_ranks
-from skvr_dist.model.attention import DocumentMask
+from skvr_dist.model.attention import BACKENDS, DocumentMask
 from skvr_dist.model.decoder import Decoder, initialize, next_token_loss
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.gradients import gather_gradient
@@ -40,7 +40,7 @@ def test_positions_begin_anew_with_each_document() -> None:
     assert bounds.tolist() == [0, 3, 4, 6, 7, 12] and longest == 5
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager", "flash"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_documents_are_what_each_is_alone(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", flash_on_cpu)
     decoder = Decoder(ModelConfig.model_validate({**SHAPE, "attention": backend}))

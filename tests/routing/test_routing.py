@@ -24,12 +24,12 @@ from skvr_dist.routing import (
 )
 from skvr_dist.routing.policies import PolicyName
 
+PARAMETERS = {"cross_layer_prob": st.floats(0, 1), "window": st.integers(1, 40), "group_size": st.integers(2, 40)}
 ROUTINGS = st.one_of(
-    st.just(RoutingConfig(policy="none")),
-    st.builds(RoutingConfig, policy=st.sampled_from(["uniform", "strategy"]), cross_layer_prob=st.floats(0, 1)),
-    st.builds(RoutingConfig, policy=st.just("window"), cross_layer_prob=st.floats(0, 1), window=st.integers(1, 40)),
-    st.builds(RoutingConfig, policy=st.just("cla"), group_size=st.integers(2, 40)),
-    st.builds(RoutingConfig, policy=st.just("rd_cla"), cross_layer_prob=st.floats(0, 1), group_size=st.integers(2, 40)),
+    *(
+        st.builds(RoutingConfig, policy=st.just(name), **{each: PARAMETERS[each] for each in policy.parameters})
+        for name, policy in POLICIES.items()
+    )
 )
 LAYERS = st.integers(1, 30)
 DONOR_ROWS = LAYERS.flatmap(lambda n: st.tuples(*(st.integers(0, layer) for layer in range(n))))

@@ -4,6 +4,7 @@
     skvr-verify layouts --matrix full --json layouts.json
     skvr-verify layouts --matrix full --json layouts.json --resume
     skvr-verify layouts --matrix full --only "offload|bf16"
+    skvr-verify layouts --set policy=window --set attention=eager
     skvr-verify layouts --first-use
     skvr-verify layouts --support
 
@@ -16,6 +17,7 @@ use of a communicator blocks until its ranks have come, so that what would hang 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -40,6 +42,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--matrix", choices=["quick", "full"], default="quick")
     parser.add_argument("--layout", help="only layouts whose name contains this")
     parser.add_argument("--only", metavar="PATTERN", help="only cases in whose name this regular expression is found")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="train every case with that policy, family or attention in place of its own",
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and stop")
     parser.add_argument("--first-use", action="store_true", help="keep NCCL's rule of first use")
     add_json(parser, "write the outcomes there too")
@@ -64,14 +73,14 @@ def run(options: Namespace) -> int:
 
 
 def _chosen_cases(options: Namespace) -> list[Case]:
-    """Those of the matrix that --layout and --only leave.
+    """Those of the matrix that --layout and --only leave, changed as --set says.
 
     Raises:
-        UserError: none is left, or --only cannot be read.
+        UserError: none is left, --only cannot be read, or --set names what there is not.
     """
     from skvr_dist.lab.verify.cases import full_matrix, quick_matrix
 
-    cases = {"quick": quick_matrix, "full": full_matrix}[options.matrix]()
+    cases = _changed({"quick": quick_matrix, "full": full_matrix}[options.matrix](), options.set)
     cases = [case for case in cases if options.layout is None or options.layout in case.layout]
     if not cases:
         raise UserError(
@@ -87,6 +96,24 @@ def _chosen_cases(options: Namespace) -> list[Case]:
             f"leave --only out to run them all"
         )
     return cases
+
+
+def _changed(cases: list[Case], assignments: list[str]) -> list[Case]:
+    """Cases with other values of some fields, each once.
+
+    Raises:
+        UserError: there is no such field, or no such value of it.
+    """
+    from skvr_dist.lab.verify.cases import CHOICES
+
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        if value not in CHOICES.get(name, ()):
+            known = "; ".join(f"{each}={', '.join(values)}" for each, values in CHOICES.items())
+            raise UserError(f"--set {assignment} is not one of {known}")
+        change: dict[str, Any] = {name: value}
+        cases = [dataclasses.replace(case, **change) for case in cases]
+    return list(dict.fromkeys(cases))
 
 
 def _run_cases(cases: Sequence[Case], outcomes: list[Outcome], options: Namespace) -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from skvr_dist.config.layouts import why_not
 from skvr_dist.config.load import validate_config
+from skvr_dist.config.model import AttentionName
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import IGNORED, MicroBatch
 
@@ -56,6 +57,12 @@ POLICIES: dict[str, dict[str, Any]] = {
     "cla": {"group_size": 2},
     "rd_cla": {"group_size": 3, "cross_layer_prob": 0.5},
 }
+CHOICES: dict[str, tuple[str, ...]] = {
+    "policy": tuple(POLICIES),
+    "family": tuple(FAMILIES),
+    "attention": get_args(AttentionName),
+}
+"""What a whole matrix may be trained with instead (`tools/verify.py layouts --set`), by the field of `Case`."""
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "none": {},
     "layer": {"recompute": "layer"},

@@ -107,7 +107,9 @@ def _donor(routing: dict, layer: int, pick: float, reads: list[int]) -> int:
         return layer - 1 - below(min(layer, routing["window"]))
     if policy == "strategy":
         return reads[layer - 1]
-    return layer - layer % routing["group_size"]  # cla and rd_cla
+    if policy in ("cla", "rd_cla"):
+        return layer - layer % routing["group_size"]
+    raise ValueError(f"policy {policy!r} has no draw of the reference's own; write it here, from docs/draws.md")
 
 
 def plan(routing: dict, layers: int, micro_batches: int, *, seed: int, step: int) -> list[list[int]]:
