@@ -22,7 +22,7 @@ from skvr_dist.section import Section
 
 
 class Config(Section):
-    """The tree."""
+    """The whole configuration of a run."""
 
     model: ModelConfig
     routing: RoutingConfig

@@ -26,11 +26,11 @@ class MicroBatch(NamedTuple):
     lost_tokens: int = 0
     """Labels that are ignored because their shard is damaged."""
     damage: tuple[str, ...] = ()
-    """What was found to be damaged while this micro-batch was read, a sentence each."""
+    """A sentence about each piece of damage that was met while this micro-batch was read."""
 
     @classmethod
     def of(cls, batch: MicroBatch | Tensor, separate_at: int | None = None) -> MicroBatch:
-        """Also of plain sequences, int64 [B, S + 1]: every token but the first is a label.
+        """A micro-batch as it is, or made of plain sequences, int64 [B, S + 1]: all tokens but the first are labels.
 
         Args:
             separate_at: the token that ends documents, if they are to be separate: it then predicts nothing.
@@ -44,6 +44,6 @@ class MicroBatch(NamedTuple):
         return cls(tokens, labels.masked_fill(ends, IGNORED), ends.cumsum(dim=1) - ends.long())
 
     def to(self, device: str) -> MicroBatch:
-        """The same on another device."""
+        """The micro-batch on another device."""
         documents = None if self.documents is None else self.documents.to(device)
         return self._replace(tokens=self.tokens.to(device), labels=self.labels.to(device), documents=documents)

@@ -1,6 +1,6 @@
 """The comparison of a standard and a routed model of the same shape: one page and one picture.
 
-Both are runs on the same tokens; or one is an imported checkpoint, such as the other was trained on from.
+Both are runs on the same tokens; or one is an imported checkpoint, such as the one that the other run started from.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RunSummary:
     checkpoint: Checkpoint
     measurement: Measurement
     tokens_per_second: float | None
-    """Median over the steps; None, as below, where no steps were logged, as of an import."""
+    """Median over the steps; None, like the two below, if no steps were logged, as for an import."""
     skipped_kv_share: float | None
     """Mean over the steps."""
     crossing_bytes_per_step: float | None
@@ -118,7 +118,7 @@ def write_report(
 
 
 def _record(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What report.json says."""
+    """The content of report.json."""
     measured = runs[0].measurement.record()
     del measured["points"]
     return {
@@ -156,7 +156,7 @@ def _require_comparable(a: Checkpoint, b: Checkpoint) -> None:
 
 
 def _tokenizer(checkpoints: Sequence[Checkpoint]) -> Tokenizer:
-    """That of the first checkpoint which has one; `HeldOutData.require_fits` compares it with the data's."""
+    """The tokenizer of the first checkpoint that has one; `HeldOutData.require_fits` compares it with the data's."""
     files = [file for checkpoint in checkpoints if (file := checkpoint.tokenizer_file)]
     if not files:
         raise UserError(

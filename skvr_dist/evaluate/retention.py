@@ -19,7 +19,7 @@ from skvr_dist.model.modules import count_labels
 from skvr_dist.routing import CacheStrategy
 
 RETENTION_FILE = "retention.json"
-"""Where a checkpoint keeps its measured curve."""
+"""File in a checkpoint's folder that holds its measured curve."""
 CACHE_BYTES_PER_ELEMENT = 2
 """Caches are counted in bf16, as they are served."""
 
