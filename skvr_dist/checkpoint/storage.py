@@ -1,12 +1,12 @@
 """Tensors on disk: torch.distributed.checkpoint, with plain bytes and a JSON index.
 
 Every tensor is stored whole, cut into the rectangles that the ranks held; any other set of rectangles can be read back
-from it. torch plans who writes and reads what. It would keep the index as a pickle, which could run anything when it is
-opened, and each rectangle as a zip file of its own. Here the index is JSON, and a file per rank holds the elements of
-its rectangles as they are in memory (little-endian): less work beside training, and nothing to unpickle.
+from it. torch plans which rank writes and reads what. It would keep the index as a pickle, which could run anything
+when it is opened, and each rectangle as a zip file of its own. Here the index is JSON, and a file per rank holds the
+elements of its rectangles as they are in memory (little-endian): less work beside training, and nothing to unpickle.
 
-The index holds the SHA-256 of each rectangle by blocks, so a reader of a part of a rectangle compares just that
-part, and reads nothing twice.
+The index holds the SHA-256 of each rectangle by blocks, so a reader of a part of a rectangle compares just that part,
+and reads nothing twice.
 """
 
 from __future__ import annotations

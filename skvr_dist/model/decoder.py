@@ -45,7 +45,7 @@ class KV:
     v: Tensor
 
     def after(self, past: KV | None) -> KV:
-        """These behind those of earlier positions."""
+        """These keys and values appended to those of earlier positions."""
         return self if past is None else KV(torch.cat((past.k, self.k), dim=1), torch.cat((past.v, self.v), dim=1))
 
 

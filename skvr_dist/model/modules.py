@@ -105,7 +105,7 @@ class Modules:
         return Vocabulary(config.vocab_size, config.hidden_size)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Normed hidden states on their way into `column` layers; they may be gathered here."""
+        """Prepare normed hidden states for `column` layers; tensor-parallel modules may gather them here."""
         return x
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class TensorParallelModules(Modules):
         return VocabularyShard(config, self)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Whole hidden states [B, S, D], of this rank's positions or whole already; their gradient is summed."""
+        """Gather hidden states to [B, S, D] if they are split by position; their gradient is summed over the ranks."""
         group = self.mesh.tp_group
         return _GatherSequence.apply(x, group) if self.sequence_parallel else _SumGradient.apply(x, group)
 

@@ -18,7 +18,7 @@ from skvr_dist.model.attention import require_backend
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads."""
+    """The training and held-out data of a run."""
 
     sequences: SequenceStream
     """The training sequences by number."""

@@ -91,10 +91,6 @@ class FilePart(NamedTuple):
     start: int
     stop: int
 
-    @property
-    def is_whole(self) -> bool:
-        return self.stop - self.start == self.size
-
 
 def holds_records(name: str) -> bool:
     return _format(name)[0] in RECORD_SUFFIXES

@@ -78,7 +78,7 @@ def decoding_error(model: Any, prompt: Tensor, new_tokens: int, **options: Any) 
 
 
 class RoutedForCausalLM:
-    """What our classes add to the causal language models of transformers.
+    """Mixin that gives causal language models of transformers their cache strategies.
 
     Besides what those take, `from_pretrained` takes `kv_profile` or `kv_source_layers`.
     """
@@ -99,7 +99,7 @@ class RoutedForCausalLM:
         self._set_sources(sources_of(config, kv_profile, kv_source_layers))
 
     def _remove_pruned(self) -> None:
-        """Whole checkpoints have all projections."""
+        """Do nothing: whole checkpoints have all projections."""
 
     def set_cache_strategy(self: Any, strategy: str | Sequence[int]) -> None:
         """Choose the layers that keep a cache from the next prompt on.
@@ -188,7 +188,7 @@ class RoutedForCausalLM:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _get_static_cache_init_shape(self) -> None:
-        """No early start of a static cache: it would give memory to layers that keep nothing."""
+        """Prevent early allocation of a static cache: it would give memory to layers that keep nothing."""
         return
 
 
@@ -209,7 +209,7 @@ class MistralForCausalLM(RoutedForCausalLM, modeling_mistral.MistralForCausalLM)
 
 
 class _Pruned:
-    """Without the key and value projections that were not stored."""
+    """Mixin that removes the key and value projections that were not stored."""
 
     def _remove_pruned(self: Any) -> None:
         for number, layer in enumerate(self.model.layers):

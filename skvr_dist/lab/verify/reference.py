@@ -132,7 +132,7 @@ def loss(w: Weights, shape: dict, tokens: Tensor, donors: list[int]) -> Tensor:
 
 
 def learning_rate(step: int, *, peak: float, steps: int, warmup_steps: int, floor: float) -> float:
-    """Of optimizer step `step` (the first is 0) of `steps`.
+    """Learning rate of optimizer step `step` (the first is 0) of `steps`.
 
     It rises in equal parts to the peak at the last of `warmup_steps`, then follows a cosine from the peak, at the step
     after, to `floor` times the peak at the last step.

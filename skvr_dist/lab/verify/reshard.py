@@ -26,13 +26,13 @@ from skvr_dist.train.plans import plan_of_step
 from skvr_dist.train.state import load_state, progress_facts
 
 SAVED_AT, STEPS = 2, 7
-"""The step after which the source saves, and the steps in all: five more."""
+"""Steps after which the source saves, and steps of the whole training: five more."""
 LOSS_BOUND = 1e-6
 """Largest relative error of the losses after resharding."""
 MOMENTS_BOUND = 1e-6
-"""The same of the optimizer's state after the five steps, all first or all second moments taken as one vector."""
+"""Largest relative error of Adam's state after the five steps; all first, or all second, moments are one vector."""
 TENSOR_BOUND = 1e-5
-"""The same of any single weight or moment: that of a gradient in fp32 between two layouts."""
+"""Largest relative error of any single weight or moment: that of an fp32 gradient between two layouts."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Reshard:
     loss: float
     """Largest relative error of the five losses against the source's own."""
     moments: float
-    """Relative error of Adam's moments after them, the larger of the first and the second ones'."""
+    """Relative error of Adam's moments after the five steps, the larger of the first and the second ones'."""
     tensor: float
-    """Largest relative error of any single weight or moment after them."""
+    """Largest relative error of any single weight or moment after the five steps."""
 
     @property
     def missed(self) -> bool:
@@ -72,7 +72,7 @@ def reshard(layouts: Sequence[str], folder: Path) -> Iterator[Reshard]:
         straight[source] = run_ranks(ranks, _train_through, case_of(source), str(folder / source))[0]
     for target in layouts:
         sources = [(source, str(folder / source), str(folder / f"{source} to {target}")) for source in layouts]
-        resumed = run_ranks(LAYOUTS[target].ranks, _go_on, case_of(target), sources, seconds=300.0)[0]
+        resumed = run_ranks(LAYOUTS[target].ranks, _resume_each, case_of(target), sources, seconds=300.0)[0]
         for (source, saved, again), losses in zip(sources, resumed, strict=True):
             wanted = straight[source]
             moments, tensor = _errors(Path(saved), Path(again), STEPS)
@@ -105,7 +105,7 @@ def as_table(outcomes: Iterable[Reshard]) -> str:
 
 
 def _train_through(case: Case, folder: str) -> list[float]:
-    """On the source: save on the way and at the end; the losses in between."""
+    """Train on the source layout, saving on the way and at the end; returns the losses in between."""
     trainer = Trainer(case, folder)
     trainer.train(range(SAVED_AT))
     trainer.save(SAVED_AT)
@@ -114,8 +114,8 @@ def _train_through(case: Case, folder: str) -> list[float]:
     return losses
 
 
-def _go_on(case: Case, sources: list[tuple[str, str, str]]) -> list[list[float]]:
-    """On the target: load each source's checkpoint, save it again at once, and train to the end."""
+def _resume_each(case: Case, sources: list[tuple[str, str, str]]) -> list[list[float]]:
+    """On the target layout, load each source's checkpoint, save it again at once, and train to the end."""
     losses = []
     for _, saved, again in sources:
         trainer = Trainer(case, again)
@@ -155,7 +155,7 @@ def checkpoint_of(run: str | Path, step: int) -> Path:
 
 
 def _errors(one: Path, other: Path, step: int) -> tuple[float, float]:
-    """Of Adam's moments, and of the worst tensor, between two checkpoints of a step; both relative."""
+    """Relative errors between two checkpoints of a step: of Adam's moments, and of the worst tensor."""
     a, b = (Checkpoint(checkpoint_of(folder, step), verify=True).index for folder in (one, other))
     assert a.names() == b.names(), "the checkpoints hold different tensors"
     worst, squares = 0.0, {kind: [0.0, 0.0] for kind in MOMENTS}
