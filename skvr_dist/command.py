@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from skvr_dist.cluster.launcher import LOCAL_RANK_VARIABLES, announced_rank, announced_world_size
 from skvr_dist.config.presets import find_configs
 from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, UserError
 from skvr_dist.files import prove_writable, write_whole
@@ -38,7 +39,6 @@ EXIT_UNFORESEEN = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE
 
-_LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _LOCAL_RANK_OPTIONS = ("--local_rank=", "--local-rank=")
 
 
@@ -293,22 +293,14 @@ def _reader_has_gone() -> bool:
 
 def _said_by_another_rank() -> bool:
     """Whether the first rank of this host prints the same. One variable left in the environment makes no rank."""
-    local_rank = next((os.environ[name] for name in _LOCAL_RANK_VARIABLES if name in os.environ), "0")
+    local_rank = next((os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ), "0")
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
-    return local_rank != "0" and not joined and _world_size() > 1
+    return local_rank != "0" and not joined and announced_world_size() > 1
 
 
 def _writes_files() -> bool:
     """Whether this process writes the command's files: over ranks, only rank 0 does."""
-    if not any(name in os.environ for name in _LOCAL_RANK_VARIABLES) or _world_size() == 1:
+    if not any(name in os.environ for name in LOCAL_RANK_VARIABLES) or announced_world_size() == 1:
         return True
-    from skvr_dist.cluster.launcher import announced_rank
-
     return announced_rank() == 0
-
-
-def _world_size() -> int:
-    from skvr_dist.cluster.launcher import announced_world_size
-
-    return announced_world_size()

@@ -22,11 +22,11 @@ import psutil
 import yaml
 
 from skvr_dist.checkpoint.folder import candidates, step_folder
+from skvr_dist.cluster.launcher import LOCAL_RANK_VARIABLES
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, UserError
 from skvr_dist.run.folder import RunFolder
 
 _MARK = "SKVR_KEPT_RUNNING_BY"
-_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _SECONDS_TO_END = 30.0  # what deepspeed and torchrun leave their ranks, too
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -139,7 +139,7 @@ def ranks_among(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     launchers, ranks = set(), []
     for process in processes:
         try:
-            if any(name in process.environ() for name in _RANK_VARIABLES):
+            if any(name in process.environ() for name in LOCAL_RANK_VARIABLES):
                 ranks.append((process, process.ppid()))
             else:
                 launchers.add(process.pid)
