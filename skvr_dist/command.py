@@ -177,6 +177,7 @@ class Figure:
 
     @property
     def verdict(self) -> str:
+        """The figure against its bound, in a word."""
         return "met" if self.met else "missed"
 
     def __str__(self) -> str:

@@ -141,12 +141,15 @@ class Index:
             self.described[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
 
     def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
         return sorted(self.described)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor; raises `UserError` if there is none of that name."""
         return tuple(self.tensor(name).size)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor; raises `UserError` if there is none of that name."""
         return self.tensor(name).properties.dtype
 
     def tensor(self, name: str) -> TensorStorageMetadata:

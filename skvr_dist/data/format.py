@@ -71,6 +71,7 @@ class Shard(Section):
 
     @property
     def index_file(self) -> str:
+        """File name of the shard's index."""
         return self.file.removesuffix(".tar") + ".json"
 
 
@@ -124,6 +125,7 @@ class Manifest(Section):
 
 
 def vocabulary_limit(token_type: TokenType) -> int:
+    """Token ids that an integer type can tell apart."""
     return int(np.iinfo(token_type).max) + 1
 
 

@@ -106,6 +106,7 @@ class SequenceStream:
 
     @property
     def tokens_on_disk(self) -> int:
+        """Tokens of all sources together."""
         return sum(source.dataset.manifest.tokens for source in self.sources.values())
 
     def source_of(self, number: int) -> str:

@@ -48,6 +48,7 @@ class RunSummary:
 
     @classmethod
     def of(cls, label: str, run: Path, measurement: Measurement) -> RunSummary:
+        """Summarise a run (or an import) from its latest checkpoint and its metrics."""
         checkpoint = Checkpoint(run)
         steps = _training_records(run)
         crossing = [sum(v for tag, v in r.items() if tag.startswith("pipeline/crossing_bytes")) for r in steps]
@@ -62,10 +63,12 @@ class RunSummary:
 
     @property
     def curve(self) -> list[RetentionPoint]:
+        """The retention curve."""
         return self.measurement.points
 
     @property
     def routing(self) -> str:
+        """The policy and its parameters, in words."""
         routing = self.checkpoint.config.routing.model_dump()
         return " ".join([routing["policy"], *(f"{k} {v}" for k, v in routing.items() if k != "policy" and v)])
 

@@ -92,6 +92,7 @@ def as_table(curves: Mapping[str, Sequence[RetentionPoint]]) -> str:
 
 
 def as_records(points: Sequence[RetentionPoint]) -> list[dict[str, Any]]:
+    """The points as plain dictionaries."""
     return [asdict(point) for point in points]
 
 

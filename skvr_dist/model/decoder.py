@@ -198,10 +198,12 @@ class Decoder(nn.Module):
 
     @property
     def has_embedding(self) -> bool:
+        """Whether this slice begins with the embedding."""
         return self.start == 0
 
     @property
     def has_head(self) -> bool:
+        """Whether this slice ends with the norm and the output head."""
         return self.stop == self.config.num_hidden_layers
 
     def forward(

@@ -73,6 +73,7 @@ class LeftOut(NamedTuple):
 
     @property
     def sentence(self) -> str:
+        """The fault in a sentence, with its place."""
         return f"{self.place} {self.reason}{self.detail}"
 
 
@@ -93,6 +94,7 @@ class FilePart(NamedTuple):
 
 
 def holds_records(name: str) -> bool:
+    """Whether a file of that name holds many documents."""
     return _format(name)[0] in RECORD_SUFFIXES
 
 

@@ -72,6 +72,7 @@ class CheckReport:
 
     @property
     def relative_logit_difference(self) -> float:
+        """The largest difference as a share of the largest logit."""
         return self.max_logit_difference / self.largest_logit if self.largest_logit else self.max_logit_difference
 
     def failures(self) -> list[str]:

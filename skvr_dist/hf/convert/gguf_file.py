@@ -99,6 +99,7 @@ class GGUFFile:
         return [canonical.get(name, f"({name})") for name in self._tensors if name != _ROPE_FACTORS]
 
     def shape_and_dtype(self, name: str) -> tuple[list[int], torch.dtype]:
+        """Shape and dtype of the weight that `read` returns."""
         tensor = self._tensors[self._stored[name]]
         return tensor.shape.tolist()[::-1], _PLAIN.get(tensor.tensor_type.name, torch.float32)
 

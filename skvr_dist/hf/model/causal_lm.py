@@ -138,7 +138,7 @@ class RoutedForCausalLM:
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As in transformers; layers above the last retained one compute the positions of `logits_to_keep` only.
+        """transformers' forward; layers above the last retained one compute the positions of `logits_to_keep` only.
 
         Args:
             cache: also taken as `past_key_values`, with every version of transformers that is supported.
@@ -169,14 +169,14 @@ class RoutedForCausalLM:
         )
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a cache is taken as `cache` and as `past_key_values`, which older ones do not know."""
+        """transformers' `generate`; every version takes a cache as `cache` and as `past_key_values`."""
         given = [name for name in CACHE_NAMES if kwargs.get(name) is not None]
         if len(given) == 1:
             kwargs[CACHE] = kwargs.pop(given[0])
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers. The strategy is saved, too, and the code for it; plain classes load the rest."""
+        """Save as transformers does, with the strategy and the code for it, which plain classes pass over."""
         sources = self.model.kv_sources
         shares = sources != tuple(range(len(sources)))
         self.config.kv_profile, self.config.kv_source_layers = None, list(sources) if shares else None

@@ -226,7 +226,7 @@ class RoutedModel:
         last_positions: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As in transformers, of any version that is supported.
+        """transformers' forward, in any version that is supported.
 
         Args:
             cache: also taken as `past_key_values`.

@@ -29,6 +29,7 @@ class StepTimes:
 
     @property
     def median(self) -> float:
+        """Median seconds of a step."""
         return statistics.median(self.seconds)
 
 
@@ -42,6 +43,7 @@ class Ratio:
 
     @classmethod
     def of(cls, routed: StepTimes, standard: StepTimes) -> Ratio:
+        """Time of routed steps over that of standard ones, pair by pair."""
         return cls.between([a / b for a, b in zip(routed.seconds, standard.seconds, strict=True)])
 
     @classmethod

@@ -19,6 +19,7 @@ Weights = dict[str, Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x over its root mean square along the last dimension, times a weight."""
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
@@ -84,6 +85,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tens
 
 
 def linear(x: Tensor, w: Weights, name: str) -> Tensor:
+    """The linear layer `name`, with its bias if it has one."""
     out = x @ w[f"{name}.weight"].T
     return out + w[f"{name}.bias"] if f"{name}.bias" in w else out
 

@@ -52,6 +52,7 @@ class Reshard:
 
     @property
     def missed(self) -> bool:
+        """Whether the pair is out of bounds."""
         within = self.loss <= LOSS_BOUND and self.moments <= MOMENTS_BOUND and self.tensor <= TENSOR_BOUND
         return not (self.loaded_exactly and within)
 
@@ -139,11 +140,13 @@ class Trainer:
         self.saver = Saver(RunFolder(folder).checkpoints, config_text=dump_config(self.config), tokenizer=None, **keep)
 
     def train(self, steps: range) -> list[float]:
+        """Train the given steps, counted from 0; returns their losses."""
         mesh, tokens = self.mesh, batches(STEPS)
         mine = [iter(tokens[step][mesh.dp_rank :: mesh.dp_size]) for step in steps]
         return [self.engine.train_step(b, plan_of_step(self.config, step)) for b, step in zip(mine, steps, strict=True)]
 
     def save(self, step: int) -> None:
+        """Write the checkpoint of a step and wait until it is published; collective."""
         self.saver.save(state_to_save(self.engine), progress_facts(self.engine, step, tokens_seen=0), lambda _: None)
         self.saver.finish()
         dist.barrier()
