@@ -29,15 +29,13 @@ class MicroBatch(NamedTuple):
     """A sentence about each piece of damage that was met while this micro-batch was read."""
 
     @classmethod
-    def of(cls, batch: MicroBatch | Tensor, separate_at: int | None = None) -> MicroBatch:
-        """A micro-batch as it is, or made of plain sequences, int64 [B, S + 1]: all tokens but the first are labels.
+    def of(cls, sequences: Tensor, separate_at: int | None = None) -> MicroBatch:
+        """A micro-batch of plain sequences, int64 [B, S + 1]: every token but the first is a label.
 
         Args:
             separate_at: the token that ends documents, if they are to be separate: it then predicts nothing.
         """
-        if isinstance(batch, MicroBatch):
-            return batch
-        tokens, labels = batch[:, :-1], batch[:, 1:]
+        tokens, labels = sequences[:, :-1], sequences[:, 1:]
         if separate_at is None:
             return cls(tokens, labels)
         ends = tokens == separate_at

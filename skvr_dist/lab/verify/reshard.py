@@ -16,6 +16,7 @@ from skvr_dist.checkpoint.folder import Checkpoint, step_folder
 from skvr_dist.checkpoint.pieces import MOMENTS
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.config.load import dump_config
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel.engine.optimizers import state_to_save
@@ -142,7 +143,7 @@ class Trainer:
     def train(self, steps: range) -> list[float]:
         """Train the given steps, counted from 0; returns their losses."""
         mesh, tokens = self.mesh, batches(STEPS)
-        mine = [iter(tokens[step][mesh.dp_rank :: mesh.dp_size]) for step in steps]
+        mine = [map(MicroBatch.of, tokens[step][mesh.dp_rank :: mesh.dp_size]) for step in steps]
         return [self.engine.train_step(b, plan_of_step(self.config, step)) for b, step in zip(mine, steps, strict=True)]
 
     def save(self, step: int) -> None:

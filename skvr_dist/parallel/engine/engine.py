@@ -103,12 +103,12 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         with naming_the_operation(mesh, "connecting the pipeline stages"):
             self.before, self.after = connect(mesh, dtype, self.device)
 
-    def train_step(self, micro_batches: Iterator[MicroBatch | Tensor], plan: RoutingPlan) -> float:
+    def train_step(self, micro_batches: Iterator[MicroBatch], plan: RoutingPlan) -> float:
         """One optimizer step.
 
         Args:
-            micro_batches: this replica's micro-batches, or plain sequences, int [B, S + 1]; read on the first and last
-                stage.
+            micro_batches: this replica's micro-batches; read on the first and last stage, and on all of them where
+                documents are separate.
             plan: the donors of all global micro-batches of the step.
 
         Returns:
@@ -125,7 +125,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         with naming_the_operation(self.mesh, "the training step"):
             return float(self.train_batch(micro_batches))
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch | Tensor], donors: Iterable[int]) -> float:
+    def evaluate(self, micro_batches: Sequence[MicroBatch], donors: Iterable[int]) -> float:
         """Mean loss over the labels of every replica's micro-batches, with the same donors in all of them.
 
         Args:
@@ -186,7 +186,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self.after.gradients.expect([self._format.elements(plan.leaving) for plan in self._plans])
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
-        batch = MicroBatch.of(self._next_batch())
+        batch: MicroBatch = self._next_batch()
         self._load_documents(buffer_id, batch)
         if self.is_first_stage():
             self.pipe_buffers["inputs"][buffer_id] = batch.tokens.to(self.device)
@@ -194,7 +194,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
             self._labels += int(count_labels(batch.labels))
 
-    def set_dataiterator(self, iterator: Iterator[MicroBatch | Tensor] | None) -> None:
+    def set_dataiterator(self, iterator: Iterator[MicroBatch] | None) -> None:
         """Set where micro-batches come from, on every stage; DeepSpeed keeps it on the first and the last one only."""
         self.training_dataloader = None
         self.data_iterator = iterator
@@ -207,7 +207,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
     def _exec_recv_activations(self, buffer_id: int) -> None:
         assert self.before is not None
         if self.separate_documents and not self.is_last_stage():  # the schedule lets only the outer stages load
-            self._load_documents(buffer_id, MicroBatch.of(self._next_batch()))
+            self._load_documents(buffer_id, self._next_batch())
         packed = self.before.activations.receive()
         handover = self._format.unpack(packed, self._plan_of(buffer_id).entering)
         for tensor in handover.tensors():
