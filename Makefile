@@ -36,7 +36,7 @@ $(DATA): data/stdlib/tokenizer.model
 	$(BIN)/python tools/prepare_data.py --input stdlib --tokenizer $< --output data/stdlib \
 	    --shards 32 --validation-share 0.05
 
-# A run that was interrupted goes on from its latest checkpoint; `finished` appears when it is through.
+# A run that was interrupted resumes from its latest checkpoint; `finished` appears when it has done its last step.
 PRETRAIN := PATH=$(abspath $(BIN)):$$PATH deepspeed --num_gpus 4 --log_level error launch/pretrain.py \
     --config configs/experiment/quickstart.yaml
 $(QUICKSTART)/standard/finished: $(DATA)

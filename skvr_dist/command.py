@@ -1,11 +1,11 @@
-"""One way to be a command: how it reads its arguments, proves and writes its files, gives its verdict, and ends.
+"""What all commands share: how they read arguments, prove and write files, give a verdict, and end.
 
 Exit codes, of every command:
 
   0  done                    70  a failure that nobody foresaw; the traceback is in the file that stderr names
   1  a figure was missed     75  start it again as it is
   2  put something right    130  Ctrl-C
-                            141  whoever read its output has gone (`... | head -1`), as a shell says it of SIGPIPE
+                            141  the reader of its output has gone (`... | head -1`), as shells say it of SIGPIPE
 
 Light to import: commands import torch and what builds on it inside their functions, so that --help and mistakes in
 arguments are answered at once, and Ctrl-C during those imports ends with a sentence too.
@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from skvr_dist.cluster.launcher import LOCAL_RANK_VARIABLES, announced_rank, announced_world_size
 from skvr_dist.config.presets import find_configs
 from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, UserError
 from skvr_dist.files import prove_writable, write_whole
@@ -38,7 +39,6 @@ EXIT_UNFORESEEN = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE
 
-_LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _LOCAL_RANK_OPTIONS = ("--local_rank=", "--local-rank=")
 
 
@@ -51,7 +51,7 @@ class Subcommand(Protocol):
         """Declare the arguments."""
 
     def run(self, options: argparse.Namespace) -> int | None:
-        """Do it; returns the exit code."""
+        """Run the subcommand; returns the exit code."""
 
 
 def new_parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
@@ -61,7 +61,7 @@ def new_parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentPar
 
 
 def _program() -> str:
-    """What was started, as a user knows it; of a package (`python -m`) its name."""
+    """Name of the program as the user started it; for a package (`python -m`) the package's name."""
     started = Path(sys.argv[0])
     return started.parent.name if started.name == "__main__.py" else started.name
 
@@ -102,17 +102,17 @@ def run_subcommand(doc: str | None, subcommands: Mapping[str, Subcommand]) -> in
 
 
 def add_json(parser: argparse.ArgumentParser, what: str = "write the figures there too") -> None:
-    """`--json FILE`, which `parse` proves writable before any work begins."""
+    """Add `--json FILE`, which `parse` proves writable before any work begins."""
     parser.add_argument("--json", metavar="FILE", help=what)
 
 
 def add_bound(parser: argparse.ArgumentParser, default: float, what: str, name: str = "--bound") -> None:
-    """The figure that decides between exit code 0 and 1."""
+    """Add the option for the bound that decides between exit code 0 and 1."""
     parser.add_argument(name, type=float, default=default, metavar="X", help=f"{what} (default: {default})")
 
 
 def add_configs(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """`--config`, whose names `parse` makes files of; required unless there is a default."""
+    """Add `--config`, whose names `parse` turns into paths; required unless there is a default."""
     shown = "" if default is None else f" (default: {default})"
     parser.add_argument(
         "--config",
@@ -125,12 +125,12 @@ def add_configs(parser: argparse.ArgumentParser, default: str | None = None) -> 
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Keys of the configuration, given on the command line."""
+    """Add the positional arguments that override keys of the configuration."""
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; value in YAML")
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """The type of an option that counts something."""
+    """An argparse type: a whole number that is at least `minimum`."""
 
     def count(text: str) -> int:
         try:
@@ -177,6 +177,7 @@ class Figure:
 
     @property
     def verdict(self) -> str:
+        """The figure against its bound, in a word."""
         return "met" if self.met else "missed"
 
     def __str__(self) -> str:
@@ -226,7 +227,7 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
 
 
 def _ending_of(error: BaseException) -> tuple[int, str]:
-    """Exit code and sentence of what ended a command; no sentence where nobody would read it."""
+    """Exit code and sentence for the error that ended a command; no sentence where nobody would read it."""
     name = _program()
     if isinstance(error, UserError):
         return error.exit_code, str(error)
@@ -263,7 +264,7 @@ def _keep_traceback(error: BaseException) -> str:
 
 
 def _flush_stdout() -> None:
-    """Meet a closed pipe or a full disk here, not when the interpreter ends."""
+    """Flush stdout, so that a closed pipe or a full disk is met here, not when the interpreter ends."""
     if sys.stdout is not None and not sys.stdout.closed:
         try:
             sys.stdout.flush()
@@ -273,7 +274,7 @@ def _flush_stdout() -> None:
 
 
 def _leave_stdout() -> None:
-    """Let go of an output that takes nothing: the interpreter would try again at its end, and complain."""
+    """Point a stdout that takes nothing at /dev/null: the interpreter would try again at its end, and complain."""
     try:
         _flush_stdout()
     except OSError:
@@ -292,23 +293,15 @@ def _reader_has_gone() -> bool:
 
 
 def _said_by_another_rank() -> bool:
-    """Whether the first rank of this host says the same. One variable left over in the environment makes no rank."""
-    local_rank = next((os.environ[name] for name in _LOCAL_RANK_VARIABLES if name in os.environ), "0")
+    """Whether the first rank of this host prints the same. One variable left in the environment makes no rank."""
+    local_rank = next((os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ), "0")
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
-    return local_rank != "0" and not joined and _world_size() > 1
+    return local_rank != "0" and not joined and announced_world_size() > 1
 
 
 def _writes_files() -> bool:
-    """Whether this process is the one that writes what a command over ranks writes once."""
-    if not any(name in os.environ for name in _LOCAL_RANK_VARIABLES) or _world_size() == 1:
+    """Whether this process writes the command's files: over ranks, only rank 0 does."""
+    if not any(name in os.environ for name in LOCAL_RANK_VARIABLES) or announced_world_size() == 1:
         return True
-    from skvr_dist.cluster.launcher import announced_rank
-
     return announced_rank() == 0
-
-
-def _world_size() -> int:
-    from skvr_dist.cluster.launcher import announced_world_size
-
-    return announced_world_size()

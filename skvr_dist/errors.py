@@ -1,6 +1,6 @@
-"""What a user is meant to read, as exceptions, and the exit codes that go with them.
+"""Exceptions whose messages are written for users, and the exit codes that go with them.
 
-`skvr_dist.command` prints them. This file travels inside exports, so it needs nothing.
+`skvr_dist.command` prints them. This file travels inside exports, so it imports nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class OneRankError(UserError):
-    """What this rank alone has met, so that no other one says it."""
+    """An error that this rank alone has met, so that no other rank can print it."""
 
 
 class RunInterrupted(UserError):

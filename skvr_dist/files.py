@@ -19,7 +19,7 @@ from pathlib import Path
 from skvr_dist.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
-"""Ends the name of what is not whole yet."""
+"""Suffix of the names of files and folders that are not complete yet."""
 
 # A single slash too: `Path` makes one of two.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|pipe:")
@@ -52,7 +52,7 @@ def local_path(text: str | Path) -> Path:
 
 
 def require_file(path: Path) -> os.stat_result:
-    """The facts about a file that is to be read, possibly several times.
+    """Status of a file that is to be read, possibly several times (`os.stat`).
 
     Raises:
         OSError: it cannot be reached.
@@ -135,7 +135,7 @@ def prove_folder(folder: str | Path) -> Path:
 
 
 def require_free(folder: Path) -> None:
-    """Refuse a folder to make that is there already, unless it is empty.
+    """Refuse an output folder that exists already and is not empty.
 
     Raises:
         UserError: something is there, and would be lost or mixed with what is written.
@@ -147,7 +147,7 @@ def require_free(folder: Path) -> None:
 
 @contextmanager
 def published(folder: Path) -> Iterator[Path]:
-    """An empty folder of the same name to fill, which becomes `folder` at the end, and vanishes if anything is raised.
+    """Yield an empty folder of the same name; it becomes `folder` at the end, and is removed if anything is raised.
 
     It is in a temporary folder beside `folder`, so that the rename stays within one file system. Files get the rights
     that this process gives to files; safetensors, for one, writes them for its user alone.
@@ -171,7 +171,7 @@ def published(folder: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    """The rights that this process takes from files that it makes."""
+    """The umask of this process."""
     mask = os.umask(0)  # there is no way to ask without setting it
     os.umask(mask)
     return mask
@@ -205,14 +205,14 @@ def _probe(folder: Path, name: str, make_folder: bool) -> None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether it is there and written to in place: renaming a file over a device would replace the device."""
+    """Whether a path is to be written in place: renaming a file over a device or a pipe would replace it."""
     in_place = path.absolute().parent in (Path("/dev"), Path("/dev/fd"))  # /dev/stdout may be a file, and open
     return path.exists() and (in_place or not (path.is_file() or path.is_dir()))
 
 
 @contextmanager
 def naming_failure(path: Path) -> Iterator[None]:
-    """Say of any failure within what could not be written and why."""
+    """Turn an OSError within into a `UserError` that says what could not be written and why."""
     try:
         yield
     except OSError as error:

@@ -12,22 +12,22 @@ FORMAT = 2
 
 
 class _Record(BaseModel):
-    """Typed and frozen; keys that other versions write are passed over."""
+    """Base of the records: typed and frozen; keys that only other versions know are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
 class GuardFacts(_Record):
-    """What `skvr_dist.parallel.guard.UpdateGuard` continues with."""
+    """The state from which `skvr_dist.parallel.guard.UpdateGuard` continues."""
 
     losses: list[float]
-    """The last finite ones, the newest last."""
+    """The last finite losses, the newest last."""
     skipped_steps: int
     skipped_in_a_row: int
 
 
 class LayoutFacts(_Record):
-    """How the run that wrote it was laid out, for the record; any other layout can resume it."""
+    """Layout of the run that wrote the checkpoint, for the record; any other layout can resume from it."""
 
     pipeline: list[int]
     """Layers of each stage."""
@@ -38,14 +38,14 @@ class LayoutFacts(_Record):
 
 
 class Facts(_Record):
-    """The record; None where it does not apply, and then not written.
+    """Everything in checkpoint.json. A field that does not apply is None, and is not written.
 
     An import has neither data nor an optimizer's state.
     """
 
     format: int = FORMAT
     data_fingerprint: dict[str, Any] | None = None
-    """Of all that decides which sequences the steps read (`SequenceStream.fingerprint`)."""
+    """Fingerprint of everything that decides which sequences the steps read (`SequenceStream.fingerprint`)."""
     evaluation_due: bool | None = None
     """Whether the evaluation of this step was put off, because the run was preempted."""
     step: int
@@ -55,15 +55,15 @@ class Facts(_Record):
     guard: GuardFacts | None = None
     tokens_seen: int
     imported_from: str | None = None
-    """Where the weights, or those it was trained on from, come from."""
+    """Source of the imported weights that training started from, directly or through earlier runs."""
     dequantized_from: str | None = None
-    """The kinds of blocks that their file held."""
+    """Quantization types of that source's file, from which the weights were dequantized."""
     layout: LayoutFacts | None = None
     routing: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
 
     def record(self) -> dict[str, Any]:
-        """As plain values, those that apply."""
+        """The fields that apply, as plain values."""
         return {name: value for name, value in self.model_dump().items() if value is not None}
 
     def to_json(self) -> str:
@@ -71,6 +71,6 @@ class Facts(_Record):
         return json.dumps(self.record(), indent=2) + "\n"
 
     def origin(self) -> dict[str, str]:
-        """Where the weights come from, which a run hands on from those it starts with."""
+        """The fields that say where the weights come from; a run copies them from the checkpoint it starts from."""
         origin = {"imported_from": self.imported_from, "dequantized_from": self.dequantized_from}
         return {name: value for name, value in origin.items() if value is not None}

@@ -11,8 +11,8 @@
 It is written under a temporary name and renamed when every file is on disk, and `latest` moves after that. A folder
 with a final name whose manifest holds is complete and undamaged.
 
-Whoever reads a checkpoint compares all of it with these digests: `Checkpoint` does so with the small files when it is
-opened, and with the tensors as it reads them, those that nobody asks for included.
+Every reader compares all of a checkpoint with these digests: `Checkpoint` compares the small files when it is opened,
+and the tensors as it reads them, including those that nobody asks for.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CONFIG_FILE, FACTS_FILE, TOKENIZER_FILE, LATEST_FILE = "config.yaml", "checkpoin
 IMPORTED_TOKENIZER_FILE = "tokenizer.json"
 TENSORS_SUFFIX = ".distcp"
 ASIDE_FOLDER = "set-aside"
-"""Beside a run's checkpoints: those of a branch that it has left."""
+"""Folder among a run's checkpoints for those of a branch that the run has left."""
 MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
 
 
@@ -59,7 +59,7 @@ def partial_folder(step: int) -> str:
 
 
 def write_facts(partial: Path, *, config_text: str, facts: Facts, tokenizer: bytes | None) -> None:
-    """Put what describes a checkpoint beside its tensors; on one rank.
+    """Write the files that describe a checkpoint beside its tensors; on one rank.
 
     Args:
         tokenizer: content of the tokenizer's one file (`Tokenizer.model`).
@@ -94,7 +94,7 @@ def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
 
 
 def point_latest(checkpoints: Path) -> None:
-    """Make `latest` name the newest checkpoint, or go if there is none."""
+    """Make `latest` name the newest checkpoint; remove it if there is none."""
     newest = next(iter(candidates(checkpoints)), None)
     if newest is None:
         (checkpoints / LATEST_FILE).unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def point_latest(checkpoints: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Move a checkpoint to where no run resumes from it by itself; returns its new place."""
+    """Move a checkpoint to where no run resumes from it by itself; returns its new path."""
     aside = checkpoint.parent / ASIDE_FOLDER
     aside.mkdir(exist_ok=True)
     target, number = aside / checkpoint.name, 1
@@ -201,8 +201,8 @@ class Checkpoint:
     def read(self, pieces: Pieces, group: dist.ProcessGroup) -> None:
         """Fill pieces, whatever layout they were written by; collective over `group`.
 
-        All tensors are compared with their digests: those that any rank reads by who reads them, the others by the
-        ranks in turn.
+        All tensors are compared with their digests: those that any rank reads by the ranks that read
+        them, the others by the ranks in turn.
 
         Raises:
             UserError: on all ranks: a tensor is missing or has another shape, or a file is damaged.
@@ -219,20 +219,20 @@ class Checkpoint:
         self.index.read_pieces(pieces, group, before=compare_my_share)
 
     def _comparisons(self, wanted: set[str]) -> list[Callable[[], object]]:
-        """What else must be compared when some tensors are read whole: by calling all of these."""
+        """Calls that compare everything but the tensors in `wanted`, which are compared as they are read."""
         if self.index.has_digests:
             return [functools.partial(self.index.verify, name) for name in self.index.names() if name not in wanted]
         return [functools.partial(self._compare, name) for name in self.files if name.endswith(TENSORS_SUFFIX)]
 
     def _read(self, name: str) -> bytes:
-        """A small file, compared with the manifest."""
+        """Content of a small file, compared with the manifest."""
         content = (self.folder / name).read_bytes()
         if hashlib.sha256(content).hexdigest() != self.files[name]["sha256"]:
             raise UserError(self._damage([name]))
         return content
 
     def _compare(self, name: str) -> None:
-        """A file of tensors with the manifest, whole."""
+        """Compare a whole file of tensors with the manifest."""
         if sha256_of(self.folder / name) != self.files[name]["sha256"]:
             raise UserError(self._damage([name]))
 
@@ -249,7 +249,7 @@ class Checkpoint:
 
     @property
     def tokenizer_file(self) -> Path | None:
-        """What came along when it was imported, or the tokenizer of its data; None without one."""
+        """The tokenizer that was imported with the weights, or that of the training data; None without one."""
         names = [name for name in (IMPORTED_TOKENIZER_FILE, TOKENIZER_FILE) if name in self.files]
         return self.folder / names[0] if names else None
 
@@ -270,8 +270,8 @@ class Checkpoint:
     def weight(self, name: str) -> Tensor:
         """One whole weight, on the host, in the precision it was trained in.
 
-        The first call also compares the tensors that are no weights: whoever goes through the weights has then seen a
-        checkpoint that is whole.
+        The first call also compares the tensors that are not weights, so that reading all weights checks the whole
+        checkpoint.
 
         Raises:
             UserError: there is none, or a file is damaged.
@@ -286,7 +286,7 @@ class Checkpoint:
         return self.index.read(WEIGHTS + name).to(self.weight_dtype(name))
 
     def weight_dtype(self, name: str) -> torch.dtype:
-        """The precision it was trained in; stored are the master weights."""
+        """The precision that a weight was trained in; its file may hold the fp32 master."""
         return torch.bfloat16 if self.config.train.precision == "bf16" else self.index.dtype(WEIGHTS + name)
 
     @torch.no_grad()

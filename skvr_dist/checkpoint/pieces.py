@@ -16,7 +16,7 @@ from torch import Tensor
 from skvr_dist.model.modules import TensorShard
 
 WEIGHTS = "weights."
-"""What the name of a weight begins with in a checkpoint."""
+"""Prefix of the names of weights in a checkpoint."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The moments of Adam, as torch calls them; in a checkpoint `exp_avg.NAME`."""
 
@@ -28,7 +28,7 @@ class Piece:
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     offsets: tuple[int, ...]
-    """Where the rectangle begins in it."""
+    """Where the rectangle begins in the whole tensor."""
     tensor: Tensor
     """The rectangle; a view, so that what is read into it is in place."""
 
@@ -37,7 +37,7 @@ class Piece:
         return self.tensor
 
     def copy(self) -> Piece:
-        """The same rectangle in memory of its own, on the host."""
+        """A copy of the rectangle in host memory."""
         return Piece(self.shape, self.offsets, self.tensor.detach().to("cpu", copy=True))
 
     def fill_from(self, larger: Piece) -> None:

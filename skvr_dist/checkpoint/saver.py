@@ -30,10 +30,10 @@ class Saver:
     Args:
         checkpoints: the run's folder of checkpoints.
         config_text: the resolved configuration.
-        tokenizer: content of its one file, which goes into each checkpoint.
+        tokenizer: content of the tokenizer's one file, which goes into each checkpoint; None without one.
         keep_last: newest checkpoints to keep.
-        keep_every_steps: older ones to keep too; null keeps none.
-        megabytes_per_second: that this rank writes until somebody waits for it; null for as fast as it can.
+        keep_every_steps: keep those of every n-th step too; None keeps none of them.
+        megabytes_per_second: speed at which this rank writes until somebody waits for the save; None sets no limit.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Saver:
         """Copy the state of the step that the facts name, and start to write it; collective. Waits for the save before.
 
         Args:
-            facts: what checkpoint.json says besides.
+            facts: the content of checkpoint.json.
             done: called with the finished folder, on rank 0, from the thread.
 
         Raises:
@@ -101,7 +101,7 @@ class Saver:
             raise error
 
     def _copy(self, state: Pieces) -> None:
-        """Into the memory of the save before: new memory each time would slow down the steps beside it (new pages)."""
+        """Copy into the memory of the save before: new pages each time would slow down the steps meanwhile."""
         if _layout(self._copied) != _layout(state):  # the first save, or the first with moments
             self._copied = {}
             self._copied = {name: [piece.copy() for piece in pieces] for name, pieces in state.items()}
@@ -111,7 +111,7 @@ class Saver:
                 copy.tensor.copy_(piece.tensor.detach())
 
     def _pause(self, written: int) -> None:
-        """After so many bytes; none once somebody waits."""
+        """Sleep after writing that many bytes, to keep to the speed; not once somebody waits for the save."""
         self._awaited.wait(written / self._bytes_per_second)
 
     def _write(self, state: Pieces, facts: Facts, done: Callable[[Path], None]) -> None:
@@ -135,7 +135,7 @@ class Saver:
         self._on_first_rank(complete, partial)
 
     def _on_first_rank(self, work: Callable[[], None], partial: Path) -> None:
-        """Do it there, while the others wait, and let all of them know if it fails."""
+        """Do work on rank 0 while the others wait; if it fails, raise on all of them."""
         failed = None
         if dist.get_rank() == 0:
             try:
@@ -154,5 +154,5 @@ class Saver:
 
 
 def _layout(state: Pieces) -> dict[str, list[tuple[Any, ...]]]:
-    """Which memory a copy of a state needs."""
+    """Shapes and dtypes of a state; states with equal ones can share the memory of their copies."""
     return {name: [(p.shape, p.offsets, p.tensor.dtype) for p in pieces] for name, pieces in state.items()}

@@ -1,12 +1,12 @@
 """Tensors on disk: torch.distributed.checkpoint, with plain bytes and a JSON index.
 
 Every tensor is stored whole, cut into the rectangles that the ranks held; any other set of rectangles can be read back
-from it. torch plans who writes and reads what. It would keep the index as a pickle, which could run anything when it is
-opened, and each rectangle as a zip file of its own. Here the index is JSON, and a file per rank holds the elements of
-its rectangles as they are in memory (little-endian): less work beside training, and nothing to unpickle.
+from it. torch plans which rank writes and reads what. It would keep the index as a pickle, which could run anything
+when it is opened, and each rectangle as a zip file of its own. Here the index is JSON, and a file per rank holds the
+elements of its rectangles as they are in memory (little-endian): less work beside training, and nothing to unpickle.
 
-The index holds the SHA-256 of each rectangle by blocks, so whoever reads a part of a rectangle compares what it reads,
-and reads nothing twice for that.
+The index holds the SHA-256 of each rectangle by blocks, so a reader of a part of a rectangle compares just that part,
+and reads nothing twice.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ from skvr_dist.checkpoint.pieces import Piece, Pieces
 from skvr_dist.errors import UserError
 
 INDEX_FILE = "index.json"
-# Hashing and writing that much lets go of the interpreter, which training needs; and it fits into a cache.
+# Hashing and writing blocks of this size releases the GIL, which training needs; and a block fits into a CPU cache.
 _BLOCK_BYTES = 1 << 20
 _SYNC_BYTES = 1 << 25
 _DIGEST_BYTES = 1 << 22
-"""Of a rectangle that share a digest; part of the format. The index grows by a 60,000th of what it describes."""
+"""Bytes of a rectangle that share a digest; part of the format. Digests add a 60,000th of the size of the tensors."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where the bytes of a rectangle are."""
+    """Where a rectangle's bytes are on disk."""
 
     relative_path: str
     offset: int
     length: int
     sha256: tuple[str, ...]
-    """Of each block of `_DIGEST_BYTES`, the last one shorter; empty where an older release wrote it."""
+    """Digest of each block of `_DIGEST_BYTES`, the last one shorter; empty where an older release wrote it."""
 
 
 def write_pieces(
@@ -87,7 +87,7 @@ def write_pieces(
     when it is written, one after the other.
 
     Args:
-        pause: called after each block with its bytes; it may take its time.
+        pause: called after each block with its number of bytes; it may sleep.
 
     Returns:
         SHA-256 of the files with tensors that this rank wrote, by name.
@@ -141,12 +141,15 @@ class Index:
             self.described[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
 
     def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
         return sorted(self.described)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor; raises `UserError` if there is none of that name."""
         return tuple(self.tensor(name).size)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor; raises `UserError` if there is none of that name."""
         return self.tensor(name).properties.dtype
 
     def tensor(self, name: str) -> TensorStorageMetadata:
@@ -388,7 +391,7 @@ class _Reader(FileSystemReader):
         return done
 
     def _read(self, item: ReadItem, file: io.BufferedReader) -> Tensor:
-        """What an item asks for of a stored rectangle, of which only the rows that it needs are read."""
+        """The part of a stored rectangle that an item asks for; only the rows that it needs are read."""
         index = item.storage_index
         described, stored = self._index.tensor(index.fqn), self._index.stored[index]
         sizes = next(chunk.sizes for chunk in described.chunks if chunk.offsets == index.offset)

@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class InterruptListener:
-    """Listens from its construction on, to the end of the process.
+    """Notes the signals that ask a run to end, from its construction to the end of the process.
 
     A second signal changes nothing: launchers pass on what the ranks may have received already.
 

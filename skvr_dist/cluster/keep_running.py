@@ -1,4 +1,4 @@
-"""Start a run again when it ends before its last step, as long as it gets anywhere.
+"""Start a run again when it ends before its last step, as long as it makes progress.
 
 What the launchers do by themselves, as run (deepspeed 0.19.8, torch 2.13): `deepspeed` on one node dies of a SIGTERM
 or SIGUSR1 and leaves its ranks running; its inner launcher and torchrun pass SIGTERM on, kill after 30 s and return 1;
@@ -22,11 +22,11 @@ import psutil
 import yaml
 
 from skvr_dist.checkpoint.folder import candidates, step_folder
+from skvr_dist.cluster.launcher import LOCAL_RANK_VARIABLES
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, UserError
 from skvr_dist.run.folder import RunFolder
 
 _MARK = "SKVR_KEPT_RUNNING_BY"
-_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _SECONDS_TO_END = 30.0  # what deepspeed and torchrun leave their ranks, too
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -36,7 +36,7 @@ class KeptRun:
 
     Args:
         command: a launcher and its arguments.
-        output_dir: the run's `train.output_dir`, on which its progress is seen.
+        output_dir: the run's `train.output_dir`, in which its progress is seen.
         restarts: how often to start again without a new checkpoint between.
 
     Raises:
@@ -51,7 +51,7 @@ class KeptRun:
         self._stopping: str | None = None
 
     def run(self) -> int:
-        """To be called on the main thread.
+        """Run the command until the run has finished; call it on the main thread.
 
         Returns:
             the exit code of the last attempt, or 75 after a signal: torchrun has 1 for everything.
@@ -97,7 +97,7 @@ class KeptRun:
             process.terminate()
 
     def _end_what_is_left(self) -> None:
-        """Ranks that have lost their launcher would train on, and write to the same folder as the next attempt."""
+        """End what an attempt left: ranks without a launcher would write to the same folder as the next attempt."""
         processes = marked_processes(_MARK, self._mark)
         for process in processes:
             process.terminate()
@@ -123,7 +123,7 @@ class KeptRun:
 
 
 def marked_processes(variable: str, value: str) -> list[psutil.Process]:
-    """This user's processes with that environment variable, whoever their parents are, but not this one."""
+    """This user's processes with that environment variable, whatever their parents, but not this one."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -135,11 +135,11 @@ def marked_processes(variable: str, value: str) -> list[psutil.Process]:
 
 
 def ranks_among(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Those that a launcher among them started as ranks, not what ranks have started."""
+    """The processes that a launcher among them started as ranks, without those that ranks have started."""
     launchers, ranks = set(), []
     for process in processes:
         try:
-            if any(name in process.environ() for name in _RANK_VARIABLES):
+            if any(name in process.environ() for name in LOCAL_RANK_VARIABLES):
                 ranks.append((process, process.ppid()))
             else:
                 launchers.add(process.pid)

@@ -87,7 +87,7 @@ def run() -> int | None:
 
 
 def _tokenizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
-    """The checkpoint's own, or the files of the same one in a folder."""
+    """The tokenizer to export: the checkpoint's own, or the same one with all its files in a folder."""
     from skvr_dist.data.tokenizers.load import load_tokenizer
 
     own = checkpoint.tokenizer_file
@@ -105,7 +105,7 @@ def _tokenizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
 
 
 def _profiles(texts: list[str], num_layers: int) -> dict[str, str]:
-    """Read NAME=STRATEGY."""
+    """Parse options of the form NAME=STRATEGY."""
     from skvr_dist.routing import CacheStrategy
 
     profiles = dict(text.partition("=")[::2] for text in texts)

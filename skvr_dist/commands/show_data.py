@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _options() -> Namespace:
-    """The arguments.
+    """Read and check the arguments.
 
     Raises:
         UserError: numbers of sequences that no run has.
@@ -86,7 +86,7 @@ def run() -> None:
 def _sequences(
     examples: str | None, data: DataConfig, seed: int, tokenizer: Tokenizer
 ) -> tuple[Callable[[int, int], Rows], Callable[[int], str]]:
-    """What reads sequences by number, and what tells the source of each."""
+    """A function that reads sequences by number, and one that names the source of each."""
     if examples:
         from skvr_dist.data.finetune import FinetuneSequences, read_examples
 

@@ -13,7 +13,7 @@ class SourceConfig(Section):
     """One of several training sets."""
 
     path: str
-    """As for a single one."""
+    """Where the data set is, as for a single one."""
     weight: float = Field(default=1.0, gt=0)
     """Its share of the sequences, relative to the other sources: exact over the long run."""
 

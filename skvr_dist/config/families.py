@@ -1,7 +1,7 @@
-"""The families of decoders that are trained and published: what one has that another has not.
+"""The families of decoders that are trained and published, and how they differ.
 
 Everything that is data is here, once; everything else asks this table. Classes cannot be data: exports, vLLM and type
-checkers know them by name. They stand, a few lines each, in `hf/model/cache_config.py`, `hf/model/layers.py`,
+checkers know them by name. They are, a few lines each, in `hf/model/cache_config.py`, `hf/model/layers.py`,
 `hf/model/causal_lm.py`, `serve/sharing.py`, `serve/fast_prefill.py` and `serve/models.py`; `hf/model/families.py`
 lists those of transformers.
 """
@@ -20,9 +20,9 @@ class Family:
     """The facts of one family."""
 
     name: Architecture
-    """In our model section, and the `model_type` of transformers."""
+    """Name in our model section, and the `model_type` of transformers."""
     label: str
-    """How the names of its classes begin, such as `Qwen3` in `Qwen3ForCausalLM`."""
+    """Prefix of its class names, such as `Qwen3` in `Qwen3ForCausalLM`."""
     qk_norm: bool
     """Whether each query and key head is normed before the rotation."""
     attention_bias: Literal["optional", "never", "q, k and v"]
@@ -33,7 +33,7 @@ class Family:
     hf_fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the configuration of transformers whose defaults are not what our decoder computes."""
     gguf_architecture: str | None = None
-    """As GGUF files name it; None where they name another family."""
+    """Name of the architecture in GGUF files; None where they name another family instead."""
     gguf_pairs_rows: bool = False
     """Whether GGUF files hold query and key rows in pairs of a rotation side by side, as Llama was first released."""
 

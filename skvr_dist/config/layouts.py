@@ -46,7 +46,7 @@ def support_matrix() -> str:
 
 
 def require_possible(parallel: ParallelConfig, model: ModelConfig, sequence_length: int, precision: str) -> None:
-    """Hold a layout against the model.
+    """Check that a layout fits the model.
 
     Raises:
         ValueError: they do not fit, with both numbers and the way out.

@@ -39,7 +39,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
 
 def load_data_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[DataConfig, int]:
-    """What says which sequences a run reads: the `data` section and `train.seed`.
+    """Read what decides which sequences a run reads: the `data` section and `train.seed`.
 
     Other sections may be missing, as they are in the configuration of an imported checkpoint; none may be wrong.
 

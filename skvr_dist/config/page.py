@@ -38,7 +38,7 @@ def as_page() -> str:
 
 
 def _about(section: type[Section]) -> str:
-    """Its description, and a table of its keys and those of the sections within."""
+    """A section's description, and a table of its keys and those of the sections within."""
     rows = ["| key | values | default | meaning |", "|---|---|---|---|", *_rows(section, "")]
     return f"{_joined(inspect.getdoc(section))}\n\n" + "\n".join(rows) + "\n"
 

@@ -1,6 +1,6 @@
 """What readers of a checkpoint ask of its config.yaml: typed, and tolerant of sections and keys that they do not read.
 
-That of a run is complete. An import has a model and its routing, and nothing else until it has been trained here.
+The config.yaml of a run is complete; that of an import has the model and routing sections only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class _Stored(BaseModel):
 
 
 class StoredData(_Stored):
-    """Of `data:`; all None for an import."""
+    """What is read of the `data:` section; all None for an import."""
 
     validation: str | None = None
     """Where the held-out data set was."""
@@ -27,7 +27,7 @@ class StoredData(_Stored):
 
 
 class StoredTraining(_Stored):
-    """Of `train:`; all None for an import."""
+    """What is read of the `train:` section; all None for an import."""
 
     seed: int | None = None
     global_batch_size: int | None = None
@@ -38,7 +38,7 @@ class StoredTraining(_Stored):
 
 
 class StoredEvaluation(_Stored):
-    """Of `evaluate:`."""
+    """What is read of the `evaluate:` section."""
 
     profiles: dict[str, str] = {}
     """Named cache strategies."""

@@ -15,7 +15,7 @@ class TrainConfig(Section):
     output_dir: str
     """Folder that holds everything of the run."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of everything that is drawn: initial weights, donors, the order of the data."""
+    """Seed of everything that is drawn: initial weights, donors, the order of the data."""
     steps: int = Field(gt=0, le=10**9)
     """Optimizer steps."""
     global_batch_size: int = Field(gt=0, le=10**7)
@@ -23,7 +23,7 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(gt=0, le=10**6)
     """Sequences per forward pass; each micro-batch draws its own donors."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    """Precision of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -41,9 +41,9 @@ class TrainConfig(Section):
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
     max_loss_ratio: float | None = Field(default=None, gt=1)
-    """Skip the update of a step whose loss exceeds this multiple of the median of the last 32; null applies it."""
+    """Skip the update of a step whose loss exceeds this multiple of the median of the last 32; null allows any."""
     max_skipped_steps_in_a_row: int = Field(default=3, gt=0, le=10**9)
-    """Skipped updates after which the run ends; those with a loss or gradient that is not finite always are."""
+    """Consecutive skipped updates that end the run. A loss or gradient that is not finite always skips the update."""
     log_every_steps: int = Field(default=1, gt=0, le=10**9)
     """Steps between console lines; TensorBoard and metrics.jsonl get every step."""
     resume: str = "auto"
@@ -65,7 +65,7 @@ class CheckpointConfig(Section):
     """Keep those of every n-th step as well; null keeps none."""
     megabytes_per_second: float | None = Field(default=100.0, gt=0)
     """Speed of each rank's writing beside training, so that a save is spread over steps; once somebody waits for it, it
-    is written as fast as it can be. null does that always."""
+    is written at full speed. null always writes at full speed."""
 
 
 class EvaluateConfig(Section):

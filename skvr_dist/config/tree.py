@@ -25,7 +25,7 @@ MOST_MICRO_BATCHES = 20_000
 
 
 class Config(Section):
-    """The tree."""
+    """The whole configuration of a run."""
 
     model: ModelConfig
     routing: RoutingConfig

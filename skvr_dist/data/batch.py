@@ -26,24 +26,22 @@ class MicroBatch(NamedTuple):
     lost_tokens: int = 0
     """Labels that are ignored because their shard is damaged."""
     damage: tuple[str, ...] = ()
-    """What was found to be damaged while this micro-batch was read, a sentence each."""
+    """A sentence about each piece of damage that was met while this micro-batch was read."""
 
     @classmethod
-    def of(cls, batch: MicroBatch | Tensor, separate_at: int | None = None) -> MicroBatch:
-        """Also of plain sequences, int64 [B, S + 1]: every token but the first is a label.
+    def of(cls, sequences: Tensor, separate_at: int | None = None) -> MicroBatch:
+        """A micro-batch of plain sequences, int64 [B, S + 1]: every token but the first is a label.
 
         Args:
             separate_at: the token that ends documents, if they are to be separate: it then predicts nothing.
         """
-        if isinstance(batch, MicroBatch):
-            return batch
-        tokens, labels = batch[:, :-1], batch[:, 1:]
+        tokens, labels = sequences[:, :-1], sequences[:, 1:]
         if separate_at is None:
             return cls(tokens, labels)
         ends = tokens == separate_at
         return cls(tokens, labels.masked_fill(ends, IGNORED), ends.cumsum(dim=1) - ends.long())
 
     def to(self, device: str) -> MicroBatch:
-        """The same on another device."""
+        """The micro-batch on another device."""
         documents = None if self.documents is None else self.documents.to(device)
         return self._replace(tokens=self.tokens.to(device), labels=self.labels.to(device), documents=documents)

@@ -30,7 +30,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.files import local_path
 
 PROMPT = "{context}\n\nQuestion: {question}\nAnswer:"
-"""What an example's answer, after a space, completes."""
+"""Text before an example's answer, which follows after a space."""
 
 
 class QuestionAnswer(NamedTuple):
@@ -74,7 +74,7 @@ def read_examples(path: str | Path) -> Iterator[QuestionAnswer]:
 
 
 def encode_example(example: QuestionAnswer, tokenizer: Tokenizer) -> Encoded:
-    """Prompt and answer are encoded on their own, so that the loss begins exactly where the answer does."""
+    """Encode prompt and answer separately, so that the loss begins exactly where the answer does."""
     prompt = tokenizer.encode(PROMPT.format(context=example.context, question=example.question))
     answer = tokenizer.encode(f" {example.answer}")
     return Encoded(np.array([*prompt, *answer, tokenizer.eos_id]), len(prompt))
@@ -112,7 +112,7 @@ class FinetuneSequences:
     """
 
     lanes = 0
-    """Any batch will do: 0 is a multiple of all."""
+    """Fits any batch: 0 is a multiple of every size."""
 
     def __init__(
         self, examples: Iterable[QuestionAnswer], tokenizer: Tokenizer, *, sequence_length: int, seed: int
@@ -157,7 +157,7 @@ class FinetuneSequences:
         return Rows(tokens, labels, documents)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the sequences."""
+        """Everything that decides the sequences."""
         digest = hashlib.sha256()
         for example in self._examples:
             digest.update(example.tokens.tobytes() + bytes(str(example.prompt_tokens), "ascii"))

@@ -49,7 +49,7 @@ class Chunk(Section):
         return self.lengths_at(token_bytes) + _padded(self.documents * LENGTH_TYPE.itemsize) + _TAR_BLOCK
 
     def bytes(self, token_bytes: int) -> int:
-        """From the first token id to the last name."""
+        """Length in bytes, from the first token id to the last name."""
         return self.names_at(token_bytes) + self.names_bytes
 
 
@@ -71,6 +71,7 @@ class Shard(Section):
 
     @property
     def index_file(self) -> str:
+        """File name of the shard's index."""
         return self.file.removesuffix(".tar") + ".json"
 
 
@@ -124,6 +125,7 @@ class Manifest(Section):
 
 
 def vocabulary_limit(token_type: TokenType) -> int:
+    """Token ids that an integer type can tell apart."""
     return int(np.iinfo(token_type).max) + 1
 
 
@@ -133,7 +135,7 @@ def smallest_token_type(vocab_size: int) -> TokenType:
 
 
 def on_disk(token_type: TokenType) -> np.dtype[np.unsignedinteger[Any]]:
-    """The type with the byte order of the files, whatever the machine's."""
+    """The numpy type of token ids in the files: little-endian on any machine."""
     return np.dtype(token_type).newbyteorder("<")
 
 
@@ -144,7 +146,7 @@ def parse_stored(kind: type[_Stored], data: bytes, place: str) -> _Stored:
     """A manifest or an index from the content of its file.
 
     Raises:
-        UserError: it is none, or contradicts itself.
+        UserError: it is not valid, or contradicts itself.
     """
     try:
         return kind.model_validate_json(data)
@@ -156,10 +158,10 @@ def parse_stored(kind: type[_Stored], data: bytes, place: str) -> _Stored:
 
 
 def parse_manifest(data: bytes, place: str) -> Manifest:
-    """As `parse_stored`, for any format version.
+    """A manifest from the content of its file, if this release reads its format version.
 
     Raises:
-        UserError: also if the format version is another.
+        UserError: as for `parse_stored`, or the format version is another.
     """
     try:
         version = json.loads(data)["format_version"]

@@ -49,7 +49,7 @@ class _OpenStretch:
     order: NDArray[np.int64]
     """Chunks in the order in which they come; a damaged index counts as one chunk."""
     ends: NDArray[np.int64]
-    """Where each of them ends, in tokens from `start`."""
+    """Where each of these chunks ends, in tokens from `start`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Lane:
 
     Args:
         skip_damage: read what is damaged as end-of-sequence tokens that are `lost`, so that nothing else moves.
-        damage: where a sentence about each skipped chunk is put when it is met.
+        damage: a list to which a sentence about each skipped chunk is appended when it is met.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ class Sequences(Protocol):
 
     @property
     def lanes(self) -> int:
-        """What a batch must divide."""
+        """Number of lanes, which must be a multiple of micro-batch size x replicas."""
 
     def read(self, first: int, size: int) -> Rows:
         """Sequences `first` to `first + size - 1`."""
@@ -106,6 +106,7 @@ class SequenceStream:
 
     @property
     def tokens_on_disk(self) -> int:
+        """Tokens of all sources together."""
         return sum(source.dataset.manifest.tokens for source in self.sources.values())
 
     def source_of(self, number: int) -> str:
@@ -138,9 +139,7 @@ class SequenceStream:
         return Rows(tokens, labels, documents, lost_tokens, damage)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the sequences: equal for two streams with the same ones, so that a number means the same place
-        in both.
-        """
+        """Everything that decides the sequences: equal fingerprints mean equal sequences at every number."""
         return {
             "order": 2,  # raise it when the rules of reading change what a number means
             "sequence_length": self.sequence_length,
@@ -229,7 +228,7 @@ class MicroBatchReader(Iterator[MicroBatch]):
 
 
 def _read_ahead(rows: _ReplicaRows, workers: int, prefetch: int) -> Iterator[Rows | UserError]:
-    """The same rows from processes that read ahead; RuntimeError, from `next` alone, when one of them was ended."""
+    """The rows, from processes that read ahead; `next` raises RuntimeError when one of them was ended."""
     loader = DataLoader(
         rows,
         batch_size=None,
@@ -305,9 +304,9 @@ def held_out_batches(
     """Held-out sequences in batches, their number rounded up to whole ones.
 
     Args:
-        sequences: at least as many.
+        sequences: how many, at least.
         separate_documents: attention stays within documents, and the end of one predicts nothing.
-        batches_multiple_of: so many replicas share the batches equally.
+        batches_multiple_of: replicas that share the batches equally.
 
     Raises:
         UserError: as `validation_sequences` does.

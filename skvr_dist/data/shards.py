@@ -1,4 +1,4 @@
-"""Data sets, read: any chunk of documents of any shard, compared with its checksum before it is used.
+"""Reading data sets: any chunk of documents of any shard, compared with its checksum before it is used.
 
 A local shard is read chunk by chunk, found by its index. One behind a URL or a pipe comes as a stream, so it is
 fetched whole and kept in memory while it is open. `skvr_dist.data.format` tells what is on disk.
@@ -193,7 +193,7 @@ def _is_remote(location: str) -> bool:
 
 
 def _checked(location: str) -> str:
-    """The same location, with the home folder for `~`.
+    """A location with `~` replaced by the home folder.
 
     Raises:
         UserError: nothing opens URLs of its scheme, or it is no path of this machine.

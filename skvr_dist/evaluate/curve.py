@@ -29,7 +29,7 @@ class HeldOutData:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, data: str | None = None, sequence_length: int | None = None) -> HeldOutData:
-        """A checkpoint's own, or what is given instead of it; one that was imported has none of its own.
+        """A checkpoint's own held-out data, or what is given instead; an import has none of its own.
 
         Args:
             data: location of a data set.
@@ -102,7 +102,7 @@ class Measurement:
     points: list[RetentionPoint]
 
     def record(self) -> dict[str, Any]:
-        """As plain values."""
+        """The measurement as plain values."""
         return asdict(self)
 
 

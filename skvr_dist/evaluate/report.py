@@ -1,6 +1,6 @@
 """The comparison of a standard and a routed model of the same shape: one page and one picture.
 
-Both are runs on the same tokens; or one is an imported checkpoint, such as the other was trained on from.
+Both are runs on the same tokens; or one is an imported checkpoint, such as the one that the other run started from.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RunSummary:
     checkpoint: Checkpoint
     measurement: Measurement
     tokens_per_second: float | None
-    """Median over the steps; None, as below, where no steps were logged, as of an import."""
+    """Median over the steps; None, like the two below, if no steps were logged, as for an import."""
     skipped_kv_share: float | None
     """Mean over the steps."""
     crossing_bytes_per_step: float | None
@@ -48,6 +48,7 @@ class RunSummary:
 
     @classmethod
     def of(cls, label: str, run: Path, measurement: Measurement) -> RunSummary:
+        """Summarise a run (or an import) from its latest checkpoint and its metrics."""
         checkpoint = Checkpoint(run)
         steps = _training_records(run)
         crossing = [sum(v for tag, v in r.items() if tag.startswith("pipeline/crossing_bytes")) for r in steps]
@@ -62,10 +63,12 @@ class RunSummary:
 
     @property
     def curve(self) -> list[RetentionPoint]:
+        """The retention curve."""
         return self.measurement.points
 
     @property
     def routing(self) -> str:
+        """The policy and its parameters, in words."""
         routing = self.checkpoint.config.routing.model_dump()
         return " ".join([routing["policy"], *(f"{k} {v}" for k, v in routing.items() if k != "policy" and v)])
 
@@ -118,7 +121,7 @@ def write_report(
 
 
 def _record(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What report.json says."""
+    """The content of report.json."""
     measured = runs[0].measurement.record()
     del measured["points"]
     return {
@@ -156,7 +159,7 @@ def _require_comparable(a: Checkpoint, b: Checkpoint) -> None:
 
 
 def _tokenizer(checkpoints: Sequence[Checkpoint]) -> Tokenizer:
-    """That of the first checkpoint which has one; `HeldOutData.require_fits` compares it with the data's."""
+    """The tokenizer of the first checkpoint that has one; `HeldOutData.require_fits` compares it with the data's."""
     files = [file for checkpoint in checkpoints if (file := checkpoint.tokenizer_file)]
     if not files:
         raise UserError(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
 
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.files import write_whole
@@ -19,7 +18,7 @@ from skvr_dist.model.modules import count_labels
 from skvr_dist.routing import CacheStrategy
 
 RETENTION_FILE = "retention.json"
-"""Where a checkpoint keeps its measured curve."""
+"""File in a checkpoint's folder that holds its measured curve."""
 CACHE_BYTES_PER_ELEMENT = 2
 """Caches are counted in bf16, as they are served."""
 
@@ -39,22 +38,21 @@ class RetentionPoint:
 
 @torch.inference_mode()
 def retention_curve(
-    decoder: Decoder, batches: Sequence[MicroBatch | Tensor], strategies: Mapping[str, CacheStrategy]
+    decoder: Decoder, batches: Sequence[MicroBatch], strategies: Mapping[str, CacheStrategy]
 ) -> list[RetentionPoint]:
-    """Mean loss over the tokens of all batches, or plain sequences, int [B, S + 1], at each strategy.
+    """Mean loss over the labels of all batches, at each strategy.
 
     Returns:
         one point per strategy, in the order given.
     """
-    micro_batches = [MicroBatch.of(batch) for batch in batches]
-    tokens = int(sum(count_labels(batch.labels) for batch in micro_batches))
+    tokens = int(sum(count_labels(batch.labels) for batch in batches))
     points = []
     for name, strategy in strategies.items():
         summed = [
             summed_next_token_loss(
                 decoder(batch.tokens, strategy.kv_source_layers, documents=batch.documents), batch.labels
             )
-            for batch in micro_batches
+            for batch in batches
         ]
         points.append(
             RetentionPoint(
@@ -94,6 +92,7 @@ def as_table(curves: Mapping[str, Sequence[RetentionPoint]]) -> str:
 
 
 def as_records(points: Sequence[RetentionPoint]) -> list[dict[str, Any]]:
+    """The points as plain dictionaries."""
     return [asdict(point) for point in points]
 
 

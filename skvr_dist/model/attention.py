@@ -20,6 +20,7 @@ from skvr_dist.errors import UserError
 
 @functools.cache
 def flash_is_installed() -> bool:
+    """Whether the package flash-attn is there."""
     return importlib.util.find_spec("flash_attn") is not None
 
 

@@ -45,7 +45,7 @@ class KV:
     v: Tensor
 
     def after(self, past: KV | None) -> KV:
-        """These behind those of earlier positions."""
+        """These keys and values appended to those of earlier positions."""
         return self if past is None else KV(torch.cat((past.k, self.k), dim=1), torch.cat((past.v, self.v), dim=1))
 
 
@@ -198,10 +198,12 @@ class Decoder(nn.Module):
 
     @property
     def has_embedding(self) -> bool:
+        """Whether this slice begins with the embedding."""
         return self.start == 0
 
     @property
     def has_head(self) -> bool:
+        """Whether this slice ends with the norm and the output head."""
         return self.stop == self.config.num_hidden_layers
 
     def forward(

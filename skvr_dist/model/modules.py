@@ -51,6 +51,7 @@ class TensorShard:
 
     @classmethod
     def whole(cls, shape: torch.Size, primary: bool = True) -> TensorShard:
+        """The shard that is the whole weight."""
         return cls(tuple(shape), 0, 0, shape[0], primary)
 
     def cut(self, weight: Tensor) -> Tensor:
@@ -105,11 +106,11 @@ class Modules:
         return Vocabulary(config.vocab_size, config.hidden_size)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Normed hidden states on their way into `column` layers; they may be gathered here."""
+        """Prepare normed hidden states for `column` layers; tensor-parallel modules may gather them here."""
         return x
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """As `token_cross_entropy`; the vocabulary of the logits may be split over ranks."""
+        """Cross entropy as `token_cross_entropy` has it; the vocabulary of the logits may be split over ranks."""
         return token_cross_entropy(logits, labels)
 
 

@@ -22,7 +22,8 @@ from torch.distributed import distributed_c10d
 from skvr_dist.errors import RunInterrupted
 from skvr_dist.parallel.mesh import Mesh
 
-# From hanging up to naming who gave no sign. Launchers kill the ranks that are left 30 s after the first has ended.
+# Time from hanging up to naming the ranks that gave no sign. Launchers kill the ranks that are left 30 s after the
+# first has ended.
 _ROLL_CALL_SECONDS = 5.0
 
 

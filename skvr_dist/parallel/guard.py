@@ -1,4 +1,4 @@
-"""Whether a step's update is applied: never if loss or gradient are not finite; where asked for, not upon a spike.
+"""Whether a step's update is applied: never if loss or gradient is not finite, nor, if asked for, at a spike.
 
 All ranks decide alike, before the optimizer step, from sums over the world. An update that is refused is dropped
 exactly (`skvr_dist.parallel.engine.gradients`): weights and moments stay as they are, while the step counter and the
@@ -41,7 +41,7 @@ class UpdateGuard:
         """Why the last update was refused; None when it was applied."""
 
     def admits(self, loss: float, square: float, tokens: int) -> bool:
-        """Whether the update may be applied. Ranks that pass the same get the same answer.
+        """Whether the update may be applied. Equal arguments give the same answer on every rank.
 
         Args:
             loss: the mean over the global batch.
@@ -86,7 +86,7 @@ class UpdateGuard:
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as JSON values."""
+        """The guard's state for a checkpoint, as JSON values."""
         return {
             "losses": list(self._losses),
             "skipped_steps": self.skipped_steps,

@@ -1,4 +1,4 @@
-"""Ranks, their coordinates and their groups. Passed to whoever needs them; nothing here is global."""
+"""Ranks, their coordinates and their groups, passed as arguments: nothing here is global."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Mesh:
         """Compare facts over all ranks; collective.
 
         Raises:
-            UserError: a rank differs, on every rank. Left unnoticed, ranks would train different things or hang.
+            UserError: on every rank, if any differs; unnoticed, ranks would train different things or hang.
         """
         gathered: list[dict[str, Any]] = [{}] * self.world_size
         dist.all_gather_object(gathered, facts, group=self.host_group)
@@ -101,7 +101,7 @@ class Mesh:
                     )
 
     def from_first_rank(self, value: str) -> str:
-        """What rank 0 has; collective."""
+        """Rank 0's value; collective."""
         said = [value]
         dist.broadcast_object_list(said, src=0, group=self.host_group)
         return said[0]

@@ -12,7 +12,7 @@ Bounds = tuple[int, int]
 
 
 def stage_bounds(model: ModelConfig, parallel: ParallelConfig) -> list[Bounds]:
-    """Layers of every stage: `parallel.stage_layers` by hand, or the split whose dearest stage is cheapest."""
+    """Layers of every stage: `parallel.stage_layers` by hand, or the split with the least costly worst stage."""
     counts = parallel.stage_layers or _balanced(model, parallel.pipeline)
     starts = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
     return list(itertools.pairwise(starts))

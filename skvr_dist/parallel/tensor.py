@@ -78,7 +78,7 @@ class TensorParallelModules(Modules):
         return VocabularyShard(config, self)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Whole hidden states [B, S, D], of this rank's positions or whole already; their gradient is summed."""
+        """Gather hidden states to [B, S, D] if they are split by position; their gradient is summed over the ranks."""
         group = self.mesh.tp_group
         return _GatherSequence.apply(x, group) if self.sequence_parallel else _SumGradient.apply(x, group)
 
@@ -88,7 +88,7 @@ class TensorParallelModules(Modules):
         return _ScatterSequence.apply(x, group) if self.sequence_parallel else _Sum.apply(x, group)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """As `token_cross_entropy`, from this rank's logits [B, S, tokens of this rank]; the same on every rank."""
+        """Cross entropy of each token from this rank's logits [B, S, tokens of this rank]; the same on every rank."""
         flat = logits.float().flatten(0, 1)
         return _CrossEntropy.apply(flat, labels.flatten(), self.tokens, self.mesh.tp_group)
 
@@ -179,7 +179,7 @@ class VocabularyShard(nn.Module):
         self.shards = {"weight": TensorShard(whole, 0, self.tokens.start, len(self.tokens))}
 
     def forward(self, x: Tensor, predict: bool = False) -> Tensor:
-        """As `skvr_dist.model.modules.Vocabulary`; the logits are those of this rank's tokens."""
+        """Hidden states of tokens, or logits (`skvr_dist.model.modules.Vocabulary`), those of this rank's tokens."""
         if predict:
             return F.linear(x, self.weight[: len(self.tokens)])
         local, elsewhere = _local_rows(x, self.tokens)

@@ -43,10 +43,12 @@ class RoutingPlan:
 
     @property
     def num_micro_batches(self) -> int:
+        """Q: micro-batches of the global batch."""
         return self.donors.shape[0]
 
     @property
     def num_layers(self) -> int:
+        """L: layers of the whole decoder."""
         return self.donors.shape[1]
 
     @property

@@ -90,7 +90,7 @@ class CacheStrategy:
     def parse_all(
         cls, specs: Iterable[str], num_layers: int, profiles: Mapping[str, str] | None = None
     ) -> dict[str, CacheStrategy]:
-        """Several, by the name that the user gave each."""
+        """Parse several strategies; returns them by the texts that the user gave."""
         return {spec: cls.parse(spec, num_layers, profiles) for spec in specs}
 
     @property

@@ -1,7 +1,7 @@
-"""The folder of a run: everything it writes lies in here, and nobody else knows where.
+"""The folder of a run, which holds everything that it writes; only this module knows the paths in it.
 
 run.json          the run's id, and what it was last told to resume from
-lock/             who writes here (`skvr_dist.run.lock`)
+lock/             the process that writes here (`skvr_dist.run.lock`)
 config.yaml       the resolved configuration
 versions.json     the software, the command and the layout
 metrics.jsonl     one record per logged step or evaluation
@@ -59,7 +59,7 @@ class RunFolder:
         return self.logs / f"rank-{rank:05d}.log"
 
     def notes(self) -> dict[str, Any]:
-        """What `note` has written; empty if there is nothing.
+        """The facts that `note` has written; empty if there are none.
 
         Raises:
             UserError: the file is damaged.

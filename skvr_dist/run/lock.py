@@ -1,11 +1,11 @@
 """One run per folder: a lock that the hosts of a shared file system respect, and that no dead process holds.
 
-    lock/00000001.json      who holds it: host, process, since when, the run; and a count that rises while it lives
+    lock/00000001.json      its holder: host, process, since when, the run; and a count that rises while it lives
 
-The file with the highest number counts. Its holder rewrites it every few seconds; whoever wants the lock and shares
-the holder's process numbers looks for the process, and otherwise watches whether the beat moves: no clock of two hosts
-is compared. Who finds the holder gone makes the next number, which the file system gives to one of several only. So a
-process that is killed leaves nothing that must be cleaned up.
+The file with the highest number counts. Its holder rewrites it every few seconds. A process that wants the lock looks
+for the holder's process if both share one space of process numbers, and otherwise watches whether the count rises: no
+clocks of two hosts are compared. If the holder is gone it creates the file with the next number, which the file system
+lets only one process do. So a process that is killed leaves nothing that must be cleaned up.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         atexit.unregister(self.release)
         if not self._ended.is_set():
             self._ended.set()
@@ -158,13 +158,13 @@ class RunLock:
                 self._write("r+b")
 
     def _write(self, mode: str) -> None:
-        """As long as before, so that a reader never finds a mixture of two lengths."""
+        """Write the record, always of the same length, so that a reader never finds a mixture of two."""
         content = json.dumps({**self._record, "beat": f"{self._beats:012d}"}).encode()
         with self._file(self._number).open(mode) as file:
             file.write(content)
 
     def _read(self, number: int) -> bytes:
-        """Empty where it is gone: its holder has lost it to others."""
+        """Content of a lock file; `free` if the file is gone, because its holder has lost the lock to others."""
         try:
             return self._file(number).read_bytes()
         except FileNotFoundError:
@@ -175,7 +175,7 @@ class RunLock:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """Nothing while it is being written."""
+    """The record; nothing while it is being written."""
     try:
         parsed: dict[str, Any] = json.loads(content)
     except ValueError:
@@ -192,7 +192,7 @@ def _newest(folder: Path) -> int:
 
 
 def _process_space() -> str:
-    """What two processes share that have the same process numbers: one boot of one host, and no container between."""
+    """Identifies a space of process numbers: a boot of a host, and a container's namespace; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -201,7 +201,7 @@ def _process_space() -> str:
 
 
 def _process_start(pid: int) -> str:
-    """Tells a process from a later one of the same number; empty if there is none, or only its exit code is left."""
+    """Start time, which tells a process from a later one of the same number; empty if it is not running."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -19,6 +19,8 @@ from skvr_dist.serve.sharing import reader_weights, share
 
 
 class _Shared:
+    """Mixin that makes layers of a vLLM model share caches as its configuration says."""
+
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config

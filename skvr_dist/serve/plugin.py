@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Put our model classes in the place of vLLM's own, which they are unless a configuration speaks of caches."""
+    """Replace vLLM's model classes by ours, which do the same unless a configuration names a cache strategy."""
     from vllm import ModelRegistry
 
     # Importing it teaches AutoConfig the types of pruned checkpoints.

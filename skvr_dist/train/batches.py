@@ -1,4 +1,4 @@
-"""The micro-batches that a replica trains on, and what became of them on the way."""
+"""The micro-batches that a replica trains on, with the time they took and the damage they met."""
 
 from __future__ import annotations
 

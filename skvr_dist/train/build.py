@@ -1,4 +1,4 @@
-"""What a configuration becomes on each rank: the engine, and what writes its checkpoints."""
+"""Builds what a configuration describes, on each rank: the engine, and the saver of its checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
 
 
 def build_saver(config: Config) -> Saver:
-    """What writes this run's checkpoints; collective."""
+    """The saver of this run's checkpoints; collective."""
     return Saver(
         RunFolder(config.train.output_dir).checkpoints,
         config_text=dump_config(config),
@@ -50,7 +50,7 @@ def build_saver(config: Config) -> Saver:
 
 
 def layout_of(config: Config, world_size: int) -> LayoutFacts:
-    """How a run is laid out, for the record."""
+    """The layout of a run, for the record."""
     return LayoutFacts(
         pipeline=[stop - start for start, stop in stage_bounds(config.model, config.parallel)],
         tensor=config.parallel.tensor,

@@ -19,7 +19,7 @@ from skvr_dist.parallel.engine.deepspeed_json import require_accepted
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads."""
+    """The training and held-out data of a run."""
 
     sequences: SequenceStream
     """The training sequences by number."""

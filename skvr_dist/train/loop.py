@@ -79,7 +79,7 @@ class Run:
     held_out: list[MicroBatch]
     """This replica's held-out micro-batches."""
     strategies: dict[str, CacheStrategy]
-    """What is evaluated, by the names that the user gave."""
+    """The strategies to evaluate, by the names that the user gave."""
     interrupts: InterruptListener
     first_step: int
     """Steps that are done already."""
@@ -90,7 +90,7 @@ class Run:
 
 
 def start(config: Config) -> Run:
-    """Everything before the first step; collective."""
+    """Do everything that comes before the first step; collective."""
     inputs = open_inputs(config, announced_world_size())
     fingerprint = inputs.sequences.fingerprint()
     preview_resume(config, fingerprint)
@@ -197,7 +197,7 @@ def after_step(run: Run, step: int, interrupted: bool) -> None:
     """Evaluate and save when it is time; collective."""
     last = step == run.config.train.steps
     due = last or step % run.config.evaluate.every_steps == 0
-    put_off = due and interrupted and not last  # whoever interrupts does not wait for long
+    put_off = due and interrupted and not last  # a preempted run is not given much time
     if due and not put_off:
         evaluate(run, step)
     if last or interrupted or step % run.config.checkpoint.every_steps == 0:
@@ -243,7 +243,7 @@ def tokens_per_step(config: Config) -> int:
 
 
 def routing_values(plan: RoutingPlan) -> Values:
-    """What a plan did, in shares."""
+    """Shares of a plan's reads that cross layers, and of projections that are skipped."""
     return {
         "routing/cross_layer_share": plan.cross_layer_share,
         "routing/skipped_kv_share": plan.skipped_kv_share,

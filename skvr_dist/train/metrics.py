@@ -65,6 +65,7 @@ class Reporter:
         self.say(f"step {step}  held-out loss  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 
     def close(self) -> None:
+        """Close the files and the progress bar."""
         if self._enabled:
             self._bar.close()
             self._writer.close()

@@ -36,6 +36,7 @@ def build_optimizer(train: TrainConfig, groups: list[dict[str, object]]) -> torc
 
 
 def build_scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """The learning-rate schedule of an optimizer, one step per optimizer step."""
     return LambdaLR(optimizer, lambda step: learning_rate_factor(train, step))
 
 

@@ -20,7 +20,7 @@ def resume_candidates(config: Config) -> list[Path]:
     """The checkpoints that `train.resume` allows, the best first; none to start afresh.
 
     Raises:
-        UserError: `never`, where checkpoints are.
+        UserError: it is `never`, but the run has checkpoints.
     """
     output, asked = Path(config.train.output_dir), config.train.resume
     found = candidates(RunFolder(output).checkpoints)
@@ -28,8 +28,8 @@ def resume_candidates(config: Config) -> list[Path]:
         return found
     if asked != "never":
         # The command that was interrupted is started again: what it has trained since is better.
-        goes_on = RunFolder(output).notes().get("resume") == _as_noted(asked)
-        return [*found, Path(asked)] if goes_on else [Path(asked)]
+        continues = RunFolder(output).notes().get("resume") == _as_noted(asked)
+        return [*found, Path(asked)] if continues else [Path(asked)]
     if found:
         raise UserError(
             f"train.resume is never, but {output} already holds checkpoints; use another train.output_dir or "
@@ -93,7 +93,7 @@ def preview_resume(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoi
 
 
 def _require_one(problems: list[str]) -> None:
-    """A run never starts afresh where it had begun."""
+    """Refuse to start afresh when checkpoints exist but none can be used."""
     if problems:
         raise UserError(f"no checkpoint is left to resume from: {'; '.join(problems)}")
 
@@ -166,7 +166,7 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
 
 
 def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:
-    """Refuse data with which the checkpoint's place in it would mean another one."""
+    """Refuse data in which the number of sequences read would mean another place than when it was saved."""
     trained = checkpoint.facts.data_fingerprint or {}
     different = [
         f"{key} ({trained.get(key)} there, {value} here)" for key, value in reads.items() if trained.get(key) != value

@@ -30,7 +30,7 @@ _WEIGHTS_DEPEND_ON = (
 
 
 def require_weights_fit(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    """Hold initial weights against the decoder that is to start from them.
+    """Check that initial weights fit the decoder that is to start from them.
 
     The attention kernel, positions and the norms' epsilon may change: they have no weights.
 
@@ -47,13 +47,13 @@ def require_weights_fit(checkpoint: Checkpoint, model: ModelConfig) -> None:
 
 
 def progress_facts(engine: RoutedPipelineEngine, step: int, *, tokens_seen: int, **more: Any) -> Facts:
-    """What checkpoint.json must say for `load_state`, and more facts of the run."""
+    """The facts for checkpoint.json: those that `load_state` needs, and `more` of the run."""
     guard = GuardFacts.model_validate(engine.guard.state())
     return Facts(step=step, adam_steps=optimizers.adam_steps(engine), guard=guard, tokens_seen=tokens_seen, **more)
 
 
 def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
-    """Weights, moments and place in the schedule, from a checkpoint of any layout; collective.
+    """Load weights, moments and the place in the schedule from a checkpoint of any layout; collective.
 
     Raises:
         UserError: on all ranks: it is of another architecture, or damaged.
@@ -68,7 +68,7 @@ def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
 
 
 def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
-    """Weights alone, as a new run's start; collective.
+    """Load the weights alone, to start a new run; collective.
 
     Raises:
         UserError: on all ranks: they are of another architecture, or the checkpoint is damaged.

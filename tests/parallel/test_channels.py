@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor
 
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
 from skvr_dist.lab.verify.first_use import NeverMet, first_use_blocks
 from skvr_dist.lab.verify.measure import run_case
@@ -36,7 +37,10 @@ class Rank:
         self.config = case.config()
         self.mesh = Mesh.build(self.config.parallel, self.config.model)
         self.engine = build_engine(self.config, self.mesh)
-        self.batches = [batch[self.mesh.dp_rank :: self.mesh.dp_size] for batch in batches(case.steps)]
+        self.batches = [
+            [MicroBatch.of(each) for each in batch[self.mesh.dp_rank :: self.mesh.dp_size]]
+            for batch in batches(case.steps)
+        ]
 
     def train(self, step: int) -> float:
         return self.engine.train_step(iter(self.batches[step]), plan_of_step(self.config, step))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.errors import RunInterrupted, UserError
 from skvr_dist.lab.verify.cases import SHAPE, Case, batches
 from skvr_dist.lab.verify.ranks import RankError, run_ranks
@@ -66,7 +67,7 @@ def train_until(rank: int, fate: str) -> tuple[str, float]:
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
     first, second, _ = batches(3)
-    engine.train_step(iter(first[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, 0))
+    engine.train_step(map(MicroBatch.of, first[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, 0))
     dist.barrier()
     if mesh.rank == rank:
         if fate == "dies":
@@ -75,7 +76,7 @@ def train_until(rank: int, fate: str) -> tuple[str, float]:
         return "", 0.0
     started = time.monotonic()
     with pytest.raises(RunInterrupted) as raised:
-        engine.train_step(iter(second[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, 1))
+        engine.train_step(map(MicroBatch.of, second[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, 1))
     return str(raised.value), time.monotonic() - started
 
 

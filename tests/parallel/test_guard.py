@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skvr_dist.config.tree import Config
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
 from skvr_dist.lab.verify.ranks import run_ranks
@@ -63,7 +64,7 @@ def break_the_bad_step(config: Config, kind: str) -> list[dict[str, Any]]:
                 hooks.append(norm.register_forward_hook(lambda module, inputs, output: output * math.nan))
             before = everything(engine)
             result["rates"].append(engine.get_lr()[0])
-            mine = iter(batch[mesh.dp_rank :: mesh.dp_size])
+            mine = map(MicroBatch.of, batch[mesh.dp_rank :: mesh.dp_size])
             result["losses"].append(engine.train_step(mine, plan_of_step(config, step)))
             result["norms"].append(engine.gradient_norm)
             for hook in hooks:
@@ -123,7 +124,9 @@ def spike(config: Config) -> dict[str, Any]:
             stored = json.dumps(engine.guard.state())
             engine.guard = UpdateGuard(max_loss_ratio=config.train.max_loss_ratio, max_skipped_in_a_row=3)
             engine.guard.load_state(json.loads(stored))
-        losses.append(engine.train_step(iter(batch[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, step)))
+        losses.append(
+            engine.train_step(map(MicroBatch.of, batch[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, step))
+        )
         reasons.append(engine.guard.reason)
         hook.remove()
     return {"losses": losses, "reasons": reasons, "state": engine.guard.state()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from skvr_dist.config.tree import Config
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.lab.verify.cases import SEQUENCE, SHAPE, Case
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.train.plans import plan_of_step
@@ -50,7 +51,7 @@ def train(modes: list[tuple[int, str, bool]], pipeline: int) -> list[dict[str, A
         generator = torch.Generator().manual_seed(2)
         for step in range(STEPS):
             batch = torch.randint(0, SHAPE["vocab_size"], (2 * REPLICAS, 2, SEQUENCE + 1), generator=generator)
-            engine.train_step(iter(batch[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, step))
+            engine.train_step(map(MicroBatch.of, batch[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, step))
         held.append({name: gather_parameter(p) for name, p in engine.stage.decoder.named_parameters()})
         engine.destroy()
         gc.collect()

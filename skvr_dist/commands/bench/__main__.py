@@ -1,4 +1,4 @@
-"""What `python -m` and `deepspeed --module` start."""
+"""Entry point for `python -m` and `deepspeed --module`."""
 
 from skvr_dist.commands.bench import main
 

@@ -29,7 +29,7 @@ READING_BOUND = 20e6
 PREPARING_BOUND = 0.8
 WAIT_BOUND = 0.01
 DOCUMENTS = ((300, 256), (300, 4096), (10_000, 4096))
-"""Tokens of a document and of a sequence."""
+"""Pairs of document length and sequence length, in tokens."""
 
 
 class _Measured(NamedTuple):

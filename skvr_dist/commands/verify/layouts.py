@@ -73,7 +73,7 @@ def run(options: Namespace) -> int:
 
 
 def _chosen_cases(options: Namespace) -> list[Case]:
-    """Those of the matrix that --layout and --only leave, changed as --set says.
+    """The cases of the matrix that --layout and --only select, changed as --set says.
 
     Raises:
         UserError: none is left, --only cannot be read, or --set names what there is not.
@@ -136,10 +136,10 @@ def _run_cases(cases: Sequence[Case], outcomes: list[Outcome], options: Namespac
 
 
 def _known_outcomes(file: Path | None) -> list[Outcome]:
-    """What an earlier call wrote.
+    """Read the outcomes that an earlier call wrote; none if the file does not exist.
 
     Raises:
-        UserError: there is no such file, or another version of this wrote it.
+        UserError: no file is named, or another version of this command wrote it.
     """
     if file is None:
         raise UserError("--resume needs --json FILE, where the outcomes of the earlier call are")
@@ -155,7 +155,7 @@ def _known_outcomes(file: Path | None) -> list[Outcome]:
 
 
 def _numbers(outcome: dict[str, Any]) -> dict[str, Any]:
-    """An outcome as it was before what was no finite number became null; NaN is out of every tolerance."""
+    """An outcome with the nulls of its JSON turned back into NaN, which is out of every tolerance."""
     ratios = outcome.get("bytes_ratio", {})
     outcome = {**outcome, "bytes_ratio": {kind: _number(ratio) for kind, ratio in ratios.items()}}
     return {name: _number(value) for name, value in outcome.items()}

@@ -228,6 +228,7 @@ def add_corpus_arguments(parser: ArgumentParser) -> None:
 
 
 def corpus_from(arguments: Namespace) -> Corpus:
+    """The corpus that a command line with `--input` and `add_corpus_arguments` names; raises as `Corpus` does."""
     return open_corpus(
         arguments.input,
         suffixes=arguments.suffixes,

@@ -42,7 +42,7 @@ _DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
 COMPRESSIONS = tuple(_DECOMPRESS)
 
 Advance = Callable[[int], object]
-"""Called with bytes of the file that have been dealt with."""
+"""Called with the number of bytes that were processed since the last call."""
 
 # Multiplied by a line's number, modulo 2**32, it spreads the lines evenly over any range: the golden ratio (Knuth,
 # The Art of Computer Programming 3, section 6.4).
@@ -66,13 +66,14 @@ class LeftOut(NamedTuple):
 
     place: str
     reason: str
-    """What is wrong with it, the same words for all that have the same fault; `EMPTY` is none."""
+    """What is wrong with it, in the same words for the same fault; `EMPTY` is not a fault."""
     detail: str = ""
-    """What follows these words in a sentence about this very document."""
+    """Details about this document, which follow the reason in a sentence."""
     remedy: str = "convert it"
 
     @property
     def sentence(self) -> str:
+        """The fault in a sentence, with its place."""
         return f"{self.place} {self.reason}{self.detail}"
 
 
@@ -91,12 +92,9 @@ class FilePart(NamedTuple):
     start: int
     stop: int
 
-    @property
-    def is_whole(self) -> bool:
-        return self.stop - self.start == self.size
-
 
 def holds_records(name: str) -> bool:
+    """Whether a file of that name holds many documents."""
     return _format(name)[0] in RECORD_SUFFIXES
 
 
@@ -297,7 +295,7 @@ def _document(text: str, name: str, place: str) -> Document | LeftOut:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Say of any failure to read or decompress a file which it is and why."""
+    """Turn a failure to read or decompress a file into a `UserError` that names the file and the reason."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError, pyarrow.ArrowException) as error:

@@ -24,6 +24,7 @@ _REPORT_BYTES = 2**18  # a process reports its progress, and looks whether it is
 
 
 def available_cores() -> int:
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

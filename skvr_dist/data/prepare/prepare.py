@@ -1,4 +1,4 @@
-"""From a corpus to a training and a held-out data set.
+"""Making a training and a held-out data set from a corpus.
 
 The files of the corpus are dealt to the training shards before anything is read, and each shard is made on its own:
 read, tokenised and written by one process, the held-out documents among it to a shard of their own. So any number of
@@ -40,7 +40,7 @@ LEFT_OUT_FILE = "left-out.txt"
 _JOB_FILE = "job.json"
 
 MAX_SHARDS = 100_000
-"""Their names have five digits, by which they are sorted."""
+"""Most shards of a data set: their names, by which they are sorted, have five digits."""
 
 Parts = list[FilePart]
 
@@ -64,8 +64,8 @@ def prepare(
     """Write `output/train`, `output/validation` (unless its share is 0) and `output/tokenizer.model`.
 
     A document is held out when the hash of its text falls into `validation_share`: so it stays held out when others
-    come and go, and its copies with it. If `output` holds these very data sets already, the corpus is read to see
-    that, and nothing is written.
+    come and go, and its copies with it. If `output` holds these very data sets already, the corpus is read to
+    check that, and nothing is written.
 
     Args:
         num_shards: shards of the training set; the held-out set has as many, less those that would be empty.
@@ -98,7 +98,7 @@ def prepare(
     prove_folder(output)
     tokenizer.save(output / TOKENIZER_FILE)
     try:
-        _start_or_go_on(partial, {**asked, "text key": corpus.text_key, "list of files": _fingerprint(tasks)})
+        _start_or_continue(partial, {**asked, "text key": corpus.text_key, "list of files": _fingerprint(tasks)})
         if not is_made:
             making = _Making(corpus, tokenizer.model, partial, validation_share)
             todo = {number: parts for number, parts in tasks.items() if not _done_file(partial, number).exists()}
@@ -147,7 +147,7 @@ def _publish(partial: Path, output: Path) -> None:
 
 
 def deal(files: Sequence[FilePart], num_shards: int) -> dict[int, Parts]:
-    """What each shard is made from: shares of the corpus that are about equally large on disk.
+    """Divide a corpus into a share for each shard, about equally large on disk.
 
     Files of records are laid out one after the other, in an order drawn from their names, and cut into equal
     stretches. Each other file goes to the shard with the fewest bytes of them so far, the largest first.
@@ -192,7 +192,7 @@ def _total_bytes(tasks: Mapping[int, Parts]) -> int:
 
 
 def _fingerprint(tasks: Mapping[int, Parts]) -> str:
-    """Of names, sizes and times of the files, by which an interrupted run knows its corpus."""
+    """Hash of names, sizes and times of the files, by which an interrupted run recognises its corpus."""
     files = []
     for part in (part for parts in tasks.values() for part in parts):
         with reading(part.path):
@@ -200,8 +200,8 @@ def _fingerprint(tasks: Mapping[int, Parts]) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
 
 
-def _start_or_go_on(partial: Path, job: dict[str, Any]) -> None:
-    """Make the folder of unfinished work, or see that it is that of the same job."""
+def _start_or_continue(partial: Path, job: dict[str, Any]) -> None:
+    """Make the folder of unfinished work, or check that the one there belongs to the same job."""
     if (partial / _JOB_FILE).exists():
         try:
             there = json.loads((partial / _JOB_FILE).read_bytes())

@@ -68,6 +68,7 @@ class ShardWriter:
 
     @property
     def is_empty(self) -> bool:
+        """Whether no document has been written yet."""
         return not (self._chunks or self._documents)
 
     def write(self, name: str, tokens: list[int], text_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What the data path asks of a tokenizer.
+"""The interface of tokenizers that the data path uses.
 
 `skvr_dist.data.tokenizers.load` reads any kind, `train` makes one of ours.
 """
@@ -15,7 +15,7 @@ from skvr_dist.files import local_path, naming_failure, require_file, write_whol
 
 
 class Tokenizer(ABC):
-    """What turns texts into token ids and back, in one file that travels with data sets, checkpoints and exports."""
+    """Turns texts into token ids and back; one file, which travels with data sets, checkpoints and exports."""
 
     model: bytes
     """Content of that file."""
@@ -47,7 +47,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Every token id is below."""
+        """Size of the vocabulary: every token id is below it."""
 
     @property
     @abstractmethod

@@ -26,7 +26,7 @@ class HuggingFaceTokenizer(Tokenizer):
         name: where it came from, for messages.
 
     Raises:
-        UserError: not such a content, or its end-of-sequence token is not in the vocabulary.
+        UserError: the content is not a tokenizer, or its end-of-sequence token is not in the vocabulary.
     """
 
     def __init__(self, model: bytes, name: str = "tokenizer") -> None:
@@ -70,7 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _without_training_settings(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """The same vocabulary and rules without what draws at random, cuts texts short or fills them up.
+    """The content of a tokenizer.json without dropout, truncation and padding.
 
     So the tokens of a text depend on nothing but the text. Dropout of BPE merges is a setting of training a model;
     a tokenizer that was saved with it would give other tokens each time.

@@ -19,8 +19,8 @@ from skvr_dist.errors import UserError
 SPACE_SIGN = "\u2581"
 # Texts are encoded in stretches of about this size: twice as fast as whole files of 100 kB, and in bounded memory.
 _STRETCH_CHARS = 10_000
-# A stretch ends before a line feed that follows something else. No piece that we train spans that place (_CHUNK), so
-# the tokens are those of the whole text; a model with a piece that does is not given stretches.
+# A stretch ends before a line feed that follows something else. No piece that `train_tokenizer` makes spans
+# that place, so the tokens are those of the whole text; a model with a piece that does is not given stretches.
 _STRETCH_END = re.compile(r"(?<!\n)\n")
 
 

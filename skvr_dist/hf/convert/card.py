@@ -33,7 +33,7 @@ class Training:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Training:
-        """What a checkpoint knows, with the retention curve if `tools/retention.py` left one in it."""
+        """Collect it from a checkpoint, with the retention curve if `tools/retention.py` left one in it."""
         config = checkpoint.config
         facts = {name: value for name, value in checkpoint.facts.record().items() if name in _FACTS}
         facts |= config.data.model_dump(exclude={"validation"}, exclude_none=True)

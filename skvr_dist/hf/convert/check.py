@@ -30,11 +30,11 @@ With the same attention kernel on both sides the difference was 0.0 at 28 and 32
 another kernel rounding alone made 6e-6.
 """
 ATTENTION = "sdpa"
-"""The kernel of both sides."""
+"""Attention kernel of both sides."""
 SEQUENCE_LENGTH = 128
 """Tokens per compared sequence."""
 PROMPT_LENGTH, DECODED_TOKENS = 16, 8
-"""What is decoded with each cache at each strategy."""
+"""Tokens of a prompt, and tokens decoded after it with each cache at each strategy."""
 CACHES = ("dynamic", "static")
 
 SAMPLE_TEXTS = (
@@ -59,11 +59,12 @@ class CheckReport:
     positions: int
     """Tokens whose logits were compared, at each strategy."""
     strategies: tuple[str, ...]
-    """What the logits were compared at: by the plain class at full retention, by the routed one at the others."""
+    """Strategies at which logits were compared: full retention by the plain class, the others by the routed one."""
     max_logit_difference: float
     largest_logit: float
     decoding_errors: dict[str, float]
-    """Of greedy decoding with a cache against none, as a share of the largest logit, by strategy and kind of cache."""
+    """Logit differences between greedy decoding with a cache and without one, as a share of the largest logit, by
+    strategy and kind of cache."""
     tokenizer_texts: int
     """Texts that both tokenizers were given; 0 without a tokenizer."""
     differing_texts: tuple[str, ...]
@@ -71,6 +72,7 @@ class CheckReport:
 
     @property
     def relative_logit_difference(self) -> float:
+        """The largest difference as a share of the largest logit."""
         return self.max_logit_difference / self.largest_logit if self.largest_logit else self.max_logit_difference
 
     def failures(self) -> list[str]:
@@ -141,7 +143,7 @@ def check_export(
     differing_weights = tuple(name for name in stored if not torch.equal(loaded[hf_name(name)], as_stored(name)))
     found = _logits(exported, strategies, sequences)
     if pruned_to is None:
-        exported.__class__ = CLASSES[config.architecture].routed  # as whoever loads it at a strategy gets it
+        exported.__class__ = CLASSES[config.architecture].routed  # the class that loading at a strategy makes
     decoding_errors = _decoding_errors(exported, strategies, sequences[0])
     del exported, loaded
 
@@ -172,7 +174,7 @@ def _load(folder: Path, config: ModelConfig, pruned_to: CacheStrategy | None, lo
 
 
 def _logits(exported: Any, strategies: Mapping[str, CacheStrategy], sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Of all sequences one after the other, [positions, V], at each strategy; a plain model is routed on the way."""
+    """Logits of all sequences joined, [positions, V], at each strategy; a plain model becomes routed on the way."""
     found = []
     for strategy in strategies.values():
         if strategy.retention < 1:
@@ -182,7 +184,7 @@ def _logits(exported: Any, strategies: Mapping[str, CacheStrategy], sequences: S
 
 
 def _decoding_errors(exported: Any, strategies: Mapping[str, CacheStrategy], sequence: Tensor) -> dict[str, float]:
-    """Of a routed model after the beginning of a sequence, int [S], at each strategy with each kind of cache."""
+    """Decoding errors of a routed model after the beginning of a sequence, int [S], by strategy and kind of cache."""
     longest = exported.config.max_position_embeddings
     new_tokens = min(DECODED_TOKENS, longest - 1)
     prompt = sequence[None, : min(PROMPT_LENGTH, longest - new_tokens)]
@@ -196,7 +198,7 @@ def _decoding_errors(exported: Any, strategies: Mapping[str, CacheStrategy], seq
 
 
 def _shared(config: ModelConfig) -> dict[str, CacheStrategy]:
-    """Two strategies that share: one spread over the depth, one at its beginning."""
+    """Two strategies at which layers share caches: one retains layers over all depths, one the first layers."""
     layers = config.num_hidden_layers
     return {spec: CacheStrategy.parse(spec, layers) for spec in ("every:2", f"prefix:{(layers + 1) // 2}")}
 

@@ -33,7 +33,7 @@ class ExportReport:
     file_bytes: dict[str, int]
     parameters: int
     dtype: torch.dtype
-    """Of all weights, or of most of the parameters."""
+    """Dtype of all weights, or of most of the parameters."""
     check: CheckReport
 
     def figures(self) -> dict[str, object]:
@@ -120,7 +120,7 @@ def export_model(
 
 
 def _is_ours(tokenizer_file: Path) -> bool:
-    """Whether it is a data set's tokenizer.model, which is converted; a tokenizer.json is copied."""
+    """Whether the file is a data set's tokenizer.model, which is converted; a tokenizer.json is copied."""
     return tokenizer_file.suffix == ".model"
 
 

@@ -33,14 +33,14 @@ _KEY_LENGTH, _VALUE_LENGTH, _ROTATED = "attention.key_length", "attention.value_
 _THETA, _VOCABULARY = "rope.freq_base", "vocab_size"
 _REQUIRED = (_CONTEXT, _LAYERS, _HIDDEN, _FEED_FORWARD, _HEADS, _EPSILON)
 _KNOWN = {*_REQUIRED, _KV_HEADS, _KEY_LENGTH, _VALUE_LENGTH, _ROTATED, _THETA, _VOCABULARY}
-# Of llama.cpp where a file does not name it.
+# llama.cpp's default, for files that name none.
 _DEFAULT_THETA = 10000.0
 _ROPE_FACTORS = "rope_freqs.weight"
-"""By how much each rotary frequency is divided: all that a file keeps of Llama 3's scaling."""
+"""Tensor of the divisors of the rotary frequencies: all that a file keeps of Llama 3's scaling."""
 _FAMILIES = {family.gguf_architecture: family for family in FAMILIES.values() if family.gguf_architecture}
-"""By what files say of their architecture."""
+"""Families by the architecture that files name."""
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Stored as values; everything else is blocks, whose values are float32."""
+"""Types that store plain values; all others are blocks, which are dequantized to float32."""
 
 
 class GGUFFile:
@@ -51,7 +51,7 @@ class GGUFFile:
 
     Raises:
         UserError: the package `gguf` is missing; the file is damaged, or of another architecture, or its metadata
-            names what our decoder has not.
+            names a feature that our decoder lacks.
     """
 
     def __init__(self, file: Path) -> None:
@@ -99,6 +99,7 @@ class GGUFFile:
         return [canonical.get(name, f"({name})") for name in self._tensors if name != _ROPE_FACTORS]
 
     def shape_and_dtype(self, name: str) -> tuple[list[int], torch.dtype]:
+        """Shape and dtype of the weight that `read` returns."""
         tensor = self._tensors[self._stored[name]]
         return tensor.shape.tolist()[::-1], _PLAIN.get(tensor.tensor_type.name, torch.float32)
 

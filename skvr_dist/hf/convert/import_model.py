@@ -50,15 +50,15 @@ class ImportReport:
     architecture: str
     parameters: int
     bytes: int
-    """Of the weight files."""
+    """Size of the weight files."""
     dtypes: tuple[str, ...]
-    """Of the stored weights."""
+    """Dtypes of the stored weights."""
     dequantized_from: str | None
-    """Types of the blocks that the source held them in, as GGUF names them."""
+    """Quantization types of the source, as GGUF names them; None if it holds plain values."""
     tokenizer: str
-    """Where it came from, in words."""
+    """Where the tokenizer came from, in words."""
     check: CheckReport | None
-    """None if it was left out."""
+    """None if the check was left out."""
 
     def failures(self) -> list[str]:
         """One sentence per figure that was missed."""
@@ -135,13 +135,13 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
 
 
 class _Original(Protocol):
-    """What is imported, by canonical names."""
+    """The source of an import, by canonical names."""
 
     def names(self) -> list[str]:
-        """Of its weights; in brackets the names of those that have none here, which `check_names` refuses."""
+        """Names of its weights; in brackets those that have no canonical name, which `check_names` refuses."""
 
     def shape_and_dtype(self, name: str) -> tuple[list[int], torch.dtype]:
-        """As `read` returns it."""
+        """Shape and dtype of the weight that `read` returns."""
 
     def read(self, name: str) -> Tensor:
         """One whole weight."""

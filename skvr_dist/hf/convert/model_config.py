@@ -68,7 +68,7 @@ def model_config(config: PreTrainedConfig) -> ModelConfig:
     """Our model section for a checkpoint of one of the families.
 
     Raises:
-        UserError: another architecture, or a feature of the family that our decoder has not.
+        UserError: another architecture, or a feature of the family that our decoder lacks.
     """
     if config.model_type not in FAMILIES:
         raise UserError(

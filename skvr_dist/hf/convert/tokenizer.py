@@ -18,7 +18,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from skvr_dist.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from skvr_dist.data.tokenizers.load import load_tokenizer
-from skvr_dist.data.tokenizers.sentencepiece import special_names
+from skvr_dist.data.tokenizers.sentencepiece import SPACE_SIGN, special_names
 from skvr_dist.data.tokenizers.train import UNIGRAM_SCORE_STEPS
 from skvr_dist.errors import UserError
 
@@ -33,9 +33,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-"""What a checkpoint of Hugging Face may hold of its tokenizer and how to generate with it."""
+"""Files of a Hugging Face checkpoint that describe its tokenizer and how to generate with it."""
 _Piece: TypeAlias = ModelProto.SentencePiece
-_SPACE_SIGN = "\u2581"  # sentencepiece's spelling of a space within its pieces
 
 
 def convert_tokenizer(file: Path, max_length: int) -> PreTrainedTokenizerFast:
@@ -80,7 +79,7 @@ def _from_sentencepiece(model: ModelProto, file: Path) -> FastTokenizer:
             f"export the weights without a tokenizer"
         )
     # With plain spaces in the pieces no text needs normalising, and a space sign in a text stays what it is.
-    pieces = [(piece.piece.replace(_SPACE_SIGN, " "), piece) for piece in model.pieces]
+    pieces = [(piece.piece.replace(SPACE_SIGN, " "), piece) for piece in model.pieces]
     if kind == "BPE":
         fast = FastTokenizer(_bpe(pieces, model.trainer_spec.unk_piece))
     else:
@@ -116,8 +115,12 @@ def _bpe(pieces: Sequence[tuple[str, _Piece]], unk: str) -> BPE:
 
 
 def _unigram(pieces: Sequence[tuple[str, _Piece]], file: Path) -> Unigram:
-    """Both libraries look for the segmentation with the largest sum of scores, one in single precision and one in
-    double: the same only where both are exact. (Otherwise 8 of 234 files of the Python standard library differ.)"""
+    """transformers' unigram model of the same pieces; raises `UserError` if it would segment some texts otherwise.
+
+    Both libraries look for the segmentation with the largest sum of scores, sentencepiece in single precision and
+    transformers in double: the same only where both are exact. (Otherwise 8 of 234 files of the Python standard
+    library differ.)
+    """
     if any(piece.type == _Piece.USER_DEFINED for _, piece in pieces) or any(
         piece.score * UNIGRAM_SCORE_STEPS % 1 for _, piece in pieces
     ):

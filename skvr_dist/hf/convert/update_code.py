@@ -1,4 +1,4 @@
-"""Today's code for an export that was made before: for a version of transformers that its own does not know."""
+"""Putting today's code into an earlier export, for a version of transformers that the export's own does not know."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ class CodeUpdate:
     changed_strategies: tuple[str, ...]
     """Strategies at which old and new code retain different layers."""
     logit_differences: dict[str, float]
-    """Between old and new code without a cache, as a share of the largest logit, by strategy; empty if `old_fault`."""
+    """Largest logit difference between old and new code without a cache, as a share of the largest logit, by strategy;
+    empty if `old_fault`."""
     decoding_errors: dict[str, float]
-    """Of greedy decoding with a cache by the new code, as a share of the largest logit, by strategy."""
+    """Logit differences between greedy decoding with a cache and without one, both by the new code, as a share of the
+    largest logit, by strategy."""
     old_fault: str | None
     """Why the old code does not run with the installed transformers, if it does not."""
 
@@ -135,7 +137,7 @@ def _load(folder: Path, reference: str) -> Any:
 
 
 def _strategies(model: Any) -> list[str]:
-    """What it runs at when nothing is asked for, all that it names, and full and half retention unless it is pruned."""
+    """Strategies to compare: the default, all that the model names, and full and half retention unless it is pruned."""
     layers = model.config.num_hidden_layers
     shares = len(model.retained_layers) < layers
     own = [",".join(map(str, model.retained_layers))] if shares else []
@@ -145,7 +147,7 @@ def _strategies(model: Any) -> list[str]:
 
 
 def _tokens(model: Any) -> Tensor:
-    """int [1, S]."""
+    """Random tokens, int [1, S]."""
     generator = torch.Generator().manual_seed(0)
     length = min(_TOKENS, model.config.max_position_embeddings)
     return torch.randint(model.config.vocab_size, (1, length), generator=generator)

@@ -21,7 +21,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy
 
 WeightReader = Callable[[str], Tensor]
-"""The full tensor of a canonical name."""
+"""Returns the whole tensor of a canonical name."""
 
 
 def hf_name(name: str) -> str:
@@ -30,7 +30,7 @@ def hf_name(name: str) -> str:
 
 
 def parameter_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
-    """Canonical name and shape of every parameter that transformers' model has, in its order; a tied head is none."""
+    """Canonical name and shape of every parameter that transformers' model has, in its order; a tied head has none."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name.removeprefix("model."): tensor.shape for name, tensor in model.state_dict().items()}

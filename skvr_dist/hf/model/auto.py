@@ -1,4 +1,6 @@
-"""Which class `AutoModelForCausalLM` makes of a checkpoint: ours if it speaks of caches, else that of transformers."""
+"""Which class `AutoModelForCausalLM` makes of a checkpoint: ours if its configuration or the caller
+names a cache strategy, else that of transformers.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ Sources = tuple[int, ...]
 def sources_of(
     config: PreTrainedConfig, kv_profile: str | None = None, kv_source_layers: Sequence[int] | None = None
 ) -> Sources:
-    """The layer that each layer reads; what is given here goes before what the configuration holds.
+    """The layer that each layer reads; arguments override the configuration.
 
     Raises:
         UserError: an unknown profile, a strategy that is impossible for this many layers, or one that was pruned.

@@ -78,7 +78,7 @@ def decoding_error(model: Any, prompt: Tensor, new_tokens: int, **options: Any) 
 
 
 class RoutedForCausalLM:
-    """What our classes add to the causal language models of transformers.
+    """Mixin that gives causal language models of transformers their cache strategies.
 
     Besides what those take, `from_pretrained` takes `kv_profile` or `kv_source_layers`.
     """
@@ -99,7 +99,7 @@ class RoutedForCausalLM:
         self._set_sources(sources_of(config, kv_profile, kv_source_layers))
 
     def _remove_pruned(self) -> None:
-        """Whole checkpoints have all projections."""
+        """Do nothing: whole checkpoints have all projections."""
 
     def set_cache_strategy(self: Any, strategy: str | Sequence[int]) -> None:
         """Choose the layers that keep a cache from the next prompt on.
@@ -138,7 +138,7 @@ class RoutedForCausalLM:
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As in transformers; layers above the last retained one compute the positions of `logits_to_keep` only.
+        """transformers' forward; layers above the last retained one compute the positions of `logits_to_keep` only.
 
         Args:
             cache: also taken as `past_key_values`, with every version of transformers that is supported.
@@ -169,14 +169,14 @@ class RoutedForCausalLM:
         )
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a cache is taken as `cache` and as `past_key_values`, which older ones do not know."""
+        """transformers' `generate`; every version takes a cache as `cache` and as `past_key_values`."""
         given = [name for name in CACHE_NAMES if kwargs.get(name) is not None]
         if len(given) == 1:
             kwargs[CACHE] = kwargs.pop(given[0])
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers. The strategy is saved, too, and the code for it; plain classes load the rest."""
+        """Save as transformers does, with the strategy and the code for it, which plain classes pass over."""
         sources = self.model.kv_sources
         shares = sources != tuple(range(len(sources)))
         self.config.kv_profile, self.config.kv_source_layers = None, list(sources) if shares else None
@@ -188,7 +188,7 @@ class RoutedForCausalLM:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _get_static_cache_init_shape(self) -> None:
-        """No early start of a static cache: it would give memory to layers that keep nothing."""
+        """Prevent early allocation of a static cache: it would give memory to layers that keep nothing."""
         return
 
 
@@ -209,7 +209,7 @@ class MistralForCausalLM(RoutedForCausalLM, modeling_mistral.MistralForCausalLM)
 
 
 class _Pruned:
-    """Without the key and value projections that were not stored."""
+    """Mixin that removes the key and value projections that were not stored."""
 
     def _remove_pruned(self: Any) -> None:
         for number, layer in enumerate(self.model.layers):

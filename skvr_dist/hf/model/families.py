@@ -1,4 +1,4 @@
-"""The classes of transformers and ours for each family, for whoever chooses among them (`config/families.py`)."""
+"""The model classes of each family of `skvr_dist.config.families`: transformers' own and ours."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ CLASSES: dict[str, FamilyClasses] = {
         transformers.MistralForCausalLM, causal_lm.MistralForCausalLM, causal_lm.PrunedMistralForCausalLM
     ),
 }
-"""By the name of the family."""
+"""The classes by the name of the family."""

@@ -38,21 +38,21 @@ RopeTables = tuple[Tensor, Tensor]
 """cos and sin, each [B, S, E]."""
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""What the installed transformers calls the cache: `cache` from 5.24 on, `past_key_values` before."""
+"""Keyword by which the installed transformers takes the cache: `cache` from 5.24 on, `past_key_values` before."""
 CACHE_NAMES = ("cache", "past_key_values")
 _KEYWORDS = (
     TransformersKwargs.__optional_keys__
     | TransformersKwargs.__required_keys__
     | (inspect.signature(ForCausalLMLoss).parameters.keys() - {"logits", "labels", "vocab_size", "kwargs"})
 )
-"""What the installed transformers passes through models to layers, attention kernels and the loss."""
+"""Keywords that the installed transformers passes through models to layers, attention kernels and the loss."""
 
 
 def take_cache(given: Cache | PagedAttentionCache | None, kwargs: dict[str, Any]) -> Any:
     """The one cache of a call, given by position or as `cache` or `past_key_values`, which leave `kwargs`.
 
     Raises:
-        TypeError: two caches, one that is none, or a keyword that nobody reads: a cache under a name of another
+        TypeError: two caches, one of another type, or a keyword that nobody reads: a cache under a name of another
             version would be lost silently, and tokens computed without what they follow.
     """
     found = {"cache": given, "past_key_values": kwargs.pop("past_key_values", None)}
@@ -206,12 +206,12 @@ def _last_rope(rope: RopeTables, count: int) -> RopeTables:
 
 
 class RoutedModel:
-    """The layers, with the map of which one reads which."""
+    """A base model whose layers run by a map of which layer reads which."""
 
     kv_sources: Sources
     """The layer that each layer reads, unless `draw_sources` draws them."""
     draw_sources: Callable[[], Sequence[int]] | None = None
-    """In training mode, with gradients: the donors of one forward pass, int [L]."""
+    """Draws the donors of one forward pass, int [L]; used in training mode where gradients are recorded."""
 
     @merge_with_config_defaults
     @capture_outputs
@@ -226,7 +226,7 @@ class RoutedModel:
         last_positions: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As in transformers, of any version that is supported.
+        """transformers' forward, in any version that is supported.
 
         Args:
             cache: also taken as `past_key_values`.
@@ -294,7 +294,7 @@ class RoutedModel:
         last_mask: Tensor | None,
         **kwargs: Any,
     ) -> Tensor:
-        """Hidden states [B, S, D] behind the last layer, of `last_positions` positions if that is not None."""
+        """Hidden states [B, S, D] after the last layer, of `last_positions` positions if that is not None."""
         layers = self.layers[: self.config.num_hidden_layers]  # transformers lowers it to draft with the first ones
         sources = self._sources(len(layers))
         read = set(sources)

@@ -1,4 +1,4 @@
-"""Training a model of transformers with stochastic KV routing, in anyone's own training loop.
+"""Training a model of transformers with stochastic KV routing, in any training loop.
 
 The donors of a forward pass are a function of (seed, number of the pass, rank); under DeepSpeed's ZeRO, where all
 ranks must use parameters and reduce gradients in the same order, of (seed, number of the pass). Every parameter gets
@@ -21,11 +21,11 @@ from skvr_dist.model.decoder import zero_gradients
 from skvr_dist.routing import POLICIES, RoutingConfig, draw_plan
 
 _POLICIES = [name for name, policy in POLICIES.items() if policy.parameters == ("cross_layer_prob",)]
-"""Those that `enable_rcla` has all parameters of."""
+"""The policies whose only parameter is `cross_layer_prob`, which `enable_rcla` takes."""
 
 
 class DonorDraw:
-    """Draws the donors of one forward pass of a model after the other."""
+    """Draws the donors of each forward pass of a model in turn."""
 
     def __init__(self, model: nn.Module, routing: RoutingConfig, seed: int) -> None:
         self.model, self.routing, self.seed = model, routing, seed
@@ -44,7 +44,7 @@ class DonorDraw:
 
 
 def _is_under_zero(model: nn.Module) -> bool:
-    """Whether DeepSpeed shards its parameters (which then have a `ds_id`), or their gradients or optimizer states.
+    """Whether ZeRO shards a model's parameters (which then have a `ds_id`), their gradients or optimizer states.
 
     ZeRO-2 sums gradients in the order in which they arrive, and where a layer is not read its own arrive in another.
     """
@@ -94,7 +94,7 @@ def enable_rcla(
 
 
 def disable_rcla(model: nn.Module) -> None:
-    """Back to standard training: every layer reads its own keys and values."""
+    """Return to standard training: every layer reads its own keys and values."""
     base = route(model)
     base.draw_sources = None
     for layer in base.layers:

@@ -29,17 +29,17 @@ class SavingCost:
     """Mean seconds of the steps that a save touches, over those of the step before and the one after, by save."""
     saves: int
     steps_touched: float
-    """By a save; the mean."""
+    """Steps that run while a save writes; the mean over saves."""
     bytes: int
-    """Of a checkpoint."""
+    """Size of a checkpoint."""
     files: int
     copy_seconds: float
-    """For which training stands while the state is copied; the median."""
+    """Time for which training waits while the state is copied; the median."""
     save_seconds: float
-    """Of a save that nothing runs beside, from the copy to the published folder."""
+    """Time of a save with no training beside it, from the copy to the published folder."""
     load_seconds: float
     plain_copy_seconds: float
-    """Of a copy of the files by the operating system, synced to the disk as a save is."""
+    """Time of a copy of the files by the operating system, synced to the disk as a save is."""
 
 
 def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder: Path, saves: int) -> SavingCost:

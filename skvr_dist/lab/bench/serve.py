@@ -24,7 +24,7 @@ class Serving:
     tokens_per_second: list[float] = field(default_factory=list)
     """Generated tokens of all requests over the time until the last one is done."""
     first_token_seconds: list[float] = field(default_factory=list)
-    """Of one long prompt alone; median over some."""
+    """Time to first token of one long prompt alone; the median over several prompts."""
 
     def ratio_to(self, other: Serving, what: str) -> float:
         """Median over the rounds of this strategy's figure over the other's in the same round."""
@@ -34,14 +34,14 @@ class Serving:
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine is asked."""
+    """The requests that an engine serves."""
 
     requests: int
     prompt_tokens: int
     new_tokens: int
-    """Of each request."""
+    """Tokens generated for each request."""
     long_prompt_tokens: int
-    """Of the prompts that are answered with one token, each alone."""
+    """Tokens of the long prompts, which are served one at a time and answered with one token."""
     long_prompts: int = 7
 
 

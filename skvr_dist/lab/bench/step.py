@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from skvr_dist.config.tree import Config
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.routing import RoutingConfig
@@ -29,6 +29,7 @@ class StepTimes:
 
     @property
     def median(self) -> float:
+        """Median seconds of a step."""
         return statistics.median(self.seconds)
 
 
@@ -42,6 +43,7 @@ class Ratio:
 
     @classmethod
     def of(cls, routed: StepTimes, standard: StepTimes) -> Ratio:
+        """Time of routed steps over that of standard ones, pair by pair."""
         return cls.between([a / b for a, b in zip(routed.seconds, standard.seconds, strict=True)])
 
     @classmethod
@@ -91,9 +93,9 @@ def data_wait_share(config: Config, engine: RoutedPipelineEngine, batches: Watch
     return waited / seconds
 
 
-def random_batches(config: Config) -> Iterator[Tensor]:
-    """Micro-batches of random tokens, int [B, S + 1], without end."""
+def random_batches(config: Config) -> Iterator[MicroBatch]:
+    """Micro-batches of random tokens, without end."""
     generator = torch.Generator().manual_seed(config.train.seed)
     shape = (config.train.micro_batch_size, config.data.sequence_length + 1)
     while True:
-        yield torch.randint(0, config.model.vocab_size, shape, generator=generator)
+        yield MicroBatch.of(torch.randint(0, config.model.vocab_size, shape, generator=generator))

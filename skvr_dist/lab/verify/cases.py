@@ -48,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "qwen2", "qk_norm": False, "attention_bias": True},
     "llama": {"architecture": "llama", "qk_norm": False, "attention_bias": True},
 }
-"""What the shape of each family has otherwise."""
+"""Keys in which the shape of each family differs from `SHAPE`."""
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
     "uniform": {"cross_layer_prob": 0.6},
@@ -167,20 +167,20 @@ class Case:
 
     @property
     def name(self) -> str:
-        """In words, what `tools/verify.py layouts --only` searches."""
+        """The case in words, which `tools/verify.py layouts --only` searches."""
         words = [self.layout, self.policy, f"checkpointing {self.checkpointing}", "tied" if self.tied else "untied"]
         return ", ".join([*words, *self.also])
 
     @property
     def also(self) -> list[str]:
-        """In what else the case differs from the plainest one."""
+        """The other fields in which the case differs from their defaults."""
         fields = [each for each in dataclasses.fields(self) if each.name not in _ALWAYS_NAMED]
         values = [(each.name, getattr(self, each.name), each.default) for each in fields]
         return [name if value is True else f"{name} {value}" for name, value, usual in values if value != usual]
 
     @property
     def on_one_rank(self) -> Case:
-        """What of the case changes the training: the same for all layouts and all ways to compute it."""
+        """The case reduced to what changes the training: equal for all layouts and all ways to compute it."""
         return dataclasses.replace(self, layout="single", checkpointing="none", attention="sdpa")
 
     @property
@@ -201,7 +201,7 @@ class Case:
         return END if self.documents == "separate" else None
 
     def config(self) -> Config:
-        """As a run would have it; its data sets are not opened."""
+        """The configuration of a run that trains this case; its data sets are not opened."""
         layout = LAYOUTS[self.layout]
         return validate_config(
             {
@@ -306,8 +306,8 @@ def varied(case: Case, variation: str) -> Case:
 def full_matrix() -> list[Case]:
     """Every layout, with policies, kinds of checkpointing and kinds of embedding combined.
 
-    Once it trains over 20 steps, and once a Qwen2, whose biases are on queries, keys and values alone. With
-    checkpointing each case has another variation, and in each layout they meet other policies and kinds.
+    Each layout also trains once over 20 steps, and once a Qwen2, which has biases on queries, keys and values alone.
+    Each case with checkpointing has another variation, which meets another policy and kind in each layout.
     """
     policies, tied = ("none", "uniform", "strategy"), itertools.cycle((True, False))
     kinds = [kind for kind in CHECKPOINTING if kind != "none"]
@@ -328,7 +328,7 @@ def full_matrix() -> list[Case]:
 def quick_matrix() -> list[Case]:
     """Every layout twice, so that all policies, kinds of checkpointing and both kinds of embedding take their turns.
 
-    The second time with a variation. Brief layouts are there once, if they need few ranks.
+    The second case has a variation. Brief layouts are there once, and only if two ranks are enough.
     """
     policies = itertools.cycle(("uniform", "strategy", "uniform", "none"))
     kinds = itertools.cycle(("none", "layer", "attention", "every 2nd layer"))

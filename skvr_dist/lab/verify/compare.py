@@ -1,4 +1,4 @@
-"""Hold the ranks' results of a case against the single-process reference."""
+"""Compare the ranks' results of a case with the single-process reference."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ BF16 = Tolerance(loss=1e-3, norm=1e-2, gradient=0.15, later_gradients=0.15, grad
 
 
 def tolerance_of(case: Case) -> Tolerance:
-    """What is asked of a case."""
+    """The tolerance of a case, by its precision and Adam's eps."""
     if case.precision == "bf16":
         return BF16
     return FP32 if case.adam_eps >= OPTIMIZER["eps"] else FP32_USUAL_EPS
@@ -73,7 +73,7 @@ class Outcome:
     initial: float
     loss: float
     gradient: float
-    """Of the first step."""
+    """Error of the first step's gradients."""
     worst_gradient: str
     """The weight with the largest error in that gradient."""
     later_gradients: float
@@ -81,7 +81,7 @@ class Outcome:
     """How far the ranks' gradients of a weight are too long or too short along the reference's, over all steps."""
     norm: float
     update: float
-    """Of the weights after the last step, against AdamW on the gradients that the ranks had."""
+    """Error of the weights after the last step, against AdamW on the gradients that the ranks had."""
     weights: float
     """The same against the reference's own training."""
     rounded: bool
@@ -156,7 +156,7 @@ def expected(case: Case) -> dict[str, Any]:
 
 
 def compare(case: Case, results: Sequence[RankResult]) -> Outcome:
-    """Hold what the ranks of a layout returned against the reference.
+    """Compare what the ranks of a layout returned with the reference.
 
     Raises:
         AssertionError: the ranks together do not hold every weight.
@@ -270,6 +270,6 @@ def _crossing_ratio(case: Case, results: Sequence[RankResult]) -> float:
 
 
 def _backward_passes(case: Case) -> int:
-    """Over all ranks, one per micro-batch, stage and tensor-parallel rank."""
+    """Backward passes over all ranks: one per micro-batch, stage and tensor-parallel rank."""
     parallel = case.config().parallel
     return case.steps * MICRO_BATCHES * parallel.pipeline * parallel.tensor

@@ -28,7 +28,7 @@ class NeverMet(Exception):
 
 
 class FirstUses:
-    """Who has met whom: group and "collectives", or group and the direction between two ranks."""
+    """The first uses that are over: by group, and "collectives" or the direction between two ranks."""
 
     def __init__(self, seconds: float) -> None:
         self.met: set[tuple[str, str]] = set()
@@ -63,7 +63,7 @@ class FirstUses:
 
 @contextlib.contextmanager
 def first_use_blocks(seconds: float = 30.0) -> Iterator[FirstUses]:
-    """Let every group of the default backend obey the rule, whoever uses it: this project, DeepSpeed or torch.
+    """Let every group of the default backend obey the rule, whether this project, DeepSpeed or torch uses it.
 
     Per process: enter it on all ranks, after the process group has started. Groups that are made with `backend="gloo"`
     are left alone, as they are on GPUs.

@@ -1,4 +1,4 @@
-"""Kill the ranks of a run at random moments, and compare what it ends with to an undisturbed run."""
+"""Kill the ranks of a run at random moments, and compare its final weights with an undisturbed run's."""
 
 from __future__ import annotations
 

@@ -43,17 +43,17 @@ class RankResult:
     """The routing plans it used, [step][micro-batch][layer]."""
     initial: Held
     gradients: list[Held]
-    """Of every step, before clipping."""
+    """Gradients of every step, before clipping."""
     weights: Held
-    """After the last step."""
+    """Weights after the last step."""
     masters: Held
-    """The fp32 weights that the optimizer keeps, then; the weights themselves in fp32."""
+    """The optimizer's fp32 weights after the last step; in an fp32 run the weights themselves."""
     sent_bytes: int
     backward_passes: int
     bytes: dict[str, int]
-    """What parameters, gradients and optimizer state occupy."""
+    """Bytes that parameters, gradients and optimizer state occupy, by kind."""
     expected_bytes: dict[str, int]
-    """What the layout should hold of them."""
+    """Bytes that this rank of the layout should hold, by kind."""
     state_dtypes: set[torch.dtype]
 
 

@@ -19,6 +19,7 @@ Weights = dict[str, Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x over its root mean square along the last dimension, times a weight."""
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
@@ -84,6 +85,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tens
 
 
 def linear(x: Tensor, w: Weights, name: str) -> Tensor:
+    """The linear layer `name`, with its bias if it has one."""
     out = x @ w[f"{name}.weight"].T
     return out + w[f"{name}.bias"] if f"{name}.bias" in w else out
 
@@ -132,7 +134,7 @@ def loss(w: Weights, shape: dict, tokens: Tensor, donors: list[int]) -> Tensor:
 
 
 def learning_rate(step: int, *, peak: float, steps: int, warmup_steps: int, floor: float) -> float:
-    """Of optimizer step `step` (the first is 0) of `steps`.
+    """Learning rate of optimizer step `step` (the first is 0) of `steps`.
 
     It rises in equal parts to the peak at the last of `warmup_steps`, then follows a cosine from the peak, at the step
     after, to `floor` times the peak at the last step.

@@ -16,6 +16,7 @@ from skvr_dist.checkpoint.folder import Checkpoint, step_folder
 from skvr_dist.checkpoint.pieces import MOMENTS
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.config.load import dump_config
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel.engine.optimizers import state_to_save
@@ -26,13 +27,13 @@ from skvr_dist.train.plans import plan_of_step
 from skvr_dist.train.state import load_state, progress_facts
 
 SAVED_AT, STEPS = 2, 7
-"""The step after which the source saves, and the steps in all: five more."""
+"""Steps after which the source saves, and steps of the whole training: five more."""
 LOSS_BOUND = 1e-6
 """Largest relative error of the losses after resharding."""
 MOMENTS_BOUND = 1e-6
-"""The same of the optimizer's state after the five steps, all first or all second moments taken as one vector."""
+"""Largest relative error of Adam's state after the five steps; all first, or all second, moments are one vector."""
 TENSOR_BOUND = 1e-5
-"""The same of any single weight or moment: that of a gradient in fp32 between two layouts."""
+"""Largest relative error of any single weight or moment: that of an fp32 gradient between two layouts."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,13 @@ class Reshard:
     loss: float
     """Largest relative error of the five losses against the source's own."""
     moments: float
-    """Relative error of Adam's moments after them, the larger of the first and the second ones'."""
+    """Relative error of Adam's moments after the five steps, the larger of the first and the second ones'."""
     tensor: float
-    """Largest relative error of any single weight or moment after them."""
+    """Largest relative error of any single weight or moment after the five steps."""
 
     @property
     def missed(self) -> bool:
+        """Whether the pair is out of bounds."""
         within = self.loss <= LOSS_BOUND and self.moments <= MOMENTS_BOUND and self.tensor <= TENSOR_BOUND
         return not (self.loaded_exactly and within)
 
@@ -72,7 +74,7 @@ def reshard(layouts: Sequence[str], folder: Path) -> Iterator[Reshard]:
         straight[source] = run_ranks(ranks, _train_through, case_of(source), str(folder / source))[0]
     for target in layouts:
         sources = [(source, str(folder / source), str(folder / f"{source} to {target}")) for source in layouts]
-        resumed = run_ranks(LAYOUTS[target].ranks, _go_on, case_of(target), sources, seconds=300.0)[0]
+        resumed = run_ranks(LAYOUTS[target].ranks, _resume_each, case_of(target), sources, seconds=300.0)[0]
         for (source, saved, again), losses in zip(sources, resumed, strict=True):
             wanted = straight[source]
             moments, tensor = _errors(Path(saved), Path(again), STEPS)
@@ -105,7 +107,7 @@ def as_table(outcomes: Iterable[Reshard]) -> str:
 
 
 def _train_through(case: Case, folder: str) -> list[float]:
-    """On the source: save on the way and at the end; the losses in between."""
+    """Train on the source layout, saving on the way and at the end; returns the losses in between."""
     trainer = Trainer(case, folder)
     trainer.train(range(SAVED_AT))
     trainer.save(SAVED_AT)
@@ -114,8 +116,8 @@ def _train_through(case: Case, folder: str) -> list[float]:
     return losses
 
 
-def _go_on(case: Case, sources: list[tuple[str, str, str]]) -> list[list[float]]:
-    """On the target: load each source's checkpoint, save it again at once, and train to the end."""
+def _resume_each(case: Case, sources: list[tuple[str, str, str]]) -> list[list[float]]:
+    """On the target layout, load each source's checkpoint, save it again at once, and train to the end."""
     losses = []
     for _, saved, again in sources:
         trainer = Trainer(case, again)
@@ -139,11 +141,13 @@ class Trainer:
         self.saver = Saver(RunFolder(folder).checkpoints, config_text=dump_config(self.config), tokenizer=None, **keep)
 
     def train(self, steps: range) -> list[float]:
+        """Train the given steps, counted from 0; returns their losses."""
         mesh, tokens = self.mesh, batches(STEPS)
-        mine = [iter(tokens[step][mesh.dp_rank :: mesh.dp_size]) for step in steps]
+        mine = [map(MicroBatch.of, tokens[step][mesh.dp_rank :: mesh.dp_size]) for step in steps]
         return [self.engine.train_step(b, plan_of_step(self.config, step)) for b, step in zip(mine, steps, strict=True)]
 
     def save(self, step: int) -> None:
+        """Write the checkpoint of a step and wait until it is published; collective."""
         self.saver.save(state_to_save(self.engine), progress_facts(self.engine, step, tokens_seen=0), lambda _: None)
         self.saver.finish()
         dist.barrier()
@@ -155,7 +159,7 @@ def checkpoint_of(run: str | Path, step: int) -> Path:
 
 
 def _errors(one: Path, other: Path, step: int) -> tuple[float, float]:
-    """Of Adam's moments, and of the worst tensor, between two checkpoints of a step; both relative."""
+    """Relative errors between two checkpoints of a step: of Adam's moments, and of the worst tensor."""
     a, b = (Checkpoint(checkpoint_of(folder, step), verify=True).index for folder in (one, other))
     assert a.names() == b.names(), "the checkpoints hold different tensors"
     worst, squares = 0.0, {kind: [0.0, 0.0] for kind in MOMENTS}

@@ -4,8 +4,8 @@ Kept from DeepSpeed: the 1F1B schedule, gradient reduction, ZeRO, mixed precisio
 stage computes, what crosses between stages, and the order of a step's instructions: sends come first.
 Sizes come from the routing plan, so there is no handshake; a stage's backward runs once per micro-batch, whatever
 crosses. The loss and its gradient are means over the labels of the global batch, not over its micro-batches: DeepSpeed
-averages the micro-batches' sums over equally many positions, and before the optimizer step all is multiplied by
-positions over labels, which are 1 if none is ignored.
+averages the micro-batches' sums over equally many positions, and before the optimizer step everything is
+multiplied by positions / labels, which is 1 if no label is ignored.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
         self.separate_documents = separate_documents
         self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
-        self.pipe_buffers["micro_batch"] = [None] * self.num_pipe_buffers  # the number of what the others hold
+        self.pipe_buffers["micro_batch"] = [None] * self.num_pipe_buffers  # number of the micro-batch in each buffer
         self.mesh = mesh
         self.guard = guard
         self.stage = module
@@ -103,12 +103,12 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         with naming_the_operation(mesh, "connecting the pipeline stages"):
             self.before, self.after = connect(mesh, dtype, self.device)
 
-    def train_step(self, micro_batches: Iterator[MicroBatch | Tensor], plan: RoutingPlan) -> float:
+    def train_step(self, micro_batches: Iterator[MicroBatch], plan: RoutingPlan) -> float:
         """One optimizer step.
 
         Args:
-            micro_batches: this replica's micro-batches, or plain sequences, int [B, S + 1]; read on the first and last
-                stage.
+            micro_batches: this replica's micro-batches; read on the first and last stage, and on all of them where
+                documents are separate.
             plan: the donors of all global micro-batches of the step.
 
         Returns:
@@ -125,7 +125,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         with naming_the_operation(self.mesh, "the training step"):
             return float(self.train_batch(micro_batches))
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch | Tensor], donors: Iterable[int]) -> float:
+    def evaluate(self, micro_batches: Sequence[MicroBatch], donors: Iterable[int]) -> float:
         """Mean loss over the labels of every replica's micro-batches, with the same donors in all of them.
 
         Args:
@@ -186,7 +186,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self.after.gradients.expect([self._format.elements(plan.leaving) for plan in self._plans])
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
-        batch = MicroBatch.of(self._next_batch())
+        batch: MicroBatch = self._next_batch()
         self._load_documents(buffer_id, batch)
         if self.is_first_stage():
             self.pipe_buffers["inputs"][buffer_id] = batch.tokens.to(self.device)
@@ -194,7 +194,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
             self._labels += int(count_labels(batch.labels))
 
-    def set_dataiterator(self, iterator: Iterator[MicroBatch | Tensor] | None) -> None:
+    def set_dataiterator(self, iterator: Iterator[MicroBatch] | None) -> None:
         """Set where micro-batches come from, on every stage; DeepSpeed keeps it on the first and the last one only."""
         self.training_dataloader = None
         self.data_iterator = iterator
@@ -207,7 +207,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
     def _exec_recv_activations(self, buffer_id: int) -> None:
         assert self.before is not None
         if self.separate_documents and not self.is_last_stage():  # the schedule lets only the outer stages load
-            self._load_documents(buffer_id, MicroBatch.of(self._next_batch()))
+            self._load_documents(buffer_id, self._next_batch())
         packed = self.before.activations.receive()
         handover = self._format.unpack(packed, self._plan_of(buffer_id).entering)
         for tensor in handover.tensors():
@@ -307,7 +307,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         return square, positions_of_all / labels if labels else 0.0
 
     def _aggregate_total_loss(self) -> Tensor:
-        """What `train_batch` returns; the optimizer step has found it already."""
+        """The mean loss, which `train_batch` returns; the optimizer step has found it already."""
         return torch.tensor(self._mean_loss, dtype=torch.float64)
 
     def _reduce_outputs(self, outputs: list[Tensor], **kwargs: Any) -> list[Tensor]:
@@ -315,7 +315,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         return outputs
 
     def _bcast_pipe_scalar(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What `eval_batch` returns."""
+        """The mean loss, which `eval_batch` returns; the same on all ranks."""
         self._sum_over_batch()
         return torch.tensor(self._mean_loss, dtype=torch.float64)
 
@@ -332,7 +332,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.copy_tied_weights(self.module.get_tied_weights_and_groups())
 
     def _skip_model_step(self) -> None:
-        """All that a step does except the update."""
+        """Do all that a step does except the update."""
         drop_gradients(self.optimizer)
         if self.zero_optimization() or self.bfloat16_enabled():
             self.optimizer.zero_grad()
@@ -363,7 +363,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
 
 def parameter_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
-    """Matrices are decayed, norms and biases are not (`weight_decay: 0` overrides the optimizer's)."""
+    """Parameter groups: matrices are decayed, norms and biases not (`weight_decay: 0` overrides the optimizer's)."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2]},

@@ -71,8 +71,8 @@ def clip_by_global_norm(module: nn.Module, max_norm: float, group: dist.ProcessG
 def drop_gradients(optimizer: Any) -> None:
     """Forget the gradients of a step, as DeepSpeed's optimizers do with those that overflow.
 
-    What they have of it is inside their `step`, except ZeRO-3's. The other optimizers, torch's and the one of bf16 with
-    ZeRO-1, hold nothing that the engine does not clear after every step.
+    Their own code for it is inside their `step`, except ZeRO-3's. The other optimizers, torch's and the one of bf16
+    with ZeRO-1, hold nothing that the engine does not clear after every step.
     """
     if hasattr(optimizer, "_overflow_clean_up"):  # ZeRO-3
         optimizer._pre_step()

@@ -35,17 +35,17 @@ class Partition:
     flat: nn.Parameter | Tensor
     """What the optimizer updates, and its key for the moments."""
     offset: int
-    """Where this weight's elements begin in it."""
+    """Where this weight's elements begin in `flat`."""
     count: int
     start: int
-    """Which element of the flattened parameter the first of them is."""
+    """Index of the first of these elements in the flattened parameter."""
 
     def master(self) -> Tensor:
         """The weights, flat [count], a view; fp32 unless the parameter is its own master."""
         return self.flat.detach().view(-1).narrow(0, self.offset, self.count)
 
     def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
-        """Adam's `exp_avg` or `exp_avg_sq` of them, flat [count], a view."""
+        """Adam's `exp_avg` or `exp_avg_sq` of these elements, flat [count], a view."""
         return optimizer.state[self.flat][key].view(-1).narrow(0, self.offset, self.count)
 
     def pieces(self, flat: Tensor) -> list[Piece]:
@@ -57,7 +57,7 @@ def partitions(engine: RoutedPipelineEngine) -> Iterator[Partition]:
     """This rank's partitions of all its weights; weights of which it holds no element are left out."""
     optimizer, shards = engine.optimizer, engine.stage.shards
     for name, parameter in engine.stage.decoder.named_parameters():
-        p: Any = parameter  # with what DeepSpeed hangs on it
+        p: Any = parameter  # with the attributes that DeepSpeed adds
         if hasattr(p, "ds_id"):  # ZeRO-3
             group, offset, count = optimizer.grad_position[optimizer.get_param_id(p)]
             start = p.ds_tensor.ds_numel * engine.mesh.dp_rank
@@ -79,7 +79,7 @@ def partitions(engine: RoutedPipelineEngine) -> Iterator[Partition]:
 
 
 def state_to_save(engine: RoutedPipelineEngine) -> Pieces:
-    """Weights, and moments if there are any, that this rank stands for: of what several ranks hold, one rank's."""
+    """The weights, and moments if there are any, that this rank saves: what several ranks hold is saved by one."""
     return _pieces([p for p in partitions(engine) if p.shard.primary], engine.basic_optimizer)
 
 

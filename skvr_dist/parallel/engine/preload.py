@@ -1,3 +1,3 @@
-"""Imports what making an engine imports otherwise, for seconds on every rank: for servers that fork ranks."""
+"""Imports ahead what building an engine would import on every rank, for seconds: for servers that fork ranks."""
 
 import torch._dynamo  # noqa: F401  torch's optimizers

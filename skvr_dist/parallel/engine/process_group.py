@@ -111,7 +111,7 @@ register_rendezvous_handler(_RUN_SCHEME, _join_run)
 
 
 def use_timeout(timeout: timedelta) -> None:
-    """Let groups that are made from now on, by DeepSpeed too, wait no longer; by default some wait for half an hour."""
+    """Set the time-out of groups made from now on, DeepSpeed's too; by default some wait for half an hour."""
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
 
 

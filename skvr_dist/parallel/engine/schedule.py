@@ -28,9 +28,9 @@ def sends_first(steps: Iterable[list[PipeInstruction]]) -> Iterator[list[PipeIns
     # earlier steps only.
     #
     # Nor does a receive that is posted one ahead hold up what it waits for, should it hold this stage (see
-    # `Channel.expect`) while the neighbour goes on. Take one posted in step t of a
-    # training schedule, for step t + 2: the neighbour computes its tensor in step t + 1 and until then needs what this
-    # stage sends it in steps up to t + 1. It sends to this neighbour in every other step only, like step t, and in
-    # step t before the receive was posted. An evaluation's tensors only come from earlier stages.
+    # `Channel.expect`) while the neighbour continues. Take one posted in step t of a training schedule, for step t + 2:
+    # the neighbour computes its tensor in step t + 1 and until then needs what this stage sends it in steps up to
+    # t + 1. This stage sends to it in every other step only, like step t, and in step t before the receive was posted.
+    # An evaluation's tensors only come from earlier stages.
     for step in steps:
         yield sorted(step, key=lambda instruction: not isinstance(instruction, SendActivation | SendGrad))

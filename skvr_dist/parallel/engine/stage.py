@@ -82,8 +82,8 @@ class StageModule(PipelineModule):
             documents: int [B, S], if attention stays within documents.
 
         Returns:
-            on the last stage the sum of the labels' cross entropy, over B x S: the mean if no label is ignored; on the
-            others what the next stage gets.
+            on the last stage the sum of the labels' cross entropy divided by B x S (the mean, if no label is ignored);
+            on the others what the next stage gets.
         """
         if isinstance(inputs, Handover):
             hidden, received = inputs.hidden, inputs.kv
@@ -91,8 +91,8 @@ class StageModule(PipelineModule):
             hidden, received = self.decoder.embed(inputs), {}
         hidden, known = self.decoder.run_layers(hidden, donors, received, documents=documents)
         if labels is not None:
-            # Not over the number of its labels: what a token weighs must not depend on the micro-batch it is in. That
-            # the step divides by, once it is known (`RoutedPipelineEngine`).
+            # Not divided by the number of labels: the weight of a token must not depend on its micro-batch. The step
+            # corrects for the labels of the whole batch, once they are counted (`RoutedPipelineEngine`).
             return self.decoder.summed_loss(hidden, labels) / labels.numel()
         return Handover(hidden, {layer: known[layer] for layer in leaving})
 

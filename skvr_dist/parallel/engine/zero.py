@@ -6,8 +6,8 @@ Nothing in their optimizers forbids it. What is missing is done here:
 * ZeRO-2 fills its buckets in the order in which gradients appear. That order depends on the routing, which differs
   between replicas: they would add gradients of different parameters;
 * ZeRO-3 compares the order of its modules over all ranks of the world, but stages hold different modules;
-* the stages that share a tied embedding add its gradients up. They are where the optimizer will look for them: with
-  ZeRO-3 in a partition, with ZeRO-1 in another place for each precision;
+* the stages that share a tied embedding add its gradients up, where the optimizer will look for them: with ZeRO-3 in
+  a partition, with ZeRO-1 in another place for each precision;
 * those stages must hold the same weight after any number of steps, to the last bit.
 
 What concerns the modules of a stage is done in `StageModule`: which parameters count in the gradient norm on which
@@ -30,7 +30,7 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from skvr_dist.parallel.mesh import agree
 
 TiedWeights = list[tuple[torch.nn.Parameter, dist.ProcessGroup]]
-"""What the first and the last stage share, with the group of both."""
+"""Weights that the first and the last stage share, each with the group of its two ranks."""
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ class ZeroPipelineEngine(pipe_engine.PipelineEngine):
         return bool(self.zero_optimization_partition_gradients())
 
     def begin_backward(self, micro_batch: int, last: bool) -> None:
-        """Before the backward pass of one of a step's micro-batches, counted from 0 on this rank."""
+        """Prepare for the backward pass of one of a step's micro-batches, counted from 0 on this rank."""
         if self.reduces_in_backward:
             self.enable_backward_allreduce = True  # PipelineEngine turns it off, and reduces at the end of the step
             self._force_grad_boundary = last
@@ -71,7 +71,7 @@ class ZeroPipelineEngine(pipe_engine.PipelineEngine):
             self.optimizer.micro_step_id = micro_batch - counted_up
 
     def end_backward(self) -> None:
-        """After the backward pass that `begin_backward` announced."""
+        """Undo what `begin_backward` set for one backward pass."""
         self._force_grad_boundary = False
 
     def sum_tied_gradients(self, weights: TiedWeights) -> None:

@@ -45,7 +45,7 @@ class Handover:
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """What fixes the shape of everything that crosses, besides the plan."""
+    """The sizes that, with the plan, fix the shape of everything that crosses."""
 
     batch: int
     sequence: int
@@ -108,7 +108,7 @@ class HandoverFormat:
 
 @dataclass(frozen=True)
 class Link:
-    """What runs over one boundary: activations forwards, gradients backwards."""
+    """The two channels of one boundary: activations forwards, gradients backwards."""
 
     activations: Channel
     gradients: Channel
@@ -118,13 +118,13 @@ def connect(mesh: Mesh, dtype: torch.dtype, device: torch.device) -> tuple[Link 
     """This stage's links to the stages before and after it; collective over all ranks."""
     # Making a channel waits for the rank at its other end, and making a group for all ranks. All ranks come to those
     # they take part in in one and the same order: boundary by boundary, activations before gradients. Of the channels
-    # and groups that some rank is waiting for, take the first: whoever is missing there cannot be waiting at a later
-    # one, which it comes to afterwards, nor at an earlier one, since there is none. So it comes, and no ranks wait for
-    # each other in a circle.
+    # and groups that some rank is waiting for, take the first: a rank that is missing there cannot be waiting at a
+    # later one, which it comes to afterwards, nor at an earlier one, since there is none. So it comes, and no ranks
+    # wait for each other in a circle.
     pipes = mesh.pipelines()
 
     def channel(sender: int, receiver: int) -> Channel | None:
-        """From a stage to another, in this rank's pipe; None where this rank is in neither."""
+        """The channel from one stage to another in this rank's pipe; None where this rank is in neither."""
         groups = new_groups([pipe[sender], pipe[receiver]] for pipe in pipes)
         group = next((group for group in groups if group is not None), None)
         if group is None:

@@ -21,7 +21,7 @@ class Channel:
     group wait for each other.
 
     Making one is collective over its two ranks. NCCL connects them when they first use the group, and holds the host
-    of whoever comes first until the other has come too. So that this never happens in the middle of a step, where the
+    of the first to come until the other has come too. So that this never happens in the middle of a step, where the
     other may be waiting for something else of this rank, a channel is used once when it is made.
 
     Args:
@@ -40,7 +40,7 @@ class Channel:
         self._connect()
 
     def _connect(self) -> None:
-        """Carry one element, of no meaning."""
+        """Use the channel once, for a dummy element."""
         if dist.get_rank() == self._sender:
             self.send(torch.zeros(1, dtype=self._dtype, device=self._device))
             self.finish_sends()

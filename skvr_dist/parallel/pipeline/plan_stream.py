@@ -82,5 +82,5 @@ class PlanStream:
         )
 
     def close(self) -> None:
-        """Take the plan that is on its way and will not be used, so that no rank leaves another waiting."""
+        """Receive the plan that is on its way and will not be used, so that no rank leaves another waiting."""
         self._work.wait()
