@@ -112,6 +112,8 @@ def _profiles(texts: list[str], num_layers: int) -> dict[str, str]:
     for name, spec in profiles.items():
         if not name or not spec:
             raise UserError(f"--profile {name}={spec} must look like NAME=STRATEGY, such as half=every:2")
+        if CacheStrategy.is_spec(name):
+            raise UserError(f"--profile {name}={spec}: {name} is a strategy itself; give the profile another name")
         CacheStrategy.parse(spec, num_layers)
     return profiles
 

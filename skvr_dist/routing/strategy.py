@@ -5,13 +5,30 @@ A strategy S always holds layer 0. Layer l reads mu(l) = max{j in S : j <= l} (p
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from skvr_dist.errors import UserError
 
 _SPEC_HELP = "use full, every:G, prefix:M, a list such as 0,4,8, or a named profile"
+
+
+def layer_numbers(given: Any) -> tuple[int, ...]:
+    """Layers as plain numbers, from any sequence of whole ones: lists, ranges, tensors, numpy arrays.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        numbers = given.tolist() if hasattr(given, "tolist") else given
+        if isinstance(numbers, str | bytes) or any(isinstance(number, bool) for number in numbers):
+            raise TypeError
+        return tuple(operator.index(number) for number in numbers)
+    except TypeError:
+        raise UserError(f"{given!r} does not list layers; give their numbers, such as [0, 4, 8]") from None
 
 
 @dataclass(frozen=True)
@@ -26,6 +43,7 @@ class CacheStrategy:
     retained: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "retained", layer_numbers(self.retained))
         if list(self.retained) != sorted(set(self.retained)):
             raise UserError(f"cache strategy {list(self.retained)} must list its layers once each, ascending")
         if not self.retained or self.retained[0] != 0:

@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.flash_on_cpu import give_to_transformers
@@ -266,3 +267,34 @@ def test_warns_of_a_model_that_never_shared(caplog: pytest.LogCaptureFixture) ->
     assert "4 of 7 layers keep a cache, but this checkpoint was not trained with stochastic KV routing" in measured
     assert measured.endswith("measured:\n| every:2 | +0.4 |")
     assert unmeasured.startswith("2 of 7 layers") and unmeasured.endswith("measure it before you use it")
+
+
+@pytest.mark.parametrize("layers", [[0, 2], (0, 2), range(0, 3, 2), torch.tensor([0, 2]), np.array([0, 2])], ids=repr)
+def test_layers_are_taken_from_any_sequence_of_whole_numbers(layers: Any) -> None:
+    model = routed_model(shape_of("qwen3"))
+    model.set_cache_strategy(layers)
+    assert model.retained_layers == (0, 2)
+    model.set_cache_strategy([layer for layer in layers])  # of tensors or numpy's integers  # noqa: C416
+    assert model.retained_layers == (0, 2)
+
+
+@pytest.mark.parametrize("layers", [0, None, 1.5, [0, 1.0], [0, True], [0, "2"], torch.tensor([0.0, 2.0])], ids=repr)
+def test_what_lists_no_layers_is_refused(layers: Any) -> None:
+    with pytest.raises(UserError, match="does not list layers; give their numbers"):
+        routed_model(shape_of("qwen3")).set_cache_strategy(layers)
+
+
+@pytest.mark.parametrize(
+    ("profiles", "message"),
+    [
+        ({"half": "prefix:99"}, "kv_profiles: half cannot be: cache strategy prefix:99 is outside"),
+        ({"half": "every:x"}, "kv_profiles: half cannot be: cannot read cache strategy"),
+        (["every:2"], r"kv_profiles \['every:2'\] must name strategies"),
+    ],
+)
+def test_published_profiles_that_cannot_be_are_refused(profiles: Any, message: str) -> None:
+    config = shape_of("qwen3")
+    model = routed_model(config)
+    model.config.kv_profiles = profiles
+    with pytest.raises(UserError, match=message):
+        model.set_cache_strategy("every:2")

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 from transformers.utils import logging
 
 from skvr_dist.errors import UserError
-from skvr_dist.routing.strategy import CacheStrategy
+from skvr_dist.routing.strategy import CacheStrategy, layer_numbers
 
 logger = logging.get_logger(__name__)
 
@@ -39,12 +39,28 @@ def sources_of(
         kv_source_layers = getattr(config, "kv_source_layers", None)
     layers = config.num_hidden_layers
     if kv_profile is not None:
-        profiles = getattr(config, "kv_profiles", None)
-        sources = CacheStrategy.parse(str(kv_profile), layers, profiles).kv_source_layers
+        sources = CacheStrategy.parse(str(kv_profile), layers, _profiles(config)).kv_source_layers
     else:
         sources = tuple(range(layers)) if kv_source_layers is None else _checked(kv_source_layers, layers)
     _require_stored(config, sources)
     return sources
+
+
+def _profiles(config: PreTrainedConfig) -> dict[str, str]:
+    """The named strategies of a configuration, each of them possible.
+
+    Raises:
+        UserError: one is not.
+    """
+    profiles = getattr(config, "kv_profiles", None) or {}
+    if not isinstance(profiles, dict):
+        raise UserError(f"kv_profiles {profiles!r} must name strategies, as {{'half': 'every:2'}} does")
+    for name, spec in profiles.items():
+        try:
+            CacheStrategy.parse(str(spec), config.num_hidden_layers)
+        except UserError as error:
+            raise UserError(f"kv_profiles: {name} cannot be: {error}") from None
+    return profiles
 
 
 def _require_stored(config: PreTrainedConfig, sources: Sources) -> None:
@@ -58,10 +74,13 @@ def _require_stored(config: PreTrainedConfig, sources: Sources) -> None:
         )
 
 
-def _checked(given: Sequence[int], layers: int) -> Sources:
-    if not isinstance(given, Sequence) or not all(type(source) is int for source in given):
-        raise UserError(f"kv_source_layers {given} must be a list of layer numbers, one for each of {layers} layers")
-    sources = tuple(given)
+def _checked(given: Any, layers: int) -> Sources:
+    try:
+        sources = layer_numbers(given)
+    except UserError:
+        raise UserError(
+            f"kv_source_layers {given!r} must be a list of layer numbers, one for each of {layers} layers"
+        ) from None
     if len(sources) != layers:
         raise UserError(
             f"kv_source_layers names {len(sources)} sources, but the model has {layers} layers; name one for each layer"

@@ -34,7 +34,7 @@ from skvr_dist.hf.model.cache_config import (
     warn_if_untrained,
 )
 from skvr_dist.hf.model.layers import CACHE, CACHE_NAMES, route, take_cache
-from skvr_dist.routing.strategy import CacheStrategy
+from skvr_dist.routing.strategy import CacheStrategy, layer_numbers
 
 logger = logging.get_logger(__name__)
 
@@ -113,7 +113,7 @@ class RoutedForCausalLM:
         if isinstance(strategy, str):
             sources = sources_of(self.config, kv_profile=strategy)
         else:
-            chosen = CacheStrategy(self.config.num_hidden_layers, tuple(strategy))
+            chosen = CacheStrategy(self.config.num_hidden_layers, layer_numbers(strategy))
             sources = sources_of(self.config, kv_source_layers=chosen.kv_source_layers)
         self._set_sources(sources)
 

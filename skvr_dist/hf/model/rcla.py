@@ -8,6 +8,7 @@ a gradient in every pass, zero where routing left it out, as DDP and FSDP expect
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 import torch.distributed as dist
@@ -71,17 +72,26 @@ def enable_rcla(
         the draw, for those who save and restore its position.
 
     Raises:
-        UserError: there is no such model, or the probability or policy is impossible.
+        UserError: there is no such model, it was pruned, or the probability, policy or seed is impossible.
     """
-    if policy not in _POLICIES or not 0 <= cross_layer_prob <= 1:
+    is_number = isinstance(cross_layer_prob, Real) and not isinstance(cross_layer_prob, bool)
+    if policy not in _POLICIES or not is_number or not 0 <= cross_layer_prob <= 1:
         raise UserError(
             f"enable_rcla with policy {policy} and cross_layer_prob {cross_layer_prob}: the policy must be "
             f"{' or '.join(_POLICIES)}, the probability between 0 and 1"
         )
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        raise UserError(f"enable_rcla with seed {seed!r}: it must be a whole number from 0 to 2**63 - 1")
     require_working_transformers()
     base = route(model)
-    routing = RoutingConfig(policy=policy, cross_layer_prob=float(cross_layer_prob))  # type: ignore[arg-type]
-    base.draw_sources = DonorDraw(base, routing, seed)
+    stored = getattr(base.config, "kv_pruned_to", None)
+    if stored:
+        raise UserError(
+            f"this checkpoint was pruned to layers {list(stored)}: its other layers have no keys and values to train; "
+            f"load the whole checkpoint"
+        )
+    routing = RoutingConfig(policy=policy, cross_layer_prob=float(cross_layer_prob))
+    base.draw_sources = DonorDraw(base, routing, int(seed))
     base.config.kv_training = routing.model_dump(exclude_none=True)
     for layer in base.layers:
         layer.self_attn.unread = zero_gradients
