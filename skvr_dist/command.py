@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import errno
 import io
-import json
 import logging
-import math
 import os
 import select
 import sys
@@ -26,14 +24,14 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from skvr_dist.cluster.launcher import LOCAL_RANK_VARIABLES, announced_rank, announced_world_size
 from skvr_dist.config.presets import find_configs
 from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, UserError
-from skvr_dist.files import prove_writable, write_whole
+from skvr_dist.files import as_json, prove_writable, write_whole
 
 EXIT_UNFORESEEN = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -145,25 +143,12 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def write_json(file: Path, record: Any) -> None:
-    """Write figures as JSON that every reader takes (RFC 8259): what is not a finite number becomes null.
-
-    Args:
-        record: made of dictionaries, sequences, dataclasses and scalars.
+    """Write figures as JSON, as `skvr_dist.files.as_json` makes it.
 
     Raises:
         UserError: the file cannot be written.
     """
-    write_whole(file, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_whole(file, as_json(record, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import math
 import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from skvr_dist.errors import UserError
 
@@ -72,6 +76,25 @@ def sha256_of(file: str | Path) -> str:
         while block := opened.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def as_json(record: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes (RFC 8259): what is not a finite number becomes null.
+
+    Args:
+        record: made of dictionaries, sequences, dataclasses and scalars.
+    """
+    return json.dumps(_finite(record), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from skvr_dist.errors import UserError
 from skvr_dist.files import (
+    as_json,
     local_path,
     prove_folder,
     prove_writable,
@@ -147,3 +148,8 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "full/already").touch()
     with pytest.raises(UserError, match="exists and is not an empty folder; choose another one, or remove it first"):
         require_free(tmp_path / "full")
+
+
+def test_json_is_what_every_reader_takes() -> None:
+    record = {"norm": float("nan"), "loss": [float("inf"), 1.5], "step": 3}
+    assert as_json(record) == '{"norm": null, "loss": [null, 1.5], "step": 3}'

@@ -39,6 +39,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, sha256_of, write_whole
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.run.folder import RunFolder
+from skvr_dist.section import in_words
 
 CONFIG_FILE, FACTS_FILE, TOKENIZER_FILE, LATEST_FILE = "config.yaml", "checkpoint.json", "tokenizer.model", "latest"
 IMPORTED_TOKENIZER_FILE = "tokenizer.json"
@@ -191,7 +192,8 @@ class Checkpoint:
         except OSError as error:
             raise UserError(self._unreadable(error)) from None
         except (ValueError, KeyError, yaml.YAMLError, ValidationError) as error:
-            raise UserError(f"checkpoint {folder} is damaged ({' '.join(str(error).split())}); use another") from None
+            reason = in_words(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+            raise UserError(f"checkpoint {folder} is damaged ({reason}); use another") from None
         if verify:
             damaged = [name for name, facts in self.files.items() if sha256_of(folder / name) != facts["sha256"]]
             if damaged:

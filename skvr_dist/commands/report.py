@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from skvr_dist.command import at_least, new_parser, parse, run_command
+from skvr_dist.files import prove_folder
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def run() -> None:
     report = write_report(
         options.standard,
         options.routed,
-        options.output,
+        prove_folder(options.output),
         strategies=options.strategies or DEFAULT_STRATEGIES,
         sequences=options.sequences,
         prompt=options.prompt,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from skvr_dist.command import add_json, new_parser, parse, run_command, write_json
+from skvr_dist.command import add_json, at_least, new_parser, parse, run_command, write_json
 from skvr_dist.errors import UserError
 from skvr_dist.files import prove_writable
 
@@ -27,7 +27,9 @@ def run() -> None:
     parser.add_argument("--strategies", nargs="+", metavar="S", help="cache strategies (default: five)")
     parser.add_argument("--sequences", type=int, default=256, help="held-out sequences (default: 256)")
     parser.add_argument("--data", metavar="FOLDER", help="another held-out data set than the run's")
-    parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens per sequence (default: the run's)")
+    parser.add_argument(
+        "--sequence-length", type=at_least(1), metavar="N", help="tokens per sequence (default: the run's)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
     parser.add_argument("--device", help="where to compute (default: a GPU if there is one)")
     add_json(parser, "default: retention.json in the checkpoint")
@@ -42,6 +44,11 @@ def run() -> None:
     from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES, HeldOutData, evaluate_checkpoint
     from skvr_dist.evaluate.retention import RETENTION_FILE, as_table, plot
 
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of a build without CUDA
+        raise UserError(f"--device {device} is not to be had here ({str(error).splitlines()[0]}); use cpu") from None
     checkpoint = Checkpoint(options.checkpoint)
     if (options.data or options.sequence_length) and checkpoint.is_trained and not options.json:
         parser.error(
@@ -55,7 +62,7 @@ def run() -> None:
         options.strategies or DEFAULT_STRATEGIES,
         sequences=options.sequences,
         batch_size=options.batch_size,
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
     )
     curves = {f"step {checkpoint.step}": measurement.points}
     record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, **measurement.record()}

@@ -18,6 +18,9 @@ from skvr_dist.routing import CacheStrategy
 DEFAULT_STRATEGIES = ("full", "every:2", "every:3", "every:4", "every:8")
 
 
+_USUAL_LENGTH = 1024  # tokens per sequence, where neither the checkpoint nor the caller names another
+
+
 @dataclass(frozen=True)
 class HeldOutData:
     """The data set that a checkpoint is measured over, and how it is cut into sequences."""
@@ -41,15 +44,13 @@ class HeldOutData:
         """
         own = checkpoint.config.data
         location = own.validation if data is None else data
-        length = own.sequence_length if sequence_length is None else sequence_length
-        given = {"--data FOLDER": location, "--sequence-length N": length}
-        if missing := [option for option, value in given.items() if value is None]:
+        if location is None:
             raise UserError(
-                f"checkpoint {checkpoint.folder} names no held-out data, for it was imported; give "
-                f"{' and '.join(missing)} (tools/prepare_data.py --tokenizer {checkpoint.folder} makes a data set)"
+                f"checkpoint {checkpoint.folder} names no held-out data, for it was imported; give --data FOLDER "
+                f"(tools/prepare_data.py --tokenizer {checkpoint.folder} makes a data set)"
             )
-        assert location is not None and length is not None
         longest = checkpoint.model_config.max_position_embeddings
+        length = sequence_length or own.sequence_length or min(longest, _USUAL_LENGTH)
         if not 0 < length <= longest:
             raise UserError(f"the sequence length {length} must be between 1 and max_position_embeddings {longest}")
         return cls(Dataset.open(location), length, own.documents == "separate")

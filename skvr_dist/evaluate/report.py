@@ -50,7 +50,7 @@ class RunSummary:
     def of(cls, label: str, run: Path, measurement: Measurement) -> RunSummary:
         """Summarise a run (or an import) from its latest checkpoint and its metrics."""
         checkpoint = Checkpoint(run)
-        steps = _training_records(run)
+        steps = _training_records(run, checkpoint)
         crossing = [sum(v for tag, v in r.items() if tag.startswith("pipeline/crossing_bytes")) for r in steps]
         return cls(
             label=label,
@@ -142,8 +142,17 @@ def _record(runs: Sequence[RunSummary], samples: Sequence[dict[str, Any]]) -> di
     }
 
 
-def _training_records(run: Path) -> list[dict[str, float]]:
-    return [record for record in RunFolder(run).metric_records() if "train/loss" in record]
+def _training_records(run: Path, checkpoint: Checkpoint) -> list[dict[str, float]]:
+    """What a run logged of its steps; nothing for an import.
+
+    Raises:
+        UserError: a run of ours logged none here.
+    """
+    folder = RunFolder(run)
+    steps = [record for record in folder.metric_records() if "train/loss" in record]
+    if checkpoint.is_trained and not steps:
+        raise UserError(f"{folder.metrics} logs no step, and the report compares speeds; give the folder of a run")
+    return steps
 
 
 def _require_comparable(a: Checkpoint, b: Checkpoint) -> None:

@@ -29,8 +29,8 @@ def describe(config: Config, world_size: int) -> str:
     """
     replicas = data_parallel_size(config, world_size)
     inputs = open_inputs(config, world_size)
-    resumed = preview_resume(config, inputs.sequences.fingerprint())
     RunFolder(config.train.output_dir).prove_writable()
+    resumed = preview_resume(config, inputs.sequences.fingerprint())
     bounds = stage_bounds(config.model, config.parallel)
     layers = config.model.num_hidden_layers
     plans = [plan_of_step(config, step) for step in range(max(1, _ROWS // config.num_micro_batches))]

@@ -93,10 +93,10 @@ def start(config: Config) -> Run:
     """Do everything that comes before the first step; collective."""
     inputs = open_inputs(config, announced_world_size())
     fingerprint = inputs.sequences.fingerprint()
-    preview_resume(config, fingerprint)
     folder = RunFolder(config.train.output_dir)
     if announced_rank() == 0:
         folder.prove_writable()
+    preview_resume(config, fingerprint)
     join_run(config, folder)
     mesh = Mesh.build(config.parallel, config.model)
     sections = {f"section {name}": section for name, section in config.model_dump().items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from skvr_dist.files import write_whole
+from skvr_dist.files import as_json, naming_failure, write_whole
 from skvr_dist.run.folder import RunFolder
 
 Values = dict[str, float]
@@ -37,6 +37,7 @@ class Reporter:
             self._writer = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
             metrics, kept = folder.metrics, _kept_records(folder.metrics, first_step)
             write_whole(metrics, "".join(kept))
+            self._metrics_file = metrics
             self._metrics = metrics.open("a", encoding="utf-8")
             self._evaluated = {json.loads(line)["step"] for line in kept if '"evaluate/' in line}
             # The bar is for terminals; the lines below carry the time left everywhere else.
@@ -74,8 +75,9 @@ class Reporter:
     def _record(self, step: int, values: Values) -> None:
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
+        with naming_failure(self._metrics_file):
+            self._metrics.write(as_json({"step": step, **values}) + "\n")
+            self._metrics.flush()
 
     def _time_left(self, step: int) -> str:
         done = step - self._first_step

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
@@ -25,6 +26,7 @@ from skvr_dist.hf.convert.model_config import hf_config
 from skvr_dist.hf.convert.tokenizer import copy_tokenizer, write_tokenizer
 from skvr_dist.hf.convert.weights import hf_name, parameter_shapes
 from skvr_dist.model.rope import inverse_frequencies
+from skvr_dist.section import in_words
 
 # Keys under the architecture's name that are read, or that say again what the others say.
 _CONTEXT, _LAYERS, _HIDDEN, _FEED_FORWARD = "context_length", "block_count", "embedding_length", "feed_forward_length"
@@ -193,7 +195,7 @@ class GGUFFile:
                 tie_word_embeddings="output.weight" not in self._tensors,
             )
         except (ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
+            reason = in_words(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
             raise UserError(f"{self.file} is not a model that can be trained here: {reason}") from None
         if _ROPE_FACTORS not in self._tensors:
             return config

@@ -163,7 +163,7 @@ def _local_folder(source: str) -> Path:
 def _published_config(folder: Path) -> ModelConfig:
     try:
         published = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         files = sorted(file.name for file in folder.glob("*.gguf"))
         if files and not (folder / "config.json").exists():
             raise UserError(f"{folder} holds GGUF files; name the one to import, such as {folder / files[0]}") from None

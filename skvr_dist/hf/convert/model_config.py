@@ -15,6 +15,7 @@ from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig, RopeScaling
 from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy
+from skvr_dist.section import in_words
 
 # Fields with the same name and meaning on both sides.
 _SHARED = {
@@ -103,7 +104,8 @@ def model_config(config: PreTrainedConfig) -> ModelConfig:
         )
     except ValidationError as error:
         raise UserError(
-            f"the checkpoint's config.json is not one of a trainable {family.name} model: {error}"
+            f"the checkpoint's config.json is not one of a trainable {family.name} model: {in_words(error)}; use the "
+            f"config.json that belongs to the weights"
         ) from None
 
 
