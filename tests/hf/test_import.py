@@ -220,7 +220,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "null": (lambda f: (f / "config.json").write_text("null"), r"cannot read .*/config.json \("),
     "heads": (
         edit_config(num_key_value_heads=3),
-        r"trainable llama model: num_attention_heads 4 must be a multiple of num_key_value_heads 3; use the config.json",
+        r"llama model: num_attention_heads 4 must be a multiple of num_key_value_heads 3; use the config.json that",
     ),
     "quantized": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), r"is quantized and cannot be"),
     "activation": (edit_config(hidden_act="gelu"), r"has hidden_act gelu, which our decoder has not"),
