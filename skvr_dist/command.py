@@ -21,6 +21,7 @@ import os
 import select
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -38,6 +39,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE
 
 _LOCAL_RANK_OPTIONS = ("--local_rank=", "--local-rank=")
+_SECONDS_FOR_THE_FIRST_RANK = 15.0
 
 
 class Subcommand(Protocol):
@@ -190,7 +192,7 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
     Args:
         main: reads `sys.argv`; returns the exit code, None for 0.
         over_ranks: launchers start it once per rank, and all ranks meet the same mistake until they join their
-            process group: then only the first rank of each host says it.
+            process group: then the first rank of each host says it, and its launcher ends the others.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file need not be text, a terminal not know every letter
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -204,7 +206,11 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
     except BaseException as error:
         code, sentence = _ending_of(error)
         one_rank = isinstance(error, OneRankError) or code == EXIT_UNFORESEEN
-        if sentence and (one_rank or not (over_ranks and _said_by_another_rank())):
+        if sentence and not one_rank and over_ranks and _said_by_another_rank():
+            # A launcher ends all ranks as soon as one has ended: that must be the one that says why. If this one still
+            # lives after that, it has met something of its own.
+            time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
+        if sentence:
             with suppress(OSError):  # nobody may be reading stderr either
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
         _leave_stdout()

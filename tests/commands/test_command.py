@@ -121,11 +121,24 @@ def test_a_broken_connection_is_no_closed_pipe(tmp_path: Path) -> None:
     assert code == 70 and "BrokenPipeError" in stderr
 
 
-def test_one_rank_of_a_host_speaks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names", [("LOCAL_RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE")]
+)
+def test_the_first_rank_of_a_host_speaks_first(tmp_path: Path, names: tuple[str, str]) -> None:
+    """A launcher ends all ranks when one has ended, so the others wait with their end."""
     ranked = script(tmp_path, "raise UserError('all meet this')", "run_command(main, over_ranks=True)")
-    assert ended(ranked, LOCAL_RANK="1", WORLD_SIZE="2") == (2, "", "")
-    assert ended(ranked, LOCAL_RANK="0", WORLD_SIZE="2")[2] == "error: all meet this\n"
-    assert ended(ranked, OMPI_COMM_WORLD_LOCAL_RANK="1", OMPI_COMM_WORLD_SIZE="2") == (2, "", "")
+    ranks = []
+    for rank in ("1", "0"):
+        variables = environment(**dict(zip(names, (rank, "2"), strict=True)))
+        ranks.append(subprocess.Popen(ranked, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True))
+    assert ranks[1].communicate(timeout=60)[1] == "error: all meet this\n"
+    assert ranks[0].poll() is None
+    ranks[0].terminate()
+    assert ranks[0].communicate(timeout=60)[1] == ""
+
+
+def test_who_is_no_rank_speaks(tmp_path: Path) -> None:
+    ranked = script(tmp_path, "raise UserError('all meet this')", "run_command(main, over_ranks=True)")
     # One variable that is left over makes no rank, and a tool that does not run over ranks has none.
     assert ended(ranked, LOCAL_RANK="1")[2] == "error: all meet this\n"
     assert ended(ranked, LOCAL_RANK="1", WORLD_SIZE="1")[2] == "error: all meet this\n"
