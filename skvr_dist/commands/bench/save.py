@@ -27,6 +27,7 @@ from skvr_dist.command import (
     conclude,
     exit_code_of,
 )
+from skvr_dist.errors import UserError
 from skvr_dist.files import prove_folder
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ def run(options: Namespace) -> int:
     """Measure, over all ranks; returns the exit code."""
     if options.folder is not None:
         options.folder = prove_folder(options.folder)
-        options.folder.mkdir(parents=True, exist_ok=True)
+        if not options.folder.is_dir():
+            raise UserError(
+                f"--folder {options.folder} is not there; make it first, on the disk that is to be measured"
+            )
 
     from skvr_dist.cluster.launcher import announced_world_size
     from skvr_dist.config.layouts import data_parallel_size
