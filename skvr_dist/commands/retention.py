@@ -3,7 +3,7 @@
     skvr-retention runs/quickstart/routed --strategies full every:2 every:4
 
 CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. One that was imported has no
-held-out data of its own: give it with --data and --sequence-length.
+held-out data of its own: give it with --data, and sequences of another length than 1024 with --sequence-length.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ from skvr_dist.evaluate.retention import RetentionPoint, retention_curve
 from skvr_dist.routing import CacheStrategy
 
 DEFAULT_STRATEGIES = ("full", "every:2", "every:3", "every:4", "every:8")
-
-
 _USUAL_LENGTH = 1024  # tokens per sequence, where neither the checkpoint nor the caller names another
 
 
@@ -35,11 +33,12 @@ class HeldOutData:
         """A checkpoint's own held-out data, or what is given instead; an import has none of its own.
 
         Args:
-            data: location of a data set.
-            sequence_length: tokens to predict per sequence.
+            data: location of a data set; None takes the checkpoint's.
+            sequence_length: tokens to predict per sequence; None takes the checkpoint's, or for an import 1024, or as
+                many as its model can read.
 
         Raises:
-            UserError: neither the checkpoint nor the caller names them; there is no data set; or sequences are longer
+            UserError: neither the checkpoint nor the caller names a data set; there is none; or sequences are longer
                 than the model's.
         """
         own = checkpoint.config.data
