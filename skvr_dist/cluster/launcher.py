@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 
 from skvr_dist.errors import UserError
@@ -12,6 +14,8 @@ _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+# Above the ports of common services, below those that Linux hands out (ip_local_port_range begins at 32768).
+_PORTS = range(10_000, 32_768)
 
 
 def was_launched() -> bool:
@@ -35,10 +39,18 @@ def announced_local_size() -> int:
 
 
 def free_port() -> int:
-    """A port of this host that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this host that nothing listens on, and that the system gives to nobody by itself.
+
+    A port of the system's choice (port 0) would be one that it may hand to any connection opened before a rank listens.
+
+    Raises:
+        UserError: none of many is free.
+    """
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError(f"none of 100 ports in {_PORTS} is free; name one that is in MASTER_PORT")
 
 
 def _first_number(variables: tuple[str, ...], otherwise: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.model_executor.models.llama import LlamaAttention
 
+from skvr_dist.cluster.launcher import free_port
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.prepare.corpus import Document
 from skvr_dist.data.tokenizers.train import train_tokenizer
@@ -239,9 +239,7 @@ def test_attention_of_another_version_is_refused() -> None:
 @pytest.fixture
 def server(exports: Mapping[str, Path], tmp_path: Path) -> Iterator[str]:
     """The address of a server with the OpenAI interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = [
         "--model",
         str(exports["qwen3"]),
