@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_routing import ROUTINGS
+from support.routings import ROUTINGS
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.lab.verify import draws

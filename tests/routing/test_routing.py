@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.routings import ROUTINGS
 
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify import cases
@@ -24,13 +25,6 @@ from skvr_dist.routing import (
 )
 from skvr_dist.routing.policies import PolicyName
 
-PARAMETERS = {"cross_layer_prob": st.floats(0, 1), "window": st.integers(1, 40), "group_size": st.integers(2, 40)}
-ROUTINGS = st.one_of(
-    *(
-        st.builds(RoutingConfig, policy=st.just(name), **{each: PARAMETERS[each] for each in policy.parameters})
-        for name, policy in POLICIES.items()
-    )
-)
 LAYERS = st.integers(1, 30)
 DONOR_ROWS = LAYERS.flatmap(lambda n: st.tuples(*(st.integers(0, layer) for layer in range(n))))
 RETAINED = LAYERS.flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)).map(lambda s: s | {0})))
