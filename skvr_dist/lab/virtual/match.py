@@ -11,7 +11,7 @@ others have come to theirs, as NCCL connects (`skvr_dist.lab.verify.first_use`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from skvr_dist.lab.virtual.record import Event, Operation, Wait
@@ -33,7 +33,7 @@ class _Player:
         return self.position == len(self.events)
 
 
-def play(records: dict[int, Sequence[Event]], *, first_use: bool) -> list[str]:
+def play(records: Mapping[int, Sequence[Event]], *, first_use: bool) -> list[str]:
     """What is wrong with the records, in sentences; nothing if every rank comes to its end.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,33 +12,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
-from torch.utils._python_dispatch import TorchDispatchMode
 
-# c10d's operators, by the names of the functions in torch.distributed that call them.
+# What the methods of a process group begin with (`allgather`, `_allgather_base`, `all_gather_single`: versions differ),
+# and the functions of torch.distributed that call them. The first that fits counts.
 _NAMES = {
-    "allreduce_": "all_reduce",
-    "allreduce_coalesced_": "all_reduce",
-    "broadcast_": "broadcast",
-    "allgather_": "all_gather",
-    "_allgather_base_": "all_gather",
-    "allgather_into_tensor_coalesced_": "all_gather",
-    "reduce_scatter_": "reduce_scatter",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "alltoall_": "all_to_all",
-    "alltoall_base_": "all_to_all",
-    "reduce_": "reduce",
-    "gather_": "gather",
-    "scatter_": "scatter",
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+    "allgather": "all_gather",
+    "all_gather": "all_gather",
+    "alltoall": "all_to_all",
+    "all_to_all": "all_to_all",
+    "reduce_scatter": "reduce_scatter",
+    "reduce": "reduce",
+    "broadcast": "broadcast",
+    "gather": "gather",
+    "scatter": "scatter",
     "barrier": "barrier",
     "send": "send",
-    "recv_": "receive",
+    "recv": "receive",
 }
-_ISSUING = [
-    name
-    for name in vars(dist.ProcessGroup)
-    if name.lstrip("_").startswith(("all", "reduce", "broadcast", "gather", "scatter", "barrier", "send", "recv"))
-]
+
+
+def _name_of(method: str) -> str | None:
+    return next((name for begin, name in _NAMES.items() if method.lstrip("_").startswith(begin)), None)
+
+
+_METHODS = {method: name for method in vars(dist.ProcessGroup) if (name := _name_of(method))}
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Wait:
 Event = Operation | Wait
 
 
-class Recorder(TorchDispatchMode):
+class Recorder:
     """Notes what is asked within, in `events`.
 
     Args:
@@ -84,78 +83,55 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, make_up: bool) -> None:
-        super().__init__()
         self.events: list[Event] = []
         self._make_up = make_up
         self._operations = 0
         self._asked: dict[int, tuple[Any, int]] = {}  # by id of the handle, which is kept so that its id stays its own
-        self._replaced: contextlib.ExitStack | None = None
+        self._originals: list[tuple[type, str, Any]] = []
 
     def __enter__(self) -> Recorder:
-        self._replaced = contextlib.ExitStack()
-        self._replaced.enter_context(self._noting_waits())
-        super().__enter__()
+        for method, name in _METHODS.items():
+            self._replace(dist.ProcessGroup, method, functools.partial(self._asking, name))
+        for kind in (dist.Work, FakeWork):
+            self._replace(kind, "wait", self._waiting)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        assert self._replaced is not None
-        self._replaced.close()
+        for kind, method, original in reversed(self._originals):
+            setattr(kind, method, original)
+        self._originals = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d" and func._opname in _NAMES:
-            self._note(_NAMES[func._opname], args)
-        return result
+    def _replace(self, kind: type, method: str, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._originals.append((kind, method, kind.__dict__[method]))
+        setattr(kind, method, by(getattr(kind, method)))
 
-    def _note(self, name: str, args: tuple[Any, ...]) -> None:
-        group = next(dist.ProcessGroup.unbox(arg) for arg in args if _is_group(arg))
+    def _asking(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            handle = original(group, *args, **kwargs)
+            self._asked[id(handle)] = handle, self._operations
+            self._note(name, group, args)
+            return handle
+
+        return ask
+
+    def _waiting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(handle: dist.Work, *args: Any, **kwargs: Any) -> Any:
+            if id(handle) in self._asked:
+                self.events.append(Wait(self._asked.pop(id(handle))[1]))
+            return original(handle, *args, **kwargs)
+
+        return wait
+
+    def _note(self, name: str, group: dist.ProcessGroup, args: tuple[Any, ...]) -> None:
         ranks = tuple(dist.get_process_group_ranks(group))
-        first = list(_tensors(args[0]))
+        first = list(_tensors(args[0])) if args else []
         put_in = list(_tensors(args[1])) if name in ("all_gather", "reduce_scatter") else first
         if self._make_up:
             _fill(name, first, put_in, ranks)
-        peer = ranks[args[2]] if name in ("send", "receive") else None
-        size = 0 if name == "barrier" else sum(tensor.nbytes for tensor in put_in)
+        peer = ranks[args[1]] if name in ("send", "receive") else None
+        size = sum(tensor.nbytes for tensor in put_in)
         self.events.append(Operation(name, group.group_name, ranks, size, peer, _caller()))
         self._operations += 1
-
-    @contextlib.contextmanager
-    def _noting_waits(self) -> Iterator[None]:
-        """Let the handles of operations tell when somebody waits for them."""
-        originals = {name: dist.ProcessGroup.__dict__[name] for name in _ISSUING}
-        waits = {kind: kind.wait for kind in (dist.Work, FakeWork)}
-
-        def noting(original: Callable[..., Any]) -> Callable[..., Any]:
-            def ask(*args: Any, **kwargs: Any) -> Any:
-                before = self._operations
-                handle = original(*args, **kwargs)
-                if self._operations > before:
-                    self._asked[id(handle)] = handle, self._operations - 1
-                return handle
-
-            return ask
-
-        def note_and_wait(handle: dist.Work, *args: Any) -> Any:
-            if id(handle) in self._asked:
-                self.events.append(Wait(self._asked.pop(id(handle))[1]))
-            return next(waits[kind] for kind in type(handle).__mro__ if kind in waits)(handle, *args)
-
-        try:
-            for name in _ISSUING:
-                setattr(dist.ProcessGroup, name, noting(getattr(dist.ProcessGroup, name)))
-            for kind in waits:
-                setattr(kind, "wait", note_and_wait)  # noqa: B010
-            yield
-        finally:
-            for name, original in originals.items():
-                setattr(dist.ProcessGroup, name, original)
-            for kind, wait in waits.items():
-                setattr(kind, "wait", wait)  # noqa: B010
-
-
-def _is_group(arg: Any) -> bool:
-    return isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith("ProcessGroup")
 
 
 def _tensors(arg: Any) -> Iterator[Tensor]:
