@@ -73,24 +73,15 @@ def _hang_up() -> None:
 
 def _missing_ranks(mesh: Mesh) -> list[int]:
     """Ranks that do not report. The store lives on rank 0, which may end first or be the one that died."""
+    missing = set(range(mesh.world_size)) - {mesh.rank}
+    deadline = time.monotonic() + _ROLL_CALL_SECONDS
     try:
-        return roll_call(distributed_c10d._get_default_store(), mesh.rank, mesh.world_size)
+        store = distributed_c10d._get_default_store()
+        store.set(f"skvr/alive/{mesh.rank}", "yes")
     except RuntimeError:
         return [0]
-
-
-def roll_call(store: dist.Store, rank: int, world_size: int, seconds: float = _ROLL_CALL_SECONDS) -> list[int]:
-    """The ranks that do not report to the store within some seconds; this one reports first.
-
-    All reports are in one value, so that a look at them is one question, however many ranks there are.
-
-    Raises:
-        RuntimeError: the store does not answer.
-    """
-    store.append("skvr/alive", f"{rank} ")  # type: ignore[attr-defined]  # torch's stubs lack it
-    deadline = time.monotonic() + seconds
-    while True:
-        missing = set(range(world_size)) - set(map(int, store.get("skvr/alive").split()))
-        if not missing or time.monotonic() > deadline:
-            return sorted(missing)
-        time.sleep(seconds / 10)
+    with contextlib.suppress(RuntimeError):
+        while missing and time.monotonic() < deadline:
+            missing = {rank for rank in missing if not store.check([f"skvr/alive/{rank}"])}
+            time.sleep(0.1)
+    return sorted(missing)
