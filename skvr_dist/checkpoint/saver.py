@@ -29,6 +29,8 @@ class Saver:
 
     Args:
         checkpoints: the run's folder of checkpoints.
+        group: all ranks, for tensors on the host; nobody else's, because the ranks' threads talk to each other over it
+            while the ranks themselves train.
         config_text: the resolved configuration.
         tokenizer: content of the tokenizer's one file, which goes into each checkpoint; None without one.
         keep_last: newest checkpoints to keep.
@@ -39,6 +41,7 @@ class Saver:
     def __init__(
         self,
         checkpoints: Path,
+        group: dist.ProcessGroup,
         *,
         config_text: str,
         tokenizer: bytes | None,
@@ -50,8 +53,7 @@ class Saver:
         self._config_text = config_text
         self._tokenizer = tokenizer
         self._keep: dict[str, Any] = {"keep_last": keep_last, "keep_every_steps": keep_every_steps}
-        # The thread talks to those of the other ranks while the ranks themselves train.
-        self._group = dist.new_group(backend="gloo")
+        self._group = group
         self._bytes_per_second = 1e6 * megabytes_per_second if megabytes_per_second else math.inf
         self._awaited = threading.Event()
         self._copied: Pieces = {}

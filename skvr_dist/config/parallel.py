@@ -39,4 +39,4 @@ class ParallelConfig(Section):
     timeout_seconds: float = Field(default=600.0, gt=0, le=10**7)
     """Longest wait for another rank; then the run ends and names it."""
     verify_plan_every_steps: int = Field(default=100, gt=0, le=10**9)
-    """How often all ranks compare their routing plans, besides the first steps."""
+    """Of no effect, kept so that older configurations load: every rank compares every plan with its own draw."""

@@ -55,7 +55,7 @@ class Mesh:
             "cuda" if dist.get_backend() == "nccl" else "cpu",
             (pp_size, dp_size, tp_size),
             mesh_dim_names=AXES,
-            backend_override={"dp": "gloo"},
+            backend_override={"dp": _host_backend()},
         )
         copies = tp_size // model.num_key_value_heads  # ranks of one key/value head
         return cls(
@@ -70,7 +70,7 @@ class Mesh:
             tp_group=devices.get_group("tp"),
             kv_group=own_group(devices.mesh.view(-1, copies).tolist()) if copies > 1 else None,
             dp_group=devices.get_group("dp"),
-            host_group=dist.new_group(backend="gloo"),
+            host_group=new_host_group(),
         )
 
     @property
@@ -126,6 +126,16 @@ def agree(data: bytes, group: dist.ProcessGroup) -> bool:
     extremes = torch.tensor([number, -number])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     return bool(extremes[0] == -extremes[1])
+
+
+def new_host_group() -> dist.ProcessGroup:
+    """A group of all ranks for tensors on the host; collective."""
+    return dist.new_group(backend=_host_backend())
+
+
+def _host_backend() -> str:
+    """gloo, but for a process group that is none of this world's (`skvr_dist.lab.virtual`): its groups are like it."""
+    return "gloo" if dist.get_backend() in ("gloo", "nccl") else dist.get_backend()
 
 
 def own_group(rank_lists: Iterable[list[int]], backend: str | None = None) -> dist.ProcessGroup:

@@ -14,7 +14,7 @@ from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.stage import StageModule
 from skvr_dist.parallel.guard import UpdateGuard
-from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.mesh import Mesh, new_host_group
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.train.optimizer import build_optimizer, build_scheduler
@@ -41,6 +41,7 @@ def build_saver(config: Config) -> Saver:
     """The saver of this run's checkpoints; collective."""
     return Saver(
         RunFolder(config.train.output_dir).checkpoints,
+        new_host_group(),
         config_text=dump_config(config),
         tokenizer=load_tokenizer(config.data.tokenizer).model,
         keep_last=config.checkpoint.keep_last,

@@ -23,10 +23,4 @@ def plan_of_step(config: Config, step: int, routing: RoutingConfig | None = None
 
 def plan_stream(config: Config, mesh: Mesh, first_step: int) -> PlanStream:
     """The plans from step `first_step` on, the same on every rank; collective."""
-    return PlanStream(
-        functools.partial(plan_of_step, config),
-        mesh,
-        shape=(config.num_micro_batches, config.model.num_hidden_layers),
-        first_step=first_step,
-        compare_every_steps=config.parallel.verify_plan_every_steps,
-    )
+    return PlanStream(functools.partial(plan_of_step, config), mesh, first_step=first_step)

@@ -16,7 +16,7 @@ from skvr_dist.config.tree import Config
 from skvr_dist.lab.bench.step import Ratio, random_batches
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.optimizers import state_to_save
-from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.mesh import Mesh, new_host_group
 from skvr_dist.train.plans import plan_of_step
 from skvr_dist.train.state import load_state, progress_facts
 
@@ -47,6 +47,7 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
     batches = random_batches(config)
     saver = Saver(
         folder,
+        new_host_group(),
         config_text=dump_config(config),
         tokenizer=None,
         keep_last=1,

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed import device_mesh, distributed_c10d
 
 _COLLECTIVES = [
     name
@@ -105,9 +105,9 @@ def first_use_blocks(seconds: float = 30.0) -> Iterator[FirstUses]:
     try:
         for name, method in replaced.items():
             setattr(dist.ProcessGroup, name, method)
-        dist.new_group = make_and_note
+        dist.new_group = device_mesh.new_group = make_and_note
         yield uses
     finally:
         for name, method in methods.items():
             setattr(dist.ProcessGroup, name, method)
-        dist.new_group = new_group
+        dist.new_group = device_mesh.new_group = new_group

@@ -49,11 +49,25 @@ def run_ranks(
         RankError: a rank raised, died or took longer than `seconds`; the others are killed.
     """
     port = free_port()
+    calls = [(_rank, (rank, world_size, port, function, args)) for rank in range(world_size)]
+    return _run_processes(calls, seconds, may_die)
+
+
+def run_alone(function: Callable[..., Any], *args: Any, seconds: float = 120.0) -> Any:
+    """Call `function(*args)` in a fresh process without a process group; returns what it returned.
+
+    Raises:
+        RankError: it raised, died or took longer than `seconds`.
+    """
+    return _run_processes([(function, args)], seconds, may_die=False)[0]
+
+
+def _run_processes(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], seconds: float, may_die: bool) -> list[Any]:
     context = _fork_server()
     processes, connections = [], []
-    for rank in range(world_size):
+    for function, args in calls:
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(rank, world_size, port, sender, function, args), daemon=True)
+        process = context.Process(target=_call, args=(sender, function, args), daemon=True)
         process.start()
         sender.close()
         processes.append(process)
@@ -91,9 +105,7 @@ def _collect(connections: list[Connection], seconds: float, may_die: bool) -> li
     return [results[connection] for connection in connections]
 
 
-def _rank(
-    rank: int, world_size: int, port: int, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -101,11 +113,15 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    from skvr_dist.parallel.engine.process_group import start_process_group
+
+    start_process_group()
+    return function(*args)
+
+
+def _call(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     try:
-        from skvr_dist.parallel.engine.process_group import start_process_group
-
-        start_process_group()
         outcome = (False, function(*args))
     except BaseException:
         outcome = (True, traceback.format_exc())

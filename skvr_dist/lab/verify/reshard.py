@@ -20,7 +20,7 @@ from skvr_dist.data.batch import MicroBatch
 from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel.engine.optimizers import state_to_save
-from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.mesh import Mesh, new_host_group
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.train.build import build_engine
 from skvr_dist.train.plans import plan_of_step
@@ -138,7 +138,8 @@ class Trainer:
         self.mesh = Mesh.build(self.config.parallel, self.config.model)
         self.engine = build_engine(self.config, self.mesh)
         keep: dict[str, Any] = {"keep_last": 2, "keep_every_steps": None}
-        self.saver = Saver(RunFolder(folder).checkpoints, config_text=dump_config(self.config), tokenizer=None, **keep)
+        checkpoints, group = RunFolder(folder).checkpoints, new_host_group()
+        self.saver = Saver(checkpoints, group, config_text=dump_config(self.config), tokenizer=None, **keep)
 
     def train(self, steps: range) -> list[float]:
         """Train the given steps, counted from 0; returns their losses."""
