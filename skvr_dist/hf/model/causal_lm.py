@@ -74,7 +74,9 @@ def decoding_error(model: Any, prompt: Tensor, new_tokens: int, **options: Any) 
         **options,
     )
     wanted = model(found.sequences, use_cache=False).logits[0, prompt.shape[1] - 1 : -1].float()
-    return float((torch.cat(found.logits) - wanted).abs().max() / wanted.abs().max())
+    largest = float(wanted.abs().max())
+    difference = float((torch.cat(found.logits) - wanted).abs().max())
+    return difference / largest if largest else difference
 
 
 class RoutedForCausalLM:
