@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from torch import Tensor
 from tqdm import tqdm
 
+from skvr_dist.checkpoint.brought import TEMPLATES_FOLDER, TOKENIZER_FILES
 from skvr_dist.checkpoint.facts import Facts
 from skvr_dist.checkpoint.folder import Checkpoint, partial_folder, publish, step_folder, write_facts
 from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
@@ -33,7 +34,6 @@ from skvr_dist.hf.convert.check import CheckReport, LoadError, check_export
 from skvr_dist.hf.convert.gguf_file import GGUFFile
 from skvr_dist.hf.convert.model_config import hf_config
 from skvr_dist.hf.convert.source_folder import SourceFolder
-from skvr_dist.hf.convert.tokenizer import TOKENIZER_FILES
 from skvr_dist.hf.convert.weights import check_names, hf_name, parameter_shapes
 from skvr_dist.run.folder import RunFolder
 
@@ -109,8 +109,14 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
         digests = _write(partial, shapes, dtypes, original)
         tokenizer = original.write_tokenizer(partial)
         tree = {"model": config.model_dump(), "routing": {"policy": "none"}}
-        facts = Facts(step=0, tokens_seen=0, imported_from=source, dequantized_from=dequantized_from or None)
-        write_facts(partial, config_text=yaml.safe_dump(tree, sort_keys=False), facts=facts, tokenizer=None)
+        facts = Facts(
+            step=0,
+            tokens_seen=0,
+            imported_from=source,
+            dequantized_from=dequantized_from or None,
+            special_ids=original.special_ids or None,
+        )
+        write_facts(partial, config_text=yaml.safe_dump(tree, sort_keys=False), facts=facts, files={})
         final = RunFolder(run).checkpoints / step_folder(0)
         publish(partial, final, digests)
         report = ImportReport(
@@ -138,6 +144,10 @@ def _compare(folder: Path, config: ModelConfig, checkpoint: Checkpoint, loading:
 class _Original(Protocol):
     """The source of an import, by canonical names."""
 
+    @property
+    def special_ids(self) -> dict[str, Any]:
+        """The special tokens that its configuration names, apart from the tokenizer's."""
+
     def names(self) -> list[str]:
         """Names of its weights; in brackets those that have no canonical name, which `check_names` refuses."""
 
@@ -161,7 +171,7 @@ def _local_folder(source: str) -> Path:
         return Path(source)
     if Path(source).exists():
         raise UserError(f"{source} is a file, but no GGUF file; give the folder it is in")
-    wanted = ["*.safetensors", "*.json", *TOKENIZER_FILES]
+    wanted = ["*.safetensors", "*.json", f"{TEMPLATES_FOLDER}/*", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["consolidated*", "original/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

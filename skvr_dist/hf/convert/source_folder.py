@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from skvr_dist.checkpoint.brought import GENERATION_FILE
+from skvr_dist.checkpoint.folder import IMPORTED_TOKENIZER_FILE
 from skvr_dist.errors import UserError
+from skvr_dist.hf.convert.brought_files import add_fast_tokenizer, copy_brought, named_ids, write_generation
 from skvr_dist.hf.convert.model_config import model_config, require_family
-from skvr_dist.hf.convert.tokenizer import copy_tokenizer
 from skvr_dist.hf.convert.weight_files import names_in_file, require_no_adapter, weight_files
 from skvr_dist.hf.convert.weights import hf_name
 
@@ -58,6 +60,11 @@ class SourceFolder:
         del self._place[_HEAD]
 
     @property
+    def special_ids(self) -> dict[str, Any]:
+        """The special tokens that its config.json names."""
+        return named_ids(self.published)
+
+    @property
     def way_out(self) -> str:
         """What to do about weights that are not those of the model."""
         if not self.config.tie_word_embeddings and _HEAD not in self._place and _EMBEDDING in self._place:
@@ -82,9 +89,15 @@ class SourceFolder:
             return opened.get_tensor(stored)
 
     def write_tokenizer(self, folder: Path) -> str:
-        """Copy the files of its tokenizer; returns their names."""
-        copied = copy_tokenizer(self.folder, folder)
-        return f"{', '.join(copied)}, as they are" if copied else "none"
+        """Copy the files of its tokenizer and its settings of generation; returns their names."""
+        copied = copy_brought(self.folder, folder)
+        if GENERATION_FILE not in copied:
+            write_generation(folder, self.published)
+        if not copied:
+            return "none"
+        said = f"{', '.join(copied)}, as they are"
+        is_slow = IMPORTED_TOKENIZER_FILE not in copied and copied != [GENERATION_FILE]
+        return f"{said}, {add_fast_tokenizer(self.folder, folder)}" if is_slow else said
 
 
 def _canonical(stored: str) -> str:

@@ -48,7 +48,7 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
     saver = Saver(
         folder,
         config_text=dump_config(config),
-        tokenizer=None,
+        files={},
         keep_last=1,
         keep_every_steps=None,
         megabytes_per_second=config.checkpoint.megabytes_per_second,

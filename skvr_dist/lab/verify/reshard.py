@@ -138,7 +138,7 @@ class Trainer:
         self.mesh = Mesh.build(self.config.parallel, self.config.model)
         self.engine = build_engine(self.config, self.mesh)
         keep: dict[str, Any] = {"keep_last": 2, "keep_every_steps": None}
-        self.saver = Saver(RunFolder(folder).checkpoints, config_text=dump_config(self.config), tokenizer=None, **keep)
+        self.saver = Saver(RunFolder(folder).checkpoints, config_text=dump_config(self.config), files={}, **keep)
 
     def train(self, steps: range) -> list[float]:
         """Train the given steps, counted from 0; returns their losses."""
