@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from skvr_dist.checkpoint.brought import Brought
+from skvr_dist.checkpoint.brought import NOTHING_BROUGHT, Brought
 from skvr_dist.checkpoint.facts import LayoutFacts
 from skvr_dist.checkpoint.folder import TOKENIZER_FILE
 from skvr_dist.checkpoint.saver import Saver
@@ -39,7 +39,7 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
     )
 
 
-def build_saver(config: Config, brought: Brought) -> Saver:
+def build_saver(config: Config, brought: Brought = NOTHING_BROUGHT) -> Saver:
     """The saver of this run's checkpoints; collective.
 
     Args:
