@@ -16,7 +16,6 @@ from skvr_dist.checkpoint.folder import IMPORTED_TOKENIZER_FILE
 from skvr_dist.errors import UserError
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_BOOKKEEPING = {"transformers_version", "_from_model_config"}
 
 
 def copy_brought(source: Path, target: Path) -> list[str]:
@@ -55,12 +54,14 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         UserError: it cannot.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # of any type, for what is wrong with any of its files
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"transformers cannot load the tokenizer in {folder} ({type(error).__name__}: {reason}); correct its files "
-            f"or leave it out"
+            f"transformers cannot load the tokenizer in {folder} ({type(error).__name__}: {reason}); correct its "
+            f"files, or do without it"
         ) from None
     return tokenizer
 
@@ -80,9 +81,16 @@ def named_ids(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def write_generation(folder: Path, config: PreTrainedConfig) -> None:
-    """Write the settings of generation that an older model has in its config.json instead of a file of their own."""
-    settings = GenerationConfig.from_model_config(config)
-    own: Mapping[str, Any] = settings.to_diff_dict()
-    if own.keys() - _BOOKKEEPING - set(SPECIAL_IDS):
+def write_generation(folder: Path, tree: Mapping[str, Any]) -> None:
+    """Write the settings of generation that transformers takes from a config.json where they have no file of their own.
+
+    Args:
+        tree: the content of config.json; those of older models have a temperature and the like.
+    """
+    try:
+        settings = GenerationConfig.from_model_config(dict(tree))
+        settings._from_model_config = False  # else transformers would take them from config.json again
         settings.save_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"config.json has settings of generation that cannot be ({reason}); correct them") from None

@@ -35,10 +35,10 @@ class SourceFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         require_no_adapter(folder)
-        tree = _config_tree(folder)
-        self.published = _published_config(folder, tree)
+        self._tree = _config_tree(folder)
+        self.published = _published_config(folder, self._tree)
         self.config = model_config(self.published)
-        named = tree.get("transformers_weights")
+        named = self._tree.get("transformers_weights")
         self._place: dict[str, tuple[Path, str]] = {}  # file and name there, by canonical name
         for file in weight_files(folder, named if isinstance(named, str) else None):
             for stored in names_in_file(file):
@@ -92,7 +92,7 @@ class SourceFolder:
         """Copy the files of its tokenizer and its settings of generation; returns their names."""
         copied = copy_brought(self.folder, folder)
         if GENERATION_FILE not in copied:
-            write_generation(folder, self.published)
+            write_generation(folder, self._tree)
         if not copied:
             return "none"
         said = f"{', '.join(copied)}, as they are"
