@@ -58,6 +58,8 @@ class Facts(_Record):
     """Source of the imported weights that training started from, directly or through earlier runs."""
     dequantized_from: str | None = None
     """Quantization types of that source's file, from which the weights were dequantized."""
+    special_ids: dict[str, Any] | None = None
+    """Ids of special tokens that the imported config.json names, while the data has the import's tokenizer."""
     layout: LayoutFacts | None = None
     routing: dict[str, Any] | None = None
     versions: dict[str, str] | None = None

@@ -4,7 +4,8 @@
     checkpoint.json    step, tokens seen, layout, routing, data fingerprint, software versions
     index.json         which tensors there are, whole, and in which file which part of them is
     *.distcp           the parts: weights (fp32 masters where there are any) and Adam's moments
-    tokenizer.model    the tokenizer the data was made with, where there is one; an import has the files it came with
+    tokenizer.model    the tokenizer the data was made with, where there is one; an import has the files it came with,
+                       and so has a run that trains it on with the same tokenizer (`skvr_dist.checkpoint.brought`)
     manifest.json      size and SHA-256 of every file above
     manifest.sha256    SHA-256 of the manifest
 
@@ -21,7 +22,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,17 @@ def partial_folder(step: int) -> str:
     return f"{step_folder(step)}.partial"
 
 
-def write_facts(partial: Path, *, config_text: str, facts: Facts, tokenizer: bytes | None) -> None:
+def write_facts(partial: Path, *, config_text: str, facts: Facts, files: Mapping[str, bytes]) -> None:
     """Write the files that describe a checkpoint beside its tensors; on one rank.
 
     Args:
-        tokenizer: content of the tokenizer's one file (`Tokenizer.model`).
+        files: content of further ones by name, such as the tokenizer's; a name may lie in a folder.
     """
     (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
     (partial / FACTS_FILE).write_text(facts.to_json(), encoding="utf-8")
-    if tokenizer is not None:
-        (partial / TOKENIZER_FILE).write_bytes(tokenizer)
+    for name, content in files.items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        (partial / name).write_bytes(content)
 
 
 def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
@@ -80,7 +82,7 @@ def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
     Raises:
         OSError: a file cannot be written, or one of those in `digests` is not here.
     """
-    names = sorted(digests.keys() | {file.name for file in partial.iterdir()})
+    names = sorted(digests.keys() | {str(f.relative_to(partial)) for f in partial.rglob("*") if f.is_file()})
     files = {
         name: {"bytes": (partial / name).stat().st_size, "sha256": digests.get(name) or sha256_of(partial / name)}
         for name in names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Saver:
         group: all ranks, for tensors on the host; nobody else's, because the ranks' threads talk to each other over it
             while the ranks themselves train.
         config_text: the resolved configuration.
-        tokenizer: content of the tokenizer's one file, which goes into each checkpoint; None without one.
+        files: content of the tokenizer's files by name, which go into each checkpoint.
         keep_last: newest checkpoints to keep.
         keep_every_steps: keep those of every n-th step too; None keeps none of them.
         megabytes_per_second: speed at which this rank writes until somebody waits for the save; None sets no limit.
@@ -44,14 +44,14 @@ class Saver:
         group: dist.ProcessGroup,
         *,
         config_text: str,
-        tokenizer: bytes | None,
+        files: Mapping[str, bytes],
         keep_last: int,
         keep_every_steps: int | None,
         megabytes_per_second: float | None = None,
     ) -> None:
         self._checkpoints = checkpoints
         self._config_text = config_text
-        self._tokenizer = tokenizer
+        self._files = files
         self._keep: dict[str, Any] = {"keep_last": keep_last, "keep_every_steps": keep_every_steps}
         self._group = group
         self._bytes_per_second = 1e6 * megabytes_per_second if megabytes_per_second else math.inf
@@ -122,7 +122,7 @@ class Saver:
         def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)  # what an interrupted save left
             partial.mkdir(parents=True)
-            write_facts(partial, config_text=self._config_text, facts=facts, tokenizer=self._tokenizer)
+            write_facts(partial, config_text=self._config_text, facts=facts, files=self._files)
 
         self._on_first_rank(begin, partial)
         mine = write_pieces(partial, state, self._group, pause=self._pause)

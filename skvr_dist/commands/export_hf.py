@@ -54,6 +54,7 @@ def run() -> int | None:
 
     import torch
 
+    from skvr_dist.checkpoint.brought import brought_by
     from skvr_dist.checkpoint.folder import Checkpoint
     from skvr_dist.hf.convert.card import Training
     from skvr_dist.hf.convert.export import ExportMismatchError, export_model
@@ -74,6 +75,7 @@ def run() -> int | None:
             training=training,
             dtype=getattr(torch, options.dtype) if options.dtype else {n: checkpoint.weight_dtype(n) for n in names},
             pruned_to=pruned_to,
+            brought=brought_by(checkpoint),
         )
     except ExportMismatchError as error:
         report, problem = error.report, f"{error}; {options.output} was not written"
@@ -122,6 +124,8 @@ def _table(report: ExportReport) -> str:
     check = report.check
     copied = "copied as it is" if "tokenizer.json" in report.file_bytes else "none"
     agreeing = check.tokenizer_texts - len(check.differing_texts)
+    converted = f"{agreeing} of {check.tokenizer_texts} texts agree"
+    converted += f"; {report.left_behind}" if report.left_behind else ""
     rows = {
         "files": len(report.file_bytes),
         "bytes": f"{sum(report.file_bytes.values()):,}",
@@ -131,7 +135,7 @@ def _table(report: ExportReport) -> str:
         f"{', '.join(check.strategies)} ({check.relative_logit_difference:.1e} of the largest logit)",
         "decoding with a cache": f"{max(check.decoding_errors.values()):.1e} of the largest logit from none, over "
         f"{len(check.decoding_errors)} strategies and kinds of cache",
-        "tokenizer": f"{agreeing} of {check.tokenizer_texts} texts agree" if check.tokenizer_texts else copied,
+        "tokenizer": converted if check.tokenizer_texts else copied,
     }
     return tabulate(rows.items(), headers=["export", ""], tablefmt="github", disable_numparse=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
+from skvr_dist.hf.convert.weight_files import require_same_for_vllm
 from skvr_dist.hf.model.cache_config import sources_of, warn_if_untrained
 from skvr_dist.serve.fast_prefill import stop_prefill_early
 from skvr_dist.serve.sharing import reader_weights, share
@@ -25,6 +27,9 @@ class _Shared:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config
         self.kv_sources = sources_of(config)
+        folder = Path(vllm_config.model_config.model)
+        if hasattr(config, "kv_profiles") and folder.is_dir():  # an export of ours, not a repository of the Hub
+            require_same_for_vllm(folder)
         warn_if_untrained(config, self.kv_sources)
         share(self.model, self.kv_sources, vllm_config, maybe_prefix(prefix, "model"))
         stop_prefill_early(self.model, self.kv_sources, vllm_config)

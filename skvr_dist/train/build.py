@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 
+from skvr_dist.checkpoint.brought import NOTHING_BROUGHT, Brought
 from skvr_dist.checkpoint.facts import LayoutFacts
+from skvr_dist.checkpoint.folder import TOKENIZER_FILE
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.load import dump_config
@@ -37,13 +39,18 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
     )
 
 
-def build_saver(config: Config) -> Saver:
-    """The saver of this run's checkpoints; collective."""
+def build_saver(config: Config, brought: Brought = NOTHING_BROUGHT) -> Saver:
+    """The saver of this run's checkpoints; collective.
+
+    Args:
+        brought: what the run takes over from the checkpoint that it starts from.
+    """
+    tokenizer = {} if brought.names_tokenizer else {TOKENIZER_FILE: load_tokenizer(config.data.tokenizer).model}
     return Saver(
         RunFolder(config.train.output_dir).checkpoints,
         new_host_group(),
         config_text=dump_config(config),
-        tokenizer=load_tokenizer(config.data.tokenizer).model,
+        files={**tokenizer, **brought.files},
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=config.checkpoint.keep_every_steps,
         megabytes_per_second=config.checkpoint.megabytes_per_second,

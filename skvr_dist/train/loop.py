@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from skvr_dist.checkpoint.brought import to_travel_on
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.cluster.interrupt import InterruptListener
@@ -18,6 +19,7 @@ from skvr_dist.cluster.launcher import announced_rank, announced_world_size
 from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import RunInterrupted
 from skvr_dist.files import write_whole
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
@@ -109,6 +111,7 @@ def start(config: Config) -> Run:
         engine = build_engine(config, mesh)
         resumed, left_out = resume(engine, config, fingerprint)
         origin = resumed or load_initial_weights(engine, config)
+        brought, lost = to_travel_on(origin, load_tokenizer(config.data.tokenizer))
     first_step = resumed.step if resumed else 0
     aside = settle_resume(config, resumed) if mesh.rank == 0 else []
     run = Run(
@@ -117,7 +120,7 @@ def start(config: Config) -> Run:
         engine,
         log,
         Reporter(mesh.rank, folder, first_step=first_step, steps=config.train.steps),
-        saver=build_saver(config),
+        saver=build_saver(config, brought),
         plans=plan_stream(config, mesh, first_step),
         batches=WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log),
         held_out=inputs.held_out[mesh.dp_rank :: mesh.dp_size],
@@ -127,9 +130,14 @@ def start(config: Config) -> Run:
         interrupts=InterruptListener(mesh.sum_over_ranks),
         first_step=first_step,
         evaluation_due=bool(resumed and resumed.facts.evaluation_due),
-        facts={"data_fingerprint": fingerprint, **(origin.facts.origin() if origin else {})},
+        facts={
+            "data_fingerprint": fingerprint,
+            "special_ids": brought.special_ids,
+            **(origin.facts.origin() if origin else {}),
+        },
     )
-    report_start(run, resumed, [f"{problem} (left out)" for problem in left_out] + [f"set aside: {p}" for p in aside])
+    notices = [f"{problem} (left out)" for problem in left_out] + [f"set aside: {path}" for path in aside]
+    report_start(run, resumed, notices + ([lost] if lost else []))
     return run
 
 

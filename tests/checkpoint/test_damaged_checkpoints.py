@@ -66,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree["data"] |= {"validation": str(folder / "data")}
     stored = json.loads((partial / "checkpoint.json").read_text())
     facts = Facts(**stored | {"data_fingerprint": {}, "tokens_seen": 96, "routing": tree["routing"]})
-    write_facts(partial, config_text=yaml.safe_dump(tree), facts=facts, tokenizer=tokenizer.model)
+    write_facts(partial, config_text=yaml.safe_dump(tree), facts=facts, files={"tokenizer.model": tokenizer.model})
     publish(partial, saved, {})
     return folder
 

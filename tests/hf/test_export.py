@@ -346,7 +346,9 @@ def run(tokenizer_file: Path, tmp_path: Path) -> Path:
         "train": {"precision": "bf16"},
     }
     facts = Facts(step=40, tokens_seen=12345)
-    write_facts(partial, config_text=yaml.safe_dump(tree), facts=facts, tokenizer=tokenizer_file.read_bytes())
+    write_facts(
+        partial, config_text=yaml.safe_dump(tree), facts=facts, files={"tokenizer.model": tokenizer_file.read_bytes()}
+    )
     folder = partial.with_name(step_folder(40))
     publish(partial, folder, {})
     points = [RetentionPoint("full", 3, 1.0, 384, 2.371), RetentionPoint("prefix:1", 1, 1 / 3, 128, 2.402)]

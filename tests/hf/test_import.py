@@ -12,21 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.hf_models import load_into, random_weights, shape_of
+from safetensors.torch import save_file
+from support.hf_models import edit_config, edit_weights, published, random_weights, shape_of, stored
 from support.tokenizers import train_ours
 from support.trainers import start_from_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
 
-import skvr_dist.hf.convert.import_model as import_module
+import skvr_dist.hf.convert.source_folder as source_module
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.model import ModelConfig, RopeScaling
 from skvr_dist.errors import UserError
 from skvr_dist.hf.convert.card import Training
 from skvr_dist.hf.convert.export import export_model
 from skvr_dist.hf.convert.import_model import ImportMismatchError, import_model
-from skvr_dist.hf.convert.model_config import hf_config
+from skvr_dist.hf.convert.source_folder import SourceFolder
 from skvr_dist.hf.convert.tokenizer import convert_tokenizer
 from skvr_dist.lab.verify import reference
 from skvr_dist.lab.verify.cases import CLIP, LAYOUTS, OPTIMIZER, Case, batches
@@ -47,17 +47,6 @@ MODELS = {
     "mistral": shape_of("mistral"),
     "mistral tied": shape_of("mistral", tie_word_embeddings=True, num_key_value_heads=4),
 }
-
-
-def published(config: ModelConfig, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-    """A checkpoint as others publish it: by `save_pretrained` of the plain class."""
-    model = load_into(AutoModelForCausalLM.from_config(hf_config(config, dtype, {})), random_weights(config)).to(dtype)
-    model.save_pretrained(folder, **options)
-    return model
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -93,7 +82,7 @@ def test_round_trip(config: ModelConfig, dtype: torch.dtype, tmp_path: Path) -> 
 
 def test_few_weights_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published(MODELS["qwen3"], tmp_path / "theirs")
-    read, handed_out, alive = import_module._Folder.read, [], []
+    read, handed_out, alive = SourceFolder.read, [], []
 
     def watched(weights: Any, name: str) -> Tensor:
         tensor = read(weights, name)
@@ -101,7 +90,7 @@ def test_few_weights_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.M
         alive.append(sum(reference() is not None for reference in handed_out))
         return tensor
 
-    monkeypatch.setattr(import_module._Folder, "read", watched)
+    monkeypatch.setattr(SourceFolder, "read", watched)
     import_model(str(tmp_path / "theirs"), tmp_path / "ours", check=False)
     assert len(alive) > 90 and max(alive) <= 2
 
@@ -193,23 +182,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def edit_config(**changes: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        file = folder / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-    return edit
-
-
-def edit_weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        weights = stored(folder)
-        change(weights)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return edit
-
-
 UP, NORM = "model.layers.3.mlp.up_proj.weight", "model.norm.weight"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "architecture": (
@@ -253,18 +225,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
         r"model.safetensors are missing or damaged .*; download them again",
-    ),
-    "head without embedding": (
-        edit_weights(lambda w: w.update({"lm_head.weight": w.pop("model.embed_tokens.weight")})),
-        r"1 missing \(embed_tokens.weight\) and 1 unexpected \(lm_head.weight\)",
-    ),
-    "broken index": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{"),
-        r"model.safetensors.index.json is damaged \(JSONDecodeError",
-    ),
-    "empty index": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
-        r"model.safetensors.index.json is damaged \(KeyError",
     ),
     "number in quotes": (edit_config(hidden_size="32"), r"cannot read .*/config.json \(.*hidden_size"),
     "no heads": (edit_config(num_attention_heads=0, head_dim=None), r"cannot read .*/config.json \("),
@@ -314,9 +274,9 @@ def test_what_a_qwen2_may_have_and_what_not(tmp_path: Path) -> None:
 
 
 def test_what_is_not_the_same_is_not_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = import_module.model_config
+    original = source_module.model_config
     monkeypatch.setattr(
-        import_module, "model_config", lambda theirs: original(theirs).model_copy(update={"rope_theta": 500.0})
+        source_module, "model_config", lambda theirs: original(theirs).model_copy(update={"rope_theta": 500.0})
     )
     with pytest.raises(ImportMismatchError, match=r"^the import does not match its source: logits differ by"):
         import_model(str(source), tmp_path / "ours")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -187,6 +188,16 @@ def test_impossible_options_are_refused(options: dict[str, Any], shown: str, exp
 def test_a_pruned_layer_is_refused(exports: Mapping[str, Path]) -> None:
     with pytest.raises(UserError, match=r"layer 2 was pruned from this checkpoint .*; retain some of layers \[0, 4\]"):
         serve(exports["pruned"], kv_profile="every:2")
+
+
+def test_two_sets_of_weights_are_refused(exports: Mapping[str, Path], tmp_path: Path) -> None:
+    """vLLM would take those of the index, transformers the single file."""
+    shutil.copytree(exports["mistral"], tmp_path / "twice")
+    shutil.copy(tmp_path / "twice/model.safetensors", tmp_path / "twice/model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "twice/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"twice holds two sets of weights: vLLM would load model-00001-of-00001.safet"):
+        serve(tmp_path / "twice")
 
 
 def test_scales_of_a_reader_are_refused() -> None:

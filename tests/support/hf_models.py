@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.families import FAMILIES
@@ -76,6 +79,34 @@ def export_checkpoint(run: Path, output: Path) -> None:
         training=Training.of(checkpoint),
         dtype=torch.float32,
     )
+
+
+def published(config: ModelConfig, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    """A checkpoint as others publish it: by `save_pretrained` of the plain class."""
+    model = load_into(AutoModelForCausalLM.from_config(hf_config(config, dtype, {})), random_weights(config)).to(dtype)
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return edit
+
+
+def edit_weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        weights = stored(folder)
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
 
 
 def routed_model(config: ModelConfig, weights: dict[str, Tensor] | None = None) -> Any:

@@ -30,11 +30,15 @@ class Tokenizer(ABC):
         with naming_failure(path):
             if path.exists():
                 require_file(path)
-                if path.read_bytes() != self.model:
+                if not self.is_same(path.read_bytes()):
                     raise UserError(f"{path} holds another tokenizer; remove it or choose another name")
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, self.model)
+
+    def is_same(self, model: bytes) -> bool:
+        """Whether the content of another file is this tokenizer."""
+        return model == self.model
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

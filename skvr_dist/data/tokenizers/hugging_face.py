@@ -1,11 +1,12 @@
 """Hugging Face tokenizers in the data path.
 
-Their two files become one: a JSON object with `eos_token` and `tokenizer`, the content of tokenizer.json. Only the
-`tokenizers` package is needed to read it.
+Their two files become one: a JSON object with `eos_token`, `tokenizer`, the content of tokenizer.json, and `pad_token`
+if it names one. Only the `tokenizers` package is needed to read it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ import tokenizers
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.files import require_file
+
+_IDENTITY = ("eos_token", "tokenizer")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -34,6 +37,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             content = json.loads(model)
             self.eos_token = str(content["eos_token"])
+            self._identity = model if "pad_token" not in content else _dump({k: content[k] for k in _IDENTITY})
             stateless = _without_training_settings(content["tokenizer"])
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(stateless))
         except Exception as error:  # tokenizers raises bare Exception
@@ -42,6 +46,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if eos_id is None:
             raise UserError(f"{name} has no token {self.eos_token!r}, which its configuration names as the eos_token")
         self._eos_id = eos_id
+        pad: Any = content.get("pad_token")
+        self.pad_token = pad if isinstance(pad, str) and self._tokenizer.token_to_id(pad) is not None else None
+        """The token that fills sequences up to one length, if it has one."""
         self._name = name
         self._tokenizer.encode_special_tokens = True  # names of special tokens in a text are just text
 
@@ -50,6 +57,17 @@ class HuggingFaceTokenizer(Tokenizer):
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         copy.post_processor = None
         return copy
+
+    def is_same(self, model: bytes) -> bool:
+        try:
+            return self.sha256 == HuggingFaceTokenizer(model).sha256
+        except UserError:
+            return False
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what decides the tokens of a document; with what it is padded does not."""
+        return hashlib.sha256(self._identity).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -95,13 +113,24 @@ def read_hf_files(path: Path) -> bytes:
     folder = file.parent
     try:
         tokenizer, config = (_read_json(each) for each in (file, folder / "tokenizer_config.json"))
-        eos = config.get("eos_token")
+        eos = _name_of(config.get("eos_token"))
     except UserError:
         raise
     except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{path} is not a Hugging Face tokenizer: it or its configuration is no JSON object") from None
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    if not isinstance(eos, str):
+    if eos is None:
         raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; a document must end with one")
-    both = json.dumps({"eos_token": eos, "tokenizer": tokenizer}, ensure_ascii=False, sort_keys=True)
-    return both.encode("utf-8", "surrogatepass")  # half a pair may be in it, which `HuggingFaceTokenizer` refuses
+    pad = _name_of(config.get("pad_token"))
+    padding = {} if pad is None else {"pad_token": pad}
+    return _dump({"eos_token": eos, "tokenizer": tokenizer, **padding})
+
+
+def _name_of(token: Any) -> str | None:
+    """The text of a special token of a tokenizer_config.json, which may be an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _dump(content: dict[str, Any]) -> bytes:
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    return text.encode("utf-8", "surrogatepass")  # half a pair may be in it, which `HuggingFaceTokenizer` refuses

@@ -50,6 +50,10 @@ SAMPLE_TEXTS = (
 """Python source, indentation, digits, scripts, emoji, control characters, names of special tokens."""
 
 
+class LoadError(Exception):
+    """transformers cannot load a folder; the message says why."""
+
+
 @dataclass(frozen=True)
 class CheckReport:
     """What the comparison of a reloaded export with its source found."""
@@ -123,6 +127,9 @@ def check_export(
         tokenizer_file: the data set's tokenizer, with which the folder's must agree, if any.
         pruned_to: the one strategy that the folder serves; None for a plain checkpoint.
         loading: further arguments of `from_pretrained`, such as the GGUF file that holds the model.
+
+    Raises:
+        LoadError: transformers cannot load the folder.
     """
     tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
     differing_texts = () if tokenizer is None else _differing_texts(folder, tokenizer)
@@ -168,9 +175,12 @@ def check_export(
 def _load(folder: Path, config: ModelConfig, pruned_to: CacheStrategy | None, loading: Mapping[str, Any]) -> Any:
     """The model of a folder: of the plain class, unless it was pruned."""
     classes = CLASSES[config.architecture]
-    return (classes.plain if pruned_to is None else classes.pruned).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True, **loading
-    )
+    model_class = classes.plain if pruned_to is None else classes.pruned
+    options = {"dtype": torch.float32, "attn_implementation": ATTENTION, "local_files_only": True, **loading}
+    try:
+        return model_class.from_pretrained(folder, **options)
+    except Exception as error:  # of any type, for what is wrong with any of its files
+        raise LoadError(f"transformers cannot load {folder} ({type(error).__name__}: {error})") from error
 
 
 def _logits(exported: Any, strategies: Mapping[str, CacheStrategy], sequences: Sequence[Tensor]) -> list[Tensor]:

@@ -11,17 +11,21 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from skvr_dist.checkpoint.brought import GENERATION_FILE, NOTHING_BROUGHT, Brought
 from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig
+from skvr_dist.data.tokenizers.hugging_face import HuggingFaceTokenizer
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.files import published, require_free
+from skvr_dist.hf.convert.brought_files import copy_brought, open_tokenizer
 from skvr_dist.hf.convert.bundle import add_code, describe_routing
 from skvr_dist.hf.convert.card import Training, model_card
 from skvr_dist.hf.convert.check import SAMPLE_TEXTS, TOLERANCE, CheckReport, check_export
 from skvr_dist.hf.convert.model_config import hf_config, write_config
-from skvr_dist.hf.convert.tokenizer import convert_tokenizer, copy_tokenizer, special_ids, write_tokenizer
+from skvr_dist.hf.convert.tokenizer import convert_tokenizer, special_ids, write_tokenizer
 from skvr_dist.hf.convert.weights import WeightReader, check_names, parameter_shapes, pruned_names, write_weights
 from skvr_dist.routing import POLICIES, CacheStrategy, RoutingConfig
 
@@ -35,6 +39,8 @@ class ExportReport:
     dtype: torch.dtype
     """Dtype of all weights, or of most of the parameters."""
     check: CheckReport
+    left_behind: str | None = None
+    """What the tokenizer of the data once had and the export has not, in words."""
 
     def figures(self) -> dict[str, object]:
         """Everything as plain values."""
@@ -68,6 +74,7 @@ def export_model(
     dtype: torch.dtype | Mapping[str, torch.dtype],
     max_shard_size: str = "5GB",
     pruned_to: CacheStrategy | None = None,
+    brought: Brought = NOTHING_BROUGHT,
 ) -> ExportReport:
     """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
@@ -85,6 +92,8 @@ def export_model(
         max_shard_size: of a weight file, such as "5GB".
         pruned_to: leave out what this strategy does not use. Such a checkpoint needs the code that is written with
             it, and serves that strategy and those that retain fewer of its layers.
+        brought: what the model brought along; the special tokens of its config.json come before the tokenizer's, and
+            its settings of generation are kept.
 
     Raises:
         UserError: `output` holds something, the training never ran at full retention, weights are missing,
@@ -98,7 +107,7 @@ def export_model(
     dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else {name: dtype[name] for name in shapes}
     main_dtype = _main_dtype(shapes, dtypes)
     parameters = sum(shape.numel() for shape in shapes.values())
-    ids = special_ids(tokenizer) if tokenizer else {}
+    ids = {**(special_ids(tokenizer) if tokenizer else {}), **(brought.special_ids or {})}
     published_config = hf_config(config, main_dtype, ids, pruned_to)
     describe_routing(published_config, training)
     with published(output) as folder:
@@ -106,22 +115,35 @@ def export_model(
         add_code(folder, published_config, published_config.architectures[0])
         write_config(folder, published_config)
         GenerationConfig(**ids).save_pretrained(folder)
+        if GENERATION_FILE in brought.files:
+            (folder / GENERATION_FILE).write_bytes(brought.files[GENERATION_FILE])
         if tokenizer_file is not None:
             _write_tokenizer_files(folder, tokenizer_file, tokenizer)
         card = model_card(folder.name, config, parameters, training, tokenizer_file, pruned_to)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        file_bytes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        file_bytes = {
+            str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
+        }
         compared = tokenizer_file if tokenizer_file is not None and _is_ours(tokenizer_file) else None
         check = check_export(folder, config, weight, dtypes, compared, pruned_to)
-        report = ExportReport(file_bytes, parameters, main_dtype, check)
+        report = ExportReport(file_bytes, parameters, main_dtype, check, _left_behind(tokenizer_file))
         if check.failures():
             raise ExportMismatchError(report)
     return report
 
 
 def _is_ours(tokenizer_file: Path) -> bool:
-    """Whether the file is a data set's tokenizer.model, which is converted; a tokenizer.json is copied."""
-    return tokenizer_file.suffix == ".model"
+    """Whether the file is a data set's tokenizer.model, which is converted; somebody else's is copied."""
+    return tokenizer_file.suffix == ".model" and not (tokenizer_file.parent / "tokenizer_config.json").exists()
+
+
+def _left_behind(tokenizer_file: Path | None) -> str | None:
+    """What a data set does not keep of a Hugging Face tokenizer."""
+    if tokenizer_file is None or not _is_ours(tokenizer_file):
+        return None
+    if not isinstance(load_tokenizer(tokenizer_file), HuggingFaceTokenizer):
+        return None
+    return "the data kept its end (eos) and padding tokens, but no chat template; --tokenizer FOLDER takes all along"
 
 
 def _open_tokenizer(file: Path, config: ModelConfig, whole: bool) -> PreTrainedTokenizerBase:
@@ -134,7 +156,7 @@ def _open_tokenizer(file: Path, config: ModelConfig, whole: bool) -> PreTrainedT
     if _is_ours(file):
         tokenizer = convert_tokenizer(file, config.max_position_embeddings)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, local_files_only=True)
+        tokenizer = open_tokenizer(file.parent)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"tokenizer {file} has {len(tokenizer)} tokens, but the model's vocab_size is {config.vocab_size}; export "
@@ -165,7 +187,7 @@ def _write_tokenizer_files(folder: Path, file: Path, tokenizer: PreTrainedTokeni
     if _is_ours(file):
         write_tokenizer(folder, tokenizer)
     else:
-        copy_tokenizer(file.parent, folder)
+        copy_brought(file.parent, folder)
 
 
 def _exported_shapes(

@@ -22,8 +22,9 @@ from transformers import AutoTokenizer
 from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig, RopeScaling
 from skvr_dist.errors import UserError
+from skvr_dist.hf.convert.brought_files import copy_brought
 from skvr_dist.hf.convert.model_config import hf_config
-from skvr_dist.hf.convert.tokenizer import copy_tokenizer, write_tokenizer
+from skvr_dist.hf.convert.tokenizer import write_tokenizer
 from skvr_dist.hf.convert.weights import hf_name, parameter_shapes
 from skvr_dist.model.rope import inverse_frequencies
 from skvr_dist.section import in_words
@@ -87,6 +88,11 @@ class GGUFFile:
             self._stored[name] = f"{names.get_name(module)}.{kind}"
 
     @property
+    def special_ids(self) -> dict[str, Any]:
+        """None of its own: those of its tokenizer."""
+        return {}
+
+    @property
     def quantization(self) -> str | None:
         """The types of the blocks it holds, those with the most values first; None if it holds plain values."""
         values: Counter[str] = Counter()
@@ -132,7 +138,7 @@ class GGUFFile:
         """
         beside = self.file.parent / "tokenizer.json"
         if beside.exists() and self._has_these_tokens(beside):
-            copy_tokenizer(self.file.parent, folder)
+            copy_brought(self.file.parent, folder)
             return "the files beside it"
         kind, split = self._value("tokenizer.ggml.model"), self._value("tokenizer.ggml.pre")
         try:

@@ -7,7 +7,6 @@ in memory.
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +18,11 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
 
+from skvr_dist.checkpoint.brought import TEMPLATES_FOLDER, TOKENIZER_FILES
 from skvr_dist.checkpoint.facts import Facts
 from skvr_dist.checkpoint.folder import Checkpoint, partial_folder, publish, step_folder, write_facts
 from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
@@ -33,14 +30,12 @@ from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
 from skvr_dist.files import published, require_free
-from skvr_dist.hf.convert.check import CheckReport, check_export
+from skvr_dist.hf.convert.check import CheckReport, LoadError, check_export
 from skvr_dist.hf.convert.gguf_file import GGUFFile
-from skvr_dist.hf.convert.model_config import hf_config, model_config
-from skvr_dist.hf.convert.tokenizer import TOKENIZER_FILES, copy_tokenizer
+from skvr_dist.hf.convert.model_config import hf_config
+from skvr_dist.hf.convert.source_folder import SourceFolder
 from skvr_dist.hf.convert.weights import check_names, hf_name, parameter_shapes
 from skvr_dist.run.folder import RunFolder
-
-_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -101,9 +96,9 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
         folder, way_out = gguf.file.parent, f"download {source} again or give another file"
         loading = {"gguf_file": gguf.file.name, "config": hf_config(config, torch.float32, {})}
     else:
-        folder, dequantized_from, loading = _local_folder(source), None, {}
-        config, way_out = _published_config(folder), f"download {folder} again or give another checkpoint"
-        original = _Folder(folder, tied=config.tie_word_embeddings)
+        stored = SourceFolder(_local_folder(source))
+        original, config, dequantized_from = stored, stored.config, None
+        folder, way_out, loading = stored.folder, stored.way_out, {"config": stored.published}
     shapes = parameter_shapes(hf_config(config, torch.float32, {}))
     check_names(original.names(), shapes, config.architecture, way_out)
     dtypes = {name: _trainable_dtype(name, *original.shape_and_dtype(name), shape) for name, shape in shapes.items()}
@@ -114,8 +109,14 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
         digests = _write(partial, shapes, dtypes, original)
         tokenizer = original.write_tokenizer(partial)
         tree = {"model": config.model_dump(), "routing": {"policy": "none"}}
-        facts = Facts(step=0, tokens_seen=0, imported_from=source, dequantized_from=dequantized_from or None)
-        write_facts(partial, config_text=yaml.safe_dump(tree, sort_keys=False), facts=facts, tokenizer=None)
+        facts = Facts(
+            step=0,
+            tokens_seen=0,
+            imported_from=source,
+            dequantized_from=dequantized_from or None,
+            special_ids=original.special_ids or None,
+        )
+        write_facts(partial, config_text=yaml.safe_dump(tree, sort_keys=False), facts=facts, files={})
         final = RunFolder(run).checkpoints / step_folder(0)
         publish(partial, final, digests)
         report = ImportReport(
@@ -125,17 +126,27 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
             dtypes=tuple(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})),
             dequantized_from=dequantized_from,
             tokenizer=tokenizer,
-            check=check_export(folder, config, Checkpoint(final).weight, None, None, loading=loading)
-            if check
-            else None,
+            check=_compare(folder, config, Checkpoint(final), loading) if check else None,
         )
         if report.failures():
             raise ImportMismatchError(report)
     return report
 
 
+def _compare(folder: Path, config: ModelConfig, checkpoint: Checkpoint, loading: dict[str, Any]) -> CheckReport:
+    """Compare an import with its source; raises `UserError` if transformers cannot load that."""
+    try:
+        return check_export(folder, config, checkpoint.weight, None, None, loading=loading)
+    except LoadError as error:
+        raise UserError(f"{' '.join(str(error).split())}; correct it or download it again") from None
+
+
 class _Original(Protocol):
     """The source of an import, by canonical names."""
+
+    @property
+    def special_ids(self) -> dict[str, Any]:
+        """The special tokens that its configuration names, apart from the tokenizer's."""
 
     def names(self) -> list[str]:
         """Names of its weights; in brackets those that have no canonical name, which `check_names` refuses."""
@@ -151,77 +162,21 @@ class _Original(Protocol):
 
 
 def _local_folder(source: str) -> Path:
+    """The folder of a source; a repository of the Hub is downloaded.
+
+    Raises:
+        UserError: it is neither.
+    """
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).exists():
+        raise UserError(f"{source} is a file, but no GGUF file; give the folder it is in")
+    wanted = ["*.safetensors", "*.json", f"{TEMPLATES_FOLDER}/*", *TOKENIZER_FILES]
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES]))
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["consolidated*", "original/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source} is neither a folder here nor a repository of the Hub ({reason})") from None
-
-
-def _published_config(folder: Path) -> ModelConfig:
-    try:
-        published = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        files = sorted(file.name for file in folder.glob("*.gguf"))
-        if files and not (folder / "config.json").exists():
-            raise UserError(f"{folder} holds GGUF files; name the one to import, such as {folder / files[0]}") from None
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot read {folder}/config.json ({reason}); give the folder of a checkpoint") from None
-    return model_config(published)
-
-
-class _Folder:
-    """The safetensors and the tokenizer of a checkpoint of Hugging Face, each weight read when it is asked for."""
-
-    def __init__(self, folder: Path, tied: bool) -> None:
-        self._folder = folder
-        self._file_of: dict[str, Path] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from None
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{folder} holds no safetensors files; convert the checkpoint with save_pretrained first")
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    self._file_of.update(dict.fromkeys(opened.keys(), file))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"weights {file} are missing or damaged ({error}); download them again") from None
-        # Old Llama checkpoints store the rotary frequencies, which follow from the configuration.
-        self._file_of = {name: f for name, f in self._file_of.items() if not name.endswith("rotary_emb.inv_freq")}
-        if tied and _HEAD in self._file_of and hf_name(_EMBEDDING) in self._file_of:
-            if not torch.equal(self.read(_HEAD), self.read(_EMBEDDING)):
-                raise UserError(
-                    f"{folder} says tie_word_embeddings true, but its {_HEAD} is not its embedding; set it to false in "
-                    f"config.json"
-                )
-            del self._file_of[_HEAD]
-
-    def names(self) -> list[str]:
-        canonical = {name: name.removeprefix("model.") for name in self._file_of}
-        return [ours if hf_name(ours) == name else f"({name})" for name, ours in canonical.items()]
-
-    def shape_and_dtype(self, name: str) -> tuple[list[int], torch.dtype]:
-        stored = hf_name(name)
-        with safe_open(self._file_of[stored], framework="pt") as opened:
-            tensor = opened.get_slice(stored)
-            return tensor.get_shape(), tensor[:0].dtype
-
-    def read(self, name: str) -> Tensor:
-        stored = hf_name(name)
-        with safe_open(self._file_of[stored], framework="pt") as opened:
-            return opened.get_tensor(stored)
-
-    def write_tokenizer(self, folder: Path) -> str:
-        copied = copy_tokenizer(self._folder, folder)
-        return f"{', '.join(copied)}, as they are" if copied else "none"
 
 
 def _write(
@@ -232,13 +187,24 @@ def _write(
 
         def read(name: str) -> Tensor:
             progress.update()
-            return original.read(name)
+            return _finite(name, original.read(name))
 
         pieces: Pieces = {}
         for name, shape in shapes.items():
             like = torch.empty(shape, dtype=dtypes[name], device="meta")
             pieces[WEIGHTS + name] = [LazyPiece(tuple(shape), (0,) * len(shape), like, functools.partial(read, name))]
         return write_pieces(folder, pieces, alone=True)
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    """The weight; raises `UserError` if it holds what nothing can be trained from."""
+    odd = tensor.numel() - int(tensor.isfinite().sum())
+    if odd:
+        raise UserError(
+            f"weight {hf_name(name)} holds {odd} NaN or infinite values among {tensor.numel()}; import a checkpoint "
+            f"without"
+        )
+    return tensor
 
 
 def _trainable_dtype(name: str, shape: list[int], dtype: torch.dtype, wanted: torch.Size) -> torch.dtype:

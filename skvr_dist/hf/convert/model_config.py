@@ -33,6 +33,16 @@ _SHARED = {
 }
 
 
+_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
+    "dual_chunk_attention_config": (None,),
+}
+"""What our decoder computes, of the fields of which it has no choice."""
+_LAYER_TYPES = {"full_attention"}
+
+
 def hf_config(
     config: ModelConfig, dtype: torch.dtype, special_ids: Mapping[str, Any], pruned_to: CacheStrategy | None = None
 ) -> PreTrainedConfig:
@@ -65,26 +75,31 @@ def hf_config(
     )
 
 
+def require_family(model_type: str) -> None:
+    """Raises `UserError` if no family of ours has this name in config.json."""
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"the checkpoint is of model_type {model_type}, but only {', '.join(FAMILIES)} can be imported; "
+            f"choose a checkpoint of one of these families"
+        )
+
+
 def model_config(config: PreTrainedConfig) -> ModelConfig:
     """Our model section for a checkpoint of one of the families.
 
     Raises:
         UserError: another architecture, or a feature of the family that our decoder lacks.
     """
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"the checkpoint is of model_type {config.model_type}, but only {', '.join(FAMILIES)} can be imported; "
-            f"choose a checkpoint of one of these families"
-        )
+    require_family(config.model_type)
     family = FAMILIES[config.model_type]
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError("the checkpoint is quantized and cannot be trained; import the original in bf16 or fp32")
     rope = dict(config.rope_parameters)
-    theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
-    plain = {"hidden_act": "silu", "mlp_bias": False, "sliding_window": None, "dual_chunk_attention_config": None}
+    theta, kind = rope.pop("rope_theta", None), rope.get("rope_type", "default")
     unknown = [
-        f"{name} {getattr(config, name)}" for name, value in plain.items() if getattr(config, name, value) != value
+        f"{name} {getattr(config, name)}"
+        for name, known in _KNOWN_VALUES.items()
+        if getattr(config, name, known[0]) not in known
     ]
+    unknown += [f"layer type {kind}" for kind in set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES]
     if kind not in ("default", "linear", "llama3"):
         unknown.append(f"rope_type {kind}")
     if unknown:
@@ -97,7 +112,7 @@ def model_config(config: PreTrainedConfig) -> ModelConfig:
             architecture=family.name,
             qk_norm=family.qk_norm,
             attention_bias=family.attention_bias == "q, k and v" or getattr(config, "attention_bias", False),
-            rope_theta=float(theta),
+            rope_theta=theta,
             rope_scaling=None if kind == "default" else RopeScaling(**_known(rope)),
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             **{name: getattr(config, name) for name in _SHARED - {"head_dim"}},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -22,18 +21,6 @@ from skvr_dist.data.tokenizers.sentencepiece import SPACE_SIGN, special_names
 from skvr_dist.data.tokenizers.train import UNIGRAM_SCORE_STEPS
 from skvr_dist.errors import UserError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""Files of a Hugging Face checkpoint that describe its tokenizer and how to generate with it."""
 _Piece: TypeAlias = ModelProto.SentencePiece
 
 
@@ -42,8 +29,9 @@ def convert_tokenizer(file: Path, max_length: int) -> PreTrainedTokenizerFast:
 
     As in training, no token is added to a text and the names of special tokens in a text are just text. A document
     of the training data starts after the end-of-sequence token of the one before and never with a token of its own,
-    so that one is declared as the token to begin with too. `<unk>`, which byte fallback never yields, pads; or, where
-    there is none, the end-of-sequence token.
+    so that one is declared as the token to begin with too. Sequences are padded with the token that a Hugging Face
+    tokenizer has for it, or with `<unk>`, which byte fallback never yields; without either, with the end-of-sequence
+    token.
 
     Args:
         max_length: longest sequence of the model, in tokens.
@@ -53,16 +41,17 @@ def convert_tokenizer(file: Path, max_length: int) -> PreTrainedTokenizerFast:
     """
     tokenizer = load_tokenizer(file)
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        fast, eos, unk = tokenizer.for_export(), tokenizer.eos_token, None
+        fast, eos, unk, pad = tokenizer.for_export(), tokenizer.eos_token, None, tokenizer.pad_token
     else:
         model = ModelProto.FromString(tokenizer.model)
         fast, eos, unk = _from_sentencepiece(model, file), model.trainer_spec.eos_piece, model.trainer_spec.unk_piece
+        pad = unk
     return PreTrainedTokenizerFast(
         tokenizer_object=fast,
         bos_token=eos,
         eos_token=eos,
         unk_token=unk,
-        pad_token=unk or eos,
+        pad_token=pad or eos,
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         padding_side="left",  # as generation needs it
@@ -139,14 +128,6 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     stored = json.loads(file.read_text())
     stored["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows and 5 still takes
     file.write_text(json.dumps(stored, indent=2) + "\n")
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy somebody else's tokenizer as it is; returns the names of the files."""
-    found = [name for name in TOKENIZER_FILES if (source / name).exists()]
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

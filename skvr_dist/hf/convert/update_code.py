@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from skvr_dist.errors import UserError
 from skvr_dist.hf.convert.bundle import CODE_FILES, add_code
 from skvr_dist.hf.convert.check import ATTENTION, DECODED_TOKENS, TOLERANCE
+from skvr_dist.hf.convert.weight_files import weight_files
 from skvr_dist.hf.model.causal_lm import decoding_error
 
 _TOKENS = 16
@@ -102,7 +103,7 @@ def _compare(old: Path, new: Path, reference: str) -> CodeUpdate:
     model = _load(new, reference)
     loaded = model.state_dict()
     differing: list[str] = []
-    for file in sorted(old.glob("*.safetensors")):
+    for file in weight_files(old):
         with safe_open(file, framework="pt") as stored:
             names = stored.keys()
             differing += [n for n in names if not torch.equal(loaded[n], stored.get_tensor(n).float())]

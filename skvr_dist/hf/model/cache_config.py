@@ -65,13 +65,23 @@ def _profiles(config: PreTrainedConfig) -> dict[str, str]:
 
 def _require_stored(config: PreTrainedConfig, sources: Sources) -> None:
     """Raises `UserError` if a layer that is read was pruned from the checkpoint."""
-    stored: Sequence[int] = getattr(config, "kv_pruned_to", None) or range(config.num_hidden_layers)
+    pruned_to = getattr(config, "kv_pruned_to", None)
+    stored = range(config.num_hidden_layers) if pruned_to is None else _pruned_to(pruned_to)
     missing = sorted(set(sources) - set(stored))
     if missing:
         raise UserError(
             f"layer {missing[0]} was pruned from this checkpoint and cannot keep a cache; retain some of layers "
             f"{list(stored)}, or load the whole checkpoint"
         )
+
+
+def _pruned_to(given: Any) -> Sequence[int]:
+    try:
+        return layer_numbers(given)
+    except UserError:
+        raise UserError(
+            f"kv_pruned_to {given!r} must be a list of layer numbers; export the checkpoint again"
+        ) from None
 
 
 def _checked(given: Any, layers: int) -> Sources:
@@ -99,8 +109,14 @@ def _checked(given: Any, layers: int) -> Sources:
 
 
 def warn_if_untrained(config: PreTrainedConfig, sources: Sources) -> None:
-    """Warn, once in a process, when layers share a cache in a model that was never trained for it."""
-    training: dict[str, Any] = getattr(config, "kv_training", None) or {}
+    """Warn, once in a process, when layers share a cache in a model that was never trained for it.
+
+    Raises:
+        UserError: what the configuration says of the training cannot be read.
+    """
+    training = getattr(config, "kv_training", None) or {}
+    if not isinstance(training, dict):
+        raise UserError(f"kv_training {training!r} must say how routing was trained, as {{'policy': 'uniform'}} does")
     if sources == tuple(range(len(sources))) or training.get("policy", "none") != "none":
         return
     table = training.get("retention_table")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,7 +75,9 @@ def decoding_error(model: Any, prompt: Tensor, new_tokens: int, **options: Any) 
         **options,
     )
     wanted = model(found.sequences, use_cache=False).logits[0, prompt.shape[1] - 1 : -1].float()
-    return float((torch.cat(found.logits) - wanted).abs().max() / wanted.abs().max())
+    largest = float(wanted.abs().max())
+    difference = float((torch.cat(found.logits) - wanted).abs().max())
+    return difference / largest if largest else difference
 
 
 class RoutedForCausalLM:
@@ -97,6 +100,20 @@ class RoutedForCausalLM:
         route(self)
         self._remove_pruned()
         self._set_sources(sources_of(config, kv_profile, kv_source_layers))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`; it writes `kv_profile` and `kv_source_layers` as JSON.
+
+        Raises:
+            UserError: they are no strategy of the model.
+        """
+        if kwargs.get("kv_profile") is not None:
+            kwargs["kv_profile"] = str(kwargs["kv_profile"])
+        with suppress(UserError):  # `sources_of` refuses it with the number of layers
+            if kwargs.get("kv_source_layers") is not None:
+                kwargs["kv_source_layers"] = list(layer_numbers(kwargs["kv_source_layers"]))
+        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def _remove_pruned(self) -> None:
         """Do nothing: whole checkpoints have all projections."""
@@ -145,7 +162,10 @@ class RoutedForCausalLM:
 
         Raises:
             TypeError: a keyword that nobody reads, or a cache that cannot be used.
+            UserError: there are no tokens, or the cache was filled at another strategy.
         """
+        if input_ids is not None and input_ids.shape[-1] == 0:
+            raise UserError("the input has no tokens; give at least one, such as the beginning-of-sequence token")
         return_dict = {"return_dict": kwargs.pop("return_dict")} if "return_dict" in kwargs else {}
         cache = take_cache(cache, kwargs)
         captures = any(
@@ -176,7 +196,13 @@ class RoutedForCausalLM:
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, with the strategy and the code for it, which plain classes pass over."""
+        """Save as transformers does, with the strategy and the code for it, which plain classes pass over.
+
+        Raises:
+            UserError: `save_directory` is a file.
+        """
+        if Path(save_directory).is_file():
+            raise UserError(f"cannot save to {save_directory}: it is a file; give the name of a folder")
         sources = self.model.kv_sources
         shares = sources != tuple(range(len(sources)))
         self.config.kv_profile, self.config.kv_source_layers = None, list(sources) if shares else None

@@ -419,9 +419,11 @@ def route(model: nn.Module) -> Any:
     Raises:
         UserError: there is no such model in it, or it has a sliding window.
     """
+    *others, last = (plain.__name__.removesuffix("Model") for plain in PLAIN_MODELS)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{model!r} is no model; load one of {', '.join(others)} or {last} with from_pretrained first")
     bases = [module for module in model.modules() if isinstance(module, PLAIN_MODELS)]
     if len(bases) != 1:
-        *others, last = (plain.__name__.removesuffix("Model") for plain in PLAIN_MODELS)
         raise UserError(
             f"{type(model).__name__} holds {len(bases)} {', '.join(others)} or {last} decoders; routing needs exactly "
             f"one"

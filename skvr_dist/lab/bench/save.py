@@ -49,7 +49,7 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
         folder,
         new_host_group(),
         config_text=dump_config(config),
-        tokenizer=None,
+        files={},
         keep_last=1,
         keep_every_steps=None,
         megabytes_per_second=config.checkpoint.megabytes_per_second,

@@ -139,7 +139,7 @@ class Trainer:
         self.engine = build_engine(self.config, self.mesh)
         keep: dict[str, Any] = {"keep_last": 2, "keep_every_steps": None}
         checkpoints, group = RunFolder(folder).checkpoints, new_host_group()
-        self.saver = Saver(checkpoints, group, config_text=dump_config(self.config), tokenizer=None, **keep)
+        self.saver = Saver(checkpoints, group, config_text=dump_config(self.config), files={}, **keep)
 
     def train(self, steps: range) -> list[float]:
         """Train the given steps, counted from 0; returns their losses."""
