@@ -21,6 +21,7 @@ import os
 import select
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -194,6 +195,9 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
         over_ranks: launchers start it once per rank, and all ranks meet the same mistake until they join their
             process group: then the first rank of each host says it, and its launcher ends the others.
     """
+    threading.excepthook = _keep_traceback_of_thread
+    if over_ranks:  # torch's C++ would warn of a closed connection with a stack of thirty lines; our sentence names it
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file need not be text, a terminal not know every letter
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -204,6 +208,7 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
     except SystemExit:  # argparse has said what there is to say
         raise
     except BaseException as error:
+        _clear_bars()
         code, sentence = _ending_of(error)
         one_rank = isinstance(error, OneRankError) or code == EXIT_UNFORESEEN
         if sentence and not one_rank and over_ranks and _said_by_another_rank():
@@ -215,6 +220,21 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
         _leave_stdout()
     sys.exit(code)
+
+
+def _clear_bars() -> None:
+    """Take the progress bars that an error has left off the terminal, those of other packages among them."""
+    bars: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(bars, "_instances", ())):
+        with suppress(Exception):  # the terminal may have gone
+            bar.leave = False
+            bar.close()
+
+
+def _keep_traceback_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Keep the traceback of what ended a thread. Whoever waits for the thread says what it means."""
+    if failed.exc_value is not None and failed.exc_type is not SystemExit:
+        _keep_traceback(failed.exc_value, f"{failed.thread.name if failed.thread else 'a thread'} ends")
 
 
 def _ending_of(error: BaseException) -> tuple[int, str]:
@@ -237,12 +257,12 @@ def _ending_of(error: BaseException) -> tuple[int, str]:
     return EXIT_UNFORESEEN, f"{name} met what nobody foresaw, {culprit}; {_keep_traceback(error)}"
 
 
-def _keep_traceback(error: BaseException) -> str:
+def _keep_traceback(error: BaseException, what_ends: str = "the run ends") -> str:
     """Write the traceback to the run's log, or to a temporary file; returns where it is, in words."""
     logger = logging.getLogger("skvr_dist")
     logs = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
     if logs:
-        logger.error("the run ends", exc_info=error)
+        logger.error(what_ends, exc_info=error)
         return f"the traceback is in {logs[0].baseFilename}"
     text = "".join(traceback.format_exception(error))
     try:

@@ -121,6 +121,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
             raise
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, which is made if it is not there; all of it is with the system when this returns.
+
+    Raises:
+        UserError: it cannot be written; the file may end with a part of the line.
+    """
+    data = f"{line}\n".encode()
+    with naming_failure(path), path.open("ab", buffering=0) as file:  # a buffer would meet a full disk when it is freed
+        if file.write(data) != len(data):
+            raise OSError(None, os.strerror(errno.ENOSPC))
+
+
 def prove_writable(file: str | Path, *, make_folder: bool = False) -> Path:
     """The path of a file (see `local_path`) that `write_whole` can write; everything is left as it was.
 

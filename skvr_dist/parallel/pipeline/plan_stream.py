@@ -62,9 +62,9 @@ class PlanStream:
             first = self._step - self._first_step < _FIRST_STEPS_COMPARED
             if first or self._step % self._compare_every_steps == 0:
                 self._compare(self._donors)
-        plan = RoutingPlan(self._donors.numpy())
-        self._step += 1
-        self._send_ahead()
+            plan = RoutingPlan(self._donors.numpy())
+            self._step += 1
+            self._send_ahead()
         return plan
 
     def _compare(self, donors: Tensor) -> None:
@@ -83,4 +83,5 @@ class PlanStream:
 
     def close(self) -> None:
         """Receive the plan that is on its way and will not be used, so that no rank leaves another waiting."""
-        self._work.wait()
+        with naming_the_operation(self._mesh, "the broadcast of the last routing plan"):
+            self._work.wait()
