@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.datasets import TOKENIZER, write_dataset
 
 from skvr_dist.checkpoint import saver
 from skvr_dist.config.load import load_config
@@ -16,7 +17,6 @@ from skvr_dist.errors import RunInterrupted, UserError
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel import failure
 from skvr_dist.train import loop, metrics
-from support.datasets import TOKENIZER, write_dataset
 
 QUICKSTART = Path(__file__).parents[2] / "configs/experiment/quickstart.yaml"
 
@@ -74,7 +74,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("rank", "moment"), [(0, "between two steps"), (1, "in an evaluation"), (1, "in a save"), (0, "before the first step")]
+    ("rank", "moment"),
+    [(0, "between two steps"), (1, "in an evaluation"), (1, "in a save"), (0, "before the first step")],
 )
 def test_a_rank_that_dies_is_named(keys: list[str], tmp_path: Path, rank: int, moment: str) -> None:
     overrides = [*keys, f"train.output_dir={tmp_path}", "parallel.timeout_seconds=40"]
