@@ -88,6 +88,7 @@ def run() -> int | None:
 
 def _tokenizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
     """The tokenizer to export: the checkpoint's own, or the same one with all its files in a folder."""
+    from skvr_dist.data.tokenizers.base import mean_the_same
     from skvr_dist.data.tokenizers.load import load_tokenizer
 
     own = checkpoint.tokenizer_file
@@ -95,11 +96,11 @@ def _tokenizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
         if folder is not None:
             raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to compare {folder} with; copy its files")
         return own
-    ours, given = load_tokenizer(own).sha256, load_tokenizer(folder).sha256
-    if ours != given:
+    ours, given = load_tokenizer(own), load_tokenizer(folder)
+    if ours.sha256 != given.sha256 and not mean_the_same(ours, given):
         raise UserError(
-            f"tokenizer {folder} is {given[:12]}, but {checkpoint.folder} was trained with {ours[:12]}; give the "
-            f"folder that the data set was prepared with"
+            f"tokenizer {folder} is {given.sha256[:12]}, but {checkpoint.folder} was trained with {ours.sha256[:12]}; "
+            f"give the folder that the data set was prepared with"
         )
     return folder / "tokenizer.json"
 

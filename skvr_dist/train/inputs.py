@@ -56,7 +56,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
 
 def require_made_with(dataset: Dataset, tokenizer: Tokenizer, data: DataConfig) -> None:
     """Refuse a tokenizer (`data.tokenizer`) to which the ids of a data set mean something else."""
-    if tokenizer.sha256 != dataset.manifest.tokenizer_sha256:
+    if not dataset.is_made_with(tokenizer):
         raise UserError(
             f"data.tokenizer {data.tokenizer} is {tokenizer.sha256[:12]}, but data set {dataset.location} was made "
             f"with {dataset.manifest.tokenizer_sha256[:12]}; give the one beside the data set"

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from skvr_dist.data.format import MANIFEST
+from skvr_dist.data.format import MANIFEST, TOKENIZER_FILE
 from skvr_dist.data.prepare.corpus import Corpus, hash_fraction
 from skvr_dist.data.prepare.formats import Advance, Document, FilePart, holds_records, reading
 from skvr_dist.data.prepare.pool import available_cores, run_tasks
@@ -35,7 +35,6 @@ from skvr_dist.data.tokenizers.load import tokenizer_from_bytes
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, naming_failure, prove_folder, write_whole
 
-TOKENIZER_FILE = "tokenizer.model"
 LEFT_OUT_FILE = "left-out.txt"
 _JOB_FILE = "job.json"
 
