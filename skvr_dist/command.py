@@ -14,7 +14,6 @@ arguments are answered at once, and Ctrl-C during those imports ends with a sent
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import logging
 import os
@@ -33,7 +32,7 @@ from typing import Any, NoReturn, Protocol
 from skvr_dist.cluster.launcher import LOCAL_RANK_VARIABLES, announced_rank, announced_world_size
 from skvr_dist.config.presets import find_configs
 from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, UserError
-from skvr_dist.files import as_json, prove_writable, write_whole
+from skvr_dist.files import as_json, full_disk, local_path, prove_writable, write_whole
 
 EXIT_UNFORESEEN = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -145,6 +144,14 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return count
 
 
+def a_path(text: str) -> Path:
+    """An argparse type: a path of this machine, `~` replaced by the home folder; no URL."""
+    try:
+        return local_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def write_json(file: Path, record: Any) -> None:
     """Write figures as JSON, as `skvr_dist.files.as_json` makes it.
 
@@ -246,9 +253,9 @@ def _ending_of(error: BaseException) -> tuple[int, str]:
         return EXIT_INTERRUPTED, f"{name} was interrupted (Ctrl-C) before it was through"
     if isinstance(error, BrokenPipeError) and _reader_has_gone():
         return EXIT_CLOSED_PIPE, ""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        file = error.filename or "the standard output, or a file that the system did not name"
-        return EXIT_USAGE, f"cannot write {file}: {os.strerror(error.errno)}; make room, or write to another disk"
+    if reason := full_disk(error):
+        file = getattr(error, "filename", None) or "the standard output, or a file that the system did not name"
+        return EXIT_USAGE, f"cannot write {file}: {reason}; make room, or write to another disk"
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
         asked = f": {text}" if text else ""

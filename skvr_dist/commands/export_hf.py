@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from skvr_dist.command import add_json, new_parser, parse, run_command, write_json
+from skvr_dist.command import a_path, add_json, new_parser, parse, run_command, write_json
 from skvr_dist.errors import EXIT_MISSED, UserError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def main() -> None:
 def run() -> int | None:
     """Export and compare; returns the exit code."""
     parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("output", metavar="OUT", type=Path, help="folder to make; it must not hold anything")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=a_path)
+    parser.add_argument("output", metavar="OUT", type=a_path, help="folder to make; it must not hold anything")
     parser.add_argument("--dtype", choices=DTYPES, help="of the exported weights (default: the checkpoint's)")
     parser.add_argument(
         "--profile", action="append", default=[], metavar="NAME=STRATEGY", help="name a strategy; may be repeated"
@@ -46,7 +46,7 @@ def run() -> int | None:
     tokenizer.add_argument(
         "--tokenizer",
         metavar="FOLDER",
-        type=Path,
+        type=a_path,
         help="the same tokenizer with all its files, such as a chat template: where the data set's was taken from",
     )
     add_json(parser, "write the figures of the check there")

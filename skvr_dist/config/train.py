@@ -46,11 +46,11 @@ class TrainConfig(Section):
     """Consecutive skipped updates that end the run. A loss or gradient that is not finite always skips the update."""
     log_every_steps: int = Field(default=1, gt=0, le=10**9)
     """Steps between console lines; TensorBoard and metrics.jsonl get every step."""
-    resume: str = "auto"
+    resume: str = Field(default="auto", min_length=1)
     """`auto` resumes from the run's newest whole checkpoint if it has one, `never` starts afresh; else a checkpoint.
 
     A command that names a checkpoint and is started again resumes from what it has saved since."""
-    initial_weights: str | None = None
+    initial_weights: str | None = Field(default=None, min_length=1)
     """A checkpoint (or an imported model) whose weights a new run starts from; null draws them."""
 
 

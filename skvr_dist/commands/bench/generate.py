@@ -12,12 +12,11 @@ from __future__ import annotations
 import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from skvr_dist.command import Figure, add_bound, add_configs, add_json, at_least, conclude
+from skvr_dist.command import Figure, a_path, add_bound, add_configs, add_json, at_least, conclude
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--model", metavar="FOLDER", help="an export")
+    parser.add_argument("--model", metavar="FOLDER", type=a_path, help="an export")
     add_configs(parser, default="tiny")
     parser.add_argument("--prompt-tokens", type=at_least(1), default=2048)
     parser.add_argument("--new-tokens", type=at_least(1), default=64)
@@ -87,7 +86,7 @@ def _load(options: Namespace) -> Any:
     from skvr_dist.hf.convert.model_config import hf_config
 
     if options.model:
-        if not Path(options.model, "config.json").exists():
+        if not (options.model / "config.json").exists():
             raise UserError(f"--model {options.model} is not an export: it has no config.json; give the folder of one")
         return AutoModelForCausalLM.from_pretrained(options.model, kv_profile="full").eval()
     file = options.config[-1]

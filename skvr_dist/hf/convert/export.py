@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
-from skvr_dist.files import published, require_free
+from skvr_dist.files import prove_new_folder, published
 from skvr_dist.hf.convert.bundle import add_code, describe_routing
 from skvr_dist.hf.convert.card import Training, model_card
 from skvr_dist.hf.convert.check import SAMPLE_TEXTS, TOLERANCE, CheckReport, check_export
@@ -87,11 +87,11 @@ def export_model(
             it, and serves that strategy and those that retain fewer of its layers.
 
     Raises:
-        UserError: `output` holds something, the training never ran at full retention, weights are missing,
-            unexpected or of another shape, or the tokenizer cannot be converted exactly.
+        UserError: `output` holds something or cannot be written, the training never ran at full retention, weights are
+            missing, unexpected or of another shape, or the tokenizer cannot be converted exactly.
         ExportMismatchError: what transformers loads differs from what was trained.
     """
-    require_free(output)
+    output = prove_new_folder(output)
     _check_routing(training.routing, pruned_to)
     tokenizer = None if tokenizer_file is None else _open_tokenizer(tokenizer_file, config, pruned_to is None)
     shapes = _exported_shapes(config, names, pruned_to)

@@ -32,7 +32,7 @@ from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
 from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
-from skvr_dist.files import published, require_free
+from skvr_dist.files import local_path, prove_new_folder, published
 from skvr_dist.hf.convert.check import CheckReport, check_export
 from skvr_dist.hf.convert.gguf_file import GGUFFile
 from skvr_dist.hf.convert.model_config import hf_config, model_config
@@ -89,14 +89,14 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
         check: compare the result with its source; this alone holds a whole model in memory, in float32.
 
     Raises:
-        UserError: `output` holds something; the source is missing, damaged, of another architecture, or lacks
-            weights, or has others or of another shape.
+        UserError: `output` holds something or cannot be written; the source is missing, damaged, of another
+            architecture, or lacks weights, or has others or of another shape.
         ImportMismatchError: our decoder computes other logits than transformers.
     """
-    require_free(output)
+    output = prove_new_folder(output)
     original: _Original
-    if source.endswith(".gguf") and not Path(source).is_dir():
-        gguf = GGUFFile(Path(source))
+    if source.endswith(".gguf") and not local_path(source).is_dir():
+        gguf = GGUFFile(local_path(source))
         original, config, dequantized_from = gguf, gguf.config, gguf.quantization
         folder, way_out = gguf.file.parent, f"download {source} again or give another file"
         loading = {"gguf_file": gguf.file.name, "config": hf_config(config, torch.float32, {})}
@@ -151,8 +151,8 @@ class _Original(Protocol):
 
 
 def _local_folder(source: str) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
+    if (folder := local_path(source)).is_dir():
+        return folder
     try:
         return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
