@@ -18,20 +18,21 @@ import io
 import logging
 import os
 import select
+import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from skvr_dist.cluster.launcher import LOCAL_RANK_VARIABLES, announced_rank, announced_world_size
+from skvr_dist.cluster.launcher import announced_rank, announced_world_size, is_other_rank
 from skvr_dist.config.presets import find_configs
-from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, UserError
+from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, RunInterrupted, UserError
 from skvr_dist.files import as_json, full_disk, local_path, prove_writable, write_whole
 
 EXIT_UNFORESEEN = 70  # EX_SOFTWARE of sysexits.h
@@ -66,10 +67,15 @@ def _program() -> str:
     return started.parent.name if started.name == "__main__.py" else started.name
 
 
-def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None, *, over_ranks: bool = False
+) -> argparse.Namespace:
     """Read a command line; options and other arguments may stand in any order.
 
     Drops the option that DeepSpeed's launcher passes to each rank, which has it in its environment too.
+
+    Args:
+        over_ranks: launchers start the command once per rank, and only rank 0 writes its files.
 
     Raises:
         UserError: the file of `--json` could not be written, or there is no configuration of the name given.
@@ -79,7 +85,8 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -
     if hasattr(options, "config"):
         options.config = find_configs(options.config or [options.default_config])
     if getattr(options, "json", None) is not None:  # empty is a mistake too
-        options.json = prove_writable(options.json) if _writes_files() else Path(options.json)
+        is_written = not over_ranks or announced_world_size() == 1 or announced_rank() == 0
+        options.json = prove_writable(options.json) if is_written else Path(options.json)
     return options
 
 
@@ -88,8 +95,14 @@ def launcher_free(words: Sequence[str]) -> list[str]:
     return [word for word in words if not word.startswith(_LOCAL_RANK_OPTIONS)]
 
 
-def run_subcommand(doc: str | None, subcommands: Mapping[str, Subcommand]) -> int | None:
-    """Read the name of a subcommand, then its arguments, and run it."""
+def run_subcommand(
+    doc: str | None, subcommands: Mapping[str, Subcommand], *, over_ranks: Collection[str] = ()
+) -> int | None:
+    """Read the name of a subcommand, then its arguments, and run it.
+
+    Args:
+        over_ranks: names of those that launchers start once per rank.
+    """
     words = launcher_free(sys.argv[1:])
     top = new_parser(doc)
     lines = [f"{name:<10}{(module.__doc__ or '').splitlines()[0]}" for name, module in subcommands.items()]
@@ -98,7 +111,7 @@ def run_subcommand(doc: str | None, subcommands: Mapping[str, Subcommand]) -> in
     name = top.parse_args(words[:1]).subcommand
     own = new_parser(subcommands[name].__doc__, f"{top.prog} {name}")
     subcommands[name].add_arguments(own)
-    return subcommands[name].run(parse(own, words[1:]))
+    return subcommands[name].run(parse(own, words[1:], over_ranks=name in over_ranks))
 
 
 def add_json(parser: argparse.ArgumentParser, what: str = "write the figures there too") -> None:
@@ -202,6 +215,8 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
         over_ranks: launchers start it once per rank, and all ranks meet the same mistake until they join their
             process group: then the first rank of each host says it, and its launcher ends the others.
     """
+    if callable(signal.getsignal(signal.SIGINT)):  # a shell has what it runs in the background ignore it
+        signal.signal(signal.SIGINT, _interrupt)
     threading.excepthook = _keep_traceback_of_thread
     if over_ranks:  # torch's C++ would warn of a closed connection with a stack of thirty lines; our sentence names it
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -217,16 +232,27 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
     except BaseException as error:
         _clear_bars()
         code, sentence = _ending_of(error)
-        one_rank = isinstance(error, OneRankError) or code == EXIT_UNFORESEEN
+        one_rank = isinstance(error, OneRankError | RunInterrupted) or code == EXIT_UNFORESEEN
         if sentence and not one_rank and over_ranks and _said_by_another_rank():
             # A launcher ends all ranks as soon as one has ended: that must be the one that says why. If this one still
             # lives after that, it has met something of its own.
             time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
         if sentence:
             with suppress(OSError):  # nobody may be reading stderr either
+                if code == EXIT_INTERRUPTED and sys.stderr.isatty():  # which shows ^C
+                    print(file=sys.stderr)
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
         _leave_stdout()
     sys.exit(code)
+
+
+_interrupted = threading.Event()
+"""Whether Ctrl-C has come."""
+
+
+def _interrupt(_: int, __: object) -> NoReturn:
+    _interrupted.set()
+    raise KeyboardInterrupt
 
 
 def _clear_bars() -> None:
@@ -247,15 +273,18 @@ def _keep_traceback_of_thread(failed: threading.ExceptHookArgs) -> None:
 def _ending_of(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence for the error that ended a command; no sentence where nobody would read it."""
     name = _program()
+    # An import that Ctrl-C has cut short fails with something else where somebody catches everything.
+    if isinstance(error, KeyboardInterrupt) or _interrupted.is_set():
+        return EXIT_INTERRUPTED, f"{name} was interrupted (Ctrl-C) before it was through"
     if isinstance(error, UserError):
         return error.exit_code, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED, f"{name} was interrupted (Ctrl-C) before it was through"
     if isinstance(error, BrokenPipeError) and _reader_has_gone():
         return EXIT_CLOSED_PIPE, ""
     if reason := full_disk(error):
         file = getattr(error, "filename", None) or "the standard output, or a file that the system did not name"
         return EXIT_USAGE, f"cannot write {file}: {reason}; make room, or write to another disk"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return EXIT_USAGE, f"{name} cannot use {os.fsdecode(error.filename)}: {error.strerror}; put it in order"
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
         asked = f": {text}" if text else ""
@@ -312,14 +341,6 @@ def _reader_has_gone() -> bool:
 
 def _said_by_another_rank() -> bool:
     """Whether the first rank of this host prints the same. One variable left in the environment makes no rank."""
-    local_rank = next((os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ), "0")
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
-    return local_rank != "0" and not joined and announced_world_size() > 1
-
-
-def _writes_files() -> bool:
-    """Whether this process writes the command's files: over ranks, only rank 0 does."""
-    if not any(name in os.environ for name in LOCAL_RANK_VARIABLES) or announced_world_size() == 1:
-        return True
-    return announced_rank() == 0
+    return not joined and is_other_rank()

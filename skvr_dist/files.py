@@ -202,7 +202,7 @@ def published(folder: Path) -> Iterator[Path]:
     with naming_failure(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(prefix=f"{folder.name[:64]}{PARTIAL_SUFFIX}-", dir=folder.parent)
-    with temporary, _naming_full_disk(folder):
+    with temporary, naming_full_disk(folder):
         filled = Path(temporary.name) / folder.name
         filled.mkdir()
         yield filled
@@ -214,8 +214,8 @@ def published(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming_full_disk(path: Path) -> Iterator[None]:
-    """Turn the errors in which packages report a full disk into a `UserError` that names what was to be written."""
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn the errors in which packages report a full disk within into a `UserError` that names what was written."""
     try:
         yield
     except Exception as error:

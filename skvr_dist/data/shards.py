@@ -273,7 +273,7 @@ def find_datasets(folder: str | Path) -> dict[str, Dataset]:
 def check_dataset(dataset: Dataset) -> list[str]:
     """Read everything; one sentence for each shard or chunk that is not as it should be."""
     problems: list[str] = []
-    for shard in tqdm(dataset.manifest.shards, unit=" shards", leave=False):
+    for shard in tqdm(dataset.manifest.shards, unit=" shards", leave=False, disable=None):
         problems += _check_shard(dataset, shard)
     return problems
 

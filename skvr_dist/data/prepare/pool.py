@@ -52,7 +52,7 @@ def run_tasks(
     done, stop = context.Value("q", 0), context.Event()
     size = min(workers or available_cores(), len(tasks))
     with (
-        tqdm(total=total_bytes, unit="B", unit_scale=True, leave=False) as bar,
+        tqdm(total=total_bytes, unit="B", unit_scale=True, leave=False, disable=None) as bar,
         ProcessPoolExecutor(size, context, _start_process, (function, done, stop)) as pool,
     ):
         try:
