@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import math
 import os
 import select
 import signal
@@ -121,7 +122,7 @@ def add_json(parser: argparse.ArgumentParser, what: str = "write the figures the
 
 def add_bound(parser: argparse.ArgumentParser, default: float, what: str, name: str = "--bound") -> None:
     """Add the option for the bound that decides between exit code 0 and 1."""
-    parser.add_argument(name, type=float, default=default, metavar="X", help=f"{what} (default: {default})")
+    parser.add_argument(name, type=_finite, default=default, metavar="X", help=f"{what} (default: {default})")
 
 
 def add_configs(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -142,8 +143,19 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; value in YAML")
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number that is at least `minimum`."""
+def _finite(text: str) -> float:
+    """An argparse type: a number, neither infinite nor NaN, which no figure would be compared with."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
+
+
+def at_least(minimum: int, most: int = 10**6) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum` to `most`."""
 
     def count(text: str) -> int:
         try:
@@ -152,6 +164,8 @@ def at_least(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if number < minimum:
             raise argparse.ArgumentTypeError(f"{number} is less than {minimum}, the fewest that make sense")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{number} is more than {most}, the most that make sense")
         return number
 
     return count
@@ -220,6 +234,9 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
     threading.excepthook = _keep_traceback_of_thread
     if over_ranks:  # torch's C++ would warn of a closed connection with a stack of thirty lines; our sentence names it
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by who started this
+            setattr(sys, stream, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file need not be text, a terminal not know every letter
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -286,7 +303,9 @@ def _ending_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return EXIT_USAGE, f"{name} cannot use {os.fsdecode(error.filename)}: {error.strerror}; put it in order"
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
+    # PyTorch has a type of its own for GPUs, and a text for the host.
+    no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if no_memory or "can't allocate memory" in text or "not enough memory" in text:
         asked = f": {text}" if text else ""
         return EXIT_USAGE, f"{name} ran out of memory{asked}; give it more, or less to hold at a time"
     culprit = f"{type(error).__name__}: {text}" if text else type(error).__name__

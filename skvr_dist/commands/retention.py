@@ -26,7 +26,7 @@ def run() -> None:
     parser.add_argument("--sequences", type=int, default=256, help="held-out sequences (default: 256)")
     parser.add_argument("--data", metavar="FOLDER", help="another held-out data set than the run's")
     parser.add_argument(
-        "--sequence-length", type=at_least(1), metavar="N", help="tokens per sequence (default: the run's)"
+        "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens per sequence (default: the run's)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
     parser.add_argument("--device", help="where to compute (default: a GPU if there is one)")

@@ -80,10 +80,12 @@ def _load(options: Namespace) -> Any:
     """The export, or a model of the configuration's shape; in evaluation mode, with its whole cache."""
     import torch
     import yaml
+    from pydantic import ValidationError
     from transformers import AutoModelForCausalLM
 
     from skvr_dist.config.model import ModelConfig
     from skvr_dist.hf.convert.model_config import hf_config
+    from skvr_dist.section import in_words
 
     if options.model:
         if not (options.model / "config.json").exists():
@@ -95,7 +97,8 @@ def _load(options: Namespace) -> Any:
         section = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
         model_config = ModelConfig(**{**section, "max_position_embeddings": positions})
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read a model section from {file} ({' '.join(str(error).split())})") from None
+        reason = in_words(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+        raise UserError(f"cannot read a model section from {file} ({reason})") from None
     config = hf_config(model_config, torch.float32, {})
     config.kv_profile = "full"
     return AutoModelForCausalLM.from_config(config).eval()
