@@ -14,25 +14,27 @@ arguments are answered at once, and Ctrl-C during those imports ends with a sent
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import logging
+import math
 import os
 import select
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from skvr_dist.cluster.launcher import LOCAL_RANK_VARIABLES, announced_rank, announced_world_size
+from skvr_dist.cluster.launcher import announced_rank, announced_world_size, is_other_rank
 from skvr_dist.config.presets import find_configs
-from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, UserError
-from skvr_dist.files import as_json, prove_writable, write_whole
+from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, RunInterrupted, UserError
+from skvr_dist.files import as_json, full_disk, local_path, prove_writable, write_whole
 
 EXIT_UNFORESEEN = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -66,10 +68,15 @@ def _program() -> str:
     return started.parent.name if started.name == "__main__.py" else started.name
 
 
-def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None, *, over_ranks: bool = False
+) -> argparse.Namespace:
     """Read a command line; options and other arguments may stand in any order.
 
     Drops the option that DeepSpeed's launcher passes to each rank, which has it in its environment too.
+
+    Args:
+        over_ranks: launchers start the command once per rank, and only rank 0 writes its files.
 
     Raises:
         UserError: the file of `--json` could not be written, or there is no configuration of the name given.
@@ -79,7 +86,8 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -
     if hasattr(options, "config"):
         options.config = find_configs(options.config or [options.default_config])
     if getattr(options, "json", None) is not None:  # empty is a mistake too
-        options.json = prove_writable(options.json) if _writes_files() else Path(options.json)
+        is_written = not over_ranks or announced_world_size() == 1 or announced_rank() == 0
+        options.json = prove_writable(options.json) if is_written else Path(options.json)
     return options
 
 
@@ -88,8 +96,14 @@ def launcher_free(words: Sequence[str]) -> list[str]:
     return [word for word in words if not word.startswith(_LOCAL_RANK_OPTIONS)]
 
 
-def run_subcommand(doc: str | None, subcommands: Mapping[str, Subcommand]) -> int | None:
-    """Read the name of a subcommand, then its arguments, and run it."""
+def run_subcommand(
+    doc: str | None, subcommands: Mapping[str, Subcommand], *, over_ranks: Collection[str] = ()
+) -> int | None:
+    """Read the name of a subcommand, then its arguments, and run it.
+
+    Args:
+        over_ranks: names of those that launchers start once per rank.
+    """
     words = launcher_free(sys.argv[1:])
     top = new_parser(doc)
     lines = [f"{name:<10}{(module.__doc__ or '').splitlines()[0]}" for name, module in subcommands.items()]
@@ -98,7 +112,7 @@ def run_subcommand(doc: str | None, subcommands: Mapping[str, Subcommand]) -> in
     name = top.parse_args(words[:1]).subcommand
     own = new_parser(subcommands[name].__doc__, f"{top.prog} {name}")
     subcommands[name].add_arguments(own)
-    return subcommands[name].run(parse(own, words[1:]))
+    return subcommands[name].run(parse(own, words[1:], over_ranks=name in over_ranks))
 
 
 def add_json(parser: argparse.ArgumentParser, what: str = "write the figures there too") -> None:
@@ -108,7 +122,7 @@ def add_json(parser: argparse.ArgumentParser, what: str = "write the figures the
 
 def add_bound(parser: argparse.ArgumentParser, default: float, what: str, name: str = "--bound") -> None:
     """Add the option for the bound that decides between exit code 0 and 1."""
-    parser.add_argument(name, type=float, default=default, metavar="X", help=f"{what} (default: {default})")
+    parser.add_argument(name, type=_finite, default=default, metavar="X", help=f"{what} (default: {default})")
 
 
 def add_configs(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -129,8 +143,19 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; value in YAML")
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number that is at least `minimum`."""
+def _finite(text: str) -> float:
+    """An argparse type: a number, neither infinite nor NaN, which no figure would be compared with."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
+
+
+def at_least(minimum: int, most: int = 10**6) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum` to `most`."""
 
     def count(text: str) -> int:
         try:
@@ -139,9 +164,19 @@ def at_least(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if number < minimum:
             raise argparse.ArgumentTypeError(f"{number} is less than {minimum}, the fewest that make sense")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{number} is more than {most}, the most that make sense")
         return number
 
     return count
+
+
+def a_path(text: str) -> Path:
+    """An argparse type: a path of this machine, `~` replaced by the home folder; no URL."""
+    try:
+        return local_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def write_json(file: Path, record: Any) -> None:
@@ -194,6 +229,14 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
         over_ranks: launchers start it once per rank, and all ranks meet the same mistake until they join their
             process group: then the first rank of each host says it, and its launcher ends the others.
     """
+    if callable(signal.getsignal(signal.SIGINT)):  # a shell has what it runs in the background ignore it
+        signal.signal(signal.SIGINT, _interrupt)
+    threading.excepthook = _keep_traceback_of_thread
+    if over_ranks:  # torch's C++ would warn of a closed connection with a stack of thirty lines; our sentence names it
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by who started this
+            setattr(sys, stream, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file need not be text, a terminal not know every letter
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -204,45 +247,77 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
     except SystemExit:  # argparse has said what there is to say
         raise
     except BaseException as error:
+        _clear_bars()
         code, sentence = _ending_of(error)
-        one_rank = isinstance(error, OneRankError) or code == EXIT_UNFORESEEN
+        one_rank = isinstance(error, OneRankError | RunInterrupted) or code == EXIT_UNFORESEEN
         if sentence and not one_rank and over_ranks and _said_by_another_rank():
             # A launcher ends all ranks as soon as one has ended: that must be the one that says why. If this one still
             # lives after that, it has met something of its own.
             time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
         if sentence:
             with suppress(OSError):  # nobody may be reading stderr either
+                if code == EXIT_INTERRUPTED and sys.stderr.isatty():  # which shows ^C
+                    print(file=sys.stderr)
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
         _leave_stdout()
     sys.exit(code)
 
 
+_interrupted = threading.Event()
+"""Whether Ctrl-C has come."""
+
+
+def _interrupt(_: int, __: object) -> NoReturn:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _clear_bars() -> None:
+    """Take the progress bars that an error has left off the terminal, those of other packages among them."""
+    bars: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(bars, "_instances", ())):
+        with suppress(Exception):  # the terminal may have gone
+            bar.leave = False
+            bar.close()
+
+
+def _keep_traceback_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Keep the traceback of what ended a thread. Whoever waits for the thread says what it means."""
+    if failed.exc_value is not None and failed.exc_type is not SystemExit:
+        _keep_traceback(failed.exc_value, f"{failed.thread.name if failed.thread else 'a thread'} ends")
+
+
 def _ending_of(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence for the error that ended a command; no sentence where nobody would read it."""
     name = _program()
+    # An import that Ctrl-C has cut short fails with something else where somebody catches everything.
+    if isinstance(error, KeyboardInterrupt) or _interrupted.is_set():
+        return EXIT_INTERRUPTED, f"{name} was interrupted (Ctrl-C) before it was through"
     if isinstance(error, UserError):
         return error.exit_code, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED, f"{name} was interrupted (Ctrl-C) before it was through"
     if isinstance(error, BrokenPipeError) and _reader_has_gone():
         return EXIT_CLOSED_PIPE, ""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        file = error.filename or "the standard output, or a file that the system did not name"
-        return EXIT_USAGE, f"cannot write {file}: {os.strerror(error.errno)}; make room, or write to another disk"
+    if reason := full_disk(error):
+        file = getattr(error, "filename", None) or "the standard output, or a file that the system did not name"
+        return EXIT_USAGE, f"cannot write {file}: {reason}; make room, or write to another disk"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return EXIT_USAGE, f"{name} cannot use {os.fsdecode(error.filename)}: {error.strerror}; put it in order"
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
+    # PyTorch has a type of its own for GPUs, and a text for the host.
+    no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if no_memory or "can't allocate memory" in text or "not enough memory" in text:
         asked = f": {text}" if text else ""
         return EXIT_USAGE, f"{name} ran out of memory{asked}; give it more, or less to hold at a time"
     culprit = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return EXIT_UNFORESEEN, f"{name} met what nobody foresaw, {culprit}; {_keep_traceback(error)}"
 
 
-def _keep_traceback(error: BaseException) -> str:
+def _keep_traceback(error: BaseException, what_ends: str = "the run ends") -> str:
     """Write the traceback to the run's log, or to a temporary file; returns where it is, in words."""
     logger = logging.getLogger("skvr_dist")
     logs = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
     if logs:
-        logger.error("the run ends", exc_info=error)
+        logger.error(what_ends, exc_info=error)
         return f"the traceback is in {logs[0].baseFilename}"
     text = "".join(traceback.format_exception(error))
     try:
@@ -285,14 +360,6 @@ def _reader_has_gone() -> bool:
 
 def _said_by_another_rank() -> bool:
     """Whether the first rank of this host prints the same. One variable left in the environment makes no rank."""
-    local_rank = next((os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ), "0")
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
-    return local_rank != "0" and not joined and announced_world_size() > 1
-
-
-def _writes_files() -> bool:
-    """Whether this process writes the command's files: over ranks, only rank 0 does."""
-    if not any(name in os.environ for name in LOCAL_RANK_VARIABLES) or announced_world_size() == 1:
-        return True
-    return announced_rank() == 0
+    return not joined and is_other_rank()

@@ -121,6 +121,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
             raise
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, which is made if it is not there; all of it is with the system when this returns.
+
+    Raises:
+        UserError: it cannot be written; the file may end with a part of the line.
+    """
+    data = f"{line}\n".encode()
+    with naming_failure(path), path.open("ab", buffering=0) as file:  # a buffer would meet a full disk when it is freed
+        if file.write(data) != len(data):
+            raise OSError(None, os.strerror(errno.ENOSPC))
+
+
 def prove_writable(file: str | Path, *, make_folder: bool = False) -> Path:
     """The path of a file (see `local_path`) that `write_whole` can write; everything is left as it was.
 
@@ -157,15 +169,23 @@ def prove_folder(folder: str | Path) -> Path:
     return path
 
 
-def require_free(folder: Path) -> None:
-    """Refuse an output folder that exists already and is not empty.
+def prove_new_folder(folder: str | Path) -> Path:
+    """The path of a folder (see `local_path`) that `published` can make, for which it must be empty or not there.
+
+    Everything is left as it was.
 
     Raises:
-        UserError: something is there, and would be lost or mixed with what is written.
+        UserError: something is there, which would be lost or mixed with what is written; or it cannot be written.
     """
-    folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output {folder} exists and is not an empty folder; choose another one, or remove it first")
+    named = local_path(folder)
+    path = Path(os.path.realpath(named))  # a folder can be replaced, a link to one cannot
+    with naming_failure(named):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"output {path} exists and is not an empty folder; choose another one, or remove it first")
+        if path.is_mount():
+            raise UserError(f"output {path} is a mount point, which cannot be replaced by a folder; give one below it")
+        _probe(path.parent, path.name, True)
+    return path
 
 
 @contextmanager
@@ -176,13 +196,13 @@ def published(folder: Path) -> Iterator[Path]:
     that this process gives to files; safetensors, for one, writes them for its user alone.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, at the beginning or after the disk has filled up.
     """
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(local_path(folder)))
     with naming_failure(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f"{folder.name}{PARTIAL_SUFFIX}-", dir=folder.parent)
-    with temporary:
+        temporary = tempfile.TemporaryDirectory(prefix=f"{folder.name[:64]}{PARTIAL_SUFFIX}-", dir=folder.parent)
+    with temporary, naming_full_disk(folder):
         filled = Path(temporary.name) / folder.name
         filled.mkdir()
         yield filled
@@ -191,6 +211,25 @@ def published(folder: Path) -> Iterator[Path]:
                 if file.is_file():
                     file.chmod(0o666 & ~_umask())
             filled.replace(folder)
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn the errors in which packages report a full disk within into a `UserError` that names what was written."""
+    try:
+        yield
+    except Exception as error:
+        if reason := full_disk(error):
+            raise UserError(f"cannot write {path}: {reason}") from None
+        raise
+
+
+def full_disk(error: BaseException) -> str | None:
+    """What the system says of a disk that is full, if that is what an error is about; packages hide it in text."""
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) == number or os.strerror(number).lower() in str(error).lower():
+            return os.strerror(number)
+    return None
 
 
 def _umask() -> int:

@@ -15,10 +15,10 @@ from skvr_dist.files import (
     as_json,
     local_path,
     prove_folder,
+    prove_new_folder,
     prove_writable,
     published,
     require_file,
-    require_free,
     write_whole,
 )
 
@@ -147,7 +147,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/already").touch()
     with pytest.raises(UserError, match="exists and is not an empty folder; choose another one, or remove it first"):
-        require_free(tmp_path / "full")
+        prove_new_folder(tmp_path / "full")
 
 
 def test_json_is_what_every_reader_takes() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from skvr_dist.checkpoint.folder import (
 )
 from skvr_dist.checkpoint.pieces import Pieces
 from skvr_dist.checkpoint.storage import write_pieces
-from skvr_dist.errors import UserError
+from skvr_dist.errors import RunInterrupted, UserError
 
 
 class Saver:
@@ -102,6 +103,21 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Let the save that is under way come to its end when this rank meets something of its own within.
+
+        The others go on writing in their threads meanwhile. Not when a rank is gone, which they would wait for.
+        """
+        try:
+            yield
+        except RunInterrupted:
+            raise
+        except Exception:
+            with suppress(Exception):  # the first error counts
+                self.finish()
+            raise
+
     def _copy(self, state: Pieces) -> None:
         """Copy into the memory of the save before: new pages each time would slow down the steps meanwhile."""
         if _layout(self._copied) != _layout(state):  # the first save, or the first with moments
@@ -132,9 +148,10 @@ class Saver:
         def complete() -> None:
             publish(partial, final, {name: digest for part in gathered for name, digest in part.items()})
             forget_old(self._checkpoints, **self._keep)
-            done(final)
 
         self._on_first_rank(complete, partial)
+        if dist.get_rank() == 0:
+            done(final)
 
     def _on_first_rank(self, work: Callable[[], None], partial: Path) -> None:
         """Do work on rank 0 while the others wait; if it fails, raise on all of them."""

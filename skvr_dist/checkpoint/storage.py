@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ def write_pieces(
         UserError: a file cannot be written, or a piece refuses to be read.
     """
     writer, planner = _Writer(folder, pause), _PieceSavePlanner()
+    _let_one_process_be()
     try:
         dcp.save(dict(pieces), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
     except (CheckpointException, OSError) as error:
@@ -106,6 +108,11 @@ def write_pieces(
             f"checkpoint {folder} could not be written ({_in_words(cause)}); free space or rights"
         ) from None
     return writer.digests
+
+
+def _let_one_process_be() -> None:
+    """Keep torch from warning that there is no process group, where there is to be none."""
+    warnings.filterwarnings("ignore", r"torch\.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -183,6 +190,7 @@ class Index:
             UserError: a tensor is missing or has another shape, or a file cannot be read or was changed.
         """
         reader, planner = _Reader(self, before), _PieceLoadPlanner(self)
+        _let_one_process_be()
         try:
             dcp.load(dict(pieces), storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
         except (CheckpointException, OSError) as error:

@@ -7,7 +7,7 @@ import os
 import random
 import socket
 
-from skvr_dist.errors import UserError
+from skvr_dist.errors import OneRankError, UserError
 
 # Launchers announce ranks and their number under different names: torchrun and deepspeed, Open MPI, MPICH.
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -19,18 +19,64 @@ _PORTS = range(10_000, 32_768)
 
 
 def was_launched() -> bool:
-    """Whether a launcher announced its ranks to this process."""
-    return any(name in os.environ for name in _WORLD_SIZE_VARIABLES)
+    """Whether a launcher announced its ranks to this process: more than one, or one with all that belongs to it."""
+    if announced_world_size() > 1:
+        return True
+    whole = all(name in os.environ for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return whole and os.environ.get("RANK") == "0"
+
+
+def is_other_rank() -> bool:
+    """Whether a launcher started this process as another rank than the first of its host."""
+    try:
+        return _first_number(_WORLD_SIZE_VARIABLES, 1) > 1 and _first_number(LOCAL_RANK_VARIABLES, 0) != 0
+    except UserError:
+        return False
+
+
+def announced_port(otherwise: int) -> int:
+    """The port where the ranks are to meet.
+
+    Raises:
+        UserError: MASTER_PORT is no port.
+    """
+    port = _first_number(("MASTER_PORT",), otherwise)
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT in the environment is {port}; a port is from 1 to {2**16 - 1}")
+    return port
 
 
 def announced_world_size() -> int:
-    """Ranks that the launcher started, known before any process group exists; 1 without a launcher."""
-    return _first_number(_WORLD_SIZE_VARIABLES, 1)
+    """Ranks that the launcher started, known before any process group exists; 1 without a launcher.
+
+    Raises:
+        OneRankError: the variables are not those of a launcher that runs: some are left over, or were set by hand.
+    """
+    size = _first_number(_WORLD_SIZE_VARIABLES, 1)
+    if size == 1:
+        return 1
+    named = next(name for name in _WORLD_SIZE_VARIABLES if name in os.environ)
+    way_out = f"unset {named} if it is left over, or start the ranks with deepspeed, torchrun or mpirun"
+    if size < 1:
+        raise OneRankError(f"{named} in the environment is {size}, which is no number of ranks; {way_out}")
+    for variables in (_RANK_VARIABLES, LOCAL_RANK_VARIABLES):
+        if not any(name in os.environ for name in variables):
+            raise OneRankError(
+                f"{named} in the environment announces {size} ranks, but {variables[0]} is not there, which every "
+                f"launcher sets; {way_out}"
+            )
+    if not 0 <= (rank := _first_number(_RANK_VARIABLES, 0)) < size:
+        raise OneRankError(f"{named} in the environment announces {size} ranks, but this is rank {rank}; {way_out}")
+    if named == "WORLD_SIZE" and "MASTER_ADDR" not in os.environ:
+        raise OneRankError(
+            f"{named} in the environment announces {size} ranks, but no MASTER_ADDR where they meet; {way_out}"
+        )
+    return size
 
 
 def announced_rank() -> int:
-    """This process's rank as the launcher numbers it; 0 without a launcher."""
-    return _first_number(_RANK_VARIABLES, 0)
+    """This process's rank as the launcher numbers it; 0 without a launcher, whatever is left over."""
+    return _first_number(_RANK_VARIABLES, 0) if announced_world_size() > 1 else 0
 
 
 def announced_local_size() -> int:
@@ -64,7 +110,7 @@ def _first_number(variables: tuple[str, ...], otherwise: int) -> int:
             try:
                 return int(os.environ[name])
             except ValueError:
-                raise UserError(
+                raise OneRankError(
                     f"{name} in the environment is {os.environ[name]!r}, no number; unset it or let a launcher set it"
                 ) from None
     return otherwise

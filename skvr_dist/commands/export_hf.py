@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from skvr_dist.command import add_json, new_parser, parse, run_command, write_json
+from skvr_dist.command import a_path, add_json, new_parser, parse, run_command, write_json
 from skvr_dist.errors import EXIT_MISSED, UserError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def main() -> None:
 def run() -> int | None:
     """Export and compare; returns the exit code."""
     parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("output", metavar="OUT", type=Path, help="folder to make; it must not hold anything")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=a_path)
+    parser.add_argument("output", metavar="OUT", type=a_path, help="folder to make; it must not hold anything")
     parser.add_argument("--dtype", choices=DTYPES, help="of the exported weights (default: the checkpoint's)")
     parser.add_argument(
         "--profile", action="append", default=[], metavar="NAME=STRATEGY", help="name a strategy; may be repeated"
@@ -46,7 +46,7 @@ def run() -> int | None:
     tokenizer.add_argument(
         "--tokenizer",
         metavar="FOLDER",
-        type=Path,
+        type=a_path,
         help="the same tokenizer with all its files, such as a chat template: where the data set's was taken from",
     )
     add_json(parser, "write the figures of the check there")
@@ -90,6 +90,7 @@ def run() -> int | None:
 
 def _tokenizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
     """The tokenizer to export: the checkpoint's own, or the same one with all its files in a folder."""
+    from skvr_dist.data.tokenizers.base import mean_the_same
     from skvr_dist.data.tokenizers.load import load_tokenizer
 
     own = checkpoint.tokenizer_file
@@ -97,11 +98,11 @@ def _tokenizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
         if folder is not None:
             raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to compare {folder} with; copy its files")
         return own
-    ours, given = load_tokenizer(own).sha256, load_tokenizer(folder).sha256
-    if ours != given:
+    ours, given = load_tokenizer(own), load_tokenizer(folder)
+    if ours.sha256 != given.sha256 and not mean_the_same(ours, given):
         raise UserError(
-            f"tokenizer {folder} is {given[:12]}, but {checkpoint.folder} was trained with {ours[:12]}; give the "
-            f"folder that the data set was prepared with"
+            f"tokenizer {folder} is {given.sha256[:12]}, but {checkpoint.folder} was trained with {ours.sha256[:12]}; "
+            f"give the folder that the data set was prepared with"
         )
     return folder / "tokenizer.json"
 

@@ -11,12 +11,11 @@ transformers does, and OUT was not written.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from skvr_dist.command import add_json, new_parser, parse, run_command, write_json
+from skvr_dist.command import a_path, add_json, new_parser, parse, run_command, write_json
 from skvr_dist.errors import EXIT_MISSED
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def run() -> int | None:
     """Import and compare; returns the exit code."""
     parser = new_parser(__doc__)
     parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("output", metavar="OUT", type=Path, help="folder to make; it must not hold anything")
+    parser.add_argument("output", metavar="OUT", type=a_path, help="folder to make; it must not hold anything")
     parser.add_argument(
         "--without-check", action="store_true", help="do not compare, which takes memory for the model in float32"
     )

@@ -9,11 +9,10 @@ Reads every file and compares it with the manifest. A damaged checkpoint is an e
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from tabulate import tabulate
 
-from skvr_dist.command import add_json, new_parser, parse, run_command, write_json
+from skvr_dist.command import a_path, add_json, new_parser, parse, run_command, write_json
 
 
 def main() -> None:
@@ -24,7 +23,7 @@ def main() -> None:
 def run() -> None:
     """Read the checkpoint and print what it holds."""
     parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run, which stands for its newest one")
+    parser.add_argument("checkpoint", type=a_path, help="a checkpoint, or a run, which stands for its newest one")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     add_json(parser, "write what was found there too")
     options = parse(parser)

@@ -9,9 +9,7 @@ after that the run is not started again (exit code 75). A mistake of the user's 
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from skvr_dist.command import at_least, new_parser, run_command
+from skvr_dist.command import a_path, at_least, new_parser, run_command
 
 
 def main() -> None:
@@ -22,7 +20,7 @@ def main() -> None:
 def run() -> int:
     """Start the command until its run has finished; returns the exit code of the last attempt."""
     parser = new_parser(__doc__)
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="FOLDER", help="the run's train.output_dir")
+    parser.add_argument("--output-dir", type=a_path, required=True, metavar="FOLDER", help="the run's train.output_dir")
     parser.add_argument(
         "--restarts", type=at_least(0), default=3, metavar="N", help="without a new checkpoint between (default: 3)"
     )

@@ -8,9 +8,7 @@ over that of --data and --sequence-length.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from skvr_dist.command import at_least, new_parser, parse, run_command
+from skvr_dist.command import a_path, at_least, new_parser, parse, run_command
 from skvr_dist.files import prove_folder
 
 
@@ -22,14 +20,14 @@ def main() -> None:
 def run() -> None:
     """Measure both runs and write the report."""
     parser = new_parser(__doc__)
-    parser.add_argument("--standard", type=Path, required=True, metavar="RUN")
-    parser.add_argument("--routed", type=Path, required=True, metavar="RUN")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--standard", type=a_path, required=True, metavar="RUN")
+    parser.add_argument("--routed", type=a_path, required=True, metavar="RUN")
+    parser.add_argument("--output", type=a_path, required=True, metavar="FOLDER")
     parser.add_argument("--strategies", nargs="+", metavar="S", help="cache strategies (default: five)")
-    parser.add_argument("--sequences", type=at_least(1), default=256, help="held-out sequences (default: 256)")
+    parser.add_argument("--sequences", type=at_least(1, 10**7), default=256, help="held-out sequences (default: 256)")
     parser.add_argument("--data", metavar="FOLDER", help="another held-out data set than the runs'")
     parser.add_argument(
-        "--sequence-length", type=at_least(1), metavar="N", help="tokens per sequence (default: the runs')"
+        "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens per sequence (default: the runs')"
     )
     parser.add_argument("--prompt", help="text to continue (default: the beginning of the held-out data)")
     options = parse(parser)

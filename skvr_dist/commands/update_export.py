@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from skvr_dist.command import add_json, new_parser, parse, run_command, write_json
+from skvr_dist.command import a_path, add_json, new_parser, parse, run_command, write_json
 from skvr_dist.errors import EXIT_MISSED
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def main() -> None:
 def run() -> int | None:
     """Compare, and replace the code if nothing differs; returns the exit code."""
     parser = new_parser(__doc__)
-    parser.add_argument("export", metavar="EXPORT", type=Path, help="an exported folder")
+    parser.add_argument("export", metavar="EXPORT", type=a_path, help="an exported folder")
     add_json(parser, "write the figures of the comparison there")
     options = parse(parser)
 

@@ -20,7 +20,7 @@ from skvr_dist.config.data import DataConfig
 from skvr_dist.config.train import TrainConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
-from skvr_dist.files import require_file
+from skvr_dist.files import local_path, require_file
 
 _LONGEST_VALUE = 80
 
@@ -125,7 +125,7 @@ def _read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"configuration {file} includes {included!r}; give a file or a list of files")
     for name in names:
-        merged = _merge(merged, _read_yaml(file.parent / name, (*seen, file.resolve())))
+        merged = _merge(merged, _read_yaml(file.parent / local_path(name), (*seen, file.resolve())))
     return _merge(merged, tree)
 
 

@@ -36,7 +36,7 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What data-parallel replicas share: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
-    timeout_seconds: float = Field(default=600.0, gt=0, le=10**7)
+    timeout_seconds: float = Field(default=600.0, ge=1, le=10**7)
     """Longest wait for another rank; then the run ends and names it."""
     verify_plan_every_steps: int = Field(default=100, gt=0, le=10**9)
     """Of no effect, kept so that older configurations load: every rank compares every plan with its own draw."""

@@ -24,7 +24,7 @@ class TrainConfig(Section):
     """Sequences per forward pass; each micro-batch draws its own donors."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=10**6)
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate of the last step as a share of the peak."""
@@ -34,9 +34,9 @@ class TrainConfig(Section):
     """Decay of AdamW's first moments."""
     adam_beta2: float = Field(default=0.99, ge=0, lt=1)
     """Decay of AdamW's second moments."""
-    adam_eps: float = Field(default=1e-8, gt=0)
+    adam_eps: float = Field(default=1e-8, gt=0, le=10**6)
     """AdamW's epsilon, added to the root of the second moment."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=10**6)
     """Decay of the matrices; norms and biases are not decayed."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
@@ -46,11 +46,11 @@ class TrainConfig(Section):
     """Consecutive skipped updates that end the run. A loss or gradient that is not finite always skips the update."""
     log_every_steps: int = Field(default=1, gt=0, le=10**9)
     """Steps between console lines; TensorBoard and metrics.jsonl get every step."""
-    resume: str = "auto"
+    resume: str = Field(default="auto", min_length=1)
     """`auto` resumes from the run's newest whole checkpoint if it has one, `never` starts afresh; else a checkpoint.
 
     A command that names a checkpoint and is started again resumes from what it has saved since."""
-    initial_weights: str | None = None
+    initial_weights: str | None = Field(default=None, min_length=1)
     """A checkpoint (or an imported model) whose weights a new run starts from; null draws them."""
 
 
@@ -63,7 +63,7 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep; with more than one, a damaged one does not end a run."""
     keep_every_steps: int | None = Field(default=None, gt=0, le=10**9)
     """Keep those of every n-th step as well; null keeps none."""
-    megabytes_per_second: float | None = Field(default=100.0, gt=0)
+    megabytes_per_second: float | None = Field(default=100.0, ge=0.001)
     """Speed of each rank's writing beside training, so that a save is spread over steps; once somebody waits for it, it
     is written at full speed. null always writes at full speed."""
 

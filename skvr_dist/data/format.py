@@ -6,6 +6,7 @@ FOLDER/shard-00000.tar ...    webdataset shards; a sample is a chunk of document
                               the documents' names, a JSON list
 FOLDER/shard-00000.json ...   the index of a shard: counts, checksums and where its chunks lie
 FOLDER/manifest.json          the data set: its tokenizer, counts and shards; written last
+FOLDER/../tokenizer.model     the tokenizer itself, beside the training and the held-out data set made with it
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from skvr_dist.section import Section
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+TOKENIZER_FILE = "tokenizer.model"
 RESTORE = "copy it again from its source, or prepare the data set anew"
 
 LENGTH_TYPE = np.dtype("<u4")

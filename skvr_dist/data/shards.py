@@ -23,6 +23,7 @@ from skvr_dist.data.format import (
     LENGTH_TYPE,
     MANIFEST,
     RESTORE,
+    TOKENIZER_FILE,
     Manifest,
     Shard,
     ShardIndex,
@@ -30,6 +31,8 @@ from skvr_dist.data.format import (
     parse_manifest,
     parse_stored,
 )
+from skvr_dist.data.tokenizers.base import Tokenizer, mean_the_same
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, sha256_of
 
@@ -100,6 +103,19 @@ class Dataset:
                 f"data set {self.location} was made with tokenizer {mine[:12]}, but {other.location} with "
                 f"{others[:12]}; prepare both with the same one"
             )
+
+    def is_made_with(self, tokenizer: Tokenizer) -> bool:
+        """Whether token ids mean the same to a tokenizer and to the one that made this data set.
+
+        The latter lies beside a local data set. Where it does not, only the very same file will do.
+        """
+        if tokenizer.sha256 == self.manifest.tokenizer_sha256:
+            return True
+        file = Path(self.location).parent / TOKENIZER_FILE
+        if _is_remote(self.location) or not file.is_file():
+            return False
+        own = load_tokenizer(file)
+        return own.sha256 == self.manifest.tokenizer_sha256 and mean_the_same(own, tokenizer)
 
     def open_shard(self, number: int) -> OpenShard:
         """A shard, to read chunks from.
@@ -257,7 +273,7 @@ def find_datasets(folder: str | Path) -> dict[str, Dataset]:
 def check_dataset(dataset: Dataset) -> list[str]:
     """Read everything; one sentence for each shard or chunk that is not as it should be."""
     problems: list[str] = []
-    for shard in tqdm(dataset.manifest.shards, unit=" shards", leave=False):
+    for shard in tqdm(dataset.manifest.shards, unit=" shards", leave=False, disable=None):
         problems += _check_shard(dataset, shard)
     return problems
 

@@ -64,14 +64,14 @@ class HeldOutData:
         if checkpoint.tokenizer_file is None:
             return
         try:
-            tokenizer = load_tokenizer(checkpoint.tokenizer_file).sha256
+            tokenizer = load_tokenizer(checkpoint.tokenizer_file)
         except UserError:  # it came along with an import, and no data set can be made with it
             return
-        if tokenizer != self.dataset.manifest.tokenizer_sha256:
+        if not self.dataset.is_made_with(tokenizer):
             raise UserError(
                 f"data set {self.dataset.location} was made with tokenizer "
                 f"{self.dataset.manifest.tokenizer_sha256[:12]}, but checkpoint {checkpoint.folder} has "
-                f"{tokenizer[:12]}; prepare one with --tokenizer {checkpoint.tokenizer_file}"
+                f"{tokenizer.sha256[:12]}; prepare one with --tokenizer {checkpoint.tokenizer_file}"
             )
 
     def batches(self, sequences: int, batch_size: int, device: str) -> list[MicroBatch]:

@@ -96,7 +96,8 @@ def write_report(
         the path of report.md.
 
     Raises:
-        UserError: the runs are not of the same model after the same number of tokens, or there is no held-out data.
+        UserError: the runs are not of the same model after the same number of tokens, there is no held-out data, or the
+            prompt is no text that fits.
     """
     folders = {"standard": standard, "routed": routed}
     checkpoints = {label: Checkpoint(run) for label, run in folders.items()}
@@ -104,6 +105,7 @@ def write_report(
     trained = [checkpoint for checkpoint in checkpoints.values() if checkpoint.is_trained]
     held_out = HeldOutData.of([*trained, *checkpoints.values()][0], data, sequence_length)
     tokenizer = _tokenizer(list(checkpoints.values()))
+    start = _prompt(prompt, tokenizer, held_out, checkpoints["standard"].model_config.max_position_embeddings)
     runs = [
         RunSummary.of(
             label,
@@ -112,7 +114,7 @@ def write_report(
         )
         for label, checkpoint in checkpoints.items()
     ]
-    samples = [sample for run in runs for sample in _samples(run, held_out, tokenizer, prompt)]
+    samples = [sample for run in runs for sample in _samples(run, tokenizer, start)]
     output.mkdir(parents=True, exist_ok=True)
     plot({run.label: run.curve for run in runs}, output / PICTURE)
     write_whole(output / RECORD, json.dumps(_record(runs, samples), indent=2) + "\n")
@@ -178,13 +180,28 @@ def _tokenizer(checkpoints: Sequence[Checkpoint]) -> Tokenizer:
     return load_tokenizer(files[0])
 
 
-def _samples(run: RunSummary, held_out: HeldOutData, tokenizer: Tokenizer, text: str | None) -> list[dict[str, Any]]:
-    """Continuations of one text at several strategies, with the size of the cache that was measured."""
-    checkpoint = run.checkpoint
+def _prompt(text: str | None, tokenizer: Tokenizer, held_out: HeldOutData, longest: int) -> torch.Tensor:
+    """The tokens to continue [S]: of a text, or the beginning of the held-out data.
+
+    Raises:
+        UserError: the text is none, is empty, or leaves no room in the `longest` sequence of the model.
+    """
     if text is None:
-        prompt = validation_sequences(held_out.dataset, sequence_length=_PROMPT_TOKENS, num_sequences=1)[0, :-1]
-    else:
-        prompt = torch.tensor(tokenizer.encode(text))
+        return validation_sequences(held_out.dataset, sequence_length=_PROMPT_TOKENS, num_sequences=1)[0, :-1]
+    if not text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"--prompt {text!r} holds no text to continue; give one in UTF-8, or leave it out")
+    tokens = tokenizer.encode(text)
+    if len(tokens) + _NEW_TOKENS > longest:
+        raise UserError(
+            f"--prompt has {len(tokens)} tokens, and {_NEW_TOKENS} follow, but the model reads at most {longest}; give "
+            f"a shorter one"
+        )
+    return torch.tensor(tokens)
+
+
+def _samples(run: RunSummary, tokenizer: Tokenizer, prompt: torch.Tensor) -> list[dict[str, Any]]:
+    """Continuations of a prompt [S] at several strategies, with the size of the cache that was measured."""
+    checkpoint = run.checkpoint
     decoder = checkpoint.load_decoder()
     samples = []
     for spec in _SAMPLE_STRATEGIES:

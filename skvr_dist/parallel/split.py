@@ -14,8 +14,7 @@ Bounds = tuple[int, int]
 def stage_bounds(model: ModelConfig, parallel: ParallelConfig) -> list[Bounds]:
     """Layers of every stage: `parallel.stage_layers` by hand, or the split with the least costly worst stage."""
     counts = parallel.stage_layers or _balanced(model, parallel.pipeline)
-    starts = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
-    return list(itertools.pairwise(starts))
+    return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
 
 
 def layer_cost(model: ModelConfig) -> int:
@@ -37,13 +36,12 @@ def _balanced(model: ModelConfig, stages: int) -> list[int]:
     """
     layers, per_layer, head = model.num_hidden_layers, layer_cost(model), head_cost(model)
 
-    def split(last: int) -> list[int]:
-        each, extra = divmod(layers - last, max(stages - 1, 1))
-        return [each + (stage < extra) for stage in range(stages - 1)] + [last]
-
-    def dearest(counts: list[int]) -> int:
-        return max([count * per_layer for count in counts[:-1]] + [counts[-1] * per_layer + head])
-
     if stages == 1:
         return [layers]
-    return min((split(last) for last in range(1, layers - stages + 2)), key=dearest)
+
+    def dearest(last: int) -> int:
+        return max(-(-(layers - last) // (stages - 1)) * per_layer, last * per_layer + head)
+
+    last = min(range(1, layers - stages + 2), key=dearest)
+    each, extra = divmod(layers - last, stages - 1)
+    return [each + (stage < extra) for stage in range(stages - 1)] + [last]

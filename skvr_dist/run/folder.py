@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from skvr_dist.errors import UserError
+from skvr_dist.errors import OneRankError, UserError
 from skvr_dist.files import local_path, prove_folder, prove_writable, write_whole
 
 
@@ -82,12 +82,12 @@ class RunFolder:
         """The id that the run keeps, however often it is started; on ranks other than the first, which makes it.
 
         Raises:
-            UserError: it does not appear within `seconds`.
+            OneRankError: it does not appear within `seconds`.
         """
         deadline = time.monotonic() + seconds
         while not (known := self.notes().get("id")):
             if time.monotonic() > deadline:
-                raise UserError(
+                raise OneRankError(
                     f"host {socket.gethostname()} sees no {self._notes} of rank 0 after {seconds:.0f} s; give a "
                     f"train.output_dir on a file system that all hosts share"
                 )

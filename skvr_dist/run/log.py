@@ -12,18 +12,39 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from skvr_dist.files import write_whole
+from skvr_dist.files import naming_failure, write_whole
 
 _PACKAGES = ("skvr-dist", "torch", "deepspeed", "transformers", "webdataset", "sentencepiece", "numpy")
+
+
+class _LogFile(logging.FileHandler):
+    """A log file. What it cannot take, because the disk is full, is lost: a run does not end for that."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say the first failure in a sentence; logging would print a traceback for each."""
+        error = sys.exc_info()[1]
+        if not self._has_failed and isinstance(error, OSError):
+            self._has_failed = True
+            print(f"cannot write {self.baseFilename}: {error.strerror}; it lacks lines", file=sys.stderr, flush=True)
+        elif not isinstance(error, OSError):  # a mistake of ours in a message
+            super().handleError(record)
 
 
 def start_log(file: Path) -> logging.Logger:
     """This rank's log file, in a folder that is made; what DeepSpeed logs and Python warns of goes there too.
 
     Only DeepSpeed's warnings still reach the console.
+
+    Raises:
+        UserError: it cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file, encoding="utf-8")
+    with naming_failure(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(file, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("skvr_dist")
     logger.setLevel(logging.INFO)

@@ -20,6 +20,7 @@ from skvr_dist.train.plans import plan_of_step
 from skvr_dist.train.resume import preview_resume
 
 _ROWS = 4096  # micro-batches whose donors are drawn for the averages, in whole steps
+_READS = 2**26  # what their crossing sets may take: micro-batches x layers x stages
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -33,14 +34,15 @@ def describe(config: Config, world_size: int) -> str:
     resumed = preview_resume(config, inputs.sequences.fingerprint())
     bounds = stage_bounds(config.model, config.parallel)
     layers = config.model.num_hidden_layers
-    plans = [plan_of_step(config, step) for step in range(max(1, _ROWS // config.num_micro_batches))]
+    most_rows = max(1, min(_ROWS, _READS // (layers * len(bounds))))
+    plans = [plan_of_step(config, step) for step in range(max(1, most_rows // config.num_micro_batches))]
+    rows_of_plans = [donors for plan in plans for donors in plan.donors][:most_rows]
     rows = []
     for stage, (start, stop) in enumerate(bounds):
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Decoder(config.model, start, stop).parameters())
         crossing = "-"
         if stop < layers:
-            rows_of_plans = [donors for plan in plans for donors in plan.donors]
             layers_crossing = mean(len(crossing_layers(donors, stop)) for donors in rows_of_plans)
             per_token = mean(
                 crossing_elements(

@@ -8,6 +8,7 @@ from skvr_dist.config.data import DataConfig
 from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
+from skvr_dist.data.cores import require_few_processes
 from skvr_dist.data.reader import SequenceStream, SourceData, held_out_batches
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.base import Tokenizer
@@ -36,6 +37,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     replicas = data_parallel_size(config, world_size)
     require_accepted(config, world_size)
     require_backend(config.model.attention)
+    require_few_processes("data.workers", config.data.workers)
     held_out = Dataset.open(config.data.validation)
     tokenizer = load_tokenizer(config.data.tokenizer)
     held_out.require_vocabulary(config.model.vocab_size)
@@ -56,7 +58,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
 
 def require_made_with(dataset: Dataset, tokenizer: Tokenizer, data: DataConfig) -> None:
     """Refuse a tokenizer (`data.tokenizer`) to which the ids of a data set mean something else."""
-    if tokenizer.sha256 != dataset.manifest.tokenizer_sha256:
+    if not dataset.is_made_with(tokenizer):
         raise UserError(
             f"data.tokenizer {data.tokenizer} is {tokenizer.sha256[:12]}, but data set {dataset.location} was made "
             f"with {dataset.manifest.tokenizer_sha256[:12]}; give the one beside the data set"

@@ -25,7 +25,7 @@ from skvr_dist.files import write_whole
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.optimizers import state_to_save
 from skvr_dist.parallel.engine.process_group import start_process_group
-from skvr_dist.parallel.failure import naming_the_operation
+from skvr_dist.parallel.failure import ending_together, naming_the_operation
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.plan_stream import PlanStream
 from skvr_dist.routing import CacheStrategy, RoutingPlan
@@ -34,7 +34,7 @@ from skvr_dist.run.lock import RunLock
 from skvr_dist.run.log import prints_to, software_versions, start_log, write_versions
 from skvr_dist.train.batches import WatchedBatches, training_batches
 from skvr_dist.train.build import build_engine, build_saver, layout_of
-from skvr_dist.train.inputs import open_inputs
+from skvr_dist.train.inputs import Inputs, open_inputs
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.plans import plan_stream
 from skvr_dist.train.resume import preview_resume, resume, settle_resume
@@ -48,22 +48,37 @@ def pretrain(config: Config) -> None:
         UserError: the configuration does not fit the ranks, the data or the checkpoint.
         RunInterrupted: the run was preempted, and is saved; or another rank died.
     """
-    run = start(config)
-    if run.evaluation_due:
-        evaluate(run, run.first_step)
-    interrupted, step = None, run.first_step
-    while step < config.train.steps and not interrupted:
-        step += 1
-        train_step(run, step)
-        interrupted = run.interrupts.received()
-        after_step(run, step, interrupted is not None)
-    finish(run)
+    inputs = open_inputs(config, announced_world_size())
+    mesh = join_run(config, inputs)
+    with ending_together(mesh):
+        run = start(config, inputs, mesh)
+        with run.saver.finishing():
+            step, interrupted = train(run)
+            finish(run)
     if interrupted and step < config.train.steps:
         sentence = (
             f"{interrupted} ended the run after step {step}, which is saved; start it again, it resumes from there"
         )
         run.log.info(sentence)
         raise RunInterrupted(sentence)
+
+
+def train(run: Run) -> tuple[int, str | None]:
+    """All steps that are left, or those until the run is asked to end; collective.
+
+    Returns:
+        the last step that was done, and the signals that ended the run, in words.
+    """
+    if run.evaluation_due:
+        evaluate(run, run.first_step)
+    interrupted, step = None, run.first_step
+    while step < run.config.train.steps and not interrupted:
+        step += 1
+        train_step(run, step)
+        with naming_the_operation(run.mesh, f"the check for signals after step {step}"):
+            interrupted = run.interrupts.received()
+        after_step(run, step, interrupted is not None)
+    return step, interrupted
 
 
 @dataclass
@@ -91,16 +106,29 @@ class Run:
     """Facts of every checkpoint: the data's fingerprint, and where the first weights came from."""
 
 
-def start(config: Config) -> Run:
-    """Do everything that comes before the first step; collective."""
-    inputs = open_inputs(config, announced_world_size())
-    fingerprint = inputs.sequences.fingerprint()
-    folder = RunFolder(config.train.output_dir)
+def join_run(config: Config, inputs: Inputs) -> Mesh:
+    """Prove that the run can begin, lock its folder on rank 0, and join its other ranks.
+
+    Raises:
+        UserError: the folder cannot be written or another run is in it, or no checkpoint fits.
+    """
+    folder, seconds = RunFolder(config.train.output_dir), config.parallel.timeout_seconds
     if announced_rank() == 0:
         folder.prove_writable()
-    preview_resume(config, fingerprint)
-    join_run(config, folder)
-    mesh = Mesh.build(config.parallel, config.model)
+    preview_resume(config, inputs.sequences.fingerprint())
+    if announced_rank() == 0:
+        run = folder.notes().get("id") or uuid.uuid4().hex
+        RunLock(folder.path, run)
+        folder.note(id=run)
+    else:
+        run = folder.wait_for_id(seconds)
+    start_process_group(timedelta(seconds=seconds), run)
+    return Mesh.build(config.parallel, config.model)
+
+
+def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
+    """Do everything that comes before the first step; collective."""
+    fingerprint, folder = inputs.sequences.fingerprint(), RunFolder(config.train.output_dir)
     sections = {f"section {name}": section for name, section in config.model_dump().items()}
     mesh.require_same({"data": fingerprint, **sections})
     log = start_log(folder.log(mesh.rank))
@@ -141,22 +169,6 @@ def start(config: Config) -> Run:
     return run
 
 
-def join_run(config: Config, folder: RunFolder) -> None:
-    """Lock the run's folder, on rank 0, and join the other ranks of the run.
-
-    Raises:
-        UserError: another run is in the folder.
-    """
-    seconds = config.parallel.timeout_seconds
-    if announced_rank() == 0:
-        run = folder.notes().get("id") or uuid.uuid4().hex
-        RunLock(folder.path, run)
-        folder.note(id=run)
-    else:
-        run = folder.wait_for_id(seconds)
-    start_process_group(timedelta(seconds=seconds), run)
-
-
 def load_initial_weights(engine: RoutedPipelineEngine, config: Config) -> Checkpoint | None:
     """Load the weights that a new run is told to start from, if any; collective."""
     if not config.train.initial_weights:
@@ -187,11 +199,12 @@ def train_step(run: Run, step: int) -> None:
         "train/tokens_per_second": tokens_per_step(run.config) / seconds,
         "train/data_wait_share": (batches.seconds - waited_before) / seconds,
         **routing_values(plan),
-        **boundary_bytes(run.mesh, engine.sent_bytes - sent_before),
     }
-    if run.config.data.damage == "skip":
-        lost_tokens = batches.lost_tokens if engine.is_first_stage() and run.mesh.tp_rank == 0 else 0
-        values["data/skipped_tokens"] = run.mesh.sum_over_ranks([float(lost_tokens)])[0]
+    with naming_the_operation(run.mesh, f"the counts of step {step}"):
+        values |= boundary_bytes(run.mesh, engine.sent_bytes - sent_before)
+        if run.config.data.damage == "skip":
+            lost_tokens = batches.lost_tokens if engine.is_first_stage() and run.mesh.tp_rank == 0 else 0
+            values["data/skipped_tokens"] = run.mesh.sum_over_ranks([float(lost_tokens)])[0]
     last = step == run.config.train.steps
     run.reporter.step(step, values, show=last or step % run.config.train.log_every_steps == 0)
     run.log.info(

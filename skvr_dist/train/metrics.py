@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from skvr_dist.files import as_json, naming_failure, write_whole
+from skvr_dist.files import append_line, as_json, naming_failure, write_whole
 from skvr_dist.run.folder import RunFolder
 
 Values = dict[str, float]
@@ -34,11 +34,11 @@ class Reporter:
         self._first_step, self._steps = first_step, steps
         self._started = time.perf_counter()
         if self._enabled:
-            self._writer = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
-            metrics, kept = folder.metrics, _kept_records(folder.metrics, first_step)
-            write_whole(metrics, "".join(kept))
-            self._metrics_file = metrics
-            self._metrics = metrics.open("a", encoding="utf-8")
+            self._tensorboard, self._metrics = folder.tensorboard, folder.metrics
+            with naming_failure(self._tensorboard):
+                self._writer = SummaryWriter(str(self._tensorboard), purge_step=first_step + 1)
+            kept = _kept_records(self._metrics, first_step)
+            write_whole(self._metrics, "".join(kept))
             self._evaluated = {json.loads(line)["step"] for line in kept if '"evaluate/' in line}
             # The bar is for terminals; the lines below carry the time left everywhere else.
             self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
@@ -69,15 +69,14 @@ class Reporter:
         """Close the files and the progress bar."""
         if self._enabled:
             self._bar.close()
-            self._writer.close()
-            self._metrics.close()
+            with naming_failure(self._tensorboard):
+                self._writer.close()
 
     def _record(self, step: int, values: Values) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        with naming_failure(self._metrics_file):
-            self._metrics.write(as_json({"step": step, **values}) + "\n")
-            self._metrics.flush()
+        append_line(self._metrics, as_json({"step": step, **values}))
+        with naming_failure(self._tensorboard):  # its thread has failed at an earlier value
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
 
     def _time_left(self, step: int) -> str:
         done = step - self._first_step

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from skvr_dist.checkpoint.folder import Checkpoint, candidates, point_latest, set_aside
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
+from skvr_dist.files import local_path
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.run.folder import RunFolder
@@ -22,17 +23,17 @@ def resume_candidates(config: Config) -> list[Path]:
     Raises:
         UserError: it is `never`, but the run has checkpoints.
     """
-    output, asked = Path(config.train.output_dir), config.train.resume
-    found = candidates(RunFolder(output).checkpoints)
+    run, asked = RunFolder(config.train.output_dir), config.train.resume
+    found = candidates(run.checkpoints)
     if asked == "auto":
         return found
     if asked != "never":
         # The command that was interrupted is started again: what it has trained since is better.
-        continues = RunFolder(output).notes().get("resume") == _as_noted(asked)
-        return [*found, Path(asked)] if continues else [Path(asked)]
+        continues = run.notes().get("resume") == _as_noted(asked)
+        return [*found, local_path(asked)] if continues else [local_path(asked)]
     if found:
         raise UserError(
-            f"train.resume is never, but {output} already holds checkpoints; use another train.output_dir or "
+            f"train.resume is never, but {run.path} already holds checkpoints; use another train.output_dir or "
             f"resume=auto"
         )
     return []
@@ -68,7 +69,7 @@ def settle_resume(config: Config, resumed: Checkpoint | None) -> list[Path]:
 
 
 def _as_noted(checkpoint: str) -> str:
-    return str(Path(checkpoint).resolve())
+    return str(local_path(checkpoint).resolve())
 
 
 def preview_resume(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoint | None:

@@ -93,6 +93,42 @@ def test_control_c_ends_with_a_sentence(tmp_path: Path) -> None:
     assert one_sentence(stderr) == "small.py was interrupted (Ctrl-C) before it was through"
 
 
+def test_control_c_that_an_import_swallows_counts(tmp_path: Path) -> None:
+    body = (
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\nexcept BaseException:\n"
+        "    raise ImportError('half a module') from None"
+    )
+    code, _, stderr = ended(script(tmp_path, body))
+    assert code == 130 and one_sentence(stderr) == "small.py was interrupted (Ctrl-C) before it was through"
+
+
+def test_control_c_before_a_command_begins(tmp_path: Path) -> None:
+    begin = "import os, signal, skvr_dist.commands\nos.kill(os.getpid(), signal.SIGINT)\nprint('not here')"
+    (tmp_path / "tool.py").write_text(begin)
+    code, stdout, stderr = ended([sys.executable, str(tmp_path / "tool.py")])
+    assert (code, stdout) == (130, "") and one_sentence(stderr) == "tool.py was interrupted (Ctrl-C) before it began"
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_no_bar_stays_on_the_terminal(tmp_path: Path, leave: bool) -> None:
+    bar = f"from tqdm import tqdm\nbar = tqdm(total=9, leave={leave})\nbar.update(3)\nbar.refresh()"
+    code, _, stderr = ended(script(tmp_path, f"{bar}\nraise UserError('no')"))
+    *_, before, last = stderr.splitlines()  # each return of the carriage begins a line here
+    assert code == 2 and last == "error: no" and not before.strip()
+
+
+def test_the_end_of_a_thread_is_no_traceback_on_the_terminal(tmp_path: Path) -> None:
+    body = "import threading\nthread = threading.Thread(target=lambda: 1 / 0)\nthread.start()\nthread.join()"
+    code, stdout, stderr = ended(script(tmp_path, body), TMPDIR=str(tmp_path))
+    assert (code, stdout, stderr) == (0, "", "")
+    assert "ZeroDivisionError" in next(tmp_path.glob("*.traceback")).read_text()
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    code, _, stderr = ended(script(tmp_path, "open('/dev/null/x')"))
+    assert code == 2 and one_sentence(stderr) == "small.py cannot use /dev/null/x: Not a directory; put it in order"
+
+
 @pytest.mark.parametrize("lines", [1, 100_000])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_closed_pipe_ends_quietly(tmp_path: Path, lines: int, unbuffered: str) -> None:
@@ -160,6 +196,9 @@ def test_a_full_disk_and_no_memory_are_told(tmp_path: Path) -> None:
     assert one_sentence(stderr) == (
         "cannot write /disk/file: No space left on device; make room, or write to another disk"
     )
+    # Packages in other languages hide the cause in a text.
+    code, _, stderr = ended(script(tmp_path, "raise RuntimeError('I/O error: No space left on device (os error 28)')"))
+    assert code == 2 and "No space left on device; make room" in one_sentence(stderr)
     code, _, stderr = ended(script(tmp_path, "bytearray(1 << 60)"))
     assert code == 2 and "small.py ran out of memory" in one_sentence(stderr)
     with Path("/dev/full").open("w") as full:

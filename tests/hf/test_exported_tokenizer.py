@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from support.datasets import write_dataset
 from support.tokenizers import (
     STDLIB,
     train_hugging_face,
@@ -101,3 +103,19 @@ def test_models_that_change_texts_are_refused(tmp_path: Path) -> None:
     file = train_other(tmp_path / "prefix.model", add_dummy_prefix=True)
     with pytest.raises(UserError, match=r"prefix.model does not keep texts exact"):
         convert_tokenizer(file, 128)
+
+
+@pytest.mark.parametrize("train", [train_ours, train_unigram, train_other, train_hugging_face])
+def test_data_knows_its_tokenizer_in_either_form(tmp_path: Path, train: Callable[[Path], Path]) -> None:
+    """An export that is imported again has the same ids in another file."""
+    source = load_tokenizer(train(tmp_path / "training.model"))
+    (tmp_path / "exported").mkdir()
+    write_tokenizer(tmp_path / "exported", convert_tokenizer(tmp_path / "training.model", 10**6))
+    exported = load_tokenizer(tmp_path / "exported")
+    assert exported.sha256 != source.sha256
+    data = write_dataset(tmp_path / "data/train", [[[300, 301]]], source)
+    assert data.is_made_with(source) and not data.is_made_with(exported)  # nothing here says what its ids mean
+    source.save(tmp_path / "data/tokenizer.model")
+    assert data.is_made_with(exported)
+    other = train_other if train is not train_other else train_ours
+    assert not data.is_made_with(load_tokenizer(other(tmp_path / "other.model")))

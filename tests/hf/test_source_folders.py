@@ -63,6 +63,11 @@ def link_as_the_cache_does(folder: Path) -> None:
         (folder / file.name).symlink_to(Path("..") / "blobs" / file.name)
 
 
+def link_to_nothing(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    (folder / SINGLE).symlink_to("nowhere")
+
+
 def head_alone(weights: dict[str, Tensor]) -> None:
     weights[HEAD] = weights.pop(EMBEDDING)
 
@@ -178,7 +183,7 @@ BROKEN: dict[str, tuple[str, Edit, str]] = {
     ),
     "dangling link": (
         "single",
-        lambda f: ((f / SINGLE).unlink(), (f / SINGLE).symlink_to("nowhere")),
+        link_to_nothing,
         r"^weights .*/model.safetensors are missing or damaged \(No such file or directory\)",
     ),
     "consolidated alone": (

@@ -20,4 +20,5 @@ def main() -> None:
 
 def run() -> int | None:
     """Run the subcommand that is named first; returns the exit code."""
-    return run_subcommand(__doc__, {"step": step, "save": save, "data": data, "generate": generate, "serve": serve})
+    subcommands = {"step": step, "save": save, "data": data, "generate": generate, "serve": serve}
+    return run_subcommand(__doc__, subcommands, over_ranks=("step", "save"))

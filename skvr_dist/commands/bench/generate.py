@@ -12,12 +12,11 @@ from __future__ import annotations
 import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from skvr_dist.command import Figure, add_bound, add_configs, add_json, at_least, conclude
+from skvr_dist.command import Figure, a_path, add_bound, add_configs, add_json, at_least, conclude
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--model", metavar="FOLDER", help="an export")
+    parser.add_argument("--model", metavar="FOLDER", type=a_path, help="an export")
     add_configs(parser, default="tiny")
     parser.add_argument("--prompt-tokens", type=at_least(1), default=2048)
     parser.add_argument("--new-tokens", type=at_least(1), default=64)
@@ -81,13 +80,15 @@ def _load(options: Namespace) -> Any:
     """The export, or a model of the configuration's shape; in evaluation mode, with its whole cache."""
     import torch
     import yaml
+    from pydantic import ValidationError
     from transformers import AutoModelForCausalLM
 
     from skvr_dist.config.model import ModelConfig
     from skvr_dist.hf.convert.model_config import hf_config
+    from skvr_dist.section import in_words
 
     if options.model:
-        if not Path(options.model, "config.json").exists():
+        if not (options.model / "config.json").exists():
             raise UserError(f"--model {options.model} is not an export: it has no config.json; give the folder of one")
         return AutoModelForCausalLM.from_pretrained(options.model, kv_profile="full").eval()
     file = options.config[-1]
@@ -96,7 +97,8 @@ def _load(options: Namespace) -> Any:
         section = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
         model_config = ModelConfig(**{**section, "max_position_embeddings": positions})
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read a model section from {file} ({' '.join(str(error).split())})") from None
+        reason = in_words(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+        raise UserError(f"cannot read a model section from {file} ({reason})") from None
     config = hf_config(model_config, torch.float32, {})
     config.kv_profile = "full"
     return AutoModelForCausalLM.from_config(config).eval()

@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from skvr_dist.command import (
     Figure,
+    a_path,
     add_bound,
     add_configs,
     add_json,
@@ -39,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_configs(parser, default="bench-checkpoint")
     parser.add_argument("--saves", type=at_least(2), default=12, help="saves (default: 12)")
     add_bound(parser, 1.05, "largest ratio allowed")
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder; one host only)")
+    parser.add_argument("--folder", type=a_path, help="where to write (default: a temporary folder; one host only)")
     add_json(parser)
     add_overrides(parser)
 

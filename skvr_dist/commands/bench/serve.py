@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from skvr_dist.command import Figure, add_bound, add_json, at_least, conclude
+from skvr_dist.command import Figure, a_path, add_bound, add_json, at_least, conclude
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL", type=Path, help="an export")
+    parser.add_argument("model", metavar="MODEL", type=a_path, help="an export")
     parser.add_argument("--requests", type=at_least(1), default=64)
     parser.add_argument(
         "--full-requests", type=at_least(1), default=10, help="that fit at full retention (default: 10)"

@@ -47,8 +47,10 @@ SMALL = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--kills", type=at_least(1), default=30, metavar="N")
-    parser.add_argument("--ranks", type=at_least(2), default=4, metavar="N", help="a multiple of 2 stages (default: 4)")
+    parser.add_argument("--kills", type=at_least(1, 10_000), default=30, metavar="N")
+    parser.add_argument(
+        "--ranks", type=at_least(2, 64), default=4, metavar="N", help="a multiple of 2 stages (default: 4)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     add_json(parser)
 

@@ -174,7 +174,7 @@ class Corpus:
 def progress_bar(parts: Iterable[FilePart]) -> tqdm[NoReturn]:
     """A bar over the bytes of files, with rate and time left."""
     total = sum(part.stop - part.start for part in parts)
-    return tqdm(total=total, unit="B", unit_scale=True, leave=False)
+    return tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None)
 
 
 def open_corpus(

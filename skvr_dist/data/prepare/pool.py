@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from skvr_dist.data.cores import available_cores
 from skvr_dist.data.prepare.formats import Advance
 from skvr_dist.errors import UserError
 
@@ -21,11 +22,6 @@ _Result = TypeVar("_Result")
 
 _REFRESH_SECONDS = 0.5
 _REPORT_BYTES = 2**18  # a process reports its progress, and looks whether it is to stop, this often
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_tasks(
@@ -52,7 +48,7 @@ def run_tasks(
     done, stop = context.Value("q", 0), context.Event()
     size = min(workers or available_cores(), len(tasks))
     with (
-        tqdm(total=total_bytes, unit="B", unit_scale=True, leave=False) as bar,
+        tqdm(total=total_bytes, unit="B", unit_scale=True, leave=False, disable=None) as bar,
         ProcessPoolExecutor(size, context, _start_process, (function, done, stop)) as pool,
     ):
         try:

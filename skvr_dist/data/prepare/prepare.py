@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from skvr_dist.data.format import MANIFEST
+from skvr_dist.data.cores import require_few_processes
+from skvr_dist.data.format import MANIFEST, TOKENIZER_FILE
 from skvr_dist.data.prepare.corpus import Corpus, hash_fraction
 from skvr_dist.data.prepare.formats import Advance, Document, FilePart, holds_records, reading
-from skvr_dist.data.prepare.pool import available_cores, run_tasks
+from skvr_dist.data.prepare.pool import run_tasks
 from skvr_dist.data.prepare.writer import ShardWriter, write_manifest
 from skvr_dist.data.shards import TRAIN, VALIDATION, Dataset, find_datasets
 from skvr_dist.data.tokenizers.base import Tokenizer
@@ -35,7 +36,6 @@ from skvr_dist.data.tokenizers.load import tokenizer_from_bytes
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, naming_failure, prove_folder, write_whole
 
-TOKENIZER_FILE = "tokenizer.model"
 LEFT_OUT_FILE = "left-out.txt"
 _JOB_FILE = "job.json"
 
@@ -117,8 +117,8 @@ def _require_possible(num_shards: int, workers: int | None, validation_share: fl
         raise UserError(f"--shards {num_shards} and --workers {workers} must be positive")
     if num_shards > MAX_SHARDS:
         raise UserError(f"--shards {num_shards} are too many; ask for at most {MAX_SHARDS}")
-    if workers is not None and workers > (most := max(64, 8 * available_cores())):
-        raise UserError(f"--workers {workers} are too many processes for {available_cores()} cores; at most {most}")
+    if workers is not None:
+        require_few_processes("--workers", workers)
     if not 0 <= validation_share < 1:
         raise UserError(f"--validation-share {validation_share} must be at least 0 and below 1")
 

@@ -62,3 +62,19 @@ class Tokenizer(ABC):
     def sha256(self) -> str:
         """Hash of the file, by which data sets name their tokenizer."""
         return hashlib.sha256(self.model).hexdigest()
+
+
+def mean_the_same(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether token ids mean the same to two tokenizers, whatever their files look like.
+
+    So it is where an export of ours was imported again: what was a `.model` file is then a tokenizer.json. Compared are
+    the texts of all ids, and the ids of these texts, alone and in a row, and of characters that are spelled in bytes.
+    """
+    if (one.vocab_size, one.eos_id) != (other.vocab_size, other.eos_id):
+        return False
+    pairs = [(one.decode([token]), other.decode([token])) for token in range(one.vocab_size)]
+    if any(mine != others for mine, others in pairs if mine and others):  # the text of a special token is empty for one
+        return False
+    rare = "".join(map(chr, range(1, 0xD800, 61)))
+    texts = [mine for mine, others in pairs if mine and others]
+    return all(one.encode(text) == other.encode(text) for text in [*texts, "".join(texts), rare])

@@ -29,7 +29,7 @@ from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
 from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
-from skvr_dist.files import published, require_free
+from skvr_dist.files import local_path, prove_new_folder, published
 from skvr_dist.hf.convert.check import CheckReport, LoadError, check_export
 from skvr_dist.hf.convert.gguf_file import GGUFFile
 from skvr_dist.hf.convert.model_config import hf_config
@@ -84,14 +84,14 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
         check: compare the result with its source; this alone holds a whole model in memory, in float32.
 
     Raises:
-        UserError: `output` holds something; the source is missing, damaged, of another architecture, or lacks
-            weights, or has others or of another shape.
+        UserError: `output` holds something or cannot be written; the source is missing, damaged, of another
+            architecture, or lacks weights, or has others or of another shape.
         ImportMismatchError: our decoder computes other logits than transformers.
     """
-    require_free(output)
+    output = prove_new_folder(output)
     original: _Original
-    if source.endswith(".gguf") and not Path(source).is_dir():
-        gguf = GGUFFile(Path(source))
+    if source.endswith(".gguf") and not local_path(source).is_dir():
+        gguf = GGUFFile(local_path(source))
         original, config, dequantized_from = gguf, gguf.config, gguf.quantization
         folder, way_out = gguf.file.parent, f"download {source} again or give another file"
         loading = {"gguf_file": gguf.file.name, "config": hf_config(config, torch.float32, {})}
@@ -167,9 +167,9 @@ def _local_folder(source: str) -> Path:
     Raises:
         UserError: it is neither.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).exists():
+    if (folder := local_path(source)).is_dir():
+        return folder
+    if folder.exists():
         raise UserError(f"{source} is a file, but no GGUF file; give the folder it is in")
     wanted = ["*.safetensors", "*.json", f"{TEMPLATES_FOLDER}/*", *TOKENIZER_FILES]
     try:

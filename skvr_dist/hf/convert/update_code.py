@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from skvr_dist.errors import UserError
+from skvr_dist.files import PARTIAL_SUFFIX, naming_failure, naming_full_disk, prove_folder
 from skvr_dist.hf.convert.bundle import CODE_FILES, add_code
 from skvr_dist.hf.convert.check import ATTENTION, DECODED_TOKENS, TOLERANCE
 from skvr_dist.hf.convert.weight_files import weight_files
@@ -63,11 +64,15 @@ def update_code(folder: Path) -> CodeUpdate:
     in float32 by each of the two codes.
 
     Raises:
-        UserError: the folder is no export of ours that brings code along.
+        UserError: the folder is no export of ours that brings code along, or cannot be written.
     """
     reference = _code_of(folder)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.absolute().parent) as temporary:
-        new = Path(temporary) / "new"  # transformers keeps code apart by the name of its folder
+    prove_folder(folder)
+    with naming_failure(folder):  # beside it, so that the renames stay within one file system
+        prefix, beside = f"{folder.name[:64]}{PARTIAL_SUFFIX}-", folder.absolute().parent
+        temporary = tempfile.TemporaryDirectory(prefix=prefix, dir=beside)
+    with temporary, naming_full_disk(folder):
+        new = Path(temporary.name) / "new"  # transformers keeps code apart by the name of its folder
         new.mkdir()
         for file in folder.iterdir():
             if file.name not in CODE_FILES:
@@ -76,8 +81,9 @@ def update_code(folder: Path) -> CodeUpdate:
         add_code(new, config, reference.partition(".")[2])
         report = _compare(folder, new, reference)
         if not report.failures():
-            for name in CODE_FILES:
-                (new / name).replace(folder / name)
+            with naming_failure(folder):
+                for name in CODE_FILES:
+                    (new / name).replace(folder / name)
     return report
 
 

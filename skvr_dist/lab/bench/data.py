@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from skvr_dist.data.cores import available_cores
 from skvr_dist.data.prepare.corpus import Corpus
 from skvr_dist.data.prepare.formats import Advance
-from skvr_dist.data.prepare.pool import available_cores, run_tasks
+from skvr_dist.data.prepare.pool import run_tasks
 from skvr_dist.data.prepare.prepare import prepare
 from skvr_dist.data.prepare.writer import ShardWriter, write_manifest
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream, SourceData

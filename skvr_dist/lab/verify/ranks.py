@@ -6,13 +6,15 @@ and clean module state, in a fraction of a second.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import multiprocessing
 import os
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
@@ -68,17 +70,31 @@ def _run_processes(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], seco
     for function, args in calls:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_call, args=(sender, function, args), daemon=True)
-        process.start()
+        with _ctrl_c_for_this_process_alone():
+            process.start()
         sender.close()
         processes.append(process)
         connections.append(receiver)
+    seconds_to_end = 0.0
     try:
-        return _collect(connections, seconds, may_die)
+        results = _collect(connections, seconds, may_die)
+        seconds_to_end = 5.0
+        return results
     finally:
         for process in processes:
-            process.join(timeout=5)
+            process.join(timeout=seconds_to_end)
             if process.is_alive():
                 process.kill()
+
+
+@contextlib.contextmanager
+def _ctrl_c_for_this_process_alone() -> Iterator[None]:
+    """Start processes to which Ctrl-C does not come: a terminal sends it to all, and the parent ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collect(connections: list[Connection], seconds: float, may_die: bool) -> list[Any]:

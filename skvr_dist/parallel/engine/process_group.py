@@ -7,6 +7,8 @@ import importlib
 import io
 import os
 import socket
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -20,11 +22,19 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import PrefixStore, Store, distributed_c10d
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from skvr_dist.cluster.launcher import announced_local_size, free_port, was_launched
-from skvr_dist.errors import OneRankError, UserError
+from skvr_dist.cluster.launcher import (
+    announced_local_size,
+    announced_port,
+    announced_rank,
+    announced_world_size,
+    free_port,
+    was_launched,
+)
+from skvr_dist.errors import OneRankError, RunInterrupted, UserError
 
 _DEFAULT_PORT = 29500  # DeepSpeed's
 _RUN_SCHEME = "skvr-run"
+_SECONDS_TO_NOTICE = 20.0  # ranks start within seconds of each other
 
 
 def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | None = None) -> None:
@@ -36,7 +46,8 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
             other's way: all that a run's ranks tell each other to connect is under its id.
 
     Raises:
-        UserError: another process has come as this rank of this run.
+        UserError: another process has come as this rank of this run, or the environment is not that of a launcher.
+        RunInterrupted: not all ranks have come in time.
     """
     # DeepSpeed's calls, which torch names anew: a line per rank and call that no user can do anything about.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
@@ -44,11 +55,7 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
     if not on_gpu:
         _share_cores()
     if not was_launched():
-        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-            raise UserError(
-                f"Slurm started {os.environ['SLURM_NTASKS']} tasks, but no launcher announced their ranks; start one "
-                f"task per node that runs deepspeed or torchrun, or use mpirun"
-            )
+        _refuse_bare_slurm_tasks()
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))
     # A group of N ranks would open N - 1 sockets on each as it is made, and files run out at 1,024: only what is used.
@@ -56,8 +63,8 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
     # A shared-memory sum for inference on CPUs, which DeepSpeed would compile here, for a minute and with a compiler.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     # Under mpirun DeepSpeed would overwrite MASTER_PORT, and two runs on a host would meet on one port.
-    port = int(os.environ.get("MASTER_PORT", _DEFAULT_PORT))
-    with contextlib.redirect_stdout(io.StringIO()), _naming_the_address(port):
+    port = announced_port(_DEFAULT_PORT)
+    with contextlib.redirect_stdout(io.StringIO()), _naming_the_address(port, timeout):
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             timeout=timeout,
@@ -71,9 +78,19 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
         os.environ["LOCAL_RANK"] = os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
 
 
+def _refuse_bare_slurm_tasks() -> None:
+    """Refuse tasks that srun started without a launcher. In an allocation's own shell Slurm has variables too."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "SLURM_PROCID" in os.environ and tasks.isdecimal() and int(tasks) > 1:
+        raise UserError(
+            f"Slurm started {tasks} tasks, but no launcher announced their ranks; start one task per node that runs "
+            f"deepspeed or torchrun, or use mpirun"
+        )
+
+
 @contextlib.contextmanager
-def _naming_the_address(port: int) -> Iterator[None]:
-    """Say in a sentence what is wrong with the place where ranks are to meet."""
+def _naming_the_address(port: int, timeout: timedelta) -> Iterator[None]:
+    """Say in a sentence what is wrong with the place where ranks are to meet, or that not all have come."""
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     try:
         socket.getaddrinfo(host, port)
@@ -82,15 +99,29 @@ def _naming_the_address(port: int) -> Iterator[None]:
             f"host {host} (MASTER_ADDR), where the ranks are to meet, has no address ({error.strerror}); give the "
             f"launcher another --master_addr, or name it in /etc/hosts"
         ) from None
+    rank, size = announced_rank(), announced_world_size()
+    seconds = timeout.total_seconds()
+    waits = f"rank {rank} waits for the other ranks at port {port} of {host}, {size} in all, up to {seconds:.0f} s"
+    notice = threading.Timer(_SECONDS_TO_NOTICE, print, [waits], {"file": sys.stderr, "flush": True})
+    notice.daemon = True
+    notice.start()
     try:
         yield
-    except RuntimeError as error:  # torch's DistNetworkError is one
-        if "address already in use" not in str(error).lower() and "eaddrinuse" not in str(error).lower():
+    except RuntimeError as error:  # torch's DistError is one
+        text = str(error).lower()
+        if "timed out" in text or "timeout" in text:
+            raise RunInterrupted(
+                f"rank {rank} waited for {seconds:.0f} s at port {port} of {host}, but not all {size} "
+                f"ranks came; start them all, or unset WORLD_SIZE and the variables beside it if they are left over"
+            ) from None
+        if "address already in use" not in text and "eaddrinuse" not in text:
             raise
         raise UserError(
             f"port {port} of {host}, where the ranks are to meet, is in use; give the launcher another --master_port, "
             f"or end what holds it"
         ) from None
+    finally:
+        notice.cancel()
 
 
 def _join_run(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:

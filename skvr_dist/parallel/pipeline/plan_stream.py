@@ -45,19 +45,23 @@ class PlanStream:
         """
         with naming_the_operation(self._mesh, f"the broadcast of the routing plan of step {self._step + 1}"):
             self._work.wait()
-        if not torch.equal(self._received, self._drawn):
-            micro_batch, layer = (self._received != self._drawn).nonzero()[0].tolist()
-            raise UserError(
-                f"routing plan of step {self._step + 1}, micro-batch {micro_batch}: rank {self._mesh.rank} draws that "
-                f"layer {layer} reads layer {self._drawn[micro_batch, layer]}, rank 0 sent layer "
-                f"{self._received[micro_batch, layer]}; the memory or network of one of them is not to be trusted, or "
-                f"their versions of numpy differ: take that host out and start again"
-            )
-        plan = RoutingPlan(self._received.numpy())
-        self._step += 1
-        self._send_ahead()
+            if not torch.equal(self._received, self._drawn):
+                raise UserError(self._difference())
+            plan = RoutingPlan(self._received.numpy())
+            self._step += 1
+            self._send_ahead()
         return plan
+
+    def _difference(self) -> str:
+        micro_batch, layer = (self._received != self._drawn).nonzero()[0].tolist()
+        return (
+            f"routing plan of step {self._step + 1}, micro-batch {micro_batch}: rank {self._mesh.rank} draws that "
+            f"layer {layer} reads layer {self._drawn[micro_batch, layer]}, rank 0 sent layer "
+            f"{self._received[micro_batch, layer]}; the memory or network of one of them is not to be trusted, or "
+            f"their versions of numpy differ: take that host out and start again"
+        )
 
     def close(self) -> None:
         """Receive the plan that is on its way and will not be used, so that no rank leaves another waiting."""
-        self._work.wait()
+        with naming_the_operation(self._mesh, "the broadcast of the last routing plan"):
+            self._work.wait()
