@@ -9,11 +9,10 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from skvr_dist.config.data import DataConfig
@@ -21,6 +20,8 @@ from skvr_dist.config.train import TrainConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.files import require_file
+from skvr_dist.schedule import FORMS
+from skvr_dist.section import Section, section_in
 
 _LONGEST_VALUE = 80
 
@@ -171,11 +172,12 @@ def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]
 def _sentences(mistakes: Iterable[ErrorDetails]) -> Iterator[str]:
     """One sentence per mistake: the path of the key, the value, what is allowed, the nearest known name."""
     for item in mistakes:
-        path = ".".join(str(part) for part in item["loc"])
+        keys = tuple(part for part in item["loc"] if part not in FORMS)
+        path = ".".join(map(str, keys))
         kind, value = item["type"], item["input"]
         if kind == "extra_forbidden":
-            known = _known_keys(item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            known = _known_keys(keys[:-1])
+            near = difflib.get_close_matches(str(keys[-1]), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             yield f"unknown key {path}; {hint}"
         elif kind == "missing":
@@ -186,7 +188,7 @@ def _sentences(mistakes: Iterable[ErrorDetails]) -> Iterator[str]:
         elif kind == "literal_error":
             yield f"{path} is {_shown(value)}; allowed are {item['ctx']['expected']}"
         elif kind in ("model_type", "model_attributes_type"):
-            yield f"{path} is {_shown(value)}; it must hold keys: {', '.join(_known_keys(item['loc']))}"
+            yield f"{path} is {_shown(value)}; it must hold keys: {', '.join(_known_keys(keys))}"
         else:
             yield f"{path} is {_shown(value)}; {item['msg'][0].lower()}{item['msg'][1:]}"
 
@@ -204,14 +206,8 @@ def _known_keys(path: tuple[int | str, ...]) -> list[str]:
         if get_origin(section) is dict:  # the key is a name that the user gave
             section = get_args(section)[1]
             continue
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        if not (isinstance(section, type) and issubclass(section, Section)):
             break
-        section = _section_of(section.model_fields[str(key)].annotation)
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
-
-
-def _section_of(annotation: Any) -> Any:
-    """The section inside `Section | None`, or the annotation itself."""
-    if get_origin(annotation) in (Union, UnionType):
-        return next((a for a in get_args(annotation) if a is not type(None)), annotation)
-    return annotation
+        annotation = section.model_fields[str(key)].annotation
+        section = annotation if get_origin(annotation) is dict else section_in(annotation)
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []

@@ -19,7 +19,7 @@ from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.plans import plan_of_step
 from skvr_dist.train.resume import preview_resume
 
-_ROWS = 4096  # micro-batches whose donors are drawn for the averages, in whole steps
+_ROWS = 4096  # micro-batches whose donors are drawn for the averages, in whole steps from all over the run
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -33,7 +33,8 @@ def describe(config: Config, world_size: int) -> str:
     resumed = preview_resume(config, inputs.sequences.fingerprint())
     bounds = stage_bounds(config.model, config.parallel)
     layers = config.model.num_hidden_layers
-    plans = [plan_of_step(config, step) for step in range(max(1, _ROWS // config.num_micro_batches))]
+    drawn = max(1, _ROWS // config.num_micro_batches)
+    plans = [plan_of_step(config, number * config.train.steps // drawn) for number in range(drawn)]
     rows = []
     for stage, (start, stop) in enumerate(bounds):
         with torch.device("meta"):

@@ -131,7 +131,7 @@ def draw_wrongly(patch: pytest.MonkeyPatch, of: str) -> None:
     """Draw donors, or initial weights, by a rule of the same distribution that is not the published one."""
     donors, normal = plan.draw_donors, torch.Tensor.normal_
     if of == "donors":
-        patch.setattr(plan, "draw_donors", lambda routing, coin, pick: donors(routing, coin, 1 - pick))
+        patch.setattr(plan, "draw_donors", lambda routing, coin, pick, prob: donors(routing, coin, 1 - pick, prob))
     else:
 
         def upside_down(*args: Any, **kwargs: Any) -> torch.Tensor:

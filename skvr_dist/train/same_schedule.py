@@ -1,0 +1,84 @@
+"""Whether the schedules of a run go on where those of the checkpoint were that it resumes from."""
+
+from __future__ import annotations
+
+from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.config.tree import Config
+from skvr_dist.errors import UserError
+from skvr_dist.schedule import in_words
+from skvr_dist.train.schedules import learning_rate_factor, routing_rates
+
+ROUTING_SCHEDULES = ("cross_layer_prob", "full_retention_share")
+"""Keys of the routing section that may be schedules."""
+_TRAIN_KEYS = (
+    "steps",
+    "schedule_steps",
+    "warmup_steps",
+    "learning_rate_from_step",
+    "learning_rate_decay",
+    "decay_steps",
+    "min_learning_rate_ratio",
+)
+"""Keys of the train section that decide what schedules are worth at a step; the peak of the learning rate scales it."""
+
+
+def require_begun(config: Config, step: int) -> None:
+    """Refuse a learning rate whose warm-up begins after the steps that are done: it would be 0 until then.
+
+    Raises:
+        UserError: names both steps.
+    """
+    begin = config.train.learning_rate_from_step
+    if begin > step:
+        raise UserError(
+            f"train.learning_rate_from_step is {begin}, but the run goes on from step {step}; give {step}, or a "
+            f"train.resume at step {begin} or later"
+        )
+
+
+def require_same_schedule(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse schedules that would jump at the step that follows a checkpoint, unless `train.on_resume` says so.
+
+    Raises:
+        UserError: names the schedule, its values there and here, and the choices.
+    """
+    if config.train.on_resume == "other_schedule" or checkpoint.step >= config.train.steps:
+        return
+    for key in ROUTING_SCHEDULES:
+        there, here = getattr(checkpoint.config.routing, key), getattr(config.routing, key)
+        if there != here:
+            raise UserError(
+                f"checkpoint {checkpoint.folder} has routing.{key} {in_words(there)}, the configuration "
+                f"{in_words(here)}; give the checkpoint's own value, start a new run, or change it from step "
+                f"{checkpoint.step} on with train.on_resume=other_schedule"
+            )
+    _require_no_jump(checkpoint, config)
+
+
+def _require_no_jump(checkpoint: Checkpoint, config: Config) -> None:
+    """Compare what schedules are worth at the next step, under the keys of the checkpoint and of the configuration."""
+    step, stored = checkpoint.step, checkpoint.config.train.model_dump(include=set(_TRAIN_KEYS))
+    before = config.model_copy(update={"train": config.train.model_copy(update=stored)})
+    there, here = _values(before, step), _values(config, step)
+    jumps = [f"{name} from {there[name]:.4g} to {here[name]:.4g}" for name in here if there[name] != here[name]]
+    if not jumps:
+        return
+    different = [
+        f"train.{key} {stored[key]} there and {getattr(config.train, key)} here"
+        for key in _TRAIN_KEYS
+        if stored[key] != getattr(config.train, key)
+    ]
+    raise UserError(
+        f"checkpoint {checkpoint.folder} was trained with {', '.join(different)}: at step {step + 1} that would move "
+        f"{' and '.join(jumps)}; go on as the checkpoint's schedules do with its own values (train.schedule_steps="
+        f"{before.train.horizon} keeps their end, however long the run is), or say train.on_resume=other_schedule to "
+        f"take them as they are here, with train.learning_rate_from_step={step} too for a learning rate that begins "
+        f"anew"
+    )
+
+
+def _values(config: Config, step: int) -> dict[str, float]:
+    """Every schedule at a step; the learning rate over its peak, which may change freely."""
+    peak_share = learning_rate_factor(config.train, step)
+    rates = {f"routing.{name}": value for name, value in routing_rates(config, step).items()}
+    return {"the learning rate over its peak": peak_share, **rates}

@@ -1,0 +1,38 @@
+"""What the schedules of a run are worth at each step: a function of the step and the configuration alone.
+
+Steps are counted from 0 here: step t is the one before which t steps are done.
+"""
+
+from __future__ import annotations
+
+from skvr_dist.config.train import TrainConfig
+from skvr_dist.config.tree import Config
+from skvr_dist.schedule import interpolate, value_at
+
+
+def learning_rate_factor(train: TrainConfig, step: int) -> float:
+    """The learning rate of a step as a share of the peak.
+
+    The warm-up rises in equal parts and reaches the peak at its last step; the decay begins at the peak and ends at
+    `min_learning_rate_ratio` with the last step of the schedules, after which it stays there.
+    """
+    begin, last = train.learning_rate_from_step, train.horizon - 1
+    warmed_up = begin + train.warmup_steps
+    if step < warmed_up:
+        return interpolate([(begin - 1, 0.0), (warmed_up - 1, 1.0)], step)
+    if train.learning_rate_decay == "constant":
+        return 1.0
+    falls_from = warmed_up if train.decay_steps is None else train.horizon - train.decay_steps
+    fall = [(falls_from, 1.0), (max(last, falls_from + 1), train.min_learning_rate_ratio)]
+    return interpolate(fall, step, train.learning_rate_decay)
+
+
+def routing_rates(config: Config, step: int) -> dict[str, float]:
+    """The schedules of the routing section at a step, by key; nothing for a policy that draws nothing."""
+    routing, steps = config.routing, config.train.horizon
+    if routing.cross_layer_prob is None:
+        return {}
+    return {
+        "cross_layer_prob": value_at(routing.cross_layer_prob, step, steps),
+        "full_retention_share": value_at(routing.full_retention_share, step, steps),
+    }
