@@ -23,11 +23,26 @@ from skvr_dist.routing import (
     read_layers,
 )
 from skvr_dist.routing.policies import PolicyName
+from skvr_dist.schedule import Schedule
 
-PARAMETERS = {"cross_layer_prob": st.floats(0, 1), "window": st.integers(1, 40), "group_size": st.integers(2, 40)}
+SCHEDULES = st.builds(
+    lambda unit, points: Schedule(unit=unit, points=sorted(points)),
+    st.sampled_from(["share", "steps"]),
+    st.lists(
+        st.lists(st.floats(0, 1), min_size=2, max_size=2), min_size=1, max_size=4, unique_by=lambda point: point[0]
+    ),
+)
+RATES = st.floats(0, 1) | SCHEDULES
+PARAMETERS = {"cross_layer_prob": RATES, "window": st.integers(1, 40), "group_size": st.integers(2, 40)}
+SCHEDULE_STEPS = 100
 ROUTINGS = st.one_of(
     *(
-        st.builds(RoutingConfig, policy=st.just(name), **{each: PARAMETERS[each] for each in policy.parameters})
+        st.builds(
+            RoutingConfig,
+            policy=st.just(name),
+            **{each: PARAMETERS[each] for each in policy.parameters},
+            **({"full_retention_share": RATES} if policy.is_random else {}),
+        )
         for name, policy in POLICIES.items()
     )
 )
@@ -37,7 +52,9 @@ RETAINED = LAYERS.flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0,
 
 
 def plan_of(routing: RoutingConfig, layers: int, rows: int = 1, seed: int = 0, step: int = 0) -> RoutingPlan:
-    return draw_plan(routing, num_layers=layers, num_micro_batches=rows, seed=seed, step=step)
+    return draw_plan(
+        routing, num_layers=layers, num_micro_batches=rows, seed=seed, step=step, schedule_steps=SCHEDULE_STEPS
+    )
 
 
 @given(routing=ROUTINGS, layers=LAYERS, seed=st.integers(0, 2**32), step=st.integers(0, 2**40))
