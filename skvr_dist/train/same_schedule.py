@@ -42,7 +42,7 @@ def require_same_schedule(checkpoint: Checkpoint, config: Config) -> None:
     Raises:
         UserError: names the schedule, its values there and here, and the choices.
     """
-    if config.train.on_resume == "other_schedule" or checkpoint.step >= config.train.steps:
+    if config.train.on_resume == "other_schedule":
         return
     for key in ROUTING_SCHEDULES:
         there, here = getattr(checkpoint.config.routing, key), getattr(config.routing, key)
@@ -52,7 +52,8 @@ def require_same_schedule(checkpoint: Checkpoint, config: Config) -> None:
                 f"{in_words(here)}; give the checkpoint's own value, start a new run, or change it from step "
                 f"{checkpoint.step} on with train.on_resume=other_schedule"
             )
-    _require_no_jump(checkpoint, config)
+    if checkpoint.step < config.train.steps:  # a step follows
+        _require_no_jump(checkpoint, config)
 
 
 def _require_no_jump(checkpoint: Checkpoint, config: Config) -> None:

@@ -140,15 +140,15 @@ def test_metrics_and_tensorboard(routed: Path) -> None:
 
 def test_crossing_bytes_in_the_log_are_the_liveness_bound(routed: Path) -> None:
     from skvr_dist.parallel.split import stage_bounds
-    from skvr_dist.routing import crossing_elements, draw_plan
+    from skvr_dist.routing import crossing_elements
+    from skvr_dist.train.plans import plan_of_step
 
     config = load_config([routed / "config.yaml"])
     boundary = stage_bounds(config.model, config.parallel)[0][1]
     size = {"tokens": 2 * SEQUENCE, "hidden_size": config.model.hidden_size, "kv_size": config.model.kv_size}
     for record in records(routed):
         if "train/loss" in record:
-            step, size = record["step"] - 1, {"num_layers": 4, "num_micro_batches": 4, "schedule_steps": STEPS}
-            plan = draw_plan(config.routing, **size, seed=config.train.seed, step=step)
+            plan = plan_of_step(config, record["step"] - 1)
             bound = sum(4 * crossing_elements(donors, boundary, **size) for donors in plan.donors)
             assert record["pipeline/crossing_bytes/boundary_0"] == bound
 
@@ -256,8 +256,8 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
     [
         (["model.hidden_size=64"], "has model.hidden_size 32, the configuration 64"),
         (
-            ["routing.cross_layer_prob=0.6", "train.steps=8"],
-            "has routing.cross_layer_prob 0.25 at 0.0 to 0.5 at 0.5 of the run, the configuration 0.6; .*other_schedule",
+            ["routing.cross_layer_prob=0.6"],
+            "has routing.cross_layer_prob 0.25 at 0.0 to 0.5 at 0.5 of the run, the configuration 0.6; .*on_resume=other",
         ),
         (["routing.policy=uniform"], "has routing.policy strategy, the configuration uniform"),
         (
