@@ -15,6 +15,8 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 
 from skvr_dist.section import Section
 
+MOST_STEPS = 10**9
+"""Of any run."""
 Points = Sequence[Sequence[float]]
 """Pairs of a place and the value there, in ascending order of places; of two at one place the later one holds."""
 
@@ -49,8 +51,9 @@ class Schedule(Section):
         for place in places:
             if places.count(place) > 2:
                 raise ValueError(f"points may hold two values at one place, a jump, but {place} has more")
-            if place < 0 or (self.unit == "share" and place > 1):
-                bounds = "a share from 0 to 1 (unit: steps counts steps)" if self.unit == "share" else "0 or more steps"
+            if not 0 <= place <= (1 if self.unit == "share" else MOST_STEPS):
+                bounds = "a share from 0 to 1 (unit: steps counts steps)"
+                bounds = bounds if self.unit == "share" else f"0 to {MOST_STEPS} steps"
                 raise ValueError(f"points lie at {bounds}, but one lies at {place}")
         return self
 
@@ -59,7 +62,7 @@ FORMS = ("<number>", "<schedule>")
 """What pydantic's errors call the two forms of a value, where they say at which key they are."""
 
 
-def _form(value: Any) -> str:
+def form_of(value: Any) -> str:
     """Which of the two forms a value has; a wrong one is told as a wrong number."""
     return FORMS[isinstance(value, Mapping | Schedule)]
 
@@ -74,7 +77,7 @@ def _shares(value: float | Schedule) -> float | Schedule:
 
 Share = Annotated[
     Annotated[float, Field(ge=0, le=1), Tag(FORMS[0])] | Annotated[Schedule, Tag(FORMS[1])],
-    Discriminator(_form),
+    Discriminator(form_of),
     AfterValidator(_shares),
 ]
 """A number from 0 to 1, or a schedule of such numbers."""
@@ -105,6 +108,32 @@ def interpolate(points: Points, place: float, curve: Literal["linear", "cosine"]
     if curve == "cosine":
         return y1 + (y0 - y1) * 0.5 * (1 + math.cos(math.pi * progress))
     return y0 + (y1 - y0) * progress
+
+
+def jumps_of(schedule: Schedule) -> list[tuple[float, float]]:
+    """The places at which a schedule jumps, and its values from there on.
+
+    Raises:
+        ValueError: it changes between two places.
+    """
+    jumps = []
+    for (place, height), (following, other) in itertools.pairwise(schedule.points):
+        if place == following:
+            jumps.append((following, other))
+        elif height != other:
+            raise ValueError(
+                f"points must be level between places, but {height} at {place} is followed by {other} at {following}; "
+                f"put a jump there, two points at one place"
+            )
+    return jumps
+
+
+def first_step_at(place: float, unit: Literal["share", "steps"], steps: int) -> int:
+    """The first step that lies at a place of a schedule or after it, in a run of so many steps."""
+    if unit == "steps":
+        return math.ceil(place)
+    # The product is rounded, so the step that it names may be one off.
+    return next(step for step in itertools.count(max(math.ceil(place * steps) - 1, 0)) if step / steps >= place)
 
 
 def bounds_of(value: float | Schedule) -> tuple[float, float]:

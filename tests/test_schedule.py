@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skvr_dist.schedule import Schedule, bounds_of, in_words, interpolate, value_at
+from skvr_dist.schedule import Schedule, bounds_of, first_step_at, in_words, interpolate, jumps_of, value_at
 
 RISE = Schedule(points=[[0.0, 0.0], [0.5, 0.5]])
 JUMP = Schedule(points=[[40, 0.0], [40, 0.5]], unit="steps")
@@ -51,6 +51,24 @@ def test_a_value_is_between_its_bounds_and_goes_through_its_points(
     low, high = bounds_of(schedule)
     assert low - 1e-12 <= value_at(schedule, step, 1000) <= high + 1e-12
     assert all(interpolate(schedule.points, place) == height for place, height in points)
+
+
+@given(steps=st.integers(1, 10**6), place=st.floats(0, 1), step=st.integers(0, 10**6))
+def test_the_first_step_at_a_place(steps: int, place: float, step: int) -> None:
+    first = first_step_at(place, "share", steps)
+    assert first / steps >= place and (first == 0 or (first - 1) / steps < place)
+    assert first_step_at(min(step, steps) / steps, "share", steps) == min(step, steps)
+    assert first_step_at(step, "steps", steps) == step
+
+
+def test_jumps() -> None:
+    assert jumps_of(JUMP) == [(40.0, 0.5)]
+    assert jumps_of(Schedule(points=[[0.0, 1.0], [0.2, 1.0], [0.2, 0.0], [0.5, 0.0], [0.5, 2.0]])) == [
+        (0.2, 0),
+        (0.5, 2),
+    ]
+    with pytest.raises(ValueError, match=r"level between places, but 0.0 at 0.0 is followed by 0.5 at 0.5; put a jump"):
+        jumps_of(RISE)
 
 
 def test_in_words() -> None:

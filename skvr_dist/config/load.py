@@ -39,8 +39,10 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     return validate_config(_merge_all(files, overrides))
 
 
-def load_data_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[DataConfig, int]:
-    """Read what decides which sequences a run reads: the `data` section and `train.seed`.
+def load_data_config(
+    files: Sequence[str | Path], overrides: Sequence[str] = ()
+) -> tuple[DataConfig, int, TrainConfig | None]:
+    """Read what decides which sequences a run reads: `data`, `train.seed` and, if the tree is whole, all of `train`.
 
     Other sections may be missing, as they are in the configuration of an imported checkpoint; none may be wrong.
 
@@ -53,13 +55,13 @@ def load_data_config(files: Sequence[str | Path], overrides: Sequence[str] = ())
         raise UserError(f"the configuration names no data; add {' '.join(needed)}")
     try:
         config = Config.model_validate(tree)
-        return config.data, config.train.seed
+        return config.data, config.train.seed, config.train
     except ValidationError as error:
         wrong = [item for item in error.errors() if item["type"] != "missing" or item["loc"][0] == "data"]
         if wrong:
             raise UserError("; ".join(_sentences(wrong))) from None
     seed = TrainConfig.model_fields["seed"].default
-    return DataConfig.model_validate(tree["data"]), tree.get("train", {}).get("seed", seed)
+    return DataConfig.model_validate(tree["data"]), tree.get("train", {}).get("seed", seed), None
 
 
 def _merge_all(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:

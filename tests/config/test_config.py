@@ -43,6 +43,14 @@ def test_later_files_win(tmp_path: Path) -> None:
         ("train.step=5", r"unknown key train\.step; did you mean steps\?"),
         ("modle.hidden_size=5", r"unknown key modle; did you mean model\?"),
         ("model.rope_scaling={rope_type: linear, facter: 2.0}", r"model\.rope_scaling\.facter; did you mean factor\?"),
+        (
+            "data.train={code: {path: x, weight: {points: [[0.0, 1.0], [0.5, 0.5]]}}}",
+            r"data\.train\.code\.weight: points must be level between places, but 1.0 at 0.0 .* at one place",
+        ),
+        (
+            "data.train={code: {path: x, weight: {points: [[0.0, -1]]}}}",
+            "code.weight: the values of points must be 0 or",
+        ),
         ("train.steps=many", r"train\.steps is 'many'; input should be a valid integer"),
         ("train.steps=0", r"train\.steps is 0; input should be greater than 0"),
         ("train.learning_rate='1e-4'", r"train\.learning_rate is '1e-4'"),
@@ -62,7 +70,10 @@ def test_later_files_win(tmp_path: Path) -> None:
             "routing.cross_layer_prob={points: [[0.0, 0.1], [1.5, 0.5]]}",
             "prob: points lie at a share from 0 to 1 .* 1.5",
         ),
-        ("routing.cross_layer_prob={unit: steps, points: [[-1, 0.1]]}", "prob: points lie at 0 or more steps, .* -1.0"),
+        (
+            "routing.cross_layer_prob={unit: steps, points: [[-1, 0.1]]}",
+            "points lie at 0 to 1000000000 steps, .* -1.0",
+        ),
         ("routing.cross_layer_prob={points: [[0.0, 1.1]]}", "prob: the values of points must be from 0 to 1, .* 1.1"),
         ("routing.cross_layer_prob={points: [[0.0, .nan]]}", "cross_layer_prob.points.0.1 is nan; .* finite"),
         ("routing.cross_layer_prob={points: [[0.0, 0.1, 0.2]]}", "prob.points: a point is a pair .* has 3 numbers"),

@@ -35,7 +35,7 @@ def leaves(section: type[Section] = Config, path: str = "") -> Iterator[tuple[st
 
 
 LEAVES = dict(leaves())
-SCHEDULED = ("cross_layer_prob", "full_retention_share")
+SCHEDULED = [path for path, field in LEAVES.items() if section_in(field.annotation) is Schedule]
 RARE = st.sampled_from([".inf", "-.inf", ".nan", "1e999", "9" * 5000, "~", "{}", "[]", "{a: {b: 1}}", "[1, x]", '""'])
 ANY = st.one_of(
     RARE,
@@ -55,7 +55,7 @@ def load(path: str, value: str) -> str | None:
         "data.train.code.": "data.train={code: {path: x}}",
         "model.rope_scaling.": "model.rope_scaling={rope_type: linear, factor: 2.0}",
     }
-    needed |= {f"routing.{key}.unit": f"routing.{key}.points=[[0, 1]]" for key in SCHEDULED}
+    needed |= {f"{key}.unit": f"{key}.points=[[0, 1]]" for key in SCHEDULED}
     first = [override for prefix, override in needed.items() if path.startswith(prefix)]
     try:
         load_config([QUICKSTART], [*first, f"{path}={value}"])
@@ -103,7 +103,7 @@ def wrong_values(field: FieldInfo) -> list[str]:
     elif str in kinds:
         wrong += ["7", "true"]
     if of_schedule:
-        wrong += ["1.5", "-0.1", "{points: [[0, 1.5]]}"]
+        wrong += ["-0.1", "{points: [[0, -0.1]]}", "{points: [[0, 0.1], [1.5, 0.1]]}"]
     for bound in field.metadata:
         if getattr(bound, "gt", None) is not None:
             wrong.append(str(bound.gt))
