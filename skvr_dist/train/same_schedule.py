@@ -65,16 +65,16 @@ def _require_no_jump(checkpoint: Checkpoint, config: Config) -> None:
     if not jumps:
         return
     different = [
-        f"train.{key} {stored[key]} there and {getattr(config.train, key)} here"
+        f"train.{key} ({stored[key]} there, {getattr(config.train, key)} here)"
         for key in _TRAIN_KEYS
         if stored[key] != getattr(config.train, key)
     ]
     raise UserError(
-        f"checkpoint {checkpoint.folder} was trained with {', '.join(different)}: at step {step + 1} that would move "
-        f"{' and '.join(jumps)}; go on as the checkpoint's schedules do with its own values (train.schedule_steps="
-        f"{before.train.horizon} keeps their end, however long the run is), or say train.on_resume=other_schedule to "
-        f"take them as they are here, with train.learning_rate_from_step={step} too for a learning rate that begins "
-        f"anew"
+        f"checkpoint {checkpoint.folder} and the configuration differ in {', '.join(different)}: at step {step + 1} "
+        f"that would move {' and '.join(jumps)}; go on as the checkpoint's schedules do with its own values (train."
+        f"schedule_steps={before.train.horizon} keeps their end, however long the run is), or say train.on_resume="
+        f"other_schedule to take them as they are here, with train.learning_rate_from_step={step} too for a learning "
+        f"rate that begins anew"
     )
 
 

@@ -89,7 +89,7 @@ def test_a_longer_run_is_a_named_choice() -> None:
     with pytest.raises(UserError) as refused:
         require_same_schedule(finished, quickstart(longer))
     sentence = str(refused.value)
-    assert "train.steps 1100 there and 2200 here: at step 1101" in sentence
+    assert "train.steps (1100 there, 2200 here): at step 1101" in sentence
     assert "the learning rate over its peak from 0.1 to 0.5" in sentence
     for way_out in (
         "train.schedule_steps=1100",
@@ -116,7 +116,7 @@ def test_a_trunk_branches_where_its_decays_begin() -> None:
     require_same_schedule(trunk, quickstart(stable, "train.steps=5000"))
     require_same_schedule(trunk, quickstart(stable, "train.learning_rate=1e-3"))
     with pytest.raises(
-        UserError, match=r"learning_rate_decay constant there and cosine here: at step 801 .* from 1 to"
+        UserError, match=r"learning_rate_decay \(constant there, cosine here\): at step 801 .* from 1 to"
     ):
         require_same_schedule(trunk, quickstart())
 
