@@ -37,6 +37,14 @@ class LayoutFacts(_Record):
     precision: str
 
 
+class AverageFacts(_Record):
+    """Which checkpoints of a run the weights are an average of, the oldest first."""
+
+    steps: list[int]
+    shares: list[float]
+    """What each of them counts for; they add up to 1."""
+
+
 class Facts(_Record):
     """Everything in checkpoint.json. A field that does not apply is None, and is not written.
 
@@ -58,6 +66,8 @@ class Facts(_Record):
     """Source of the imported weights that training started from, directly or through earlier runs."""
     dequantized_from: str | None = None
     """Quantization types of that source's file, from which the weights were dequantized."""
+    averaged: AverageFacts | None = None
+    """Of weights that are an average; `step` and all else are the newest one's."""
     layout: LayoutFacts | None = None
     routing: dict[str, Any] | None = None
     versions: dict[str, str] | None = None

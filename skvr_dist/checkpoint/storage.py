@@ -93,14 +93,17 @@ def write_pieces(
         SHA-256 of the files with tensors that this rank wrote, by name.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: a file cannot be written, or what a piece raises that is read when it is written.
     """
     writer, planner = _Writer(folder, pause), _PieceSavePlanner()
     try:
         dcp.save(dict(pieces), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
     except (CheckpointException, OSError) as error:
+        cause = _first_cause(error)
+        if isinstance(cause, UserError):  # of a piece that is read when it is written
+            raise cause from None
         raise UserError(
-            f"checkpoint {folder} could not be written ({_in_words(_first_cause(error))}); free space or rights"
+            f"checkpoint {folder} could not be written ({_in_words(cause)}); free space or rights"
         ) from None
     return writer.digests
 

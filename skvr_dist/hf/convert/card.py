@@ -37,6 +37,8 @@ class Training:
         """Collect it from a checkpoint, with the retention curve if `tools/retention.py` left one in it."""
         config = checkpoint.config
         facts = {name: value for name, value in checkpoint.facts.record().items() if name in _FACTS}
+        if checkpoint.facts.averaged:
+            facts["averaged"] = f"weights of the steps {', '.join(map(str, checkpoint.facts.averaged.steps))}"
         facts |= config.data.model_dump(exclude={"validation"}, exclude_none=True)
         facts |= config.train.model_dump(include=set(_TRAINING), exclude_none=True)
         table = None
