@@ -23,8 +23,8 @@ A run is configured by YAML files, later ones over earlier ones, and by `section
 may `include:` others, which come before it. `--print-config` prints what results. An unknown key, a value of another
 type or an impossible combination ends the command with one sentence per mistake, before anything starts.
 
-This page is made from the sections in `skvr_dist/config/` and `skvr_dist/routing/config.py`; `make docs`
-writes it anew.
+This page is made from the sections in `skvr_dist/config/`, `skvr_dist/routing/config.py` and `skvr_dist/schedule.py`;
+`make docs` writes it anew.
 """
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null", Any: "anything"}
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}

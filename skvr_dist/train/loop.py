@@ -36,7 +36,7 @@ from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.plans import plan_stream
 from skvr_dist.train.resume import preview_resume, resume, settle_resume
-from skvr_dist.train.schedules import routing_rates
+from skvr_dist.train.schedules import data_weights, routing_rates
 from skvr_dist.train.state import load_weights, progress_facts
 
 
@@ -181,6 +181,7 @@ def train_step(run: Run, step: int) -> None:
         "train/data_wait_share": (batches.seconds - waited_before) / seconds,
         **routing_values(plan),
         **{f"routing/{name}": value for name, value in routing_rates(run.config, step - 1).items()},
+        **{f"data/weight/{name}": value for name, value in data_weights(run.config, step - 1).items()},
         **boundary_bytes(run.mesh, engine.sent_bytes - sent_before),
     }
     if run.config.data.damage == "skip":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
@@ -61,7 +63,11 @@ def _require_no_jump(checkpoint: Checkpoint, config: Config) -> None:
     step, stored = checkpoint.step, checkpoint.config.train.model_dump(include=set(_TRAIN_KEYS))
     before = config.model_copy(update={"train": config.train.model_copy(update=stored)})
     there, here = _values(before, step), _values(config, step)
-    jumps = [f"{name} from {there[name]:.4g} to {here[name]:.4g}" for name in here if there[name] != here[name]]
+    jumps = [
+        f"{name} from {there[name]:.4g} to {here[name]:.4g}"
+        for name in here
+        if not math.isclose(there[name], here[name], rel_tol=1e-9)  # a level value, and where a curve begins
+    ]
     if not jumps:
         return
     different = [

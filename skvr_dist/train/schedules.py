@@ -27,6 +27,14 @@ def learning_rate_factor(train: TrainConfig, step: int) -> float:
     return interpolate(fall, step, train.learning_rate_decay)
 
 
+def data_weights(config: Config, step: int) -> dict[str, float]:
+    """The weights of sources that change over the run, at a step, by the source's name."""
+    changing = {
+        name: source.weight for name, source in config.data.train.items() if not isinstance(source.weight, float)
+    }
+    return {name: value_at(weight, step, config.train.horizon) for name, weight in changing.items()}
+
+
 def routing_rates(config: Config, step: int) -> dict[str, float]:
     """The schedules of the routing section at a step, by key; nothing for a policy that draws nothing."""
     routing, steps = config.routing, config.train.horizon

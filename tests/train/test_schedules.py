@@ -16,7 +16,7 @@ from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify import reference
 from skvr_dist.train.same_schedule import require_begun, require_same_schedule
-from skvr_dist.train.schedules import learning_rate_factor, routing_rates
+from skvr_dist.train.schedules import data_weights, learning_rate_factor, routing_rates
 
 QUICKSTART = Path(__file__).parents[2] / "configs/experiment/quickstart.yaml"
 RISING = "routing.cross_layer_prob={points: [[0.0, 0.0], [0.5, 0.5]]}"
@@ -74,6 +74,12 @@ def test_rates_of_the_routing() -> None:
     assert routing_rates(quickstart("routing.policy=none", "routing.cross_layer_prob=null"), 5) == {}
 
 
+def test_weights_of_sources_that_change() -> None:
+    sources = "data.train={a: {path: x}, b: {path: y, weight: {points: [[0.5, 0.0], [0.5, 3.0]]}}}"
+    assert [data_weights(quickstart(sources), step) for step in (549, 550)] == [{"b": 0.0}, {"b": 3.0}]
+    assert data_weights(quickstart(), 5) == {}
+
+
 def checkpoint_of(config: Config, step: int) -> Checkpoint:
     """What is read of a checkpoint of a run with this configuration."""
     import yaml
@@ -113,6 +119,9 @@ def test_a_trunk_branches_where_its_decays_begin() -> None:
     for steps in (900, 1000, 1500):
         decay = ["train.learning_rate_decay=linear", f"train.steps={steps}", f"train.decay_steps={steps - 800}"]
         require_same_schedule(trunk, quickstart(*decay))
+        for floor in (0.0, 0.01, 0.1, 0.15, 0.7):  # 1 - x + x is not always 1
+            cosine = ["train.learning_rate_decay=cosine", f"train.min_learning_rate_ratio={floor}"]
+            require_same_schedule(trunk, quickstart(*decay, *cosine))
     require_same_schedule(trunk, quickstart(stable, "train.steps=5000"))
     require_same_schedule(trunk, quickstart(stable, "train.learning_rate=1e-3"))
     with pytest.raises(
