@@ -67,6 +67,14 @@ def form_of(value: Any) -> str:
     return FORMS[isinstance(value, Mapping | Schedule)]
 
 
+def _above_zero(value: float | Schedule) -> float | Schedule:
+    if isinstance(value, Schedule):
+        low, high = bounds_of(value)
+        if low < 0 or high == 0:
+            raise ValueError(f"the values of points must be 0 or more, not all 0, but the least is {low}")
+    return value
+
+
 def _shares(value: float | Schedule) -> float | Schedule:
     if isinstance(value, Schedule):
         for _, height in value.points:
@@ -81,6 +89,12 @@ Share = Annotated[
     AfterValidator(_shares),
 ]
 """A number from 0 to 1, or a schedule of such numbers."""
+Positive = Annotated[
+    Annotated[float, Field(gt=0), Tag(FORMS[0])] | Annotated[Schedule, Tag(FORMS[1])],
+    Discriminator(form_of),
+    AfterValidator(_above_zero),
+]
+"""A number above 0, or a schedule of numbers that are 0 at times at most."""
 
 
 def value_at(value: float | Schedule, step: int, steps: int | None = None) -> float:
@@ -142,8 +156,8 @@ def bounds_of(value: float | Schedule) -> tuple[float, float]:
     return min(heights), max(heights)
 
 
-def in_words(value: float | Schedule) -> str:
-    """A number or a schedule in few words, for a table: `0.0 at 0.0 to 0.5 at 0.5 of the run`."""
+def in_words(value: Any) -> str:
+    """A schedule in few words, `0.0 at 0.0 to 0.5 at 0.5 of the run`, or any other value as it is."""
     if not isinstance(value, Schedule):
         return str(value)
     points = " to ".join(f"{height} at {place}" for place, height in value.points)

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from skvr_dist.schedule import FORMS, Schedule, form_of, jumps_of
+from skvr_dist.schedule import Positive, Schedule, jumps_of
 from skvr_dist.section import Section
 
 
 def _changes_in_jumps(weight: float | Schedule) -> float | Schedule:
     if isinstance(weight, Schedule):
-        for _, height in weight.points:
-            if height < 0:
-                raise ValueError(f"the values of points must be 0 or more, but one is {height}")
         jumps_of(weight)
     return weight
-
-
-Weight = Annotated[
-    Annotated[float, Field(gt=0), Tag(FORMS[0])] | Annotated[Schedule, Tag(FORMS[1])],
-    Discriminator(form_of),
-    AfterValidator(_changes_in_jumps),
-]
-"""A weight above 0, or a schedule of weights that changes in jumps only."""
 
 
 class SourceConfig(Section):
@@ -32,7 +21,7 @@ class SourceConfig(Section):
 
     path: str
     """Where the data set is, as for a single one."""
-    weight: Weight = 1.0
+    weight: Annotated[Positive, AfterValidator(_changes_in_jumps)] = 1.0
     """Its share of the sequences, relative to the other sources: exact over the long run.
 
     A schedule of weights (0 or more) changes in jumps: `{points: [[0.8, 1.0], [0.8, 0.25]]}`.

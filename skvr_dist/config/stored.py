@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.routing import RoutingConfig
+from skvr_dist.schedule import Positive
 
 
 class _Stored(BaseModel):
@@ -33,7 +34,7 @@ class StoredTraining(_Stored):
     seed: int | None = None
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     weight_decay: float | None = None
     precision: Literal["fp32", "bf16"] | None = None
     min_learning_rate_ratio: float | None = None

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from skvr_dist.schedule import Positive, Schedule
 from skvr_dist.section import Section
 
 
@@ -24,8 +25,8 @@ class TrainConfig(Section):
     """Sequences per forward pass; each micro-batch draws its own donors."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32."""
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate, reached after the warm-up."""
+    learning_rate: Positive
+    """Peak learning rate, reached after the warm-up; or a schedule, which a `constant` decay leaves as it is."""
     learning_rate_decay: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak; `constant` leaves it there."""
     decay_steps: int | None = Field(default=None, ge=2, le=10**9)
@@ -86,6 +87,11 @@ class TrainConfig(Section):
         if begin and begin + warmup >= self.horizon:
             raise ValueError(
                 f"learning_rate_from_step {begin} and warmup_steps {warmup} leave none of {limit}; lower one of them"
+            )
+        if isinstance(self.learning_rate, Schedule) and self.learning_rate_decay != "constant":
+            raise ValueError(
+                f"learning_rate is a schedule, which learning_rate_decay {self.learning_rate_decay} would bend; set "
+                f"learning_rate_decay to constant"
             )
         if decay and self.learning_rate_decay == "constant":
             raise ValueError(

@@ -6,14 +6,14 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from skvr_dist.config.train import TrainConfig
-from skvr_dist.train.schedules import learning_rate_factor
+from skvr_dist.train.schedules import learning_rate_factor, peak_learning_rate
 
 
 def build_optimizer(train: TrainConfig, groups: list[dict[str, object]]) -> torch.optim.AdamW:
     """AdamW over parameter groups."""
     return torch.optim.AdamW(
         groups,
-        lr=train.learning_rate,
+        lr=peak_learning_rate(train),
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_eps,
         weight_decay=train.weight_decay,

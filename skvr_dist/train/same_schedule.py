@@ -20,6 +20,7 @@ _TRAIN_KEYS = (
     "learning_rate_decay",
     "decay_steps",
     "min_learning_rate_ratio",
+    "learning_rate",
 )
 """Keys of the train section that decide what schedules are worth at a step; the peak of the learning rate scales it."""
 
@@ -60,7 +61,7 @@ def require_same_schedule(checkpoint: Checkpoint, config: Config) -> None:
 
 def _require_no_jump(checkpoint: Checkpoint, config: Config) -> None:
     """Compare what schedules are worth at the next step, under the keys of the checkpoint and of the configuration."""
-    step, stored = checkpoint.step, checkpoint.config.train.model_dump(include=set(_TRAIN_KEYS))
+    step, stored = checkpoint.step, {key: getattr(checkpoint.config.train, key) for key in _TRAIN_KEYS}
     before = config.model_copy(update={"train": config.train.model_copy(update=stored)})
     there, here = _values(before, step), _values(config, step)
     jumps = [
@@ -71,7 +72,7 @@ def _require_no_jump(checkpoint: Checkpoint, config: Config) -> None:
     if not jumps:
         return
     different = [
-        f"train.{key} ({stored[key]} there, {getattr(config.train, key)} here)"
+        f"train.{key} ({in_words(stored[key])} there, {in_words(getattr(config.train, key))} here)"
         for key in _TRAIN_KEYS
         if stored[key] != getattr(config.train, key)
     ]

@@ -7,21 +7,28 @@ from __future__ import annotations
 
 from skvr_dist.config.train import TrainConfig
 from skvr_dist.config.tree import Config
-from skvr_dist.schedule import interpolate, value_at
+from skvr_dist.schedule import bounds_of, interpolate, value_at
+
+
+def peak_learning_rate(train: TrainConfig) -> float:
+    """The learning rate, or the largest one of a schedule."""
+    return bounds_of(train.learning_rate)[1]
 
 
 def learning_rate_factor(train: TrainConfig, step: int) -> float:
-    """The learning rate of a step as a share of the peak.
+    """The learning rate of a step as a share of the peak (`peak_learning_rate`).
 
     The warm-up rises in equal parts and reaches the peak at its last step; the decay begins at the peak and ends at
-    `min_learning_rate_ratio` with the last step of the schedules, after which it stays there.
+    `min_learning_rate_ratio` with the last step of the schedules, after which it stays there. Learning rates that are
+    a schedule themselves are multiplied with the warm-up, and have no decay besides.
     """
     begin, last = train.learning_rate_from_step, train.horizon - 1
     warmed_up = begin + train.warmup_steps
+    level = value_at(train.learning_rate, step, train.horizon) / peak_learning_rate(train)
     if step < warmed_up:
-        return interpolate([(begin - 1, 0.0), (warmed_up - 1, 1.0)], step)
+        return level * interpolate([(begin - 1, 0.0), (warmed_up - 1, 1.0)], step)
     if train.learning_rate_decay == "constant":
-        return 1.0
+        return level
     falls_from = warmed_up if train.decay_steps is None else train.horizon - train.decay_steps
     fall = [(falls_from, 1.0), (max(last, falls_from + 1), train.min_learning_rate_ratio)]
     return interpolate(fall, step, train.learning_rate_decay)

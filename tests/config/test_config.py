@@ -53,6 +53,14 @@ def test_later_files_win(tmp_path: Path) -> None:
         ),
         ("train.steps=many", r"train\.steps is 'many'; input should be a valid integer"),
         ("train.steps=0", r"train\.steps is 0; input should be greater than 0"),
+        (
+            "train.learning_rate={points: [[0.0, 1.0e-3], [1.0, 0.0]]}",
+            "learning_rate is a schedule, which learning_rate_decay cosine would bend; set learning_rate_decay to",
+        ),
+        (
+            "train.learning_rate={points: [[0.0, 0.0]]}",
+            "learning_rate: the values of points must be 0 or more, not all 0",
+        ),
         ("train.learning_rate='1e-4'", r"train\.learning_rate is '1e-4'"),
         ("train.precision=fp16", r"train\.precision is 'fp16'; allowed are 'fp32' or 'bf16'"),
         ("routing.policy=unifrom", r"routing\.policy is 'unifrom'; allowed are 'none', 'uniform'"),

@@ -16,7 +16,7 @@ from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify import reference
 from skvr_dist.train.same_schedule import require_begun, require_same_schedule
-from skvr_dist.train.schedules import data_weights, learning_rate_factor, routing_rates
+from skvr_dist.train.schedules import data_weights, learning_rate_factor, peak_learning_rate, routing_rates
 
 QUICKSTART = Path(__file__).parents[2] / "configs/experiment/quickstart.yaml"
 RISING = "routing.cross_layer_prob={points: [[0.0, 0.0], [0.5, 0.5]]}"
@@ -52,6 +52,16 @@ def test_other_decays() -> None:
     stable = factors("train.learning_rate_decay=linear", "train.decay_steps=4", "train.min_learning_rate_ratio=0")
     assert stable == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3, 0, 0, 0])
     assert factors("train.decay_steps=8") == factors()
+
+
+def test_a_schedule_of_learning_rates() -> None:
+    """In place of a peak: the same as warm-up and decay, drawn by hand; and multiplied with a warm-up."""
+    points = "train.learning_rate={points: [[0.0, 0.003], [0.1, 0.006], [0.2, 0.006], [0.9, 0.0018]]}"
+    level = "train.learning_rate_decay=constant"
+    linear = factors("train.learning_rate_decay=linear", "train.min_learning_rate_ratio=0.3")
+    assert factors(points, level, "train.warmup_steps=0") == pytest.approx(linear)
+    assert peak_learning_rate(quickstart(points, level).train) == 0.006
+    assert factors(points, level)[:3] == [0.25, 1.0, 1.0]
 
 
 def test_a_horizon_and_a_beginning_of_their_own() -> None:
@@ -124,6 +134,13 @@ def test_a_trunk_branches_where_its_decays_begin() -> None:
             require_same_schedule(trunk, quickstart(*decay, *cosine))
     require_same_schedule(trunk, quickstart(stable, "train.steps=5000"))
     require_same_schedule(trunk, quickstart(stable, "train.learning_rate=1e-3"))
+    falling = "train.learning_rate={unit: steps, points: [[800, 0.006], [1100, 0.0]]}"
+    require_same_schedule(trunk, quickstart(stable, falling))
+    require_same_schedule(checkpoint_of(quickstart(stable, falling), 900), quickstart(stable, falling))
+    with pytest.raises(
+        UserError, match=r"learning_rate \(0.006 at 800.0 to 0.0 at 1100.0 steps there, 0.006 here\): at"
+    ):
+        require_same_schedule(checkpoint_of(quickstart(stable, falling), 900), quickstart(stable))
     with pytest.raises(
         UserError, match=r"learning_rate_decay \(constant there, cosine here\): at step 801 .* from 1 to"
     ):

@@ -14,6 +14,7 @@ from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.evaluate.retention import RETENTION_FILE, RetentionPoint, as_table
 from skvr_dist.routing import POLICIES, CacheStrategy, RoutingConfig, parameters_in_words
+from skvr_dist.schedule import in_words
 
 # What a checkpoint's facts hold that a reader of the card wants to know.
 _FACTS = ("step", "tokens_seen", "imported_from", "dequantized_from")
@@ -40,7 +41,8 @@ class Training:
         if checkpoint.facts.averaged:
             facts["averaged"] = f"weights of the steps {', '.join(map(str, checkpoint.facts.averaged.steps))}"
         facts |= config.data.model_dump(exclude={"validation"}, exclude_none=True)
-        facts |= config.train.model_dump(include=set(_TRAINING), exclude_none=True)
+        training = {name: getattr(config.train, name) for name in _TRAINING}
+        facts |= {name: in_words(value) for name, value in training.items() if value is not None}
         table = None
         measured = checkpoint.folder / RETENTION_FILE
         if measured.exists():
