@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -45,11 +46,12 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Schedule:
         places = [place for place, _ in self.points]
+        counted = Counter(places)
         for place, following in itertools.pairwise(places):
             if following < place:
                 raise ValueError(f"points must be in ascending order, but {following} comes after {place}")
         for place in places:
-            if places.count(place) > 2:
+            if counted[place] > 2:
                 raise ValueError(f"points may hold two values at one place, a jump, but {place} has more")
             if not 0 <= place <= (1 if self.unit == "share" else MOST_STEPS):
                 bounds = "a share from 0 to 1 (unit: steps counts steps)"

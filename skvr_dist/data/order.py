@@ -181,13 +181,13 @@ class Mixture:
     def locate(self, lane: int, k: int) -> tuple[int, int]:
         """(source, number of the sequence within the lane of that source) of sequence k of a lane."""
         source = int(self._pattern[(lane + k) % self.period])
-        return source, int(self.read_before(lane, k)[source])
+        return source, self.read_before(lane, k, source)
 
-    def read_before(self, lane: int, k: int) -> NDArray[np.int64]:
-        """How many of the first k sequences of a lane come from each source."""
+    def read_before(self, lane: int, k: int, source: int) -> int:
+        """How many of the first k sequences of a lane come from a source."""
         start = lane % self.period
         periods, entry = divmod(start + k, self.period)
-        return periods * self.counts + self._seen[entry] - self._seen[start]
+        return int(periods * self.counts[source] + self._seen[entry][source] - self._seen[start][source])
 
 
 class Mixtures:
@@ -214,9 +214,11 @@ class Mixtures:
 
     def locate(self, lane: int, k: int) -> tuple[int, int]:
         """(source, number of the sequence within the lane of that source) of sequence k of a lane."""
-        begins = [max(-((lane - first) // self._lanes), 0) for first in self._firsts]
+        if len(self._mixtures) == 1:
+            return self._mixtures[0].locate(lane, k)
+        begins = [max(-((lane - first) // self._lanes), 0) for first in self._firsts]  # each one's first k in this lane
         number = bisect(begins, k) - 1
         source, place = self._mixtures[number].locate(lane, k - begins[number])
         for mixture, (begin, end) in zip(self._mixtures, pairwise(begins[: number + 1]), strict=False):
-            place += int(mixture.read_before(lane, end - begin)[source])
+            place += mixture.read_before(lane, end - begin, source)
         return source, place
