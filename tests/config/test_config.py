@@ -22,7 +22,9 @@ def quickstart(*overrides: str) -> Config:
 
 
 def test_overrides_and_yaml_round_trip(tmp_path: Path) -> None:
-    config = quickstart("train.learning_rate=1e-4", "model.num_hidden_layers=8", "routing.cross_layer_prob=0.25")
+    config = quickstart(
+        "train.learning_rate=1e-4", "model.num_hidden_layers=8", "routing.cross_layer_prob.points=[[0, 0.25]]"
+    )
     assert config.train.learning_rate == 1e-4
     assert config.model.num_hidden_layers == 8
     copy = tmp_path / "config.yaml"
