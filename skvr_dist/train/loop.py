@@ -36,6 +36,7 @@ from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.plans import plan_stream
 from skvr_dist.train.resume import preview_resume, resume, settle_resume
+from skvr_dist.train.same_schedule import schedule_jumps
 from skvr_dist.train.schedules import data_weights, routing_rates
 from skvr_dist.train.state import load_weights, progress_facts
 
@@ -130,7 +131,9 @@ def start(config: Config) -> Run:
         evaluation_due=bool(resumed and resumed.facts.evaluation_due),
         facts={"data_fingerprint": fingerprint, **(origin.facts.origin() if origin else {})},
     )
-    report_start(run, resumed, [f"{problem} (left out)" for problem in left_out] + [f"set aside: {p}" for p in aside])
+    jumps = schedule_jumps(resumed, config) if resumed else []
+    notices = [f"{problem} (left out)" for problem in left_out] + [f"set aside: {path}" for path in aside]
+    report_start(run, resumed, notices + [f"moved, as train.on_resume allows: {jump}" for jump in jumps])
     return run
 
 

@@ -55,34 +55,43 @@ def require_same_schedule(checkpoint: Checkpoint, config: Config) -> None:
                 f"{in_words(here)}; give the checkpoint's own value, start a new run, or change it from step "
                 f"{checkpoint.step} on with train.on_resume=other_schedule"
             )
-    if checkpoint.step < config.train.steps:  # a step follows
-        _require_no_jump(checkpoint, config)
-
-
-def _require_no_jump(checkpoint: Checkpoint, config: Config) -> None:
-    """Compare what schedules are worth at the next step, under the keys of the checkpoint and of the configuration."""
-    step, stored = checkpoint.step, {key: getattr(checkpoint.config.train, key) for key in _TRAIN_KEYS}
-    before = config.model_copy(update={"train": config.train.model_copy(update=stored)})
-    there, here = _values(before, step), _values(config, step)
-    jumps = [
-        f"{name} from {there[name]:.4g} to {here[name]:.4g}"
-        for name in here
-        if not math.isclose(there[name], here[name], rel_tol=1e-9)  # a level value, and where a curve begins
-    ]
+    jumps = schedule_jumps(checkpoint, config)
     if not jumps:
         return
+    step, before = checkpoint.step, _with_schedules_of(checkpoint, config).train
     different = [
-        f"train.{key} ({in_words(stored[key])} there, {in_words(getattr(config.train, key))} here)"
+        f"train.{key} ({in_words(getattr(before, key))} there, {in_words(getattr(config.train, key))} here)"
         for key in _TRAIN_KEYS
-        if stored[key] != getattr(config.train, key)
+        if getattr(before, key) != getattr(config.train, key)
     ]
     raise UserError(
         f"checkpoint {checkpoint.folder} and the configuration differ in {', '.join(different)}: at step {step + 1} "
         f"that would move {' and '.join(jumps)}; go on as the checkpoint's schedules do with its own values (train."
-        f"schedule_steps={before.train.horizon} keeps their end, however long the run is), or say train.on_resume="
+        f"schedule_steps={before.horizon} keeps their end, however long the run is), or say train.on_resume="
         f"other_schedule to take them as they are here, with train.learning_rate_from_step={step} too for a learning "
         f"rate that begins anew"
     )
+
+
+def schedule_jumps(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """Schedules that are worth something else at the next step than under the keys of a checkpoint, in words."""
+    step = checkpoint.step
+    if step >= config.train.steps:  # no step follows
+        return []
+    there, here = _values(_with_schedules_of(checkpoint, config), step), _values(config, step)
+    return [
+        f"{name} from {there[name]:.4g} to {here[name]:.4g}"
+        for name in here
+        if not math.isclose(there[name], here[name], rel_tol=1e-9)  # a level value, and where a curve begins
+    ]
+
+
+def _with_schedules_of(checkpoint: Checkpoint, config: Config) -> Config:
+    """A configuration with a checkpoint's schedules in place of its own."""
+    stored = checkpoint.config
+    train = config.train.model_copy(update={key: getattr(stored.train, key) for key in _TRAIN_KEYS})
+    routing = config.routing.model_copy(update={key: getattr(stored.routing, key) for key in ROUTING_SCHEDULES})
+    return config.model_copy(update={"train": train, "routing": routing})
 
 
 def _values(config: Config, step: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from skvr_dist.config.stored import StoredConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify import reference
-from skvr_dist.train.same_schedule import require_begun, require_same_schedule
+from skvr_dist.train.same_schedule import require_begun, require_same_schedule, schedule_jumps
 from skvr_dist.train.schedules import data_weights, learning_rate_factor, peak_learning_rate, routing_rates
 
 QUICKSTART = Path(__file__).parents[2] / "configs/experiment/quickstart.yaml"
@@ -153,7 +153,9 @@ def test_rates_that_jump_are_a_named_choice() -> None:
         UserError, match=r"has routing.cross_layer_prob 0.0 at 0.0 to 0.5 at 0.5 of the run, the config"
     ):
         require_same_schedule(rising, quickstart())
-    require_same_schedule(rising, quickstart("train.on_resume=other_schedule"))
+    allowed = quickstart("train.on_resume=other_schedule")
+    require_same_schedule(rising, allowed)
+    assert schedule_jumps(rising, allowed) == ["routing.cross_layer_prob from 0.2 to 0.5"]
     level = ["train.learning_rate_decay=constant", RISING]
     with pytest.raises(UserError, match=r"at step 221 that would move routing.cross_layer_prob from 0.2 to 0.1;"):
         require_same_schedule(checkpoint_of(quickstart(*level), 220), quickstart(*level, "train.steps=2200"))
