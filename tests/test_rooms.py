@@ -78,6 +78,15 @@ def test_imports_point_one_way() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_function_is_longer_than_60_lines() -> None:
+    long = []
+    for name, tree in trees("skvr_dist", "launch", "tools", "tests"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 60:
+                long.append(f"{name}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+    assert not long, "\n".join(long)
+
+
 def test_one_room_knows_deepspeed() -> None:
     knowing = {
         name

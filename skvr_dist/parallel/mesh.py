@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
@@ -20,11 +21,13 @@ AXES = ("pp", "dp", "tp")
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's coordinates: a tensor-parallel rank of a stage of the pipeline, in one data-parallel replica.
+    """This rank's place in torch's device mesh: tensor-parallel rank, pipeline stage and data-parallel replica.
 
     Neighbouring ranks are tensor-parallel ones (they talk most), then come replicas, then stages.
     """
 
+    devices: DeviceMesh
+    """Of three dimensions, `AXES`."""
     rank: int
     pp_rank: int
     """This rank's pipeline stage."""
@@ -46,23 +49,27 @@ class Mesh:
     @classmethod
     def build(cls, parallel: ParallelConfig, model: ModelConfig) -> Mesh:
         """Lay the ranks of the default process group out; collective over all of them."""
-        rank = dist.get_rank()
         pp_size, tp_size = parallel.pipeline, parallel.tensor
-        sizes = (pp_size, dist.get_world_size() // (pp_size * tp_size), tp_size)
-        by_tp = ranks_along("tp", sizes)
+        dp_size = dist.get_world_size() // (pp_size * tp_size)
+        devices = init_device_mesh(
+            "cuda" if dist.get_backend() == "nccl" else "cpu",
+            (pp_size, dp_size, tp_size),
+            mesh_dim_names=AXES,
+            backend_override={"dp": "gloo"},
+        )
         copies = tp_size // model.num_key_value_heads  # ranks of one key/value head
-        by_head = [ranks[i : i + copies] for ranks in by_tp for i in range(0, tp_size, copies)] if copies > 1 else []
         return cls(
-            rank=rank,
-            pp_rank=rank // (sizes[1] * tp_size),
+            devices=devices,
+            rank=devices.get_rank(),
+            pp_rank=devices.get_local_rank("pp"),
             pp_size=pp_size,
-            dp_rank=rank // tp_size % sizes[1],
-            dp_size=sizes[1],
-            tp_rank=rank % tp_size,
+            dp_rank=devices.get_local_rank("dp"),
+            dp_size=dp_size,
+            tp_rank=devices.get_local_rank("tp"),
             tp_size=tp_size,
-            tp_group=own_group(by_tp),
-            kv_group=own_group(by_head) if copies > 1 else None,
-            dp_group=own_group(ranks_along("dp", sizes), "gloo"),
+            tp_group=devices.get_group("tp"),
+            kv_group=own_group(devices.mesh.view(-1, copies).tolist()) if copies > 1 else None,
+            dp_group=devices.get_group("dp"),
             host_group=dist.new_group(backend="gloo"),
         )
 
@@ -78,11 +85,11 @@ class Mesh:
 
     def stage_rank(self, stage: int) -> int:
         """The rank with this one's other coordinates in another stage."""
-        return (stage * self.dp_size + self.dp_rank) * self.tp_size + self.tp_rank
+        return int(self.devices.mesh[stage, self.dp_rank, self.tp_rank])
 
     def pipelines(self) -> list[list[int]]:
         """The ranks of each pipeline, one per stage: lists that differ in replica and tensor-parallel rank."""
-        return ranks_along("pp", (self.pp_size, self.dp_size, self.tp_size))
+        return self.devices.mesh.view(self.pp_size, -1).T.tolist()
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """Compare facts over all ranks; collective.
@@ -111,17 +118,6 @@ class Mesh:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.host_group)
         return total.tolist()
-
-
-def ranks_along(axis: Literal["pp", "dp", "tp"], sizes: tuple[int, int, int]) -> list[list[int]]:
-    """The ranks that differ along one axis only, a list for each pair of the other coordinates, all in ascending order.
-
-    Args:
-        sizes: of all axes, in the order of `AXES`.
-    """
-    dim = AXES.index(axis)
-    ranks = torch.arange(sizes[0] * sizes[1] * sizes[2]).view(sizes)
-    return ranks.movedim(dim, -1).reshape(-1, sizes[dim]).tolist()
 
 
 def agree(data: bytes, group: dist.ProcessGroup) -> bool:

@@ -93,7 +93,7 @@ def test_others_read_it(run: Path, tmp_path: Path) -> None:
         preview_resume(resumes, {})
     export_checkpoint(out, tmp_path / "hf")
     assert "weights of the steps 20, 30, 40" in (tmp_path / "hf/README.md").read_text()
-    assert torch.equal(average.load_decoder().norm.weight, average.weight("norm.weight"))
+    assert torch.equal(average.load_decoder().get_parameter("norm.weight"), average.weight("norm.weight"))
 
 
 def test_the_command(

@@ -272,8 +272,9 @@ def test_any_kind_of_tokenizer_travels_with_a_checkpoint(tmp_path: Path, name: s
     """A folder, a file of it, and the one file that data sets keep; exports convert that one."""
     one_file = train_hugging_face(tmp_path / "tokenizer.model")
     run_ranks(1, save_with_tokenizer, Case("single"), str(tmp_path / "run"), str(tmp_path / name))
-    saved = load_tokenizer(Checkpoint(tmp_path / "run").tokenizer_file)
-    assert saved.sha256 == load_tokenizer(one_file).sha256
+    saved = Checkpoint(tmp_path / "run").tokenizer_file
+    assert saved is not None
+    assert load_tokenizer(saved).sha256 == load_tokenizer(one_file).sha256
 
 
 def test_another_format_and_a_folder_without_a_checkpoint_are_refused(run_folder: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def command(tool: str, *arguments: str | Path) -> int:
 
 def test_every_tool_refuses_damage(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = run / "checkpoints" / step_folder(1), tmp_path / "out"
-    data = ["--data", run / "data", "--json", out / "retention.json", "--sequences", "8"]
+    data: list[str | Path] = ["--data", run / "data", "--json", out / "retention.json", "--sequences", "8"]
     readers: list[tuple[str | Path, ...]] = [
         ("inspect_checkpoint", folder),
         ("export_hf", folder, out / "export"),

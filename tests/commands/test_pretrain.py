@@ -86,10 +86,13 @@ def data_keys(data: Path) -> list[str]:
     return [f"data.train={data}/train", f"data.validation={data}/validation", f"data.tokenizer={data}/tokenizer.model"]
 
 
-def pretrain(output: Path, data: Path, *overrides: str, code: int = 0) -> str:
-    launcher = ["deepspeed", "--num_gpus", "4", "--master_port", str(free_port()), "--log_level", "error"]
-    arguments = [*SMALL, *data_keys(data), f"train.output_dir={output}", *overrides]
-    return run(*launcher, "launch/pretrain.py", *arguments, code=code)
+def pretrain(output: Path, data: Path, *overrides: str, ranks: int = 4, code: int = 0) -> str:
+    """Train with DeepSpeed's launcher, of two stages; or, on one rank, without either."""
+    launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), "--log_level", "error"]
+    arguments = ["launch/pretrain.py", *SMALL, *data_keys(data), f"train.output_dir={output}", *overrides]
+    if ranks == 1:
+        return run(sys.executable, *arguments, "parallel.pipeline=1", code=code)
+    return run(*launcher, *arguments, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +170,7 @@ def test_resuming_is_as_if_never_stopped(routed: Path, data: Path, tmp_path: Pat
     before, wanted = records(stopped), records(routed)
     goes_back = f"train.resume={stopped}/checkpoints/step-00000002"
     lock = RunLock(stopped, "other")
-    output = pretrain(stopped, data, goes_back, code=2)
+    output = pretrain(stopped, data, goes_back, ranks=1, code=2)
     assert output.count("error: ") == 1 and f"{stopped} is in use: process {os.getpid()} on " in output
     assert records(stopped) == before
     lock.release()
@@ -194,7 +197,7 @@ def test_resuming_is_as_if_never_stopped(routed: Path, data: Path, tmp_path: Pat
 
 def test_a_preempted_run_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
     """SIGUSR1 to what keeps the real launcher running, as Slurm sends it; the same command then trains to the end."""
-    steps, folder = 60, tmp_path / "run"
+    steps, folder = 30, tmp_path / "run"
     keys = [*SMALL, *data_keys(data), f"train.output_dir={folder}", f"train.steps={steps}", "evaluate.every_steps=1"]
     keys += ["checkpoint.every_steps=1000", "evaluate.strategies=[full]"]
     keep = [sys.executable, "launch/keep_running.py", "--output-dir", str(folder), "--"]
@@ -304,7 +307,7 @@ def test_a_shard_that_breaks_during_the_run_is_named(data: Path, tmp_path: Path)
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1  # same size, another content
         shard.write_bytes(content)
-    output = pretrain(tmp_path / "run", broken, code=2)
+    output = pretrain(tmp_path / "run", broken, ranks=2, code=2)
     assert "error: shard " in output and "is damaged" in output
     assert not (tmp_path / "run/checkpoints/latest").exists()
 
@@ -320,7 +323,7 @@ def test_dry_run_and_print_config(data: Path, tmp_path: Path) -> None:
 
 def test_retention_export_and_report(routed: Path, data: Path, tmp_path: Path) -> None:
     standard = tmp_path / "standard"
-    pretrain(standard, data, "routing.policy=none", "routing.cross_layer_prob=null")
+    pretrain(standard, data, "routing.policy=none", "routing.cross_layer_prob=null", ranks=1)
 
     table = tool("retention", str(routed), "--strategies", "full", "every:2", "0,3", "--sequences", "8")
     folder = Checkpoint(routed).folder

@@ -10,6 +10,7 @@ import lzma
 import os
 import socket
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skvr_dist.data.prepare.corpus import Corpus, hash_fraction, open_corpus
-from skvr_dist.data.prepare.formats import COMPRESSIONS, Document, FilePart, read_part
+from skvr_dist.data.prepare.formats import COMPRESSIONS, Document, FilePart, LeftOut, read_part
 from skvr_dist.errors import UserError
 
 
 def compressed(data: bytes, suffix: str) -> bytes:
-    compress = {
+    compress: dict[str, Callable[[bytes], bytes]] = {
         ".gz": gzip.compress,
         ".bz2": bz2.compress,
         ".xz": lzma.compress,
@@ -247,7 +248,8 @@ def test_every_record_is_in_one_part(tmp_path: Path, suffix: str, texts: list[st
     write_records(path, texts)
     size = path.stat().st_size
     cuts = sorted(data.draw(st.lists(st.integers(0, size), max_size=5)))
-    found, advanced = [], 0
+    found: list[Document | LeftOut] = []
+    advanced = 0
     for start, stop in pairwise([0, *cuts, size]):
 
         def advance(count: int) -> None:

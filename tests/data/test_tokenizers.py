@@ -21,6 +21,7 @@ from sentencepiece import sentencepiece_model_pb2
 from skvr_dist.data.prepare.corpus import Document, open_corpus
 from skvr_dist.data.tokenizers import sentencepiece as sentencepiece_module
 from skvr_dist.data.tokenizers import train as training_module
+from skvr_dist.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from skvr_dist.data.tokenizers.load import load_tokenizer, tokenizer_from_bytes
 from skvr_dist.data.tokenizers.train import ModelType, train_tokenizer
 from skvr_dist.errors import UserError
@@ -246,6 +247,7 @@ def test_settings_of_training_are_off(hf_folder: Path, tmp_path: Path) -> None:
     for used in (tokenizer, tokenizer_from_bytes(tokenizer.model)):
         assert used.encode(text) == expected
         assert used.encode("") == []
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
     assert tokenizer.for_export().encode(text).ids == expected
 
 

@@ -149,7 +149,7 @@ def test_compiled_decoding(model: Any) -> None:
         graphs.append(graph)
         return graph.forward
 
-    config = CompileConfig(fullgraph=True, mode=None, backend=run_as_it_is)  # type: ignore[arg-type]
+    config = CompileConfig(fullgraph=True, mode=None, backend=run_as_it_is)
     config._compile_all_devices = True
     model.set_cache_strategy("every:4")
     torch._dynamo.reset()

@@ -218,12 +218,12 @@ def test_what_the_auto_class_makes(tmp_path: Path) -> None:
         return AutoModelForCausalLM.from_pretrained(tmp_path, **options)
 
     assert type(load()) is type(plain)
-    assert load(kv_profile="prefix:2").retained_layers == (0, 1)  # type: ignore[attr-defined]
-    assert load(kv_source_layers=[0, 0, 2, 2, 2, 2, 2, 2]).retained_layers == (0, 2)  # type: ignore[attr-defined]
+    assert load(kv_profile="prefix:2").retained_layers == (0, 1)
+    assert load(kv_source_layers=[0, 0, 2, 2, 2, 2, 2, 2]).retained_layers == (0, 2)
     config.kv_profiles, config.kv_profile = {"bulk": "every:4"}, "bulk"
     config.save_pretrained(tmp_path)
-    assert load().retained_layers == (0, 4)  # type: ignore[attr-defined]
-    assert load(kv_profile="full").retained_layers == tuple(range(LAYERS))  # type: ignore[attr-defined]
+    assert load().retained_layers == (0, 4)
+    assert load(kv_profile="full").retained_layers == tuple(range(LAYERS))
 
 
 @pytest.mark.parametrize(

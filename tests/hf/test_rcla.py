@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def reference_gradients(architecture: str, batches: list[Tensor], plans: list[li
     weights = {name: w.requires_grad_() for name, w in initial_weights(architecture).items()}
     fields = shape(architecture).model_dump()
     losses = [reference.loss(weights, fields, batch, plan) for batch, plan in zip(batches, plans, strict=True)]
-    (sum(losses) / len(losses)).backward()
+    torch.stack(losses).mean().backward()
     return {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in weights.items()}
 
 
@@ -181,7 +181,7 @@ def test_lora() -> None:
         reference.loss(weights, shape("qwen3").model_dump(), batch, donors(number))
         for number, batch in enumerate(batches)
     ]
-    (sum(losses) / 2).backward()
+    torch.stack(losses).mean().backward()
     found = gradients(model)
     assert found.keys() == copies.keys()
     largest = max(float(p.grad.abs().max()) for p in copies.values() if p.grad is not None)
@@ -215,8 +215,8 @@ def test_trainer(tmp_path: Path) -> None:
     weights = {name: w.requires_grad_() for name, w in initial_weights("qwen3").items()}
     for step in range(3):
         numbers = (2 * step, 2 * step + 1)
-        loss = sum(reference.loss(weights, shape("qwen3").model_dump(), batches[n], donors(n)) for n in numbers) / 2
-        found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+        losses = [reference.loss(weights, shape("qwen3").model_dump(), batches[n], donors(n)) for n in numbers]
+        found = torch.autograd.grad(torch.stack(losses).mean(), list(weights.values()), materialize_grads=True)
         weights = {
             name: (w - rate * g).detach().requires_grad_() for (name, w), g in zip(weights.items(), found, strict=True)
         }
@@ -235,6 +235,7 @@ def ddp_gradients() -> dict[str, Tensor]:
 def fsdp_gradients() -> dict[str, Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     model = plain_model("qwen3")
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -243,7 +244,7 @@ def fsdp_gradients() -> dict[str, Tensor]:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return {name: gradient.full_tensor() for name, gradient in backward(model, model).items()}
+    return {name: cast(DTensor, gradient).full_tensor() for name, gradient in backward(model, model).items()}
 
 
 def accelerate_gradients() -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.generate import cache_bytes, generate
 from skvr_dist.model.attention import BACKENDS, attend, flash_is_installed, require_backend, resolve_backend
-from skvr_dist.model.decoder import Decoder, initialize, next_token_loss
+from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize, next_token_loss
 from skvr_dist.model.rope import inverse_frequencies, rope_tables, rotate
 from skvr_dist.parallel.split import head_cost, layer_cost, stage_bounds
 from skvr_dist.routing import CacheStrategy
@@ -133,10 +133,12 @@ def test_unread_keys_and_values_are_not_computed_yet_get_zero_gradients(decoder:
         hook.remove()
     assert sorted(computed) == [(layer, name) for layer in (0, 2) for name in ("k_norm", "k_proj", "v_proj")]
     for number, layer in decoder.layers.items():
+        assert isinstance(layer, DecoderLayer)
         for parameter in layer.self_attn.kv_parameters():
             assert parameter.grad is not None
             assert (parameter.grad.count_nonzero() > 0) == (int(number) in (0, 2))
-        assert layer.self_attn.q_proj.weight.grad.count_nonzero() > 0
+        query_gradient = layer.get_parameter("self_attn.q_proj.weight").grad
+        assert query_gradient is not None and query_gradient.count_nonzero() > 0
     decoder.zero_grad()
 
 
@@ -177,7 +179,7 @@ def test_slices_hold_the_weights_and_names_of_the_whole(tied: bool) -> None:
     whole = Decoder(config(tie_word_embeddings=tied))
     initialize(whole, seed=1)
     wanted = dict(whole.named_parameters())
-    found = {}
+    found: dict[str, int] = {}
     for start, stop in ((0, 1), (1, 4), (4, LAYERS)):
         part = Decoder(config(tie_word_embeddings=tied), start, stop)
         initialize(part, seed=1)
@@ -192,9 +194,10 @@ def test_initial_weights_depend_on_the_seed_and_the_name() -> None:
     one, two = Decoder(config()), Decoder(config())
     initialize(one, seed=1)
     initialize(two, seed=2)
-    assert not torch.equal(one.layers["0"].mlp.up_proj.weight, two.layers["0"].mlp.up_proj.weight)
-    assert not torch.equal(one.layers["0"].mlp.up_proj.weight, one.layers["1"].mlp.up_proj.weight)
-    assert one.layers["0"].mlp.up_proj.weight.std().item() == pytest.approx(0.2, rel=0.1)
+    first, second = "layers.0.mlp.up_proj.weight", "layers.1.mlp.up_proj.weight"
+    assert not torch.equal(one.get_parameter(first), two.get_parameter(first))
+    assert not torch.equal(one.get_parameter(first), one.get_parameter(second))
+    assert one.get_parameter(first).std().item() == pytest.approx(0.2, rel=0.1)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 6])

@@ -118,7 +118,7 @@ def train_with_channels_that_were_never_used(layout: str) -> float:
         expect(channel, sizes)
         channel._posted = channel._post()
 
-    Channel._connect = lambda channel: None  # type: ignore[method-assign]
+    Channel._connect = lambda self: None  # type: ignore[method-assign]
     Channel.expect = expect_and_post  # type: ignore[assignment, method-assign]
     rank = Rank(Case(layout))
     with first_use_blocks(seconds=2.0):
@@ -137,8 +137,8 @@ def train_while_one_rank_is_held() -> list[float]:
     post = Channel._post
     held = 0
 
-    def post_and_hold(channel: Channel) -> Any:
-        posted = post(channel)
+    def post_and_hold(self: Channel) -> Any:
+        posted = post(self)
         if posted is None or rank.mesh.rank != held:
             return posted
         work, tensor = posted

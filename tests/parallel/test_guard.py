@@ -57,7 +57,7 @@ def break_the_bad_step(config: Config, kind: str) -> list[dict[str, Any]]:
                 continue
             hooks = []
             if step == BAD_STEP and kind == "gradient" and last_rank:
-                weight = engine.stage.decoder.norm.weight
+                weight = engine.stage.decoder.get_parameter("norm.weight")
                 hooks.append(weight.register_hook(lambda gradient: gradient.fill_(math.inf)))
             if step == BAD_STEP and kind == "loss" and last_rank:
                 norm = engine.stage.decoder.norm

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_routing import ROUTINGS, SCHEDULE_STEPS
+from support.routings import ROUTINGS, SCHEDULE_STEPS
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.lab.verify import draws

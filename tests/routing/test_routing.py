@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.routings import ROUTINGS, SCHEDULE_STEPS
 
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify import cases
@@ -23,29 +24,7 @@ from skvr_dist.routing import (
     read_layers,
 )
 from skvr_dist.routing.policies import PolicyName
-from skvr_dist.schedule import Schedule
 
-SCHEDULES = st.builds(
-    lambda unit, points: Schedule(unit=unit, points=sorted(points)),
-    st.sampled_from(["share", "steps"]),
-    st.lists(
-        st.lists(st.floats(0, 1), min_size=2, max_size=2), min_size=1, max_size=4, unique_by=lambda point: point[0]
-    ),
-)
-RATES = st.floats(0, 1) | SCHEDULES
-PARAMETERS = {"cross_layer_prob": RATES, "window": st.integers(1, 40), "group_size": st.integers(2, 40)}
-SCHEDULE_STEPS = 100
-ROUTINGS = st.one_of(
-    *(
-        st.builds(
-            RoutingConfig,
-            policy=st.just(name),
-            **{each: PARAMETERS[each] for each in policy.parameters},
-            **({"full_retention_share": RATES} if policy.is_random else {}),
-        )
-        for name, policy in POLICIES.items()
-    )
-)
 LAYERS = st.integers(1, 30)
 DONOR_ROWS = LAYERS.flatmap(lambda n: st.tuples(*(st.integers(0, layer) for layer in range(n))))
 RETAINED = LAYERS.flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)).map(lambda s: s | {0})))

@@ -2,9 +2,8 @@
 
 import os
 
-CACHE_GIB = 1
 os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE=str(CACHE_GIB),
+    VLLM_CPU_KVCACHE_SPACE="1",  # GiB
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import vllm
-from conftest import CACHE_GIB
 from support.hf_models import STRATEGIES, export_checkpoint, random_weights, reference_tokens, shape_of
 from torch import Tensor
 from vllm import LLM, SamplingParams
@@ -109,7 +109,7 @@ def serve(folder: Path, **overrides: Any) -> tuple[list[list[int]], int]:
 def capacity(config: ModelConfig, retained: int) -> int:
     """Tokens that fit into the budget, by the formula for the bytes of a token."""
     bytes_per_token = retained * 2 * config.num_key_value_heads * config.head_dim * 4
-    return CACHE_GIB * 2**30 // bytes_per_token
+    return int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) * 2**30 // bytes_per_token
 
 
 BLOCK = 128
