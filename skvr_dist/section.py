@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any, get_args
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
@@ -20,6 +23,13 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that a key may hold: alone, as one of several forms, or by names that the user gives."""
+    if inspect.isclass(annotation) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := section_in(inner)) is not None), None)
 
 
 def in_words(error: ValidationError) -> str:

@@ -37,6 +37,14 @@ class LayoutFacts(_Record):
     precision: str
 
 
+class AverageFacts(_Record):
+    """Which checkpoints of a run the weights are an average of, the oldest first."""
+
+    steps: list[int]
+    shares: list[float]
+    """What each of them counts for; they add up to 1."""
+
+
 class Facts(_Record):
     """Everything in checkpoint.json. A field that does not apply is None, and is not written.
 
@@ -60,6 +68,8 @@ class Facts(_Record):
     """Quantization types of that source's file, from which the weights were dequantized."""
     special_ids: dict[str, Any] | None = None
     """Ids of special tokens that the imported config.json names, while the data has the import's tokenizer."""
+    averaged: AverageFacts | None = None
+    """Of weights that are an average; `step` and all else are the newest one's."""
     layout: LayoutFacts | None = None
     routing: dict[str, Any] | None = None
     versions: dict[str, str] | None = None

@@ -73,6 +73,15 @@ def write_facts(partial: Path, *, config_text: str, facts: Facts, files: Mapping
         (partial / name).write_bytes(content)
 
 
+def copy_small_files(checkpoint: Checkpoint, partial: Path, facts: Facts) -> None:
+    """Copy the files that describe a checkpoint beside its tensors to another one, which has its own facts."""
+    for name in checkpoint.files:
+        if name not in (FACTS_FILE, INDEX_FILE) and not name.endswith(TENSORS_SUFFIX):
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(checkpoint.small_file(name))
+    (partial / FACTS_FILE).write_text(facts.to_json(), encoding="utf-8")
+
+
 def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
     """Complete a partial folder under its final name; on one rank, after all files were written.
 
@@ -177,7 +186,7 @@ class Checkpoint:
         self.files = read_manifest(folder)
         self._tensors_are_whole = False
         try:
-            content = {name: self._read(name) for name in self.files if not name.endswith(TENSORS_SUFFIX)}
+            content = {name: self.small_file(name) for name in self.files if not name.endswith(TENSORS_SUFFIX)}
             config_text = content[CONFIG_FILE].decode()
             facts = json.loads(content[FACTS_FILE])
             if (written := facts["format"]) != FORMAT:
@@ -228,8 +237,13 @@ class Checkpoint:
             return [functools.partial(self.index.verify, name) for name in self.index.names() if name not in wanted]
         return [functools.partial(self._compare, name) for name in self.files if name.endswith(TENSORS_SUFFIX)]
 
-    def _read(self, name: str) -> bytes:
-        """Content of a small file, compared with the manifest."""
+    def small_file(self, name: str) -> bytes:
+        """Content of a file that is not of tensors, compared with the manifest.
+
+        Raises:
+            UserError: it changed since it was written.
+            OSError: it cannot be read.
+        """
         content = (self.folder / name).read_bytes()
         if hashlib.sha256(content).hexdigest() != self.files[name]["sha256"]:
             raise UserError(self._damage([name]))
@@ -274,6 +288,14 @@ class Checkpoint:
     def weight(self, name: str) -> Tensor:
         """One whole weight, on the host, in the precision it was trained in.
 
+        Raises:
+            UserError: there is none, or a file is damaged.
+        """
+        return self.stored_weight(name).to(self.weight_dtype(name))
+
+    def stored_weight(self, name: str) -> Tensor:
+        """One whole weight, on the host, as it is stored: the fp32 master, where training kept one.
+
         The first call also compares the tensors that are not weights, so that reading all weights checks the whole
         checkpoint.
 
@@ -287,7 +309,7 @@ class Checkpoint:
             except OSError as error:
                 raise UserError(self._unreadable(error)) from None
             self._tensors_are_whole = True
-        return self.index.read(WEIGHTS + name).to(self.weight_dtype(name))
+        return self.index.read(WEIGHTS + name)
 
     def weight_dtype(self, name: str) -> torch.dtype:
         """The precision that a weight was trained in; its file may hold the fp32 master."""

@@ -94,7 +94,7 @@ def write_pieces(
         SHA-256 of the files with tensors that this rank wrote, by name.
 
     Raises:
-        UserError: a file cannot be written, or a piece refuses to be read.
+        UserError: a file cannot be written, or what a piece raises that is read when it is written.
     """
     writer, planner = _Writer(folder, pause), _PieceSavePlanner()
     _let_one_process_be()
@@ -102,8 +102,8 @@ def write_pieces(
         dcp.save(dict(pieces), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
     except (CheckpointException, OSError) as error:
         cause = _first_cause(error)
-        if isinstance(cause, UserError):  # of a piece that was asked for its tensor
-            raise UserError(str(cause)) from None
+        if isinstance(cause, UserError):  # of a piece that is read when it is written
+            raise cause from None
         raise UserError(
             f"checkpoint {folder} could not be written ({_in_words(cause)}); free space or rights"
         ) from None

@@ -20,6 +20,7 @@ from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
     from skvr_dist.config.data import DataConfig
+    from skvr_dist.config.train import TrainConfig
     from skvr_dist.data.reader import Rows
     from skvr_dist.data.tokenizers.base import Tokenizer
 
@@ -63,9 +64,9 @@ def run() -> None:
     from skvr_dist.data.tokenizers.load import load_tokenizer
     from skvr_dist.data.view import passages, render
 
-    data, seed = load_data_config(options.config, options.overrides)
+    data, seed, train = load_data_config(options.config, options.overrides)
     tokenizer = load_tokenizer(data.tokenizer)
-    read, source_of = _sequences(options.examples, data, seed, tokenizer)
+    read, source_of = _sequences(options.examples, data, seed, train, tokenizer)
     records: list[dict[str, Any]] = []
     for number in range(options.first, options.first + options.count):
         rows, source = read(number, 1), source_of(number)
@@ -84,7 +85,7 @@ def run() -> None:
 
 
 def _sequences(
-    examples: str | None, data: DataConfig, seed: int, tokenizer: Tokenizer
+    examples: str | None, data: DataConfig, seed: int, train: TrainConfig | None, tokenizer: Tokenizer
 ) -> tuple[Callable[[int, int], Rows], Callable[[int], str]]:
     """A function that reads sequences by number, and one that names the source of each."""
     if examples:
@@ -97,7 +98,7 @@ def _sequences(
 
     from skvr_dist.train.inputs import require_made_with, training_sequences
 
-    sequences = training_sequences(data, seed)
+    sequences = training_sequences(data, seed, train)
     for training_set in sequences.sources.values():
         require_made_with(training_set.dataset, tokenizer, data)
     return sequences.read, sequences.source_of

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
+from skvr_dist.schedule import Positive, Schedule, jumps_of
 from skvr_dist.section import Section
+
+
+def _changes_in_jumps(weight: float | Schedule) -> float | Schedule:
+    if isinstance(weight, Schedule):
+        jumps_of(weight)
+    return weight
 
 
 class SourceConfig(Section):
@@ -14,8 +21,11 @@ class SourceConfig(Section):
 
     path: str
     """Where the data set is, as for a single one."""
-    weight: float = Field(default=1.0, gt=0)
-    """Its share of the sequences, relative to the other sources: exact over the long run."""
+    weight: Annotated[Positive, AfterValidator(_changes_in_jumps)] = 1.0
+    """Its share of the sequences, relative to the other sources: exact over the long run.
+
+    A schedule of weights (0 or more) changes in jumps: `{points: [[0.8, 1.0], [0.8, 0.25]]}`.
+    """
 
 
 class DataConfig(Section):

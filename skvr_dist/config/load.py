@@ -9,11 +9,10 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from skvr_dist.config.data import DataConfig
@@ -21,6 +20,8 @@ from skvr_dist.config.train import TrainConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, require_file
+from skvr_dist.schedule import FORMS
+from skvr_dist.section import Section, section_in
 
 _LONGEST_VALUE = 80
 
@@ -38,8 +39,10 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     return validate_config(_merge_all(files, overrides))
 
 
-def load_data_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[DataConfig, int]:
-    """Read what decides which sequences a run reads: the `data` section and `train.seed`.
+def load_data_config(
+    files: Sequence[str | Path], overrides: Sequence[str] = ()
+) -> tuple[DataConfig, int, TrainConfig | None]:
+    """Read what decides which sequences a run reads: `data`, `train.seed` and, if the tree is whole, all of `train`.
 
     Other sections may be missing, as they are in the configuration of an imported checkpoint; none may be wrong.
 
@@ -52,13 +55,13 @@ def load_data_config(files: Sequence[str | Path], overrides: Sequence[str] = ())
         raise UserError(f"the configuration names no data; add {' '.join(needed)}")
     try:
         config = Config.model_validate(tree)
-        return config.data, config.train.seed
+        return config.data, config.train.seed, config.train
     except ValidationError as error:
         wrong = [item for item in error.errors() if item["type"] != "missing" or item["loc"][0] == "data"]
         if wrong:
             raise UserError("; ".join(_sentences(wrong))) from None
     seed = TrainConfig.model_fields["seed"].default
-    return DataConfig.model_validate(tree["data"]), tree.get("train", {}).get("seed", seed)
+    return DataConfig.model_validate(tree["data"]), tree.get("train", {}).get("seed", seed), None
 
 
 def _merge_all(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
@@ -171,11 +174,12 @@ def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]
 def _sentences(mistakes: Iterable[ErrorDetails]) -> Iterator[str]:
     """One sentence per mistake: the path of the key, the value, what is allowed, the nearest known name."""
     for item in mistakes:
-        path = ".".join(str(part) for part in item["loc"])
+        keys = tuple(part for part in item["loc"] if part not in FORMS)
+        path = ".".join(map(str, keys))
         kind, value = item["type"], item["input"]
         if kind == "extra_forbidden":
-            known = _known_keys(item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            known = _known_keys(keys[:-1])
+            near = difflib.get_close_matches(str(keys[-1]), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             yield f"unknown key {path}; {hint}"
         elif kind == "missing":
@@ -186,7 +190,7 @@ def _sentences(mistakes: Iterable[ErrorDetails]) -> Iterator[str]:
         elif kind == "literal_error":
             yield f"{path} is {_shown(value)}; allowed are {item['ctx']['expected']}"
         elif kind in ("model_type", "model_attributes_type"):
-            yield f"{path} is {_shown(value)}; it must hold keys: {', '.join(_known_keys(item['loc']))}"
+            yield f"{path} is {_shown(value)}; it must hold keys: {', '.join(_known_keys(keys))}"
         else:
             yield f"{path} is {_shown(value)}; {item['msg'][0].lower()}{item['msg'][1:]}"
 
@@ -204,14 +208,8 @@ def _known_keys(path: tuple[int | str, ...]) -> list[str]:
         if get_origin(section) is dict:  # the key is a name that the user gave
             section = get_args(section)[1]
             continue
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        if not (isinstance(section, type) and issubclass(section, Section)):
             break
-        section = _section_of(section.model_fields[str(key)].annotation)
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
-
-
-def _section_of(annotation: Any) -> Any:
-    """The section inside `Section | None`, or the annotation itself."""
-    if get_origin(annotation) in (Union, UnionType):
-        return next((a for a in get_args(annotation) if a is not type(None)), annotation)
-    return annotation
+        annotation = section.model_fields[str(key)].annotation
+        section = annotation if get_origin(annotation) is dict else section_in(annotation)
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []

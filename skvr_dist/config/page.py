@@ -6,14 +6,16 @@ python -m skvr_dist.config.page > docs/configuration.md
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from skvr_dist.config.tree import Config
-from skvr_dist.section import Section
+from skvr_dist.schedule import Schedule
+from skvr_dist.section import Section, section_in
 
 _HEAD = """# Configuration
 
@@ -21,8 +23,8 @@ A run is configured by YAML files, later ones over earlier ones, and by `section
 may `include:` others, which come before it. `--print-config` prints what results. An unknown key, a value of another
 type or an impossible combination ends the command with one sentence per mistake, before anything starts.
 
-This page is made from the sections in `skvr_dist/config/` and `skvr_dist/routing/config.py`; `make docs`
-writes it anew.
+This page is made from the sections in `skvr_dist/config/`, `skvr_dist/routing/config.py` and `skvr_dist/schedule.py`;
+`make docs` writes it anew.
 """
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null", Any: "anything"}
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -32,8 +34,9 @@ def as_page() -> str:
     """The page, in Markdown."""
     parts = [_HEAD]
     for name, field in Config.model_fields.items():
-        section = _section_in(field.annotation)
+        section = section_in(field.annotation)
         parts.append(f"## {name}\n\n{_about(section)}" if section else f"## {name}\n\n{_meaning(field)}\n")
+    parts.append(f"## Schedules\n\n{_about(Schedule)}")
     return "\n".join(parts)
 
 
@@ -46,8 +49,8 @@ def _about(section: type[Section]) -> str:
 def _rows(section: type[Section], prefix: str) -> list[str]:
     rows = []
     for name, field in section.model_fields.items():
-        key, inner = prefix + name, _section_in(field.annotation)
-        if inner is not None:
+        key, inner = prefix + name, section_in(field.annotation)
+        if inner is not None and inner is not Schedule:
             of_many = get_origin(field.annotation) is dict
             if of_many or field.description:
                 kind = "sections by name" if of_many else "section"
@@ -58,21 +61,30 @@ def _rows(section: type[Section], prefix: str) -> list[str]:
     return rows
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
-    """The section that a key holds, optional or by names that the user gives."""
-    candidates = [annotation, *get_args(annotation)]
-    return next((each for each in candidates if inspect.isclass(each) and issubclass(each, Section)), None)
-
-
 def _values(field: FieldInfo) -> str:
-    bounds = [
-        f"{_SIGNS[sign]} {getattr(each, sign)}" for each in field.metadata for sign in _SIGNS if hasattr(each, sign)
-    ]
+    metadata = [*field.metadata, *_metadata_in(field.annotation)]
+    bounds = [f"{_SIGNS[sign]} {getattr(each, sign)}" for each in metadata for sign in _SIGNS if _bound(each, sign)]
     return ", ".join([_type(field.annotation), *bounds])
+
+
+def _metadata_in(annotation: Any) -> Iterator[Any]:
+    """What is said of the forms that a key may have, within its annotation."""
+    for inner in get_args(annotation):
+        if isinstance(inner, FieldInfo):
+            yield from inner.metadata
+        yield from _metadata_in(inner)
+
+
+def _bound(constraint: Any, sign: str) -> bool:
+    return getattr(constraint, sign, None) is not None
 
 
 def _type(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(inner[0])
+    if annotation is Schedule:
+        return "[schedule](#schedules)"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if origin in (Union, UnionType):

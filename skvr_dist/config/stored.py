@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.routing import RoutingConfig
+from skvr_dist.schedule import Positive
 
 
 class _Stored(BaseModel):
@@ -27,14 +28,22 @@ class StoredData(_Stored):
 
 
 class StoredTraining(_Stored):
-    """What is read of the `train:` section; all None for an import."""
+    """What is read of the `train:` section; what every run has is None for an import."""
 
+    steps: int | None = None
     seed: int | None = None
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     weight_decay: float | None = None
     precision: Literal["fp32", "bf16"] | None = None
+    min_learning_rate_ratio: float | None = None
+    warmup_steps: int | None = None
+    # Checkpoints from before these keys were trained as their defaults say.
+    learning_rate_decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay_steps: int | None = None
+    learning_rate_from_step: int = 0
+    schedule_steps: int | None = None
 
 
 class StoredEvaluation(_Stored):

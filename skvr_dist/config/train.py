@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from skvr_dist.schedule import Positive, Schedule
 from skvr_dist.section import Section
 
 
 class TrainConfig(Section):
-    """Optimisation: AdamW, linear warm-up, cosine decay."""
+    """Optimisation: AdamW, its learning rate (a linear warm-up, then level or falling), and the run's schedules."""
 
     output_dir: str
     """Folder that holds everything of the run."""
@@ -24,12 +25,31 @@ class TrainConfig(Section):
     """Sequences per forward pass; each micro-batch draws its own donors."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32."""
-    learning_rate: float = Field(gt=0, le=10**6)
-    """Peak learning rate, reached after the warm-up."""
+    learning_rate: Positive
+    """Peak learning rate, reached after the warm-up; or a schedule, which a `constant` decay leaves as it is."""
+    learning_rate_decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from its peak; `constant` leaves it there."""
+    decay_steps: int | None = Field(default=None, ge=2, le=10**9)
+    """Last steps in which it falls, level before them (warm-up, stable, decay); null: all steps after the warm-up.
+
+    The first of them is still at the peak, so that a run which branches off a level one there goes on without a jump.
+    """
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Learning rate of the last step as a share of the peak."""
+    """Learning rate at the end of the decay as a share of the peak."""
     warmup_steps: int = Field(default=0, ge=0, le=10**9)
     """Steps in which the learning rate rises to its peak, in equal parts."""
+    learning_rate_from_step: int = Field(default=0, ge=0, le=10**9)
+    """Steps done before the warm-up begins: more than 0 begins anew with the learning rate where a run is resumed."""
+    schedule_steps: int | None = Field(default=None, gt=0, le=10**9)
+    """Steps that schedules are spread over: the learning rate's, and those over shares of the run. null: train.steps.
+
+    After them every schedule stays at its last value.
+    """
+    on_resume: Literal["same_schedule", "other_schedule"] = "same_schedule"
+    """Whether a run may resume from a checkpoint with schedules that go on elsewhere than where they were.
+
+    The peak learning rate may change in any case.
+    """
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's first moments."""
     adam_beta2: float = Field(default=0.99, ge=0, lt=1)
@@ -52,6 +72,38 @@ class TrainConfig(Section):
     A command that names a checkpoint and is started again resumes from what it has saved since."""
     initial_weights: str | None = Field(default=None, min_length=1)
     """A checkpoint (or an imported model) whose weights a new run starts from; null draws them."""
+
+    @property
+    def horizon(self) -> int:
+        """Steps that schedules are spread over."""
+        return self.schedule_steps or self.steps
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> TrainConfig:
+        limit = f"train.{'schedule_steps' if self.schedule_steps else 'steps'} {self.horizon}"
+        begin, warmup, decay = self.learning_rate_from_step, self.warmup_steps, self.decay_steps
+        if warmup > self.horizon:
+            raise ValueError(f"warmup_steps {warmup} exceeds {limit}")
+        if begin and begin + warmup >= self.horizon:
+            raise ValueError(
+                f"learning_rate_from_step {begin} and warmup_steps {warmup} leave none of {limit}; lower one of them"
+            )
+        if isinstance(self.learning_rate, Schedule) and self.learning_rate_decay != "constant":
+            raise ValueError(
+                f"learning_rate is a schedule, which learning_rate_decay {self.learning_rate_decay} would bend; set "
+                f"learning_rate_decay to constant"
+            )
+        if decay and self.learning_rate_decay == "constant":
+            raise ValueError(
+                f"decay_steps is {decay}, but learning_rate_decay is constant; set it to linear or cosine, or "
+                f"decay_steps to null"
+            )
+        if decay and begin + warmup + decay > self.horizon:
+            raise ValueError(
+                f"decay_steps {decay} after warmup_steps {warmup} from step {begin} on exceeds {limit}; the most is "
+                f"{self.horizon - begin - warmup}"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

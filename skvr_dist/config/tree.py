@@ -61,8 +61,6 @@ class Config(Section):
             )
         if self.train.precision == "fp32" and self.model.attention == "flash":
             raise ValueError("model.attention flash works in bf16 only, but train.precision is fp32; use sdpa or auto")
-        if self.train.warmup_steps > self.train.steps:
-            raise ValueError(f"train.warmup_steps {self.train.warmup_steps} exceeds train.steps {self.train.steps}")
         for name in self.evaluate.profiles:
             if CacheStrategy.is_spec(name):
                 raise ValueError(f"evaluate.profiles: {name} is a strategy itself; give the profile another name")

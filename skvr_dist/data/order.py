@@ -8,8 +8,10 @@ manifest and indices.
 
 from __future__ import annotations
 
+from bisect import bisect
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from math import gcd, lcm
 from typing import Any
 
@@ -178,7 +180,45 @@ class Mixture:
 
     def locate(self, lane: int, k: int) -> tuple[int, int]:
         """(source, number of the sequence within the lane of that source) of sequence k of a lane."""
+        source = int(self._pattern[(lane + k) % self.period])
+        return source, self.read_before(lane, k, source)
+
+    def read_before(self, lane: int, k: int, source: int) -> int:
+        """How many of the first k sequences of a lane come from a source."""
         start = lane % self.period
         periods, entry = divmod(start + k, self.period)
-        source = int(self._pattern[entry])
-        return source, int(periods * self.counts[source] + self._seen[entry][source] - self._seen[start][source])
+        return int(periods * self.counts[source] + self._seen[entry][source] - self._seen[start][source])
+
+
+class Mixtures:
+    """Mixtures that follow one another, each from a sequence of the run on; every source is read on where it was.
+
+    Args:
+        weights: of each source, by the number of the sequence from which it has them; each has one for 0.
+        lanes: V; lane v holds the sequences v, v + V, ...
+
+    Raises:
+        UserError: the weights have no short pattern, or all are 0.
+    """
+
+    def __init__(self, weights: dict[str, dict[int, float]], lanes: int) -> None:
+        self._lanes = lanes
+        self._firsts = sorted({first for source in weights.values() for first in source})
+        current = {name: source[0] for name, source in weights.items()}
+        self._mixtures = []
+        for first in self._firsts:
+            current = {name: source.get(first, current[name]) for name, source in weights.items()}
+            if not any(current.values()):
+                raise UserError(f"all weights of data.train are 0 from sequence {first} on; leave one above 0")
+            self._mixtures.append(Mixture(current))
+
+    def locate(self, lane: int, k: int) -> tuple[int, int]:
+        """(source, number of the sequence within the lane of that source) of sequence k of a lane."""
+        if len(self._mixtures) == 1:
+            return self._mixtures[0].locate(lane, k)
+        begins = [max(-((lane - first) // self._lanes), 0) for first in self._firsts]  # each one's first k in this lane
+        number = bisect(begins, k) - 1
+        source, place = self._mixtures[number].locate(lane, k - begins[number])
+        for mixture, (begin, end) in zip(self._mixtures, pairwise(begins[: number + 1]), strict=False):
+            place += mixture.read_before(lane, end - begin, source)
+        return source, place

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from itertools import count, islice
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from skvr_dist.data.batch import IGNORED, MicroBatch
-from skvr_dist.data.order import Lane, Mixture
+from skvr_dist.data.order import Lane, Mixtures
 from skvr_dist.data.shards import Dataset
 from skvr_dist.errors import UserError
 
@@ -54,6 +55,8 @@ class SourceData(NamedTuple):
 
     dataset: Dataset
     weight: float = 1.0
+    later_weights: Mapping[int, float] = MappingProxyType({})
+    """Those that it has instead from a sequence on, by the sequence's number."""
 
 
 class SequenceStream:
@@ -88,7 +91,7 @@ class SequenceStream:
         self._seed = seed
         self._separate_documents = separate_documents
         self._damage: list[str] = []
-        self._mixture = Mixture({name: source.weight for name, source in self.sources.items()})
+        self._mixtures = Mixtures({name: {0: s.weight, **s.later_weights} for name, s in self.sources.items()}, lanes)
         datasets = [source.dataset for source in self.sources.values()]
         for dataset in datasets:
             shards = len(dataset.manifest.shards)
@@ -112,7 +115,7 @@ class SequenceStream:
     def source_of(self, number: int) -> str:
         """Name of the source of sequence `number`."""
         k, lane = divmod(number, self.lanes)
-        return list(self.sources)[self._mixture.locate(lane, k)[0]]
+        return list(self.sources)[self._mixtures.locate(lane, k)[0]]
 
     def read(self, first: int, size: int) -> Rows:
         """Sequences `first` to `first + size - 1`.
@@ -124,7 +127,7 @@ class SequenceStream:
         lost = np.zeros(sequences.shape, dtype=bool)
         for row in range(size):
             k, lane = divmod(first + row, self.lanes)
-            source, place = self._mixture.locate(lane, k)
+            source, place = self._mixtures.locate(lane, k)
             self._lanes[source][lane].read(place * self.sequence_length, sequences[row], lost[row])
         tokens, labels = sequences[:, :-1], sequences[:, 1:]
         lost_tokens = int(lost[:, 1:].sum())
@@ -147,10 +150,16 @@ class SequenceStream:
             "seed": self._seed,
             "documents": "separate" if self._separate_documents else "joined",
             "sources": {
-                name: {"weight": source.weight, "shards": source.dataset.fingerprint}
+                name: {"weight": source.weight, **_later(source), "shards": source.dataset.fingerprint}
                 for name, source in self.sources.items()
             },
         }
+
+
+def _later(source: SourceData) -> dict[str, Any]:
+    """What the fingerprint says of weights that change, in the form that JSON gives back."""
+    later = sorted(source.later_weights.items())
+    return {"later_weights": [[number, weight] for number, weight in later]} if later else {}
 
 
 class MicroBatchReader(Iterator[MicroBatch]):

@@ -24,7 +24,7 @@ from skvr_dist.evaluate.curve import HeldOutData, Measurement, evaluate_checkpoi
 from skvr_dist.evaluate.generate import cache_bytes, generate
 from skvr_dist.evaluate.retention import RetentionPoint, as_records, as_table, percent, plot
 from skvr_dist.files import write_whole
-from skvr_dist.routing import CacheStrategy
+from skvr_dist.routing import CacheStrategy, parameters_in_words
 from skvr_dist.run.folder import RunFolder
 
 PICTURE, REPORT, RECORD = "retention.png", "report.md", "report.json"
@@ -69,8 +69,8 @@ class RunSummary:
     @property
     def routing(self) -> str:
         """The policy and its parameters, in words."""
-        routing = self.checkpoint.config.routing.model_dump()
-        return " ".join([routing["policy"], *(f"{k} {v}" for k, v in routing.items() if k != "policy" and v)])
+        routing = self.checkpoint.config.routing
+        return " ".join([routing.policy, *(f"{name} {value}" for name, value in parameters_in_words(routing).items())])
 
 
 def write_report(

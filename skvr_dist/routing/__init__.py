@@ -1,6 +1,6 @@
 """Routing: policies, plans, liveness and cache strategies. Pure: no torch, no process groups."""
 
-from skvr_dist.routing.config import RoutingConfig
+from skvr_dist.routing.config import RoutingConfig, parameters_in_words
 from skvr_dist.routing.liveness import crossing_elements, crossing_layers, read_layers
 from skvr_dist.routing.plan import RoutingPlan, draw_plan, fixed_plan
 from skvr_dist.routing.policies import POLICIES, Policy
@@ -16,5 +16,6 @@ __all__ = [
     "crossing_layers",
     "draw_plan",
     "fixed_plan",
+    "parameters_in_words",
     "read_layers",
 ]

@@ -14,6 +14,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.routing.config import RoutingConfig
 from skvr_dist.routing.liveness import read_layers
 from skvr_dist.routing.policies import POLICIES, Donors, Uniforms
+from skvr_dist.schedule import value_at
 
 
 @dataclass(frozen=True)
@@ -73,30 +74,46 @@ def _uniforms(seed: int, step: int, micro_batch: int, count: int) -> Uniforms:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def draw_donors(routing: RoutingConfig, coin: Uniforms, pick: Uniforms) -> Donors:
+def draw_donors(routing: RoutingConfig, coin: Uniforms, pick: Uniforms, prob: Uniforms) -> Donors:
     """Donors of every micro-batch.
 
     Args:
         routing: the policy and its parameters.
         coin, pick: float [Q, L], uniform in [0, 1). Layer 0's are drawn but not used: it has no donor.
+        prob: float [Q, 1], each micro-batch's probability that a layer reads a donor.
 
     Returns:
         int64 [Q, L] with donors[q, l] <= l and donors[q, 0] == 0.
     """
-    reads_donor = coin < (routing.cross_layer_prob or 0.0)
+    reads_donor = coin < prob
     size = routing.window or routing.group_size or 0
     donors = np.broadcast_to(POLICIES[routing.policy].rule(reads_donor, pick, size), coin.shape).copy()
     donors[:, 0] = 0
     return donors
 
 
-def draw_plan(routing: RoutingConfig, *, num_layers: int, num_micro_batches: int, seed: int, step: int) -> RoutingPlan:
+def draw_plan(
+    routing: RoutingConfig,
+    *,
+    num_layers: int,
+    num_micro_batches: int,
+    seed: int,
+    step: int,
+    schedule_steps: int | None = None,
+) -> RoutingPlan:
     """Draw the plan of one optimizer step: a pure function of (seed, step), the same on any machine.
 
     docs/draws.md has the rule to the bit; `skvr_dist.lab.verify.draws` follows it a second time.
+
+    Args:
+        step: from 0 on.
+        schedule_steps: the steps that schedules over shares of the run are spread over, if there are any.
     """
-    u = np.stack([_uniforms(seed, step, q, 2 * num_layers) for q in range(num_micro_batches)])
-    return RoutingPlan(draw_donors(routing, coin=u[:, :num_layers], pick=u[:, num_layers:]))
+    u = np.stack([_uniforms(seed, step, q, 2 * num_layers + 1) for q in range(num_micro_batches)])
+    coin, pick, full_coin = u[:, :num_layers], u[:, num_layers:-1], u[:, -1:]
+    prob = value_at(routing.cross_layer_prob or 0.0, step, schedule_steps)
+    full_share = value_at(routing.full_retention_share, step, schedule_steps)
+    return RoutingPlan(draw_donors(routing, coin, pick, np.where(full_coin < full_share, 0.0, prob)))
 
 
 def fixed_plan(donors: tuple[int, ...] | NDArray[np.int64], num_micro_batches: int) -> RoutingPlan:

@@ -19,7 +19,7 @@ from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.plans import plan_of_step
 from skvr_dist.train.resume import preview_resume
 
-_ROWS = 4096  # micro-batches whose donors are drawn for the averages, in whole steps
+_ROWS = 4096  # micro-batches whose donors are drawn for the averages, in whole steps from all over the run
 _READS = 2**26  # what their crossing sets may take: micro-batches x layers x stages
 
 
@@ -35,7 +35,8 @@ def describe(config: Config, world_size: int) -> str:
     bounds = stage_bounds(config.model, config.parallel)
     layers = config.model.num_hidden_layers
     most_rows = max(1, min(_ROWS, _READS // (layers * len(bounds))))
-    plans = [plan_of_step(config, step) for step in range(max(1, most_rows // config.num_micro_batches))]
+    drawn = max(1, most_rows // config.num_micro_batches)
+    plans = [plan_of_step(config, number * config.train.steps // drawn) for number in range(drawn)]
     rows_of_plans = [donors for plan in plans for donors in plan.donors][:most_rows]
     rows = []
     for stage, (start, stop) in enumerate(bounds):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from skvr_dist.config.data import DataConfig
 from skvr_dist.config.layouts import data_parallel_size
+from skvr_dist.config.train import TrainConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.cores import require_few_processes
@@ -16,6 +17,7 @@ from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.model.attention import require_backend
 from skvr_dist.parallel.engine.deepspeed_json import require_accepted
+from skvr_dist.schedule import Schedule, first_step_at, jumps_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     tokenizer = load_tokenizer(config.data.tokenizer)
     held_out.require_vocabulary(config.model.vocab_size)
     require_made_with(held_out, tokenizer, config.data)
-    sequences = training_sequences(config.data, config.train.seed)
+    sequences = training_sequences(config.data, config.train.seed, config.train)
     for source in sequences.sources.values():
         source.dataset.require_same_tokenizer(held_out)
     micro_batches = held_out_batches(
@@ -65,15 +67,18 @@ def require_made_with(dataset: Dataset, tokenizer: Tokenizer, data: DataConfig) 
         )
 
 
-def training_sequences(data: DataConfig, seed: int) -> SequenceStream:
+def training_sequences(data: DataConfig, seed: int, train: TrainConfig | None) -> SequenceStream:
     """The training sequences that a configuration names: its `data` section, and `train.seed`, which orders them.
+
+    Args:
+        train: the section that says at which sequences weights change, for those that do.
 
     Raises:
         UserError: a data set is missing or damaged, or they do not fit together.
     """
     skip = data.damage == "skip"
     sources = {
-        name: SourceData(Dataset.open(source.path, check_sizes=not skip), source.weight)
+        name: SourceData(Dataset.open(source.path, check_sizes=not skip), *_weights(name, source.weight, train))
         for name, source in data.train.items()
     }
     return SequenceStream(
@@ -84,3 +89,16 @@ def training_sequences(data: DataConfig, seed: int) -> SequenceStream:
         separate_documents=data.documents == "separate",
         skip_damage=skip,
     )
+
+
+def _weights(name: str, weight: float | Schedule, train: TrainConfig | None) -> tuple[float, dict[int, float]]:
+    """The weight of a source at the first sequence, and those from later sequences on, by their numbers."""
+    if not isinstance(weight, Schedule):
+        return weight, {}
+    if train is None:
+        raise UserError(
+            f"data.train.{name}.weight changes over the run, but the configuration has no whole train section, which "
+            f"says when; add one, or give a number"
+        )
+    steps = [(first_step_at(place, weight.unit, train.horizon), height) for place, height in jumps_of(weight)]
+    return weight.points[0][1], {step * train.global_batch_size: height for step, height in steps}

@@ -38,6 +38,8 @@ from skvr_dist.train.inputs import Inputs, open_inputs
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.plans import plan_stream
 from skvr_dist.train.resume import preview_resume, resume, settle_resume
+from skvr_dist.train.same_schedule import schedule_jumps
+from skvr_dist.train.schedules import data_weights, routing_rates
 from skvr_dist.train.state import load_weights, progress_facts
 
 
@@ -164,7 +166,9 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
             **(origin.facts.origin() if origin else {}),
         },
     )
+    jumps = schedule_jumps(resumed, config) if resumed else []
     notices = [f"{problem} (left out)" for problem in left_out] + [f"set aside: {path}" for path in aside]
+    notices += [f"moved, as train.on_resume allows: {jump}" for jump in jumps]
     report_start(run, resumed, notices + ([lost] if lost else []))
     return run
 
@@ -199,6 +203,8 @@ def train_step(run: Run, step: int) -> None:
         "train/tokens_per_second": tokens_per_step(run.config) / seconds,
         "train/data_wait_share": (batches.seconds - waited_before) / seconds,
         **routing_values(plan),
+        **{f"routing/{name}": value for name, value in routing_rates(run.config, step - 1).items()},
+        **{f"data/weight/{name}": value for name, value in data_weights(run.config, step - 1).items()},
     }
     with naming_the_operation(run.mesh, f"the counts of step {step}"):
         values |= boundary_bytes(run.mesh, engine.sent_bytes - sent_before)

@@ -1,34 +1,19 @@
-"""AdamW and its learning rate: linear warm-up, then cosine decay."""
+"""AdamW, and the learning rate that it is given before each step."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from skvr_dist.config.tree import TrainConfig
-
-
-def learning_rate_factor(train: TrainConfig, step: int) -> float:
-    """Learning rate of optimizer step `step` (the first is 0) as a share of the peak.
-
-    The warm-up rises in equal parts and reaches the peak at its last step; the cosine ends at
-    `min_learning_rate_ratio` with the run's last step.
-    """
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    decay_steps = max(train.steps - 1 - train.warmup_steps, 1)
-    progress = min((step - train.warmup_steps) / decay_steps, 1.0)
-    floor = train.min_learning_rate_ratio
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+from skvr_dist.config.train import TrainConfig
+from skvr_dist.train.schedules import learning_rate_factor, peak_learning_rate
 
 
 def build_optimizer(train: TrainConfig, groups: list[dict[str, object]]) -> torch.optim.AdamW:
     """AdamW over parameter groups."""
     return torch.optim.AdamW(
         groups,
-        lr=train.learning_rate,
+        lr=peak_learning_rate(train),
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_eps,
         weight_decay=train.weight_decay,

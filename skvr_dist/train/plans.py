@@ -18,6 +18,7 @@ def plan_of_step(config: Config, step: int, routing: RoutingConfig | None = None
         num_micro_batches=config.num_micro_batches,
         seed=config.train.seed,
         step=step,
+        schedule_steps=config.train.horizon,
     )
 
 

@@ -14,6 +14,7 @@ from skvr_dist.files import local_path
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.run.folder import RunFolder
+from skvr_dist.train.same_schedule import ROUTING_SCHEDULES, require_begun, require_same_schedule
 from skvr_dist.train.state import load_state, require_weights_fit
 
 
@@ -88,6 +89,7 @@ def preview_resume(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoi
         require_same_training(checkpoint, config, data_fingerprint)
         return checkpoint
     _require_one(problems)
+    require_begun(config, 0)
     if config.train.initial_weights:
         require_weights_fit(Checkpoint(config.train.initial_weights), config.model)
     return None
@@ -141,7 +143,7 @@ def _opened(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
 
 
 def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerprint: dict[str, Any]) -> None:
-    """Compare a checkpoint with what is to resume from it. Layout, precision and learning rate may change.
+    """Compare a checkpoint with what is to resume from it. Layout, precision and the peak learning rate may change.
 
     Raises:
         UserError: it would not be the same training, or the checkpoint holds weights only.
@@ -152,7 +154,7 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
             f"{checkpoint.folder}"
         )
     _require_same(checkpoint, "model", config.model.model_dump(exclude={"attention"}))  # the kernel may change
-    _require_same(checkpoint, "routing", config.routing.model_dump())
+    _require_same(checkpoint, "routing", config.routing.model_dump(exclude=set(ROUTING_SCHEDULES)))
     # They decide which sequences share donors.
     _require_same(
         checkpoint, "train", config.train.model_dump(include={"global_batch_size", "micro_batch_size", "seed"})
@@ -162,6 +164,8 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
             f"checkpoint {checkpoint.folder} is at step {checkpoint.step}, but train.steps is {config.train.steps}; "
             f"raise it to train longer"
         )
+    require_begun(config, checkpoint.step)
+    require_same_schedule(checkpoint, config)
     if config.data.on_resume == "same_data":
         _require_same_data(checkpoint, data_fingerprint)
 

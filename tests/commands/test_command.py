@@ -217,6 +217,7 @@ def test_a_full_disk_and_no_memory_are_told(tmp_path: Path) -> None:
         ["import_hf.py", "absent", "out"],
         ["update_export.py", "absent"],
         ["inspect_checkpoint.py", "absent"],
+        ["average.py", "absent", "out"],
         ["retention.py", "absent"],
     ],
     ids=lambda tool: tool[0],

@@ -32,6 +32,7 @@ STEPS, BATCH, SEQUENCE = 4, 8, 64
 SMALL = [
     "--config",
     "configs/experiment/quickstart.yaml",
+    "routing.cross_layer_prob={points: [[0.0, 0.25], [0.5, 0.5]]}",
     "model.num_hidden_layers=4",
     "model.hidden_size=32",
     "model.intermediate_size=48",
@@ -129,6 +130,8 @@ def test_metrics_and_tensorboard(routed: Path) -> None:
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert [record["step"] for record in evaluations] == [2, STEPS]
     assert all(0 < record["train/loss"] < 10 and record["train/gradient_norm"] > 0 for record in steps)
+    assert [record["routing/cross_layer_prob"] for record in steps] == [0.25, 0.375, 0.5, 0.5]
+    assert {record["routing/full_retention_share"] for record in steps} == {0.0}
     assert {f"evaluate/loss/{name}" for name in ("full", "every:2", "every:4")} < set(evaluations[0])
     events = EventAccumulator(str(routed / "tensorboard"))
     events.Reload()
@@ -140,16 +143,15 @@ def test_metrics_and_tensorboard(routed: Path) -> None:
 
 def test_crossing_bytes_in_the_log_are_the_liveness_bound(routed: Path) -> None:
     from skvr_dist.parallel.split import stage_bounds
-    from skvr_dist.routing import crossing_elements, draw_plan
+    from skvr_dist.routing import crossing_elements
+    from skvr_dist.train.plans import plan_of_step
 
     config = load_config([routed / "config.yaml"])
     boundary = stage_bounds(config.model, config.parallel)[0][1]
     size = {"tokens": 2 * SEQUENCE, "hidden_size": config.model.hidden_size, "kv_size": config.model.kv_size}
     for record in records(routed):
         if "train/loss" in record:
-            plan = draw_plan(
-                config.routing, num_layers=4, num_micro_batches=4, seed=config.train.seed, step=record["step"] - 1
-            )
+            plan = plan_of_step(config, record["step"] - 1)
             bound = sum(4 * crossing_elements(donors, boundary, **size) for donors in plan.donors)
             assert record["pipeline/crossing_bytes/boundary_0"] == bound
 
@@ -256,7 +258,19 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
     ("overrides", "message"),
     [
         (["model.hidden_size=64"], "has model.hidden_size 32, the configuration 64"),
-        (["routing.cross_layer_prob=0.6"], "has routing.cross_layer_prob 0.5, the configuration 0.6"),
+        (
+            ["routing.cross_layer_prob=0.6"],
+            "has routing.cross_layer_prob 0.25 at 0.0 to 0.5 at 0.5 of the run, the configuration 0.6; .*on_resume=",
+        ),
+        (["routing.policy=uniform"], "has routing.policy strategy, the configuration uniform"),
+        (
+            ["train.steps=8"],
+            r"at step 5 that would move the learning rate over its peak from 0\.1 to 0\.\d+; .*_steps=4 ",
+        ),
+        (
+            ["train.learning_rate_from_step=1", "train.output_dir=/new"],
+            "from_step is 1, but the run goes on from step 0",
+        ),
         (["train.global_batch_size=16"], "has train.global_batch_size 8, the configuration 16"),
         (["evaluate.sequences=10000"], "sequences of 64 tokens, but 10000 are asked for"),
         (["train.steps=3"], "is at step 4, but train.steps is 3; raise it to train longer"),

@@ -22,7 +22,9 @@ def quickstart(*overrides: str) -> Config:
 
 
 def test_overrides_and_yaml_round_trip(tmp_path: Path) -> None:
-    config = quickstart("train.learning_rate=1e-4", "model.num_hidden_layers=8", "routing.cross_layer_prob=0.25")
+    config = quickstart(
+        "train.learning_rate=1e-4", "model.num_hidden_layers=8", "routing.cross_layer_prob.points=[[0, 0.25]]"
+    )
     assert config.train.learning_rate == 1e-4
     assert config.model.num_hidden_layers == 8
     copy = tmp_path / "config.yaml"
@@ -43,13 +45,59 @@ def test_later_files_win(tmp_path: Path) -> None:
         ("train.step=5", r"unknown key train\.step; did you mean steps\?"),
         ("modle.hidden_size=5", r"unknown key modle; did you mean model\?"),
         ("model.rope_scaling={rope_type: linear, facter: 2.0}", r"model\.rope_scaling\.facter; did you mean factor\?"),
+        (
+            "data.train={code: {path: x, weight: {points: [[0.0, 1.0], [0.5, 0.5]]}}}",
+            r"data\.train\.code\.weight: points must be level between places, but 1.0 at 0.0 .* at one place",
+        ),
+        (
+            "data.train={code: {path: x, weight: {points: [[0.0, -1]]}}}",
+            "code.weight: the values of points must be 0 or",
+        ),
         ("train.steps=many", r"train\.steps is 'many'; input should be a valid integer"),
         ("train.steps=0", r"train\.steps is 0; input should be greater than 0"),
+        (
+            "train.learning_rate={points: [[0.0, 1.0e-3], [1.0, 0.0]]}",
+            "learning_rate is a schedule, which learning_rate_decay cosine would bend; set learning_rate_decay to",
+        ),
+        (
+            "train.learning_rate={points: [[0.0, 0.0]]}",
+            "learning_rate: the values of points must be 0 or more, not all 0",
+        ),
         ("train.learning_rate='1e-4'", r"train\.learning_rate is '1e-4'"),
         ("train.precision=fp16", r"train\.precision is 'fp16'; allowed are 'fp32' or 'bf16'"),
         ("routing.policy=unifrom", r"routing\.policy is 'unifrom'; allowed are 'none', 'uniform'"),
         ("routing.cross_layer_prob=1.5", r"cross_layer_prob is 1\.5"),
         ("routing.cross_layer_prob=null", "policy strategy needs cross_layer_prob"),
+        (
+            "routing.cross_layer_prob={points: []}",
+            r"routing\.cross_layer_prob\.points is \[\]; list should have at least 1",
+        ),
+        (
+            "routing.cross_layer_prob={points: [[0.5, 0.1], [0.2, 0.5]]}",
+            "prob: points must be in ascending order, .* 0.2",
+        ),
+        (
+            "routing.cross_layer_prob={points: [[0.0, 0.1], [1.5, 0.5]]}",
+            "prob: points lie at a share from 0 to 1 .* 1.5",
+        ),
+        (
+            "routing.cross_layer_prob={unit: steps, points: [[-1, 0.1]]}",
+            "points lie at 0 to 1000000000 steps, .* -1.0",
+        ),
+        ("routing.cross_layer_prob={points: [[0.0, 1.1]]}", "prob: the values of points must be from 0 to 1, .* 1.1"),
+        ("routing.cross_layer_prob={points: [[0.0, .nan]]}", "cross_layer_prob.points.0.1 is nan; .* finite"),
+        ("routing.cross_layer_prob={points: [[0.0, 0.1, 0.2]]}", "prob.points: a point is a pair .* has 3 numbers"),
+        ("routing.cross_layer_prob={points: [[0, 0], [0, 0.1], [0, 0.2]]}", "two values at one place, a jump, but 0.0"),
+        (
+            "routing.cross_layer_prob={point: [[0, 0]]}",
+            r"unknown key routing\.cross_layer_prob\.point; did you mean points",
+        ),
+        (
+            "routing.cross_layer_prob={points: [[0, 0]], unit: day}",
+            r"prob\.unit is 'day'; allowed are 'share' or 'steps'",
+        ),
+        ("routing={policy: cla, cross_layer_prob: null, group_size: 2, full_retention_share: 0.5}", "set it to 0"),
+        ("routing.full_retention_share=1.5", "routing.full_retention_share is 1.5; .* less than or equal to 1"),
         ("routing.policy=none", "policy none takes no parameters, but cross_layer_prob is 0.5"),
         ("routing.policy=window", "policy window needs window"),
         ("parallel.pipeline=9", "parallel.pipeline is 9, but model.num_hidden_layers is 8"),
@@ -60,7 +108,22 @@ def test_later_files_win(tmp_path: Path) -> None:
         ("parallel.sequence_parallel=true", "needs parallel.tensor of at least 2, got 1"),
         ("train.micro_batch_size=3", "is not a multiple of train.micro_batch_size 3; the nearest ones are"),
         ("data.sequence_length=4096", "longer than model.max_position_embeddings 2048"),
-        ("train.warmup_steps=100000", "warmup_steps 100000 exceeds train.steps"),
+        ("train.warmup_steps=100000", "train: warmup_steps 100000 exceeds train.steps 1100"),
+        ("train.schedule_steps=30", "train: warmup_steps 40 exceeds train.schedule_steps 30"),
+        (
+            "train.decay_steps=1061",
+            "decay_steps 1061 after warmup_steps 40 from step 0 .*steps 1100; the most is 1060",
+        ),
+        (
+            "train={decay_steps: 9, learning_rate_decay: constant}",
+            "decay_steps is 9, but learning_rate_decay is constant",
+        ),
+        (
+            "train.learning_rate_from_step=1070",
+            "learning_rate_from_step 1070 and warmup_steps 40 leave none of train.steps",
+        ),
+        ("train.learning_rate_decay=exp", "learning_rate_decay is 'exp'; allowed are 'cosine', 'linear' or 'constant'"),
+        ("train.on_resume=other", "train.on_resume is 'other'; allowed are 'same_schedule' or 'other_schedule'"),
         ("evaluate.strategies=['1,2']", "does not retain layer 0"),
         ("deepspeed.gradient_clipping=1.0", "cannot be passed through; set train.gradient_clipping"),
         ("deepspeed.zero_optimization={stage: 2}", "zero_optimization.stage cannot be .* set parallel.zero_stage"),

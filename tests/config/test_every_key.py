@@ -16,7 +16,8 @@ from skvr_dist.config.load import load_config
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine.deepspeed_json import require_accepted
-from skvr_dist.section import Section
+from skvr_dist.schedule import Schedule
+from skvr_dist.section import Section, section_in
 
 QUICKSTART = Path(__file__).parents[2] / "configs/experiment/quickstart.yaml"
 
@@ -24,17 +25,17 @@ QUICKSTART = Path(__file__).parents[2] / "configs/experiment/quickstart.yaml"
 def leaves(section: type[Section] = Config, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key by its whole name; of sections that the user names, those of one called `code`."""
     for name, field in section.model_fields.items():
-        annotations = [field.annotation, *get_args(field.annotation)]
-        inner = next((each for each in annotations if isinstance(each, type) and issubclass(each, Section)), None)
-        if inner is None:
-            yield path + name, field
-        else:
+        inner = section_in(field.annotation)
+        if inner is None or inner is Schedule:
+            yield path + name, field  # a schedule's key also takes a number
+        if inner is not None:
             yield from leaves(
                 inner, f"{path}{name}.code." if get_origin(field.annotation) is dict else f"{path}{name}."
             )
 
 
 LEAVES = dict(leaves())
+SCHEDULED = [path for path, field in LEAVES.items() if section_in(field.annotation) is Schedule]
 RARE = st.sampled_from([".inf", "-.inf", ".nan", "1e999", "9" * 5000, "~", "{}", "[]", "{a: {b: 1}}", "[1, x]", '""'])
 ANY = st.one_of(
     RARE,
@@ -54,6 +55,8 @@ def load(path: str, value: str) -> str | None:
         "data.train.code.": "data.train={code: {path: x}}",
         "model.rope_scaling.": "model.rope_scaling={rope_type: linear, factor: 2.0}",
     }
+    needed |= {f"{key}.unit": f"{key}.points=[[0, 1]]" for key in SCHEDULED}
+    needed |= {"train.learning_rate.": "train.learning_rate_decay=constant"}
     first = [override for prefix, override in needed.items() if path.startswith(prefix)]
     try:
         load_config([QUICKSTART], [*first, f"{path}={value}"])
@@ -88,6 +91,9 @@ def test_misspelt_keys_are_unknown(path: str, at: int, letter: str) -> None:
 def wrong_values(field: FieldInfo) -> list[str]:
     """Some that no key of this kind takes."""
     kinds = {field.annotation, *get_args(field.annotation)}
+    of_schedule = section_in(field.annotation) is Schedule
+    if of_schedule:
+        kinds = {float}
     wrong = ["[[1]]", "{zz: {yy: 1}}"] if get_origin(field.annotation) is not dict else ["[[1]]", "7"]
     if float in kinds:
         wrong += [".inf", "-.inf", ".nan", "abc", "true"]
@@ -97,6 +103,8 @@ def wrong_values(field: FieldInfo) -> list[str]:
         wrong += ["1", "yess"]
     elif str in kinds:
         wrong += ["7", "true"]
+    if of_schedule:
+        wrong += ["-0.1", "{points: [[0, -0.1]]}", "{points: [[0, 0.1], [1.5, 0.1]]}"]
     for bound in field.metadata:
         if getattr(bound, "gt", None) is not None:
             wrong.append(str(bound.gt))

@@ -109,7 +109,7 @@ def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(da
     assert f"over {all_tokens - 64} tokens gradient norm" in log and f"over {all_tokens:,} tokens  lr" in said
     assert Dataset.open(data / "email" / "train").manifest.shards[1].tokens > 64
 
-    other = ["train.steps=4", "data.lanes=2", "data.sequence_length=32"]
+    other = ["train.steps=4", "train.on_resume=other_schedule", "data.lanes=2", "data.sequence_length=32"]
     said = refusal(data, run, *other)
     assert "they differ in sequence_length (64 there, 32 here), lanes (4 there, 2 here); put it back" in said
     assert "data.on_resume=other_data" in said

@@ -19,12 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.datasets import CODE, EOS, TOKENIZER, write_dataset
 
+from skvr_dist.config.data import DataConfig
+from skvr_dist.config.train import TrainConfig
 from skvr_dist.data.batch import IGNORED, MicroBatch
-from skvr_dist.data.order import Mixture, permutation
+from skvr_dist.data.order import Mixture, Mixtures, permutation
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream, SourceData, validation_sequences
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.errors import UserError
+from skvr_dist.train.inputs import training_sequences
 
 SHARDS, LANES, SEQUENCE_LENGTH = 13, 8, 24
 SETTINGS: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "lanes": LANES, "seed": 7}
@@ -262,6 +265,37 @@ def test_proportions_are_exact(weights: list[float], lane: int, start: int) -> N
             assert abs(so_far[source] - (k + 1) * weight / total) <= len(weights)
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    phases=st.lists(st.tuples(st.integers(0, 300), st.tuples(*[st.integers(0, 4)] * 3).filter(any)), max_size=3),
+    lanes=st.integers(1, 9),
+)
+def test_mixtures_that_follow_one_another(phases: list[tuple[int, tuple[int, ...]]], lanes: int) -> None:
+    """Each has its own proportions, and every source is read on where it was, in each lane."""
+    changes = dict([(0, (1, 2, 1)), *phases])
+    weights = {str(s): {first: float(row[s]) for first, row in changes.items()} for s in range(3)}
+    mixtures = Mixtures(weights, lanes)
+    read: Counter[tuple[int, int]] = Counter()
+    counts: dict[int, Counter[int]] = {first: Counter() for first in changes}
+    for number in range(600):
+        k, lane = divmod(number, lanes)
+        source, place = mixtures.locate(lane, k)
+        assert place == read[source, lane]
+        read[source, lane] += 1
+        counts[max(first for first in changes if first <= number)][source] += 1
+    for first, found in counts.items():
+        for source, weight in enumerate(changes[first]):
+            share = found.total() * weight / sum(changes[first])
+            assert abs(found[source] - share) <= 2 * lanes * (weight > 0), (first, found)
+
+
+def test_one_mixture_is_what_it_was() -> None:
+    weights = {"a": 0.7, "b": 0.3, "c": 1.5}
+    alone = Mixture(weights)
+    mixtures = Mixtures({name: {0: weight} for name, weight in weights.items()}, 16)
+    assert all(mixtures.locate(lane, k) == alone.locate(lane, k) for lane in range(16) for k in range(100))
+
+
 def test_a_mixture_reads_every_source_as_if_alone(dataset: Dataset, other: Dataset) -> None:
     mixed = stream_of(dataset, other, weights=(0.25, 0.75))
     assert mixed.source_of(0) == "source-1"
@@ -278,6 +312,30 @@ def test_a_mixture_reads_every_source_as_if_alone(dataset: Dataset, other: Datas
     }
     for first in range(0, 80, 4):  # batches are mixed too
         assert [mixed.source_of(first + row) for row in range(4)].count("source-0") == 1
+
+
+def test_weights_that_change_over_a_run(dataset: Dataset, other: Dataset) -> None:
+    """At the first sequence of the step in which they change; a number means what it did before schedules."""
+    keys: dict[str, Any] = {"tokenizer": "", "validation": "", "sequence_length": SEQUENCE_LENGTH, "lanes": LANES}
+    paths = {"a": {"path": dataset.location}, "b": {"path": other.location}}
+    train = TrainConfig(
+        output_dir="", steps=10, global_batch_size=12, micro_batch_size=1, learning_rate=1.0, schedule_steps=20
+    )
+
+    def sequences(weight: Any, train: TrainConfig | None = train) -> SequenceStream:
+        sources = {**paths, "b": {**paths["b"], "weight": weight}}
+        return training_sequences(DataConfig.model_validate({**keys, "train": sources}), 7, train)
+
+    changing = sequences({"points": [[0.25, 0.0], [0.25, 3.0], [0.5, 3.0], [0.5, 1.0]]})
+    names = [changing.source_of(number) for number in range(200)]
+    assert set(names[:60]) == {"a"} and names[60:120].count("b") == 45 and names[120:200].count("b") == 40
+    assert changing.fingerprint()["sources"]["b"]["later_weights"] == [[60, 3.0], [120, 1.0]]
+    assert sequences({"points": [[5, 0.0], [5, 3.0]], "unit": "steps"}).source_of(59) == "a"
+    assert "later_weights" not in str(sequences(2.0, None).fingerprint())
+    with pytest.raises(UserError, match=r"data.train.b.weight changes over the run, but .* no whole train section"):
+        sequences({"points": [[0.25, 0.0], [0.25, 3.0]]}, None)
+    with pytest.raises(UserError, match=r"all weights of data.train are 0 from sequence 24 on"):
+        Mixtures({"a": {0: 1.0, 24: 0.0}}, LANES)
 
 
 def test_sources_that_do_not_fit_are_refused(dataset: Dataset, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from skvr_dist.hf.convert.export import ExportMismatchError, ExportReport, expor
 from skvr_dist.hf.model.families import CLASSES
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import CacheStrategy, RoutingConfig
+from skvr_dist.schedule import Schedule
 
 LLAMA3 = RopeScaling(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
@@ -307,6 +308,10 @@ def test_a_tokenizer_that_is_too_large_is_refused(tokenizer_file: Path, tmp_path
     [
         (RoutingConfig(policy="cla", group_size=2), "policy cla with its fixed groups cannot run at full retention"),
         (RoutingConfig(policy="strategy", cross_layer_prob=1.0), "policy strategy with cross_layer_prob 1.0 cannot"),
+        (
+            RoutingConfig(policy="uniform", cross_layer_prob=Schedule(points=[[0.5, 1.0]])),
+            "policy uniform with cross_layer_prob 1.0 at 0.5 of the run cannot",
+        ),
     ],
 )
 def test_a_model_that_never_ran_at_full_retention_is_refused(
@@ -314,6 +319,22 @@ def test_a_model_that_never_ran_at_full_retention_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=shown):
         export(MODELS["qwen3"], random_weights(MODELS["qwen3"]), tmp_path / "out", training=Training(routing, {}))
+
+
+def test_a_model_that_ran_at_full_retention_at_times_is_exported(tmp_path: Path) -> None:
+    """In some micro-batches, or before its rate had risen to 1; the export says how."""
+    rise = Schedule(points=[[0.0, 0.0], [0.5, 1.0]])
+    for name, rates in (
+        ("some", {"cross_layer_prob": 1.0, "full_retention_share": 0.5}),
+        ("rise", {"cross_layer_prob": rise}),
+    ):
+        routing = RoutingConfig.model_validate({"policy": "strategy", **rates})
+        out = tmp_path / name
+        export(MODELS["qwen3"], random_weights(MODELS["qwen3"]), out, training=Training(routing, {}))
+    card, stored = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
+    assert "| cross_layer_prob | 0.0 at 0.0 to 1.0 at 0.5 of the run |" in " ".join(card.split())
+    assert stored["kv_training"] == {"policy": "strategy", "cross_layer_prob": {"points": [[0.0, 0.0], [0.5, 1.0]]}}
+    assert "| full_retention_share | 0.5" in " ".join((tmp_path / "some/README.md").read_text().split())
 
 
 def test_standard_training_is_not_called_routed(tmp_path: Path) -> None:

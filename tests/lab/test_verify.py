@@ -128,10 +128,15 @@ def test_the_comparison_sees_what_is_not_a_number(rank: int) -> None:
 
 
 def draw_wrongly(patch: pytest.MonkeyPatch, of: str) -> None:
-    """Draw donors, or initial weights, by a rule of the same distribution that is not the published one."""
-    donors, normal = plan.draw_donors, torch.Tensor.normal_
+    """Draw donors, or initial weights, by a rule of the same distribution that is not the published one.
+
+    Or read schedules a step late.
+    """
+    value_at, donors, normal = plan.value_at, plan.draw_donors, torch.Tensor.normal_
     if of == "donors":
-        patch.setattr(plan, "draw_donors", lambda routing, coin, pick: donors(routing, coin, 1 - pick))
+        patch.setattr(plan, "draw_donors", lambda routing, coin, pick, prob: donors(routing, coin, 1 - pick, prob))
+    elif of == "rates":
+        patch.setattr(plan, "value_at", lambda value, step, steps: value_at(value, step - 1, steps))
     else:
 
         def upside_down(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -147,10 +152,10 @@ def with_a_wrong_draw(case: Case, of: str) -> RankResult:
         return run_case(case)
 
 
-@pytest.mark.parametrize(("of", "figure"), [("donors", "donors"), ("weights", "initial weights")])
+@pytest.mark.parametrize(("of", "figure"), [("donors", "donors"), ("rates", "donors"), ("weights", "initial weights")])
 def test_the_comparison_sees_a_wrong_draw(of: str, figure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where everything but the reference draws wrongly: it draws for itself."""
-    case = Case("single")
+    case = Case("single", **VARIATIONS["schedules"])
     results = run_ranks(1, with_a_wrong_draw, case, of)
     expected.cache_clear()
     draw_wrongly(monkeypatch, of)

@@ -7,6 +7,7 @@ can fail is shown on rules that are a little wrong.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable
@@ -18,13 +19,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.routings import ROUTINGS
+from support.routings import ROUTINGS, SCHEDULE_STEPS
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.lab.verify import draws
 from skvr_dist.lab.verify.cases import Case
 from skvr_dist.model.decoder import Decoder, initialize
 from skvr_dist.routing import POLICIES, RoutingConfig, draw_plan
+from skvr_dist.schedule import Schedule
 
 Rows = NDArray[np.int64]
 
@@ -114,6 +116,66 @@ def test_certain_donors(policy: str, prob: float) -> None:
     donors = draw_plan(routing, num_layers=LAYERS, num_micro_batches=10_000, seed=11, step=5).donors
     rule = {row: probability for row, probability in rule_of(policy, prob).items() if probability > 0}
     assert not rejected(p_values_of_rows(donors, rule))
+
+
+# The first 16 digits of the SHA-256 of the donors of 50 steps of 7 micro-batches, before rates could be schedules.
+PINNED = {
+    "none": "e619a829b1284412",
+    "uniform": "7ff8980056571d72",
+    "strategy": "7e44e6c4b4ae5098",
+    "window": "bd8e24c3aa636eb7",
+    "cla": "a56689ba68bd8fa4",
+    "rd_cla": "ce6fb448354c9a97",
+}
+
+
+@pytest.mark.parametrize("policy", PINNED)
+def test_plans_at_a_constant_rate_are_pinned(policy: str) -> None:
+    """Also where the constant is given as a schedule."""
+    forms = [ROUTING[policy]]
+    if POLICIES[policy].is_random:
+        forms.append(ROUTING[policy].model_copy(update={"cross_layer_prob": Schedule(points=[[0.0, P], [1.0, P]])}))
+    for routing in forms:
+        digest = hashlib.sha256()
+        for step in range(50):
+            plan = draw_plan(routing, num_layers=6, num_micro_batches=7, seed=11, step=step, schedule_steps=30)
+            digest.update(plan.donors.tobytes())
+        assert digest.hexdigest()[:16] == PINNED[policy]
+
+
+RISE = Schedule(points=[[0.2, 0.0], [0.7, 1.0]])
+
+
+@pytest.mark.parametrize(("step", "prob"), [(0, 0.0), (20, 0.0), (40, 0.4), (50, 0.6), (99, 1.0)])
+def test_a_rising_rate_is_drawn_as_the_number_that_it_is_at_the_step(step: int, prob: float) -> None:
+    """The same donors to the bit, since the coins are the same; so their distribution is that of the number."""
+    size: dict[str, Any] = {"num_layers": LAYERS, "num_micro_batches": 500, "seed": 11, "step": step}
+    for policy in ("uniform", "strategy", "window", "rd_cla"):
+        routing = ROUTING[policy].model_copy(update={"cross_layer_prob": RISE})
+        constant = routing.model_copy(update={"cross_layer_prob": prob})
+        rising = draw_plan(routing, **size, schedule_steps=100).donors
+        assert (rising == draw_plan(constant, **size).donors).all()
+
+
+def mixed(rule: dict[tuple[int, ...], float], full_share: float) -> dict[tuple[int, ...], float]:
+    """A rule under which a share of the rows is at full retention instead."""
+    rows = {row: (1 - full_share) * probability for row, probability in rule.items()}
+    own = tuple(range(LAYERS))
+    return {**rows, own: rows[own] + full_share}
+
+
+def test_micro_batches_at_full_retention_have_their_share() -> None:
+    """A third of a run in, of a share that falls from 0.6 to 0.3 and a rate that rises to P; slightly else fails."""
+    routing = RoutingConfig(
+        policy="strategy",
+        cross_layer_prob=Schedule(points=[[0.0, 0.0], [1 / 3, P]]),
+        full_retention_share=Schedule(points=[[0.0, 0.6], [1.0, 0.3]]),
+    )
+    size = {"num_layers": LAYERS, "num_micro_batches": ROWS, "schedule_steps": 900}
+    donors = draw_plan(routing, **size, seed=11, step=300).donors
+    assert not rejected(p_values_of_rows(donors, mixed(rule_of("strategy"), 0.5)))
+    assert rejected(p_values_of_rows(donors, mixed(rule_of("strategy"), 0.52)))
+    assert rejected(p_values_of_rows(donors, mixed(rule_of("strategy", P + 0.02), 0.5)))
 
 
 OWN = np.arange(LAYERS)
@@ -299,15 +361,16 @@ def test_philox_against_its_published_vectors() -> None:
     routing=ROUTINGS,
     layers=st.integers(1, 12),
     seed=st.integers(0, 2**100),
-    step=st.integers(0, 2**40),
+    step=st.integers(0, SCHEDULE_STEPS + 2) | st.integers(0, 2**40),
     rows=st.integers(1, 5),
 )
 @settings(max_examples=60)
 def test_the_reference_draws_the_same_donors(
     routing: RoutingConfig, layers: int, seed: int, step: int, rows: int
 ) -> None:
-    drawn = draw_plan(routing, num_layers=layers, num_micro_batches=rows, seed=seed, step=step).donors
-    assert drawn.tolist() == draws.plan(routing.model_dump(), layers, rows, seed=seed, step=step)
+    size = {"num_layers": layers, "num_micro_batches": rows, "schedule_steps": SCHEDULE_STEPS}
+    drawn = draw_plan(routing, **size, seed=seed, step=step).donors
+    assert drawn.tolist() == draws.plan(routing.model_dump(), layers, rows, seed=seed, step=step, steps=SCHEDULE_STEPS)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.routings import ROUTINGS
+from support.routings import ROUTINGS, SCHEDULE_STEPS
 
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify import cases
@@ -31,7 +31,9 @@ RETAINED = LAYERS.flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0,
 
 
 def plan_of(routing: RoutingConfig, layers: int, rows: int = 1, seed: int = 0, step: int = 0) -> RoutingPlan:
-    return draw_plan(routing, num_layers=layers, num_micro_batches=rows, seed=seed, step=step)
+    return draw_plan(
+        routing, num_layers=layers, num_micro_batches=rows, seed=seed, step=step, schedule_steps=SCHEDULE_STEPS
+    )
 
 
 @given(routing=ROUTINGS, layers=LAYERS, seed=st.integers(0, 2**32), step=st.integers(0, 2**40))

@@ -47,6 +47,6 @@ def add_code(folder: Path, config: PreTrainedConfig, architecture: str) -> None:
 def describe_routing(config: PreTrainedConfig, training: Training) -> None:
     """Write into a configuration which profiles it has, and how it was trained."""
     config.kv_profiles = dict(training.profiles)
-    config.kv_training = training.routing.model_dump(exclude_none=True)
+    config.kv_training = training.routing.model_dump(exclude_defaults=True)
     if training.retention_table:
         config.kv_training["retention_table"] = training.retention_table

@@ -13,10 +13,12 @@ from tabulate import tabulate
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.evaluate.retention import RETENTION_FILE, RetentionPoint, as_table
-from skvr_dist.routing import POLICIES, CacheStrategy, RoutingConfig
+from skvr_dist.routing import POLICIES, CacheStrategy, RoutingConfig, parameters_in_words
+from skvr_dist.schedule import in_words
 
 # What a checkpoint's facts hold that a reader of the card wants to know.
 _FACTS = ("step", "tokens_seen", "imported_from", "dequantized_from")
+_TRAINING = ("global_batch_size", "learning_rate", "weight_decay", "precision")
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,11 @@ class Training:
         """Collect it from a checkpoint, with the retention curve if `tools/retention.py` left one in it."""
         config = checkpoint.config
         facts = {name: value for name, value in checkpoint.facts.record().items() if name in _FACTS}
+        if checkpoint.facts.averaged:
+            facts["averaged"] = f"weights of the steps {', '.join(map(str, checkpoint.facts.averaged.steps))}"
         facts |= config.data.model_dump(exclude={"validation"}, exclude_none=True)
-        facts |= config.train.model_dump(exclude={"seed", "micro_batch_size"}, exclude_none=True)
+        training = {name: getattr(config.train, name) for name in _TRAINING}
+        facts |= {name: in_words(value) for name, value in training.items() if value is not None}
         table = None
         measured = checkpoint.folder / RETENTION_FILE
         if measured.exists():
@@ -65,7 +70,7 @@ def model_card(
         pruned_to: the one strategy that was kept, if not all.
     """
     header = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["stochastic-kv-routing"])
-    routing = training.routing.model_dump(exclude_none=True)
+    routing = {"policy": training.routing.policy, **parameters_in_words(training.routing)}
     facts = {"parameters": f"{parameters:,}", "layers": config.num_hidden_layers, **routing, **training.facts}
     table = tabulate(facts.items(), headers=["fact", "value"], tablefmt="github", disable_numparse=True)
     introduction = f"{_origin(config, training)}\n\n{_retention(pruned_to)}"

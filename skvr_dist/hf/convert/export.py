@@ -28,6 +28,7 @@ from skvr_dist.hf.convert.model_config import hf_config, write_config
 from skvr_dist.hf.convert.tokenizer import convert_tokenizer, special_ids, write_tokenizer
 from skvr_dist.hf.convert.weights import WeightReader, check_names, parameter_shapes, pruned_names, write_weights
 from skvr_dist.routing import POLICIES, CacheStrategy, RoutingConfig
+from skvr_dist.schedule import bounds_of, in_words
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,12 @@ def _check_routing(routing: RoutingConfig, pruned_to: CacheStrategy | None) -> N
     """Raises `UserError` if in training some layers never read their own keys and values, which the export reads."""
     if pruned_to is not None:
         return
-    if not POLICIES[routing.policy].reads_own or routing.cross_layer_prob == 1.0:
-        what = f"cross_layer_prob {routing.cross_layer_prob}" if routing.cross_layer_prob else "its fixed groups"
+    prob = routing.cross_layer_prob
+    always_elsewhere = (
+        prob is not None and bounds_of(prob)[0] == 1.0 and bounds_of(routing.full_retention_share)[1] == 0.0
+    )
+    if not POLICIES[routing.policy].reads_own or always_elsewhere:
+        what = "its fixed groups" if prob is None else f"cross_layer_prob {in_words(prob)}"
         raise UserError(
             f"a model trained by policy {routing.policy} with {what} cannot run at full retention: some layers have "
             f"never read their own keys and values; train with a cross_layer_prob below 1"

@@ -92,7 +92,7 @@ def enable_rcla(
         )
     routing = RoutingConfig(policy=policy, cross_layer_prob=float(cross_layer_prob))
     base.draw_sources = DonorDraw(base, routing, int(seed))
-    base.config.kv_training = routing.model_dump(exclude_none=True)
+    base.config.kv_training = routing.model_dump(exclude_defaults=True)
     for layer in base.layers:
         layer.self_attn.unread = zero_gradients
     if is_deepspeed_zero3_enabled():

@@ -160,6 +160,11 @@ class Case:
     learning_rate: float = OPTIMIZER["lr"]
     warmup_steps: int = 0
     min_learning_rate_ratio: float = 1.0
+    learning_rate_decay: str = "cosine"
+    decay_steps: int | None = None
+    rising: bool = False
+    """Whether the probability of cross-layer reads rises from step to step, with some micro-batches at full retention,
+    under a policy that draws anything."""
     adam_eps: float = OPTIMIZER["eps"]
     clip: float = CLIP
     steps: int = 3
@@ -193,7 +198,11 @@ class Case:
     @property
     def routing(self) -> dict[str, Any]:
         """The routing section."""
-        return {"policy": self.policy, **POLICIES[self.policy]}
+        parameters = POLICIES[self.policy]
+        if self.rising and "cross_layer_prob" in parameters:
+            rise = {"points": [[0.0, 0.1], [0.6, parameters["cross_layer_prob"]]]}
+            parameters = {**parameters, "cross_layer_prob": rise, "full_retention_share": 0.25}
+        return {"policy": self.policy, **parameters}
 
     @property
     def separate_at(self) -> int | None:
@@ -225,6 +234,8 @@ class Case:
                     "learning_rate": self.learning_rate,
                     "min_learning_rate_ratio": self.min_learning_rate_ratio,
                     "warmup_steps": self.warmup_steps,
+                    "learning_rate_decay": self.learning_rate_decay,
+                    "decay_steps": self.decay_steps,
                     "adam_beta1": OPTIMIZER["betas"][0],
                     "adam_beta2": OPTIMIZER["betas"][1],
                     "adam_eps": self.adam_eps,
@@ -269,14 +280,14 @@ def batches(steps: int, sequence: int = SEQUENCE) -> list[Tensor]:
     return [torch.randint(0, SHAPE["vocab_size"], shape, generator=generator) for _ in range(steps)]
 
 
-_SCHEDULE = {"warmup_steps": 2, "min_learning_rate_ratio": 0.1, "steps": 5}
+_SCHEDULES = {"warmup_steps": 2, "min_learning_rate_ratio": 0.1, "rising": True, "steps": 5}
 # bf16 is judged by sums over the steps, which twelve make sharp enough (`skvr_dist.lab.verify.compare`); with a larger
 # learning rate the training itself would drift away from the reference's, as far as gradients are rounded.
 BF16: dict[str, Any] = {"precision": "bf16", "steps": 12, "learning_rate": 1e-4}
 VARIATIONS: dict[str, dict[str, Any]] = {
     "ragged labels": {"ragged": True},
     "separate documents": {"documents": "separate"},
-    "learning rate": _SCHEDULE,
+    "schedules": _SCHEDULES,
     "usual eps": {"adam_eps": 1e-8},
     "no clipping": {"clip": 0.0},
     "llama3 rope": {"family": "llama", "rope_scaling": True},
@@ -290,7 +301,9 @@ VARIATIONS: dict[str, dict[str, Any]] = {
         "family": "llama",
         "rope_scaling": True,
         "sequence": 128,
-        **_SCHEDULE,
+        **_SCHEDULES,
+        "learning_rate_decay": "linear",
+        "decay_steps": 2,
     },
 }
 

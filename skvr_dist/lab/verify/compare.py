@@ -125,6 +125,8 @@ def how_to_train(case: Case) -> dict[str, Any]:
             steps=case.steps,
             warmup_steps=case.warmup_steps,
             floor=case.min_learning_rate_ratio,
+            decay=case.learning_rate_decay,
+            decay_steps=case.decay_steps,
         )
         for step in range(case.steps)
     ]
@@ -138,7 +140,10 @@ def expected(case: Case) -> dict[str, Any]:
     # In bf16 the fp32 master weights begin where the rounded weights are.
     initial = {name: weight.to(dtype).float() for name, weight in draws.initial_weights(case.shape, SEED).items()}
     layers = case.shape["num_hidden_layers"]
-    plans = [draws.plan(case.routing, layers, MICRO_BATCHES, seed=SEED, step=step) for step in range(case.steps)]
+    plans = [
+        draws.plan(case.routing, layers, MICRO_BATCHES, seed=SEED, step=step, steps=case.steps)
+        for step in range(case.steps)
+    ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on tensors this small threads only wait for each other
     trained = reference.train(

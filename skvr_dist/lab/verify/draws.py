@@ -81,12 +81,27 @@ def _numbers(seed: int, step: int, micro_batch: int) -> Iterator[float]:
         block += 1
 
 
-def donors(routing: dict, layers: int, *, seed: int, step: int, micro_batch: int) -> list[int]:
-    """The layer that each layer reads; `routing` is the section of a configuration."""
+def rate(value: float | dict, step: int, steps: int) -> float:
+    """What a number or a schedule of a configuration is at step `step` (the first is 0) of `steps`."""
+    if not isinstance(value, dict):
+        return value
+    place = step if value.get("unit", "share") == "steps" else step / steps
+    before = [point for point in value["points"] if point[0] <= place]
+    after = [point for point in value["points"] if point[0] > place]
+    if not before or not after:
+        return before[-1][1] if before else after[0][1]
+    (left, start), (right, end) = before[-1], after[0]
+    return start + (end - start) * ((place - left) / (right - left))
+
+
+def donors(routing: dict, layers: int, *, seed: int, step: int, micro_batch: int, steps: int = 1) -> list[int]:
+    """The layer that each layer reads; `routing` is the section of a configuration, `steps` those of its schedules."""
     numbers = _numbers(seed, step, micro_batch)
     coins = [next(numbers) for _ in range(layers)]
     picks = [next(numbers) for _ in range(layers)]
-    policy, prob = routing["policy"], routing.get("cross_layer_prob") or 0.0
+    policy, prob = routing["policy"], rate(routing.get("cross_layer_prob") or 0.0, step, steps)
+    if next(numbers) < rate(routing.get("full_retention_share", 0.0), step, steps):
+        prob = 0.0
     reads: list[int] = []
     for layer in range(layers):
         elsewhere = policy == "cla" or (policy != "none" and coins[layer] < prob)
@@ -112,6 +127,6 @@ def _donor(routing: dict, layer: int, pick: float, reads: list[int]) -> int:
     raise ValueError(f"policy {policy!r} has no draw of the reference's own; write it here, from docs/draws.md")
 
 
-def plan(routing: dict, layers: int, micro_batches: int, *, seed: int, step: int) -> list[list[int]]:
+def plan(routing: dict, layers: int, micro_batches: int, *, seed: int, step: int, steps: int = 1) -> list[list[int]]:
     """The donors of all micro-batches of a step, [Q][L]."""
-    return [donors(routing, layers, seed=seed, step=step, micro_batch=q) for q in range(micro_batches)]
+    return [donors(routing, layers, seed=seed, step=step, micro_batch=q, steps=steps) for q in range(micro_batches)]

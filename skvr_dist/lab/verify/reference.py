@@ -133,16 +133,26 @@ def loss(w: Weights, shape: dict, tokens: Tensor, donors: list[int]) -> Tensor:
     return token_losses(w, shape, tokens, donors).mean()
 
 
-def learning_rate(step: int, *, peak: float, steps: int, warmup_steps: int, floor: float) -> float:
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    steps: int,
+    warmup_steps: int,
+    floor: float,
+    decay: str = "cosine",
+    decay_steps: int | None = None,
+) -> float:
     """Learning rate of optimizer step `step` (the first is 0) of `steps`.
 
-    It rises in equal parts to the peak at the last of `warmup_steps`, then follows a cosine from the peak, at the step
-    after, to `floor` times the peak at the last step.
+    It rises in equal parts to the peak at the last of `warmup_steps`, then follows a cosine (or a line) from the peak,
+    at the step after or at the first of the last `decay_steps`, to `floor` times the peak at the last step.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    first, last = warmup_steps, steps - 1
-    falling = 0.5 + 0.5 * math.cos(math.pi * (step - first) / (last - first)) if last > first else 1.0
+    first, last = warmup_steps if decay_steps is None else steps - decay_steps, steps - 1
+    done = max(step - first, 0) / (last - first) if last > first else 0.0
+    falling = 1 - done if decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
     return peak * (floor + (1 - floor) * falling)
 
 
