@@ -134,9 +134,7 @@ def check_export(
     tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
     differing_texts = () if tokenizer is None else _differing_texts(folder, tokenizer)
     sequences = _drawn_sequences(config) if tokenizer is None else _encoded_samples(config, tokenizer)
-    strategies = {"full": CacheStrategy.full(config.num_hidden_layers), **_shared(config)}
-    if pruned_to is not None:
-        strategies = {f"layers {','.join(map(str, pruned_to.retained))}": pruned_to}
+    strategies = _compared(config, pruned_to)
 
     def as_stored(name: str) -> Tensor:
         ours = weight(name)
@@ -155,10 +153,7 @@ def check_export(
     del exported, loaded
 
     decoder.load_state_dict({name: as_stored(name) for name in names}, assign=True)
-    wanted = [
-        torch.cat([decoder(tokens[None], strategy.kv_source_layers)[0] for tokens in sequences])
-        for strategy in strategies.values()
-    ]
+    wanted = _logits_of_ours(decoder, strategies, sequences)
     differences = [float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)]
     return CheckReport(
         differing_weights=differing_weights,
@@ -170,6 +165,23 @@ def check_export(
         tokenizer_texts=0 if tokenizer_file is None else len(SAMPLE_TEXTS) + 1,
         differing_texts=differing_texts,
     )
+
+
+def _compared(config: ModelConfig, pruned_to: CacheStrategy | None) -> dict[str, CacheStrategy]:
+    """The strategies at which both models are run, by name."""
+    if pruned_to is not None:
+        return {f"layers {','.join(map(str, pruned_to.retained))}": pruned_to}
+    return {"full": CacheStrategy.full(config.num_hidden_layers), **_shared(config)}
+
+
+def _logits_of_ours(
+    decoder: Decoder, strategies: Mapping[str, CacheStrategy], sequences: Sequence[Tensor]
+) -> list[Tensor]:
+    """Logits [positions of all sequences, V] at each strategy."""
+    return [
+        torch.cat([decoder(tokens[None], strategy.kv_source_layers)[0] for tokens in sequences])
+        for strategy in strategies.values()
+    ]
 
 
 def _load(folder: Path, config: ModelConfig, pruned_to: CacheStrategy | None, loading: Mapping[str, Any]) -> Any:

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from skvr_dist.checkpoint.brought import GENERATION_FILE, NOTHING_BROUGHT, Brought
 from skvr_dist.config.families import FAMILIES
@@ -113,24 +114,32 @@ def export_model(
     describe_routing(published_config, training)
     with published(output) as folder:
         write_weights(folder, shapes, weight, dtypes, max_shard_size)
-        add_code(folder, published_config, published_config.architectures[0])
-        write_config(folder, published_config)
-        GenerationConfig(**ids).save_pretrained(folder)
-        if GENERATION_FILE in brought.files:
-            (folder / GENERATION_FILE).write_bytes(brought.files[GENERATION_FILE])
+        _write_configs(folder, published_config, ids, brought)
         if tokenizer_file is not None:
             _write_tokenizer_files(folder, tokenizer_file, tokenizer)
         card = model_card(folder.name, config, parameters, training, tokenizer_file, pruned_to)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        file_bytes = {
-            str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
-        }
         compared = tokenizer_file if tokenizer_file is not None and _is_ours(tokenizer_file) else None
         check = check_export(folder, config, weight, dtypes, compared, pruned_to)
-        report = ExportReport(file_bytes, parameters, main_dtype, check, _left_behind(tokenizer_file))
+        report = ExportReport(_sizes(folder), parameters, main_dtype, check, _left_behind(tokenizer_file))
         if check.failures():
             raise ExportMismatchError(report)
     return report
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file, by its path in the folder."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def _write_configs(folder: Path, published_config: PreTrainedConfig, ids: Mapping[str, Any], brought: Brought) -> None:
+    """config.json with its code; and the settings of generation that the model brought along, or those of its tokens."""
+    add_code(folder, published_config, published_config.architectures[0])
+    write_config(folder, published_config)
+    GenerationConfig(**ids).save_pretrained(folder)
+    if GENERATION_FILE in brought.files:
+        (folder / GENERATION_FILE).write_bytes(brought.files[GENERATION_FILE])
 
 
 def _is_ours(tokenizer_file: Path) -> bool:
