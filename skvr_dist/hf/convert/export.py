@@ -134,7 +134,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _write_configs(folder: Path, published_config: PreTrainedConfig, ids: Mapping[str, Any], brought: Brought) -> None:
-    """config.json with its code; and the settings of generation that the model brought along, or those of its tokens."""
+    """config.json with its code; and the settings of generation that the model brought along, or its tokens' alone."""
     add_code(folder, published_config, published_config.architectures[0])
     write_config(folder, published_config)
     GenerationConfig(**ids).save_pretrained(folder)
