@@ -157,15 +157,17 @@ def prove_folder(folder: str | Path) -> Path:
     return path
 
 
-def require_free(folder: Path) -> None:
-    """Refuse an output folder that exists already and is not empty.
+def prove_free_folder(folder: str | Path) -> Path:
+    """The path of an output folder, as `prove_folder` gives it, if nothing is in its place but an empty folder.
 
     Raises:
-        UserError: something is there, and would be lost or mixed with what is written.
+        UserError: something is there, and would be lost or mixed with what is written; or it could not be made.
     """
-    folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output {folder} exists and is not an empty folder; choose another one, or remove it first")
+    path = local_path(folder)
+    with naming_failure(path):
+        if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"output {path} exists and is not an empty folder; choose another one, or remove it first")
+    return prove_folder(path)
 
 
 @contextmanager
@@ -176,21 +178,39 @@ def published(folder: Path) -> Iterator[Path]:
     that this process gives to files; safetensors, for one, writes them for its user alone.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or the disk is full.
     """
     folder = folder.absolute()
-    with naming_failure(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f"{folder.name}{PARTIAL_SUFFIX}-", dir=folder.parent)
-    with temporary:
-        filled = Path(temporary.name) / folder.name
-        filled.mkdir()
-        yield filled
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    try:
         with naming_failure(folder):
-            for file in filled.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o666 & ~_umask())
-            filled.replace(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.TemporaryDirectory(prefix=f"{folder.name}{PARTIAL_SUFFIX}-", dir=folder.parent)
+        with temporary:
+            filled = Path(temporary.name) / folder.name
+            with naming_failure(folder):
+                filled.mkdir()
+            yield filled
+            with naming_failure(folder):
+                for file in filled.rglob("*"):
+                    if file.is_file():
+                        file.chmod(0o666 & ~_umask())
+                filled.replace(folder)
+    except BaseException as error:
+        for parent in missing:
+            with suppress(OSError):  # not made, or somebody else has put something there
+                parent.rmdir()
+        if isinstance(error, Exception) and (full := _full_disk(error)):
+            raise UserError(f"cannot write {folder}: {full}; make room, or choose another disk") from None
+        raise
+
+
+def _full_disk(error: Exception) -> str | None:
+    """What an error says of a disk that takes no more; libraries in Rust have types of their own for it."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno in codes:
+        return error.strerror
+    return next((reason for code in codes if (reason := os.strerror(code)) in str(error)), None)
 
 
 def _umask() -> int:

@@ -19,7 +19,7 @@ from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
-from skvr_dist.files import published, require_free
+from skvr_dist.files import prove_free_folder, published
 from skvr_dist.hf.convert.brought_files import copy_brought, open_tokenizer
 from skvr_dist.hf.convert.bundle import add_code, describe_routing
 from skvr_dist.hf.convert.card import Training, model_card
@@ -100,7 +100,7 @@ def export_model(
             unexpected or of another shape, or the tokenizer cannot be converted exactly.
         ExportMismatchError: what transformers loads differs from what was trained.
     """
-    require_free(output)
+    output = prove_free_folder(output)
     _check_routing(training.routing, pruned_to)
     tokenizer = None if tokenizer_file is None else _open_tokenizer(tokenizer_file, config, pruned_to is None)
     shapes = _exported_shapes(config, names, pruned_to)

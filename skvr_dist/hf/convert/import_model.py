@@ -29,7 +29,7 @@ from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
 from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
-from skvr_dist.files import published, require_free
+from skvr_dist.files import prove_free_folder, published
 from skvr_dist.hf.convert.check import CheckReport, LoadError, check_export
 from skvr_dist.hf.convert.gguf_file import GGUFFile
 from skvr_dist.hf.convert.model_config import hf_config
@@ -88,7 +88,7 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
             weights, or has others or of another shape.
         ImportMismatchError: our decoder computes other logits than transformers.
     """
-    require_free(output)
+    output = prove_free_folder(output)
     original: _Original
     if source.endswith(".gguf") and not Path(source).is_dir():
         gguf = GGUFFile(Path(source))

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from skvr_dist.errors import UserError
+from skvr_dist.files import PARTIAL_SUFFIX, naming_failure
 from skvr_dist.hf.convert.bundle import CODE_FILES, add_code
 from skvr_dist.hf.convert.check import ATTENTION, DECODED_TOKENS, TOLERANCE
 from skvr_dist.hf.convert.weight_files import weight_files
@@ -66,18 +67,27 @@ def update_code(folder: Path) -> CodeUpdate:
         UserError: the folder is no export of ours that brings code along.
     """
     reference = _code_of(folder)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.absolute().parent) as temporary:
+    beside, prefix = folder.absolute().parent, f"{folder.name}{PARTIAL_SUFFIX}-"
+    with naming_failure(folder):
+        temporary_folder = tempfile.TemporaryDirectory(prefix=prefix, dir=beside)
+    with temporary_folder as temporary:
         new = Path(temporary) / "new"  # transformers keeps code apart by the name of its folder
-        new.mkdir()
-        for file in folder.iterdir():
-            if file.name not in CODE_FILES:
-                (new / file.name).symlink_to(file.absolute())
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        add_code(new, config, reference.partition(".")[2])
-        report = _compare(folder, new, reference)
+        with naming_failure(folder):
+            new.mkdir()
+            for file in folder.iterdir():
+                if file.name not in CODE_FILES:
+                    (new / file.name).symlink_to(file.absolute())
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+            add_code(new, config, reference.partition(".")[2])
+            report = _compare(folder, new, reference)
+        except (OSError, KeyError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder} cannot be loaded ({reason}); export the checkpoint again") from None
         if not report.failures():
-            for name in CODE_FILES:
-                (new / name).replace(folder / name)
+            with naming_failure(folder):
+                for name in CODE_FILES:
+                    (new / name).replace(folder / name)
     return report
 
 
@@ -85,11 +95,11 @@ def _code_of(folder: Path) -> str:
     """The class that the export's code loads as, such as modeling_skvr.Qwen3ForCausalLM."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        reference = str((stored.get("auto_map") or {}).get("AutoModelForCausalLM") or "")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{folder} is not an export: its config.json cannot be read ({error}); name an export"
         ) from None
-    reference = stored.get("auto_map", {}).get("AutoModelForCausalLM", "")
     if not reference.startswith("modeling_skvr."):
         raise UserError(
             f"{folder}/config.json refers to {reference or 'no code'}, not to modeling_skvr; name an export that "
