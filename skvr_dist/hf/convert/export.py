@@ -143,7 +143,10 @@ def _left_behind(tokenizer_file: Path | None) -> str | None:
         return None
     if not isinstance(load_tokenizer(tokenizer_file), HuggingFaceTokenizer):
         return None
-    return "the data kept its end (eos) and padding tokens, but no chat template; --tokenizer FOLDER takes all along"
+    return (
+        "the data kept its end (eos) and padding tokens, but no chat template, and names of special tokens are plain "
+        "text; --tokenizer FOLDER takes all along"
+    )
 
 
 def _open_tokenizer(file: Path, config: ModelConfig, whole: bool) -> PreTrainedTokenizerBase:
