@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -76,9 +77,7 @@ def export_model(
     pruned_to: CacheStrategy | None = None,
     brought: Brought = NOTHING_BROUGHT,
 ) -> ExportReport:
-    """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
-
-    It is written and checked in a temporary folder beside `output`, and renamed at the end.
+    """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, if it checks out.
 
     Args:
         config: of the decoder that was trained.
@@ -92,8 +91,7 @@ def export_model(
         max_shard_size: of a weight file, such as "5GB".
         pruned_to: leave out what this strategy does not use. Such a checkpoint needs the code that is written with
             it, and serves that strategy and those that retain fewer of its layers.
-        brought: what the model brought along; the special tokens of its config.json come before the tokenizer's, and
-            its settings of generation are kept.
+        brought: what the model brought along; its special tokens come before the tokenizer's.
 
     Raises:
         UserError: `output` holds something, the training never ran at full retention, weights are missing,
@@ -114,22 +112,32 @@ def export_model(
         write_weights(folder, shapes, weight, dtypes, max_shard_size)
         add_code(folder, published_config, published_config.architectures[0])
         write_config(folder, published_config)
-        GenerationConfig(**ids).save_pretrained(folder)
-        if GENERATION_FILE in brought.files:
-            (folder / GENERATION_FILE).write_bytes(brought.files[GENERATION_FILE])
+        _write_generation(folder, ids, brought)
         if tokenizer_file is not None:
             _write_tokenizer_files(folder, tokenizer_file, tokenizer)
         card = model_card(folder.name, config, parameters, training, tokenizer_file, pruned_to)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        file_bytes = {
-            str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
-        }
+        file_bytes = _file_bytes(folder)
         compared = tokenizer_file if tokenizer_file is not None and _is_ours(tokenizer_file) else None
         check = check_export(folder, config, weight, dtypes, compared, pruned_to)
         report = ExportReport(file_bytes, parameters, main_dtype, check, _left_behind(tokenizer_file))
         if check.failures():
             raise ExportMismatchError(report)
     return report
+
+
+def _file_bytes(folder: Path) -> dict[str, int]:
+    """Sizes of all files in a folder, by their names relative to it."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def _write_generation(folder: Path, ids: Mapping[str, Any], brought: Brought) -> None:
+    """Write the settings of generation that the model brought along, or else those that follow from its tokens."""
+    if GENERATION_FILE in brought.files:
+        (folder / GENERATION_FILE).write_bytes(brought.files[GENERATION_FILE])
+    else:
+        GenerationConfig(**ids).save_pretrained(folder)
 
 
 def _is_ours(tokenizer_file: Path) -> bool:
