@@ -199,18 +199,25 @@ def published(folder: Path) -> Iterator[Path]:
         UserError: it cannot be written, at the beginning or after the disk has filled up.
     """
     folder = Path(os.path.realpath(local_path(folder)))
-    with naming_failure(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f"{folder.name[:64]}{PARTIAL_SUFFIX}-", dir=folder.parent)
-    with temporary, naming_full_disk(folder):
-        filled = Path(temporary.name) / folder.name
-        filled.mkdir()
-        yield filled
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    try:
         with naming_failure(folder):
-            for file in filled.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o666 & ~_umask())
-            filled.replace(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.TemporaryDirectory(prefix=f"{folder.name[:64]}{PARTIAL_SUFFIX}-", dir=folder.parent)
+        with temporary, naming_full_disk(folder):
+            filled = Path(temporary.name) / folder.name
+            filled.mkdir()
+            yield filled
+            with naming_failure(folder):
+                for file in filled.rglob("*"):
+                    if file.is_file():
+                        file.chmod(0o666 & ~_umask())
+                filled.replace(folder)
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # not made, or somebody else has put something there
+                parent.rmdir()
+        raise
 
 
 @contextmanager
@@ -220,13 +227,13 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if reason := full_disk(error):
-            raise UserError(f"cannot write {path}: {reason}") from None
+            raise UserError(f"cannot write {path}: {reason}; make room, or choose another disk") from None
         raise
 
 
 def full_disk(error: BaseException) -> str | None:
-    """What the system says of a disk that is full, if that is what an error is about; packages hide it in text."""
-    for number in (errno.ENOSPC, errno.EDQUOT):
+    """What the system says of a disk that takes no more, if an error is about that; packages hide it in text."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         if getattr(error, "errno", None) == number or os.strerror(number).lower() in str(error).lower():
             return os.strerror(number)
     return None

@@ -168,6 +168,25 @@ def test_the_padding_token_of_a_data_set(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "other").save(earlier)
 
 
+def test_special_tokens_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """As tokenizers have them that were saved by older releases of transformers."""
+    save_tokenizer(tmp_path)
+    wanted = load_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    moved = {name: settings.pop(name) for name in ("eos_token", "pad_token")}
+    settings.pop("added_tokens_decoder", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(moved))
+    assert load_tokenizer(tmp_path).model == wanted.model
+
+
+def test_an_export_says_what_the_data_did_not_keep(imported: Checkpoint, source: Path, tmp_path: Path) -> None:
+    trained = train(imported, Brought(), {"tokenizer.model": load_tokenizer(source).model}, tmp_path / "run")
+    report = export(trained, tmp_path / "export")
+    assert report.left_behind is not None and "no chat template, and names of special tokens" in report.left_behind
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").pad_token == "<pad>"
+
+
 def cut(name: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:50])
 

@@ -210,6 +210,12 @@ def test_what_is_broken_is_named(base: str, edit: Edit, shown: str, sources: Pat
     assert not list(tmp_path.glob("ours*"))
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".gguf", "a\0b", "~/nothing-here", ""], ids=range(5))
+def test_what_is_no_source(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is neither a folder here nor a repository|is not a whole GGUF file"):
+        import_model(name, tmp_path / "ours")
+
+
 def test_a_file_is_no_folder(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.safetensors is a file, but no GGUF file; give the folder it is in"):
         import_model(str(sources / "single" / SINGLE), tmp_path / "ours")

@@ -60,6 +60,7 @@ def test_what_is_no_list_of_layers_is_refused(sources: Any, saved: Path) -> None
     [
         ({"kv_training": "uniform", "kv_profile": "half"}, r"^kv_training 'uniform' must say how routing was trained"),
         ({"kv_pruned_to": "abc"}, r"^kv_pruned_to 'abc' must be a list of layer numbers; export the checkpoint again"),
+        ({"kv_profiles": {"half": "every:0"}}, r"^kv_profiles: half cannot be: .* needs a group of at least 1 layer"),
         ({"kv_profiles": ["half"], "kv_profile": "half"}, r"^kv_profiles \['half'\] must name strategies"),
     ],
     ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",

@@ -103,7 +103,7 @@ def _read_json(file: Path) -> Any:
 
 
 def read_hf_files(path: Path) -> bytes:
-    """A tokenizer.json (or its folder) and the tokenizer_config.json beside it, as one file.
+    """A tokenizer.json (or its folder) and the settings beside it, tokenizer_config.json above all, as one file.
 
     Raises:
         OSError: one of them cannot be read.
@@ -113,14 +113,16 @@ def read_hf_files(path: Path) -> bytes:
     folder = file.parent
     try:
         tokenizer, config = (_read_json(each) for each in (file, folder / "tokenizer_config.json"))
-        eos = _name_of(config.get("eos_token"))
+        older = folder / "special_tokens_map.json"  # which transformers reads where the tokens are not described
+        if "added_tokens_decoder" not in config and older.exists():
+            config = {**_read_json(older), **config}
+        eos, pad = (_name_of(config.get(name)) for name in ("eos_token", "pad_token"))
     except UserError:
         raise
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{path} is not a Hugging Face tokenizer: it or its configuration is no JSON object") from None
     if eos is None:
         raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; a document must end with one")
-    pad = _name_of(config.get("pad_token"))
     padding = {} if pad is None else {"pad_token": pad}
     return _dump({"eos_token": eos, "tokenizer": tokenizer, **padding})
 

@@ -118,8 +118,7 @@ def check_export(
 ) -> CheckReport:
     """Load a folder of Hugging Face and compare it, in float32 on the CPU, with our decoder.
 
-    Both sides hold the weights as stored, so rounding them to `dtypes` is no difference. One of the two models is
-    in memory at a time, in float32.
+    Both sides hold the weights as stored, so rounding them to `dtypes` is no difference. One of both is in memory.
 
     Args:
         weight: ours, by canonical name.
@@ -134,7 +133,7 @@ def check_export(
     tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
     differing_texts = () if tokenizer is None else _differing_texts(folder, tokenizer)
     sequences = _drawn_sequences(config) if tokenizer is None else _encoded_samples(config, tokenizer)
-    strategies = _compared(config, pruned_to)
+    strategies = _strategies(config, pruned_to)
 
     def as_stored(name: str) -> Tensor:
         ours = weight(name)
@@ -165,13 +164,6 @@ def check_export(
         tokenizer_texts=0 if tokenizer_file is None else len(SAMPLE_TEXTS) + 1,
         differing_texts=differing_texts,
     )
-
-
-def _compared(config: ModelConfig, pruned_to: CacheStrategy | None) -> dict[str, CacheStrategy]:
-    """The strategies at which both models are run, by name."""
-    if pruned_to is not None:
-        return {f"layers {','.join(map(str, pruned_to.retained))}": pruned_to}
-    return {"full": CacheStrategy.full(config.num_hidden_layers), **_shared(config)}
 
 
 def _logits_of_ours(
@@ -219,10 +211,13 @@ def _decoding_errors(exported: Any, strategies: Mapping[str, CacheStrategy], seq
     return errors
 
 
-def _shared(config: ModelConfig) -> dict[str, CacheStrategy]:
-    """Two strategies at which layers share caches: one retains layers over all depths, one the first layers."""
+def _strategies(config: ModelConfig, pruned_to: CacheStrategy | None) -> dict[str, CacheStrategy]:
+    """Full retention and two strategies at which layers share caches, one of layers over all depths, one of the first;
+    of a pruned checkpoint the one that it serves."""
+    if pruned_to is not None:
+        return {f"layers {','.join(map(str, pruned_to.retained))}": pruned_to}
     layers = config.num_hidden_layers
-    return {spec: CacheStrategy.parse(spec, layers) for spec in ("every:2", f"prefix:{(layers + 1) // 2}")}
+    return CacheStrategy.parse_all(("full", "every:2", f"prefix:{(layers + 1) // 2}"), layers)
 
 
 def _meta_decoder(config: ModelConfig) -> Decoder:

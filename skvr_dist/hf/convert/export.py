@@ -78,9 +78,7 @@ def export_model(
     pruned_to: CacheStrategy | None = None,
     brought: Brought = NOTHING_BROUGHT,
 ) -> ExportReport:
-    """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
-
-    It is written and checked in a temporary folder beside `output`, and renamed at the end.
+    """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, if it checks out.
 
     Args:
         config: of the decoder that was trained.
@@ -94,8 +92,7 @@ def export_model(
         max_shard_size: of a weight file, such as "5GB".
         pruned_to: leave out what this strategy does not use. Such a checkpoint needs the code that is written with
             it, and serves that strategy and those that retain fewer of its layers.
-        brought: what the model brought along; the special tokens of its config.json come before the tokenizer's, and
-            its settings of generation are kept.
+        brought: what the model brought along; its special tokens come before the tokenizer's.
 
     Raises:
         UserError: `output` holds something or cannot be written, the training never ran at full retention, weights are
@@ -137,9 +134,10 @@ def _write_configs(folder: Path, published_config: PreTrainedConfig, ids: Mappin
     """config.json with its code; and the settings of generation that the model brought along, or its tokens' alone."""
     add_code(folder, published_config, published_config.architectures[0])
     write_config(folder, published_config)
-    GenerationConfig(**ids).save_pretrained(folder)
     if GENERATION_FILE in brought.files:
         (folder / GENERATION_FILE).write_bytes(brought.files[GENERATION_FILE])
+    else:
+        GenerationConfig(**ids).save_pretrained(folder)
 
 
 def _is_ours(tokenizer_file: Path) -> bool:
@@ -153,7 +151,10 @@ def _left_behind(tokenizer_file: Path | None) -> str | None:
         return None
     if not isinstance(load_tokenizer(tokenizer_file), HuggingFaceTokenizer):
         return None
-    return "the data kept its end (eos) and padding tokens, but no chat template; --tokenizer FOLDER takes all along"
+    return (
+        "the data kept its end (eos) and padding tokens, but no chat template, and names of special tokens are plain "
+        "text; --tokenizer FOLDER takes all along"
+    )
 
 
 def _open_tokenizer(file: Path, config: ModelConfig, whole: bool) -> PreTrainedTokenizerBase:

@@ -29,7 +29,7 @@ from skvr_dist.checkpoint.pieces import WEIGHTS, LazyPiece, Pieces
 from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
-from skvr_dist.files import local_path, prove_new_folder, published
+from skvr_dist.files import prove_new_folder, published
 from skvr_dist.hf.convert.check import CheckReport, LoadError, check_export
 from skvr_dist.hf.convert.gguf_file import GGUFFile
 from skvr_dist.hf.convert.model_config import hf_config
@@ -90,8 +90,9 @@ def import_model(source: str, output: Path, *, check: bool = True) -> ImportRepo
     """
     output = prove_new_folder(output)
     original: _Original
-    if source.endswith(".gguf") and not local_path(source).is_dir():
-        gguf = GGUFFile(local_path(source))
+    here = _path_here(source)
+    if source.endswith(".gguf") and (here is None or not here.is_dir()):
+        gguf = GGUFFile(here or Path(source))
         original, config, dequantized_from = gguf, gguf.config, gguf.quantization
         folder, way_out = gguf.file.parent, f"download {source} again or give another file"
         loading = {"gguf_file": gguf.file.name, "config": hf_config(config, torch.float32, {})}
@@ -161,15 +162,25 @@ class _Original(Protocol):
         """Write the files of its tokenizer; returns where they came from, in words."""
 
 
+def _path_here(source: str) -> Path | None:
+    """The path of a file or folder of this machine; None for what is none, such as a name that is too long for one."""
+    try:
+        path = Path(source).expanduser()
+        return path if source and path.exists() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
 def _local_folder(source: str) -> Path:
     """The folder of a source; a repository of the Hub is downloaded.
 
     Raises:
         UserError: it is neither.
     """
-    if (folder := local_path(source)).is_dir():
-        return folder
-    if folder.exists():
+    here = _path_here(source)
+    if here is not None and here.is_dir():
+        return here
+    if here is not None:
         raise UserError(f"{source} is a file, but no GGUF file; give the folder it is in")
     wanted = ["*.safetensors", "*.json", f"{TEMPLATES_FOLDER}/*", *TOKENIZER_FILES]
     try:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from skvr_dist.errors import UserError
-from skvr_dist.files import PARTIAL_SUFFIX, naming_failure, naming_full_disk, prove_folder
+from skvr_dist.files import PARTIAL_SUFFIX, full_disk, naming_failure, naming_full_disk, prove_folder
 from skvr_dist.hf.convert.bundle import CODE_FILES, add_code
 from skvr_dist.hf.convert.check import ATTENTION, DECODED_TOKENS, TOLERANCE
 from skvr_dist.hf.convert.weight_files import weight_files
@@ -77,9 +77,15 @@ def update_code(folder: Path) -> CodeUpdate:
         for file in folder.iterdir():
             if file.name not in CODE_FILES:
                 (new / file.name).symlink_to(file.absolute())
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        add_code(new, config, reference.partition(".")[2])
-        report = _compare(folder, new, reference)
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+            add_code(new, config, reference.partition(".")[2])
+            report = _compare(folder, new, reference)
+        except (OSError, KeyError, SafetensorError) as error:
+            if full_disk(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder} cannot be loaded ({reason}); export the checkpoint again") from None
         if not report.failures():
             with naming_failure(folder):
                 for name in CODE_FILES:
@@ -91,11 +97,11 @@ def _code_of(folder: Path) -> str:
     """The class that the export's code loads as, such as modeling_skvr.Qwen3ForCausalLM."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        reference = str((stored.get("auto_map") or {}).get("AutoModelForCausalLM") or "")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{folder} is not an export: its config.json cannot be read ({error}); name an export"
         ) from None
-    reference = stored.get("auto_map", {}).get("AutoModelForCausalLM", "")
     if not reference.startswith("modeling_skvr."):
         raise UserError(
             f"{folder}/config.json refers to {reference or 'no code'}, not to modeling_skvr; name an export that "

@@ -31,11 +31,12 @@ def weight_files(folder: Path, named: str | None = None) -> list[Path]:
         UserError: there are none, or the index is damaged or names none.
     """
     first = named or SINGLE_FILE
-    index = folder / (first if first.endswith(".index.json") else INDEX_FILE)
-    if first != index.name and (folder / first).is_file():
+    if first.endswith(".index.json"):
+        return [folder / name for name in names_in_index(folder / first)]
+    if named or (folder / first).is_file():
         return [folder / first]
-    if index.is_file():
-        return [folder / name for name in names_in_index(index)]
+    if (folder / INDEX_FILE).is_file():
+        return [folder / name for name in names_in_index(folder / INDEX_FILE)]
     if os.path.lexists(folder / first):  # a dangling link, a pipe: `names_in_file` says so
         return [folder / first]
     others = sorted(file.name for pattern in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern))

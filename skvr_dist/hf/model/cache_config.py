@@ -32,14 +32,16 @@ def sources_of(
     """The layer that each layer reads; arguments override the configuration.
 
     Raises:
-        UserError: an unknown profile, a strategy that is impossible for this many layers, or one that was pruned.
+        UserError: an unknown profile, a strategy that is impossible for this many layers, or one that was pruned; or a
+            profile of the configuration is impossible, whether it is asked for or not.
     """
+    profiles = _profiles(config)
     if kv_profile is None and kv_source_layers is None:
         kv_profile = getattr(config, "kv_profile", None)
         kv_source_layers = getattr(config, "kv_source_layers", None)
     layers = config.num_hidden_layers
     if kv_profile is not None:
-        sources = CacheStrategy.parse(str(kv_profile), layers, _profiles(config)).kv_source_layers
+        sources = CacheStrategy.parse(str(kv_profile), layers, profiles).kv_source_layers
     else:
         sources = tuple(range(layers)) if kv_source_layers is None else _checked(kv_source_layers, layers)
     _require_stored(config, sources)
