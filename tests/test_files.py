@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from skvr_dist.errors import UserError
 from skvr_dist.files import (
+    append_line,
     as_json,
     local_path,
     prove_folder,
@@ -119,7 +120,12 @@ def test_the_home_folder_is_meant_or_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local_path("~/data") == tmp_path / "data"
     assert local_path("data/a:b") == Path("data/a:b")
-    for text, message in (("~nobody-here/x", "no user of this machine"), ("", "'' is no path"), ("a\0b", "is no path")):
+    for text, message in (
+        ("~nobody-here/x", "no user of this machine"),
+        ("", "'' is no path"),
+        ("a\0b", "is no path"),
+        ("\ud800", "is no path"),
+    ):
         with pytest.raises(UserError, match=message):
             local_path(text)
 
@@ -153,3 +159,37 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_json_is_what_every_reader_takes() -> None:
     record = {"norm": float("nan"), "loss": [float("inf"), 1.5], "step": 3}
     assert as_json(record) == '{"norm": null, "loss": [null, 1.5], "step": 3}'
+
+
+def test_a_line_is_added_whole_or_the_full_disk_is_named(tmp_path: Path) -> None:
+    append_line(tmp_path / "log.jsonl", "one")
+    append_line(tmp_path / "log.jsonl", "zwölf")
+    assert (tmp_path / "log.jsonl").read_text() == "one\nzwölf\n"
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
+        append_line(Path("/dev/full"), "one")
+
+
+def test_a_folder_that_can_be_made_is_proven_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    before = everything(tmp_path)
+    assert prove_new_folder(tmp_path / "a/b") == tmp_path / "a/b"
+    assert prove_new_folder(tmp_path / "link") == tmp_path / "empty"  # what a link leads to can be replaced
+    for name, message in (("file", "exists and is not an empty folder"), ("x" * 300, "File name too long")):
+        with pytest.raises(UserError, match=message):
+            prove_new_folder(tmp_path / name)
+    with pytest.raises(UserError, match="is not a folder"):
+        prove_new_folder(tmp_path / "file/below")
+    with pytest.raises(UserError, match="is a URL"):
+        prove_new_folder("s3://bucket/x")
+    assert everything(tmp_path) == before
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing_and_is_named(tmp_path: Path) -> None:
+    """Packages hide the cause in a text of their own."""
+    message = r"cannot write .*/out: No space left on device"
+    with pytest.raises(UserError, match=message), published(tmp_path / "out") as folder:
+        (folder / "part").touch()
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert everything(tmp_path) == []

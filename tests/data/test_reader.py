@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -278,6 +279,20 @@ def test_a_mixture_reads_every_source_as_if_alone(dataset: Dataset, other: Datas
     }
     for first in range(0, 80, 4):  # batches are mixed too
         assert [mixed.source_of(first + row) for row in range(4)].count("source-0") == 1
+
+
+@pytest.mark.parametrize("content", [b"null", b"", b"[" * 100_000, b"\xff\xfe", b'{"format_version": 2}', None])
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    """None of these keeps a command waiting either."""
+    write_dataset(tmp_path / "data", [[[7, 8, 9]]])
+    manifest = tmp_path / "data/manifest.json"
+    manifest.unlink()
+    if content is None:
+        os.mkfifo(manifest)
+    else:
+        manifest.write_bytes(content)
+    with pytest.raises(UserError, match=r"data/manifest.json"):
+        Dataset.open(tmp_path / "data")
 
 
 def test_sources_that_do_not_fit_are_refused(dataset: Dataset, tmp_path: Path) -> None:
