@@ -281,7 +281,9 @@ def test_a_mixture_reads_every_source_as_if_alone(dataset: Dataset, other: Datas
         assert [mixed.source_of(first + row) for row in range(4)].count("source-0") == 1
 
 
-@pytest.mark.parametrize("content", [b"null", b"", b"[" * 100_000, b"\xff\xfe", b'{"format_version": 2}', None])
+@pytest.mark.parametrize(
+    "content", [b"null", b"", b"[" * 100_000, b"\xff\xfe", b'{"format_version": 2}', None], ids=range(6)
+)
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes | None) -> None:
     """None of these keeps a command waiting either."""
     write_dataset(tmp_path / "data", [[[7, 8, 9]]])
