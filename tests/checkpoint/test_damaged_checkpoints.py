@@ -207,7 +207,7 @@ def refused_by_ranks(case: Case, run: str) -> list[tuple[tuple[str, ...], list[s
 
 
 @pytest.mark.parametrize(
-    "content", ["null", "[]", '{"format": "x"}', '{"format": 2, "a": 1}', "[" * 100_000, "{: ]", "\0"]
+    "content", ["null", "[]", '{"format": "x"}', '{"format": 2, "a": 1}', "[" * 100_000, "{: ]", "\0"], ids=range(7)
 )
 @pytest.mark.parametrize("name", ["checkpoint.json", "config.yaml", INDEX_FILE, "manifest.json"])
 def test_content_that_somebody_wrote_by_hand_is_refused(trained: Path, tmp_path: Path, name: str, content: str) -> None:
