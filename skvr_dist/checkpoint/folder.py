@@ -118,7 +118,8 @@ def set_aside(checkpoint: Path) -> Path:
 
 def candidates(checkpoints: Path) -> list[Path]:
     """The finished checkpoints of a run, the newest first."""
-    return sorted((path for path in checkpoints.glob("step-????????") if path.is_dir()), reverse=True)
+    pattern = "step-" + "[0-9]" * 8
+    return sorted((path for path in checkpoints.glob(pattern) if path.is_dir()), reverse=True)
 
 
 def forget_old(checkpoints: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
