@@ -45,7 +45,7 @@ def local_path(text: str | Path) -> Path:
         UserError: it is empty or a URL, or there is no such user.
     """
     name = str(text)
-    if not name or "\0" in name:
+    if not name or "\0" in name or any("\ud800" <= letter <= "\udc7f" for letter in name):
         raise UserError(f"{name!r} is no path; give the name of a file or a folder")
     if _URL.match(name):
         raise UserError(f"{name} is a URL, but only paths of this machine are read and written here; mount or copy it")
@@ -55,15 +55,18 @@ def local_path(text: str | Path) -> Path:
         raise UserError(f"{name} begins with the name of no user of this machine; write the path out") from None
 
 
-def require_file(path: Path) -> os.stat_result:
+def require_file(path: Path, *, or_pipe: bool = False) -> os.stat_result:
     """Status of a file that is to be read, possibly several times (`os.stat`).
+
+    Args:
+        or_pipe: it is read once, so that a pipe will do.
 
     Raises:
         OSError: it cannot be reached.
         UserError: it is no regular file: to read a pipe or a device might never end.
     """
     facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode):
+    if not (stat.S_ISREG(facts.st_mode) or (or_pipe and stat.S_ISFIFO(facts.st_mode))):
         kind = _KINDS.get(stat.S_IFMT(facts.st_mode), "no regular file")
         raise UserError(f"cannot read {path}: it is {kind}, not a regular file; copy it to one or leave it out")
     return facts

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from skvr_dist.errors import UserError
 from skvr_dist.files import (
+    append_line,
     as_json,
     local_path,
     prove_folder,
@@ -120,7 +121,12 @@ def test_the_home_folder_is_meant_or_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local_path("~/data") == tmp_path / "data"
     assert local_path("data/a:b") == Path("data/a:b")
-    for text, message in (("~nobody-here/x", "no user of this machine"), ("", "'' is no path"), ("a\0b", "is no path")):
+    for text, message in (
+        ("~nobody-here/x", "no user of this machine"),
+        ("", "'' is no path"),
+        ("a\0b", "is no path"),
+        ("\ud800", "is no path"),
+    ):
         with pytest.raises(UserError, match=message):
             local_path(text)
 
@@ -160,7 +166,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     """Libraries in Rust say it in errors of their own."""
     for error in (
         OSError(errno.ENOSPC, "No space left on device", "file"),
-        RuntimeError("No space left on device (28)"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ):
         with (
             pytest.raises(UserError, match=r"cannot write .*/above/out: No space left on device; make room, or choose"),
@@ -171,13 +177,26 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
-def test_where_no_folder_can_be_made(tmp_path: Path) -> None:
+def test_a_line_is_added_whole_or_the_full_disk_is_named(tmp_path: Path) -> None:
+    append_line(tmp_path / "log.jsonl", "one")
+    append_line(tmp_path / "log.jsonl", "zwölf")
+    assert (tmp_path / "log.jsonl").read_text() == "one\nzwölf\n"
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
+        append_line(Path("/dev/full"), "one")
+
+
+def test_a_folder_that_can_be_made_is_proven_without_a_trace(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for name, shown in {
-        "file/out": "file is not a folder",
-        "x" * 300: "File name too long",
-        "s3://bucket/out": "is a URL",
-    }.items():
-        with pytest.raises(UserError, match=shown):
-            prove_new_folder(tmp_path / name if "://" not in name else name)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["file"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    before = everything(tmp_path)
+    assert prove_new_folder(tmp_path / "a/b") == tmp_path / "a/b"
+    assert prove_new_folder(tmp_path / "link") == tmp_path / "empty"  # what a link leads to can be replaced
+    for name, message in (("file", "exists and is not an empty folder"), ("x" * 300, "File name too long")):
+        with pytest.raises(UserError, match=message):
+            prove_new_folder(tmp_path / name)
+    with pytest.raises(UserError, match="is not a folder"):
+        prove_new_folder(tmp_path / "file/below")
+    with pytest.raises(UserError, match="is a URL"):
+        prove_new_folder("s3://bucket/x")
+    assert everything(tmp_path) == before

@@ -48,6 +48,8 @@ TENSORS_SUFFIX = ".distcp"
 ASIDE_FOLDER = "set-aside"
 """Folder among a run's checkpoints for those of a branch that the run has left."""
 MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
+# What files raise that are not what they were: a ValidationError and a JSONDecodeError are ValueErrors.
+_WRONG_CONTENT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def step_folder(step: int) -> str:
@@ -127,7 +129,8 @@ def set_aside(checkpoint: Path) -> Path:
 
 def candidates(checkpoints: Path) -> list[Path]:
     """The finished checkpoints of a run, the newest first."""
-    return sorted((path for path in checkpoints.glob("step-????????") if path.is_dir()), reverse=True)
+    pattern = "step-" + "[0-9]" * 8
+    return sorted((path for path in checkpoints.glob(pattern) if path.is_dir()), reverse=True)
 
 
 def forget_old(checkpoints: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
@@ -153,12 +156,18 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         ) from None
     if hashlib.sha256(manifest).hexdigest().encode() != digest:
         raise UserError(f"checkpoint {folder} is damaged: {DIGEST_FILE} does not fit {MANIFEST_FILE}; use another")
-    files: dict[str, dict[str, Any]] = json.loads(manifest)["files"]
-    for name, facts in files.items():
+    try:
+        files: dict[str, dict[str, Any]] = json.loads(manifest)["files"]
+        sizes = {name: int(facts["bytes"]) for name, facts in files.items()}
+    except _WRONG_CONTENT as error:
+        raise UserError(
+            f"checkpoint {folder} is damaged: {MANIFEST_FILE} holds no files ({error}); use another"
+        ) from None
+    for name, size in sizes.items():
         file = folder / name
         found = f"has {file.stat().st_size} bytes" if file.exists() else "is missing"
-        if found != f"has {facts['bytes']} bytes":
-            raise UserError(f"checkpoint {folder} is damaged: {name} {found}, not {facts['bytes']} bytes; use another")
+        if found != f"has {size} bytes":
+            raise UserError(f"checkpoint {folder} is damaged: {name} {found}, not {size} bytes; use another")
     return files
 
 
@@ -189,7 +198,7 @@ class Checkpoint:
             content = {name: self.small_file(name) for name in self.files if not name.endswith(TENSORS_SUFFIX)}
             config_text = content[CONFIG_FILE].decode()
             facts = json.loads(content[FACTS_FILE])
-            if (written := facts["format"]) != FORMAT:
+            if (written := int(facts["format"])) != FORMAT:
                 age, way_out = ("newer", "update skvr_dist") if written > FORMAT else ("older", "use its own release")
                 raise UserError(
                     f"checkpoint {folder} has format {written}, {age} than this release's {FORMAT}; {way_out}"
@@ -202,7 +211,7 @@ class Checkpoint:
             raise
         except OSError as error:
             raise UserError(self._unreadable(error)) from None
-        except (ValueError, KeyError, yaml.YAMLError, ValidationError) as error:
+        except (*_WRONG_CONTENT, yaml.YAMLError) as error:
             reason = in_words(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
             raise UserError(f"checkpoint {folder} is damaged ({reason}); use another") from None
         if verify:

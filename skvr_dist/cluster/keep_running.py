@@ -40,12 +40,14 @@ class KeptRun:
         restarts: how often to start again without a new checkpoint between.
 
     Raises:
-        UserError: the command cannot be started.
+        UserError: the command cannot be started, or the run's folder is none.
     """
 
     def __init__(self, command: Sequence[str], output_dir: Path, restarts: int) -> None:
         self._command = list(command)
         self._run = RunFolder(output_dir)
+        if self._run.path.exists() and not self._run.path.is_dir():
+            raise UserError(f"{self._run.path} is not a folder; give the run's train.output_dir as --output-dir")
         self._restarts = restarts
         self._mark = uuid.uuid4().hex
         self._stopping: str | None = None
@@ -117,7 +119,11 @@ class KeptRun:
             raise UserError(
                 f"the command ended well, but {config} is not there; give its train.output_dir as --output-dir"
             )
-        steps = yaml.safe_load(config.read_text(encoding="utf-8"))["train"]["steps"]
+        try:
+            steps = int(yaml.safe_load(config.read_bytes())["train"]["steps"])
+        except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{config} names no train.steps ({reason}); remove it, the run writes it anew") from None
         latest = self._latest()
         return latest is not None and latest.name == step_folder(steps)
 

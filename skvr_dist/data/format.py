@@ -167,7 +167,7 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
     """
     try:
         version = json.loads(data)["format_version"]
-    except (ValueError, KeyError, TypeError):  # not UTF-8, not JSON, no such key, no keys at all
+    except (ValueError, KeyError, TypeError, RecursionError):  # not UTF-8, not JSON, no such key, no keys, a knot
         raise UserError(f"{place} is not the manifest of a data set; {RESTORE}") from None
     if version != FORMAT_VERSION:
         raise UserError(

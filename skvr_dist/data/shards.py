@@ -34,7 +34,7 @@ from skvr_dist.data.format import (
 from skvr_dist.data.tokenizers.base import Tokenizer, mean_the_same
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
-from skvr_dist.files import local_path, sha256_of
+from skvr_dist.files import local_path, require_file, sha256_of
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -231,8 +231,9 @@ def _join(location: str, file: str) -> str:
 
 
 def _read(place: str) -> bytes:
-    """The whole file there; raises OSError."""
+    """The whole file there; raises OSError, or `UserError` for what is no file."""
     if not _is_remote(place):
+        require_file(Path(place))
         return Path(place).read_bytes()
     with gopen(place) as stream:
         data = stream.read()

@@ -87,6 +87,25 @@ def _ending(mesh: Mesh, operation: str, reason: str, signs: dict[int, _Sign]) ->
 
 
 @contextlib.contextmanager
+def naming_the_meeting(rank: int) -> Iterator[None]:
+    """Turn the failure of a collective into a sentence while there is no mesh to name the missing ranks by.
+
+    Raises:
+        RunInterrupted: another rank has gone, or is stuck.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_a_collective(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise RunInterrupted(
+            f"rank {rank} could not connect to the others, of which one has ended or is stuck ({reason}); start the "
+            f"run again"
+        ) from error
+
+
+@contextlib.contextmanager
 def ending_together(mesh: Mesh) -> Iterator[None]:
     """End all ranks when this one meets something of its own within, and let them say what it was.
 

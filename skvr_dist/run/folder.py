@@ -65,10 +65,12 @@ class RunFolder:
             UserError: the file is damaged.
         """
         try:
-            noted: dict[str, Any] = json.loads(self._notes.read_text(encoding="utf-8"))
+            noted = json.loads(self._notes.read_bytes())
+            if not isinstance(noted, dict):
+                raise ValueError("it holds no facts")
         except OSError:
             return {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self._notes} is damaged ({error}); remove it") from None
         return noted
 
@@ -95,6 +97,17 @@ class RunFolder:
         return str(known)
 
     def metric_records(self) -> list[dict[str, float]]:
-        """The records of metrics.jsonl, but for one that is being written; empty if there are none."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """The records of metrics.jsonl; without lines that are none, such as one that a full disk or a crash cut short.
+
+        Empty if the file is not there.
+        """
+        lines = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
+        return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: bytes) -> dict[str, float] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -177,14 +177,14 @@ class RunLock:
 def _parsed(content: bytes) -> dict[str, Any]:
     """The record; nothing while it is being written."""
     try:
-        parsed: dict[str, Any] = json.loads(content)
+        parsed = json.loads(content)
     except ValueError:
         return {}
-    return parsed
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def _numbers(folder: Path) -> list[int]:
-    return [int(file.stem) for file in folder.glob("*.json")]
+    return [int(file.stem) for file in folder.glob("*.json") if file.stem.isdecimal()]
 
 
 def _newest(folder: Path) -> int:

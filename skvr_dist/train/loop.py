@@ -25,7 +25,7 @@ from skvr_dist.files import write_whole
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.optimizers import state_to_save
 from skvr_dist.parallel.engine.process_group import start_process_group
-from skvr_dist.parallel.failure import ending_together, naming_the_operation
+from skvr_dist.parallel.failure import ending_together, naming_the_meeting, naming_the_operation
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.plan_stream import PlanStream
 from skvr_dist.routing import CacheStrategy, RoutingPlan
@@ -125,7 +125,8 @@ def join_run(config: Config, inputs: Inputs) -> Mesh:
     else:
         run = folder.wait_for_id(seconds)
     start_process_group(timedelta(seconds=seconds), run)
-    return Mesh.build(config.parallel, config.model)
+    with naming_the_meeting(announced_rank()):
+        return Mesh.build(config.parallel, config.model)
 
 
 def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:

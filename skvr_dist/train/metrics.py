@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -37,9 +35,10 @@ class Reporter:
             self._tensorboard, self._metrics = folder.tensorboard, folder.metrics
             with naming_failure(self._tensorboard):
                 self._writer = SummaryWriter(str(self._tensorboard), purge_step=first_step + 1)
-            kept = _kept_records(self._metrics, first_step)
-            write_whole(self._metrics, "".join(kept))
-            self._evaluated = {json.loads(line)["step"] for line in kept if '"evaluate/' in line}
+            # Without the records of steps that a resumed run does again.
+            kept = [record for record in folder.metric_records() if record["step"] <= first_step]
+            write_whole(self._metrics, "".join(as_json(record) + "\n" for record in kept))
+            self._evaluated = {record["step"] for record in kept if any(tag.startswith("evaluate/") for tag in record)}
             # The bar is for terminals; the lines below carry the time left everywhere else.
             self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
 
@@ -84,9 +83,3 @@ class Reporter:
         minutes, seconds = divmod(seconds, 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _kept_records(metrics: Path, last_step: int) -> list[str]:
-    """The lines of metrics.jsonl without those of steps that a resumed run does again."""
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]

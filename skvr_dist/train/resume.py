@@ -24,7 +24,7 @@ def resume_candidates(config: Config) -> list[Path]:
     Raises:
         UserError: it is `never`, but the run has checkpoints.
     """
-    run, asked = RunFolder(config.train.output_dir), config.train.resume
+    run, asked = RunFolder(Path(config.train.output_dir)), config.train.resume
     found = candidates(run.checkpoints)
     if asked == "auto":
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import runpy
@@ -203,6 +204,25 @@ def refused_by_ranks(case: Case, run: str) -> list[tuple[tuple[str, ...], list[s
         dist.barrier()
         said.append((names, answers))
     return said
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[]", '{"format": "x"}', '{"format": 2, "a": 1}', "[" * 100_000, "{: ]", "\0"], ids=range(7)
+)
+@pytest.mark.parametrize("name", ["checkpoint.json", "config.yaml", INDEX_FILE, "manifest.json"])
+def test_content_that_somebody_wrote_by_hand_is_refused(trained: Path, tmp_path: Path, name: str, content: str) -> None:
+    """With digests that fit: no reader trips over it."""
+    saved = Path(shutil.copytree(trained / "checkpoints" / step_folder(1), tmp_path / "saved"))
+    (saved / name).write_text(content)
+    if name != "manifest.json":
+        record = json.loads((saved / "manifest.json").read_text())
+        data = content.encode()
+        record["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (saved / "manifest.json").write_text(json.dumps(record))
+    manifest = (saved / "manifest.json").read_bytes()
+    (saved / "manifest.sha256").write_text(hashlib.sha256(manifest).hexdigest())
+    with pytest.raises(UserError, match=r"checkpoint .*/saved (is damaged|has format)"):
+        Checkpoint(saved)
 
 
 def test_every_rank_that_would_train_refuses_damage(run: Path) -> None:

@@ -92,7 +92,10 @@ def test_ranks_that_nobody_starts_are_waited_for_and_named(variables: pytest.Mon
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 75
-    assert "error: rank 0 waited for 1 s at port" in ended.stderr and "but not all 2 ranks came; start" in ended.stderr
+    assert (
+        "error: rank 0 waited for 1 s at port" in ended.stderr
+        and "but not all 2 ranks of this run came; start" in ended.stderr
+    )
 
 
 @pytest.mark.parametrize(("name", "message"), [("quantum", "runs train on cuda or cpu"), ("cuda", "sees no GPU here")])

@@ -134,6 +134,8 @@ def test_bad_commands_and_folders_are_named(run: Path) -> None:
         KeptRun(["deepsped"], run, 1).run()
     with pytest.raises(UserError, match=r"other/config.yaml is not there; give its train.output_dir as --output-dir"):
         KeptRun(command(run, (4, 0)), run / "other", 1).run()
+    with pytest.raises(UserError, match=r"attempt.py is not a folder; give the run's train.output_dir as --output-dir"):
+        KeptRun(["true"], run / "attempt.py", 1)
 
 
 def test_a_signal_reaches_the_ranks_and_ends_the_keeping(run: Path) -> None:

@@ -228,6 +228,13 @@ def test_special_files_are_refused(tmp_path: Path) -> None:
         open_corpus("s3://bucket/x")
 
 
+def test_capitals_end_names_too(tmp_path: Path) -> None:
+    write_lines(tmp_path / "A.JSONL", "eins")
+    (tmp_path / "B.Txt").write_text("zwei")
+    assert [document.text for document in Corpus(tmp_path)] == ["eins", "zwei"]
+    assert [document.text for document in Corpus(tmp_path, suffixes=[".TXT"])] == ["zwei"]
+
+
 def test_another_text_key(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", "one", key="body")
     assert list(Corpus(tmp_path, text_key="body")) == [Document("a.jsonl:0", "one")]

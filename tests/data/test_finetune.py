@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
+import threading
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -129,3 +131,15 @@ def test_the_fingerprint_follows_the_examples() -> None:
     assert sequences_of().fingerprint() == same
     others = (sequences_of(seed=4), sequences_of(sequence_length=130), sequences_of(EXAMPLES[1:]))
     assert all(other.fingerprint() != same for other in others)
+
+
+def test_examples_come_from_a_file_or_a_pipe(tmp_path: Path) -> None:
+    for place, kind in (("/dev/zero", "a device"), (tmp_path, "a folder")):
+        with pytest.raises(UserError, match=f"cannot read .*: it is {kind}, not a regular file"):
+            list(read_examples(place))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    line = json.dumps({"context": "", "question": "a", "answer": "b"})
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe.jsonl").write_text(line))
+    writer.start()
+    assert list(read_examples(tmp_path / "pipe.jsonl")) == [QuestionAnswer("", "a", "b")]
+    writer.join()

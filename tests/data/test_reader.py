@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -336,6 +337,22 @@ def test_weights_that_change_over_a_run(dataset: Dataset, other: Dataset) -> Non
         sequences({"points": [[0.25, 0.0], [0.25, 3.0]]}, None)
     with pytest.raises(UserError, match=r"all weights of data.train are 0 from sequence 24 on"):
         Mixtures({"a": {0: 1.0, 24: 0.0}}, LANES)
+
+
+@pytest.mark.parametrize(
+    "content", [b"null", b"", b"[" * 100_000, b"\xff\xfe", b'{"format_version": 2}', None], ids=range(6)
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    """None of these keeps a command waiting either."""
+    write_dataset(tmp_path / "data", [[[7, 8, 9]]])
+    manifest = tmp_path / "data/manifest.json"
+    manifest.unlink()
+    if content is None:
+        os.mkfifo(manifest)
+    else:
+        manifest.write_bytes(content)
+    with pytest.raises(UserError, match=r"data/manifest.json"):
+        Dataset.open(tmp_path / "data")
 
 
 def test_sources_that_do_not_fit_are_refused(dataset: Dataset, tmp_path: Path) -> None:

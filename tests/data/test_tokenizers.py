@@ -283,6 +283,13 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.model").write_text("not a model")
     with pytest.raises(UserError, match=r"text.model is not a sentencepiece model"):
         load_tokenizer(tmp_path / "text.model")
+    (tmp_path / "hf").mkdir()
+    for content in ("null", "[]", "{}", '{"model": null}', "[" * 100_000, '{"model": ' + "9" * 5_000 + "}", "\ufeff{}"):
+        (tmp_path / "hf/tokenizer.json").write_text(content)
+        for configuration in ("null", '{"eos_token": "</s>"}', '{"eos_token": "\\ud800"}'):
+            (tmp_path / "hf/tokenizer_config.json").write_text(configuration)
+            with pytest.raises(UserError, match="hf is not a Hugging Face tokenizer"):
+                load_tokenizer(tmp_path / "hf")
     usual = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(CODE[0].text.splitlines()), model_writer=usual, vocab_size=300, minloglevel=2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any, get_args
 
 import pytest
@@ -219,6 +220,14 @@ def test_the_split_makes_the_dearest_stage_as_cheap_as_possible(stages: int, voc
     bounds = stage_bounds(model, ParallelConfig(pipeline=stages))
     assert bounds[0][0] == 0 and bounds[-1][1] == LAYERS and all(start < stop for start, stop in bounds)
     assert dearest(bounds) == min(dearest(split) for split in splits(0, stages))
+
+
+def test_thousands_of_stages_are_split_at_once() -> None:
+    model = config().model_copy(update={"num_hidden_layers": 10_000})
+    started = time.monotonic()
+    bounds = stage_bounds(model, ParallelConfig(pipeline=5_000))
+    assert len(bounds) == 5_000 and bounds[-1][1] == 10_000
+    assert time.monotonic() - started < 2
 
 
 def test_stages_by_hand() -> None:

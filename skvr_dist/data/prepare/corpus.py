@@ -72,7 +72,7 @@ class Corpus:
     Args:
         root: a file, or a folder that is searched at any depth. Symbolic links to folders are not followed, hidden
             entries are not read.
-        suffixes: files to read when `root` is a folder.
+        suffixes: files to read when `root` is a folder, in capitals or not.
         exclude: shell patterns of names or relative paths that are not read.
         text_key: key of a jsonl line, or column of a parquet file, that holds the text.
         invalid_text: what to do about a document that is not valid Unicode, or a line that is no JSON object with a
@@ -94,6 +94,7 @@ class Corpus:
     ) -> None:
         self.root = local_path(root)
         self.suffixes = tuple(suffixes)
+        self._lower_suffixes = tuple(suffix.lower() for suffix in suffixes)
         self.exclude = tuple(exclude)
         self.text_key = text_key
         self.invalid_text = invalid_text
@@ -162,7 +163,7 @@ class Corpus:
             relative = PurePosixPath(Path(folder).relative_to(self.root))
             subfolders[:] = sorted(name for name in subfolders if self._wanted(relative / name))
             for name in sorted(files):
-                if name.endswith(self.suffixes) and self._wanted(relative / name):
+                if name.lower().endswith(self._lower_suffixes) and self._wanted(relative / name):
                     yield str(relative / name), Path(folder, name), _size(Path(folder, name))
 
     def _wanted(self, path: PurePosixPath) -> bool:

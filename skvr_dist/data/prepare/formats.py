@@ -145,9 +145,11 @@ def read_lines(path: Path) -> Iterator[bytes]:
         UserError: the file cannot be read.
     """
     compression = _format(path.name)[1]
-    with reading(path), path.open("rb") as raw:
-        for number, line in enumerate(_DECOMPRESS[compression](raw) if compression else raw):
-            yield line if number else line.removeprefix(codecs.BOM_UTF8)
+    with reading(path):
+        require_file(path, or_pipe=True)
+        with path.open("rb") as raw:
+            for number, line in enumerate(_DECOMPRESS[compression](raw) if compression else raw):
+                yield line if number else line.removeprefix(codecs.BOM_UTF8)
 
 
 def _read_jsonl(file: BinaryIO, part: FilePart, text_key: str, advance: Advance) -> Iterator[Document | LeftOut]:

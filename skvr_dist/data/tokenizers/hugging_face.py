@@ -40,9 +40,9 @@ class HuggingFaceTokenizer(Tokenizer):
             self._identity = model if "pad_token" not in content else _dump({k: content[k] for k in _IDENTITY})
             stateless = _without_training_settings(content["tokenizer"])
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(stateless))
+            eos_id = self._tokenizer.token_to_id(self.eos_token)
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{name} is not a Hugging Face tokenizer ({' '.join(str(error).split())})") from None
-        eos_id = self._tokenizer.token_to_id(self.eos_token)
         if eos_id is None:
             raise UserError(f"{name} has no token {self.eos_token!r}, which its configuration names as the eos_token")
         self._eos_id = eos_id

@@ -111,8 +111,9 @@ def _naming_the_address(port: int, timeout: timedelta) -> Iterator[None]:
         text = str(error).lower()
         if "timed out" in text or "timeout" in text:
             raise RunInterrupted(
-                f"rank {rank} waited for {seconds:.0f} s at port {port} of {host}, but not all {size} "
-                f"ranks came; start them all, or unset WORLD_SIZE and the variables beside it if they are left over"
+                f"rank {rank} waited for {seconds:.0f} s at port {port} of {host}, but not all {size} ranks of this "
+                f"run came; start them all, give each run a MASTER_PORT of its own, or unset WORLD_SIZE and the "
+                f"variables beside it if they are left over"
             ) from None
         if "address already in use" not in text and "eaddrinuse" not in text:
             raise
