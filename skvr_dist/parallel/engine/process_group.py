@@ -58,8 +58,6 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
         _refuse_bare_slurm_tasks()
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))
-    # A group of N ranks would open N - 1 sockets on each as it is made, and files run out at 1,024: only what is used.
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # A shared-memory sum for inference on CPUs, which DeepSpeed would compile here, for a minute and with a compiler.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     # Under mpirun DeepSpeed would overwrite MASTER_PORT, and two runs on a host would meet on one port.
