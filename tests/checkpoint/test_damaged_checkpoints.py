@@ -158,6 +158,7 @@ def command(tool: str, *arguments: str | Path) -> int:
 
 def test_every_tool_refuses_damage(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = run / "checkpoints" / step_folder(1), tmp_path / "out"
+    out.mkdir()
     data: list[str | Path] = ["--data", run / "data", "--json", out / "retention.json", "--sequences", "8"]
     readers: list[tuple[str | Path, ...]] = [
         ("inspect_checkpoint", folder),
@@ -173,7 +174,6 @@ def test_every_tool_refuses_damage(run: Path, tmp_path: Path, capsys: pytest.Cap
                 assert said.startswith(f"error: checkpoint {folder} "), (tool, names, said)
                 assert any(name in said for name in names), (tool, names, said)
                 assert not [file for file in out.rglob("*") if file.is_file()], (tool, names)
-    out.mkdir(exist_ok=True)
     for tool, *arguments in readers[:3]:  # so it was not for another reason
         assert command(str(tool), *arguments) == 0, capsys.readouterr().err
 

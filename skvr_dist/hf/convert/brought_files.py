@@ -86,6 +86,9 @@ def write_generation(folder: Path, tree: Mapping[str, Any]) -> None:
 
     Args:
         tree: the content of config.json; those of older models have a temperature and the like.
+
+    Raises:
+        UserError: transformers refuses them.
     """
     try:
         settings = GenerationConfig.from_model_config(dict(tree))
