@@ -24,7 +24,12 @@ def run() -> None:
     parser.add_argument("--routed", type=a_path, required=True, metavar="RUN")
     parser.add_argument("--output", type=a_path, required=True, metavar="FOLDER")
     parser.add_argument("--strategies", nargs="+", metavar="S", help="cache strategies (default: five)")
-    parser.add_argument("--sequences", type=at_least(1, 10**7), default=256, help="held-out sequences (default: 256)")
+    parser.add_argument(
+        "--sequences",
+        type=at_least(1, 10**7),
+        metavar="N",
+        help="held-out sequences (default: 256, or as many as there are)",
+    )
     parser.add_argument("--data", metavar="FOLDER", help="another held-out data set than the runs'")
     parser.add_argument(
         "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens per sequence (default: the runs')"

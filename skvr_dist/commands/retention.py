@@ -23,18 +23,21 @@ def run() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=a_path)
     parser.add_argument("--strategies", nargs="+", metavar="S", help="cache strategies (default: five)")
-    parser.add_argument("--sequences", type=int, default=256, help="held-out sequences (default: 256)")
+    parser.add_argument(
+        "--sequences",
+        type=at_least(1, 10**7),
+        metavar="N",
+        help="held-out sequences (default: 256, or as many as there are)",
+    )
     parser.add_argument("--data", metavar="FOLDER", help="another held-out data set than the run's")
     parser.add_argument(
         "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens per sequence (default: the run's)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
     parser.add_argument("--device", help="where to compute (default: a GPU if there is one)")
     add_json(parser, "default: retention.json in the checkpoint")
     parser.add_argument("--png", type=a_path, metavar="FILE", help="default: beside the JSON")
     options = parse(parser)
-    if options.sequences < 1 or options.batch_size < 1:
-        raise UserError(f"--sequences {options.sequences} and --batch-size {options.batch_size} must be positive")
 
     import torch
 

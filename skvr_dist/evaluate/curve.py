@@ -16,6 +16,8 @@ from skvr_dist.evaluate.retention import RetentionPoint, retention_curve
 from skvr_dist.routing import CacheStrategy
 
 DEFAULT_STRATEGIES = ("full", "every:2", "every:3", "every:4", "every:8")
+USUAL_SEQUENCES = 256
+"""Held-out sequences that are measured where the caller names no number, or as many as there are."""
 _USUAL_LENGTH = 1024  # tokens per sequence, where neither the checkpoint nor the caller names another
 
 
@@ -74,8 +76,14 @@ class HeldOutData:
                 f"{tokenizer.sha256[:12]}; prepare one with --tokenizer {checkpoint.tokenizer_file}"
             )
 
-    def batches(self, sequences: int, batch_size: int, device: str) -> list[MicroBatch]:
-        """Held-out sequences, spread over the data set, their number rounded up to whole batches."""
+    def batches(self, sequences: int | None, batch_size: int, device: str) -> list[MicroBatch]:
+        """Held-out sequences, spread over the data set, their number rounded up to whole batches.
+
+        Without a number: `USUAL_SEQUENCES`, or the whole batches that the data set holds.
+        """
+        if sequences is None:
+            there = (self.dataset.manifest.tokens - 1) // self.sequence_length
+            sequences = max(1, min(USUAL_SEQUENCES, there // batch_size * batch_size))
         batches = held_out_batches(
             self.dataset,
             sequence_length=self.sequence_length,
@@ -111,7 +119,7 @@ def evaluate_checkpoint(
     held_out: HeldOutData,
     strategies: Sequence[str],
     *,
-    sequences: int,
+    sequences: int | None = None,
     batch_size: int = 8,
     device: str = "cpu",
 ) -> Measurement:
@@ -119,7 +127,7 @@ def evaluate_checkpoint(
 
     Args:
         strategies: as `CacheStrategy.parse` reads them; names refer to the run's `evaluate.profiles`.
-        sequences: held-out sequences, rounded up to whole batches.
+        sequences: held-out sequences, as `HeldOutData.batches` takes them.
         batch_size: sequences at a time.
         device: where the decoder runs, in float32.
 

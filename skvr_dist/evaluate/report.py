@@ -79,7 +79,7 @@ def write_report(
     output: Path,
     *,
     strategies: Sequence[str],
-    sequences: int,
+    sequences: int | None = None,
     prompt: str | None = None,
     data: str | None = None,
     sequence_length: int | None = None,
@@ -88,7 +88,7 @@ def write_report(
 
     Args:
         strategies: the first one is the reference that the others are compared with.
-        sequences: held-out sequences.
+        sequences: held-out sequences, as `HeldOutData.batches` takes them.
         prompt: the text that is continued; None takes the beginning of the held-out data.
         data, sequence_length: as for `HeldOutData.of`; None takes those of the first run that has its own.
 

@@ -25,7 +25,6 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "between two steps": (metrics.Reporter, "step"),
     "in an evaluation": (metrics.Reporter, "evaluation"),
     "in a save": (saver, "write_pieces"),
-    "before the first step": (loop, "report_start"),
 }
 
 
@@ -75,7 +74,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.parametrize(
     ("rank", "moment"),
-    [(0, "between two steps"), (1, "in an evaluation"), (1, "in a save"), (0, "before the first step")],
+    [(0, "between two steps"), (1, "in an evaluation"), (1, "in a save")],
 )
 def test_a_rank_that_dies_is_named(keys: list[str], tmp_path: Path, rank: int, moment: str) -> None:
     overrides = [*keys, f"train.output_dir={tmp_path}", "parallel.timeout_seconds=40"]
