@@ -78,6 +78,8 @@ class SweepFolder:
         Raises:
             UserError: it cannot be written.
         """
+        with naming_failure(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self._notes, json.dumps({"experiment": experiment}) + "\n")
         for run in runs:
             if not run.folder.config.exists():

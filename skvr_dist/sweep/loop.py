@@ -35,6 +35,7 @@ class Status:
     job: Job | None = None
     saved: Path | None = None
     """Its newest checkpoint when it was last started."""
+    told_to_end: bool = False
 
 
 class Sweep:
@@ -90,6 +91,8 @@ class Sweep:
         for status in self.statuses:
             if status.state == "waiting" and not self._signal:
                 self._begin(status)
+        if self._signal:  # it may have come while a run was started
+            self._stop_jobs()
         if before != [status.state for status in self.statuses] and "running" in before:
             self._write_results()
         return bool(self._running())
@@ -133,13 +136,13 @@ class Sweep:
         self._results.write([status.run for status in self.statuses], errors)
 
     def _stop(self, number: int, _: FrameType | None) -> None:
-        """Ask the runs to save and end; the loop waits for them."""
         self._signal = signal.Signals(number).name
-        self._stop_jobs()
 
     def _stop_jobs(self) -> None:
+        """Ask the runs to save and end, each once; the loop waits for them."""
         for status in self._running():
-            if status.job:
+            if status.job and not status.told_to_end:
+                status.told_to_end = True
                 status.job.stop()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skvr_dist.checkpoint.folder import step_folder
+from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.load import load_config
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
@@ -149,6 +150,7 @@ def _planned(
         overrides.append(f"train.resume={json.dumps(str(trunk))}")
     try:
         config = load_config(experiment.base, overrides)
+        data_parallel_size(config, experiment.place.ranks)
     except UserError as error:
         raise UserError(f"run {draft.name} of the experiment: {error}") from None
     if draft.branch and config.train.steps <= draft.branch.step:
@@ -164,10 +166,11 @@ def _require_kept(trunk: PlannedRun, step: int, branch: str) -> None:
     saving, last = trunk.config.checkpoint, trunk.config.train.steps
     kept = saving.keep_every_steps and step % saving.keep_every_steps == 0 and step % saving.every_steps == 0
     if step != last and not (kept and step < last):
+        often = f"every {saving.keep_every_steps} steps, of those that it saves every {saving.every_steps}, and"
+        keeps = f"{often} its last, {last}" if saving.keep_every_steps else f"that of its last step, {last}, alone"
         raise UserError(
-            f"run {branch} of the experiment branches off step {step} of {trunk.name}, which keeps every "
-            f"{saving.keep_every_steps} steps of those saved every {saving.every_steps}, and its last, {last}; set "
-            f"checkpoint.every_steps={step} and checkpoint.keep_every_steps={step}, or another step"
+            f"run {branch} of the experiment branches off step {step} of {trunk.name}, which keeps {keeps}; set its "
+            f"checkpoint.every_steps and checkpoint.keep_every_steps to {step}, or name another step"
         )
 
 

@@ -7,6 +7,7 @@ dies of a signal and leaves its ranks. A sweep must tell 2 from 75, and starts m
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from skvr_dist.cluster.keep_running import SECONDS_TO_END
 from skvr_dist.cluster.launcher import free_port
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE
-from skvr_dist.files import naming_failure
+from skvr_dist.files import append_line, naming_failure
 from skvr_dist.run.folder import RunFolder
 
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -50,13 +51,16 @@ class Ranks:
                 )
                 for rank in range(ranks)
             ]
+        self._console = folder.console
         self._kill_at: float | None = None
+        self._told = False
 
     def poll(self) -> int | None:
         """The exit code of the run, None while a rank lives; once one has failed the others are ended."""
         codes = [process.poll() for process in self._processes]
         known = [code for code in codes if code is not None]
         if len(known) == len(codes):
+            self._tell_of_killed(known)
             return _code_of_all(known)
         if self._kill_at is None and any(known):
             self.stop()
@@ -65,6 +69,14 @@ class Ranks:
             for process in self._processes:
                 process.kill()
         return None
+
+    def _tell_of_killed(self, codes: Sequence[int]) -> None:
+        """Add a sentence to the console for a rank that could not say why it ended."""
+        for rank, code in enumerate(codes):
+            if code < 0 and code != -signal.SIGTERM and not self._told:
+                self._told = True
+                name = signal.Signals(-code).name
+                append_line(self._console, f"error: rank {rank} was ended by {name}; of SIGKILL look for memory first")
 
     def stop(self) -> None:
         """Ask the ranks to save and end."""
@@ -94,8 +106,9 @@ def _is_of_a_launcher(variable: str) -> bool:
 def _code_of_all(codes: Sequence[int]) -> int:
     """The exit code of a run: what the user must put in order comes first, then what nobody foresaw, then 75.
 
-    A rank that was killed by a signal leaves 75 to the others, and counts as shells count it where it was alone.
+    A rank that a signal has killed is one that died: the run can be started again.
     """
-    failed = [code if code > 0 else 128 - code for code in codes if code]
-    foreseen = (EXIT_USAGE, *(code for code in failed if EXIT_AGAIN != code < 128), EXIT_AGAIN)
-    return next((code for code in foreseen if code in failed), failed[0] if failed else 0)
+    own = [code for code in codes if code > 0 and code != EXIT_AGAIN]
+    if EXIT_USAGE in own:
+        return EXIT_USAGE
+    return own[0] if own else EXIT_AGAIN if any(codes) else 0

@@ -29,7 +29,6 @@ class SlurmJob:
     def __init__(self, job: Any) -> None:
         self._job = job
         self._look_at = 0.0
-        self._stopped = False
 
     def poll(self) -> int | None:
         """The exit code of the run; 75 if the job ended without one: it was preempted, cancelled or out of time."""
@@ -45,9 +44,7 @@ class SlurmJob:
 
     def stop(self) -> None:
         """Cancel the job, which sends SIGTERM: its ranks save and end."""
-        if not self._stopped:
-            self._stopped = True
-            self._job.cancel()
+        self._job.cancel()
 
 
 class Slurm:
