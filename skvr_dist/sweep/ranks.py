@@ -20,6 +20,8 @@ from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE
 from skvr_dist.files import append_line, naming_failure
 from skvr_dist.run.folder import RunFolder
 
+SECONDS_TO_SPEAK = 3.0
+"""After the end of one rank, in which the others may say what they have met, before they are told to end."""
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SCHEDULERS = ("OMPI_COMM_WORLD_", "PMI_", "MPI_LOCAL", "SLURM_STEP_NUM_TASKS")
 
@@ -43,7 +45,7 @@ class Ranks:
             self._processes = [
                 subprocess.Popen(
                     command,
-                    env={**own, "PYTHONUNBUFFERED": "1", **variables, **_announced(rank, ranks, port)},
+                    env={**own, **variables, **_announced(rank, ranks, port)},
                     stdin=subprocess.DEVNULL,
                     stdout=console,
                     stderr=subprocess.STDOUT,
@@ -52,34 +54,38 @@ class Ranks:
                 for rank in range(ranks)
             ]
         self._console = folder.console
-        self._kill_at: float | None = None
-        self._told = False
+        self._failed_at: float | None = None
+        self._is_told = self._has_ended = False
 
     def poll(self) -> int | None:
         """The exit code of the run, None while a rank lives; once one has failed the others are ended."""
         codes = [process.poll() for process in self._processes]
         known = [code for code in codes if code is not None]
         if len(known) == len(codes):
-            self._tell_of_killed(known)
+            if not self._has_ended:
+                self._has_ended = True
+                self._tell_of_killed(known)
             return _code_of_all(known)
-        if self._kill_at is None and any(known):
-            self.stop()
-            self._kill_at = time.monotonic() + SECONDS_TO_END
-        elif self._kill_at is not None and time.monotonic() > self._kill_at:
-            for process in self._processes:
-                process.kill()
+        if any(known):
+            self._failed_at = self._failed_at or time.monotonic()
+            waited = time.monotonic() - self._failed_at
+            if waited > SECONDS_TO_SPEAK + SECONDS_TO_END:
+                for process in self._processes:
+                    process.kill()
+            elif waited > SECONDS_TO_SPEAK and not self._is_told:
+                self.stop()
         return None
 
     def _tell_of_killed(self, codes: Sequence[int]) -> None:
         """Add a sentence to the console for a rank that could not say why it ended."""
         for rank, code in enumerate(codes):
-            if code < 0 and code != -signal.SIGTERM and not self._told:
-                self._told = True
+            if code < 0 and code != -signal.SIGTERM:  # which is ours
                 name = signal.Signals(-code).name
                 append_line(self._console, f"error: rank {rank} was ended by {name}; of SIGKILL look for memory first")
 
     def stop(self) -> None:
         """Ask the ranks to save and end."""
+        self._is_told = True
         for process in self._processes:
             process.terminate()
 

@@ -183,7 +183,9 @@ def test_the_code_of_a_run_is_that_of_its_ranks(
     (tmp_path / "rank.py").write_text(RANK)
     monkeypatch.setattr(ranks, "pretrain_command", lambda _: [sys.executable, str(tmp_path / "rank.py"), "", *actions])
     monkeypatch.setenv("WORLD_SIZE", "5")  # left over
-    monkeypatch.setattr(ranks, "SECONDS_TO_END", 2.0)
+    if "stays" in actions:
+        monkeypatch.setattr(ranks, "SECONDS_TO_SPEAK", 0.5)
+        monkeypatch.setattr(ranks, "SECONDS_TO_END", 2.0)
     started = Ranks(RunFolder(tmp_path), len(actions), {})
     deadline = time.monotonic() + 60
     while (found := started.poll()) is None:
