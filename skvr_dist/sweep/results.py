@@ -25,7 +25,8 @@ from skvr_dist.files import as_json, write_whole
 from skvr_dist.routing import CacheStrategy
 from skvr_dist.sweep.plan import PlannedRun
 
-_HELD_OUT = "evaluate/loss/"
+HELD_OUT = "evaluate/loss/"
+"""What the keys of held-out losses begin with in metrics.jsonl; the cache strategy follows."""
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -66,9 +67,9 @@ def result_of(run: PlannedRun, error: str | None = None) -> dict[str, Any]:
     config, records = run.config, run.folder.metric_records()
     steps = [record for record in records if "train/loss" in record]
     evaluations = [
-        [record["step"], {key.removeprefix(_HELD_OUT): record[key] for key in record if key.startswith(_HELD_OUT)}]
+        [record["step"], {key.removeprefix(HELD_OUT): record[key] for key in record if key.startswith(HELD_OUT)}]
         for record in records
-        if any(key.startswith(_HELD_OUT) for key in record)
+        if any(key.startswith(HELD_OUT) for key in record)
     ]
     step_tokens = config.train.global_batch_size * config.data.sequence_length
     strategies = CacheStrategy.parse_all(

@@ -19,6 +19,7 @@ from skvr_dist.config.presets import find_config
 from skvr_dist.errors import UserError
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.sweep import ranks
+from skvr_dist.sweep.board import Board
 from skvr_dist.sweep.experiment import Place
 from skvr_dist.sweep.loop import Status, Sweep
 from skvr_dist.sweep.places import MARK, ThisMachine
@@ -118,6 +119,25 @@ def test_one_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
     assert [line["name"] for line in lines] == ["bad", "again", "done", "good"]
     assert lines[0]["state"] == "failed" and lines[0]["error"] == statuses[0].error and not lines[1]["error"]
     assert runs[3].folder.notes()["commits"] == ["abc"]
+
+
+def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, board = planned(tmp_path, "a"), Board()
+    board.show([Status(run, "waiting", 0)])
+    board.show([Status(run, "running", 0)])
+    board.show([Status(run, "running", 0)])
+    run.folder.metrics.write_text(
+        '{"step": 2, "train/loss": 3.0}\n{"step": 2, "evaluate/loss/full": 2.5}\n{"step": 3, "tr'
+    )
+    board.show([Status(run, "failed", 0, "exit code 2: no")])
+    board.close([Status(run, "failed", 0)])
+    assert capsys.readouterr().out.splitlines() == [
+        "a: running",
+        "a: failed, exit code 2: no",
+        "| run   | state   | step   | loss   | held-out loss   |",
+        "|-------|---------|--------|--------|-----------------|",
+        "| a     | failed  | 2/9    | 3.0000 | full 2.5000     |",
+    ]
 
 
 def test_75_without_progress_is_given_up(tmp_path: Path) -> None:
