@@ -114,6 +114,24 @@ lock:
 docs: env
 	$(BIN)/python -m skvr_dist.config.page > docs/configuration.md
 
+# Every experiment, with a tiny model for a few steps on the code of the project: one seed of each run. 16 lanes are
+# for recipes with micro-batches of 16.
+SMOKE := runs/smoke
+SMOKE_KEYS := $(addprefix model.,vocab_size=512 hidden_size=32 intermediate_size=48 head_dim=16) \
+    $(addprefix data.,train=$(SMOKE)/data/train validation=$(SMOKE)/data/validation \
+        tokenizer=$(SMOKE)/data/tokenizer.model sequence_length=32 lanes=16) \
+    train.steps=3 train.warmup_steps=1 evaluate.sequences=16 checkpoint.every_steps=2
+.PHONY: experiments-smoke
+experiments-smoke: env
+	rm -rf $(SMOKE)
+	$(BIN)/python tools/train_tokenizer.py --input skvr_dist --vocab-size 512 --output $(SMOKE)/data/tokenizer.model
+	$(BIN)/python tools/prepare_data.py --input skvr_dist --tokenizer $(SMOKE)/data/tokenizer.model --output $(SMOKE)/data \
+	    --shards 16 --validation-share 0.25
+	for experiment in configs/experiment/sweeps/*.yaml; do \
+	    $(BIN)/python tools/sweep.py $$experiment --place local --seed 0 \
+	        --output-dir $(SMOKE)/$$(basename $$experiment .yaml) $(SMOKE_KEYS) || exit; \
+	done
+
 # `tools/bench.py serve` needs the environment of serve-env, and an export.
 BENCHMARKS := step save data generate
 .PHONY: bench $(BENCHMARKS:%=bench-%)

@@ -26,6 +26,7 @@ ROOMS = [
     "parallel.engine",
     "train",
     "evaluate",
+    "sweep",
     "hf",
     "serve",
     "lab",

@@ -9,6 +9,7 @@ next.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -27,7 +28,8 @@ from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, UserError
 from skvr_dist.run.folder import RunFolder
 
 _MARK = "SKVR_KEPT_RUNNING_BY"
-_SECONDS_TO_END = 30.0  # what deepspeed and torchrun leave their ranks, too
+SECONDS_TO_END = 30.0
+"""Between SIGTERM and SIGKILL; what deepspeed and torchrun leave their ranks, too."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -88,7 +90,8 @@ class KeptRun:
                 f"cannot start {self._command[0]} ({error}); give the launcher's command after --"
             ) from None
         code = launcher.wait()
-        self._end_what_is_left()
+        # Ranks without a launcher would write to the same folder as the next attempt.
+        end_marked_processes(_MARK, self._mark)
         return code if code >= 0 else 128 - code
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
@@ -97,16 +100,6 @@ class KeptRun:
         processes = marked_processes(_MARK, self._mark)
         for process in ranks_among(processes) or processes:
             process.terminate()
-
-    def _end_what_is_left(self) -> None:
-        """End what an attempt left: ranks without a launcher would write to the same folder as the next attempt."""
-        processes = marked_processes(_MARK, self._mark)
-        for process in processes:
-            process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=_SECONDS_TO_END)
-        for process in alive:
-            process.kill()
-        psutil.wait_procs(alive)
 
     def _latest(self) -> Path | None:
         """The run's newest finished checkpoint."""
@@ -138,6 +131,20 @@ def marked_processes(variable: str, value: str) -> list[psutil.Process]:
         except (psutil.Error, OSError):  # another user's, or gone
             continue
     return found
+
+
+def end_marked_processes(variable: str, value: str) -> int:
+    """End those processes, with SIGKILL where SIGTERM does not in time; returns how many there were."""
+    processes = marked_processes(variable, value)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_END)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive)
+    return len(processes)
 
 
 def ranks_among(processes: Sequence[psutil.Process]) -> list[psutil.Process]:

@@ -59,7 +59,7 @@ def load_data_config(
     except ValidationError as error:
         wrong = [item for item in error.errors() if item["type"] != "missing" or item["loc"][0] == "data"]
         if wrong:
-            raise UserError("; ".join(_sentences(wrong))) from None
+            raise UserError("; ".join(sentences(wrong))) from None
     seed = TrainConfig.model_fields["seed"].default
     return DataConfig.model_validate(tree["data"]), tree.get("train", {}).get("seed", seed), None
 
@@ -67,7 +67,7 @@ def load_data_config(
 def _merge_all(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for file in files:
-        tree = _merge(tree, _read_yaml(Path(file)))
+        tree = _merge(tree, read_tree(Path(file)))
     for override in overrides:
         tree = _merge(tree, _parse_override(override))
     return tree
@@ -78,7 +78,7 @@ def validate_config(tree: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(tree))
     except ValidationError as error:
-        raise UserError("; ".join(_sentences(error.errors()))) from None
+        raise UserError("; ".join(sentences(error.errors()))) from None
 
 
 def dump_config(config: Config) -> str:
@@ -106,7 +106,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_tree(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The plain tree of a YAML file, over those of the files that it includes; not validated.
+
+    Args:
+        seen: files that lead to this one by `include`, which it must not include again.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or includes itself.
+    """
     if file.resolve() in seen:
         raise UserError(f"configuration {file} includes itself")
     try:
@@ -128,7 +136,7 @@ def _read_yaml(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"configuration {file} includes {included!r}; give a file or a list of files")
     for name in names:
-        merged = _merge(merged, _read_yaml(file.parent / local_path(name), (*seen, file.resolve())))
+        merged = _merge(merged, read_tree(file.parent / local_path(name), (*seen, file.resolve())))
     return _merge(merged, tree)
 
 
@@ -171,14 +179,18 @@ def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _sentences(mistakes: Iterable[ErrorDetails]) -> Iterator[str]:
-    """One sentence per mistake: the path of the key, the value, what is allowed, the nearest known name."""
+def sentences(mistakes: Iterable[ErrorDetails], root: type[Section] = Config) -> Iterator[str]:
+    """One sentence per mistake: the path of the key, the value, what is allowed, the nearest known name.
+
+    Args:
+        root: the section that was validated.
+    """
     for item in mistakes:
         keys = tuple(part for part in item["loc"] if part not in FORMS)
         path = ".".join(map(str, keys))
         kind, value = item["type"], item["input"]
         if kind == "extra_forbidden":
-            known = _known_keys(keys[:-1])
+            known = _known_keys(keys[:-1], root)
             near = difflib.get_close_matches(str(keys[-1]), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             yield f"unknown key {path}; {hint}"
@@ -190,7 +202,7 @@ def _sentences(mistakes: Iterable[ErrorDetails]) -> Iterator[str]:
         elif kind == "literal_error":
             yield f"{path} is {_shown(value)}; allowed are {item['ctx']['expected']}"
         elif kind in ("model_type", "model_attributes_type"):
-            yield f"{path} is {_shown(value)}; it must hold keys: {', '.join(_known_keys(keys))}"
+            yield f"{path} is {_shown(value)}; it must hold keys: {', '.join(_known_keys(keys, root))}"
         else:
             yield f"{path} is {_shown(value)}; {item['msg'][0].lower()}{item['msg'][1:]}"
 
@@ -201,9 +213,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section at `path`."""
-    section: Any = Config
+def _known_keys(path: tuple[int | str, ...], root: type[Section]) -> list[str]:
+    """Field names of the section at `path` of `root`."""
+    section: Any = root
     for key in path:
         if get_origin(section) is dict:  # the key is a name that the user gave
             section = get_args(section)[1]

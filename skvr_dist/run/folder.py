@@ -5,6 +5,7 @@ lock/             the process that writes here (`skvr_dist.run.lock`)
 config.yaml       the resolved configuration
 versions.json     the software, the command and the layout
 metrics.jsonl     one record per logged step or evaluation
+console.txt       what its ranks printed, where a sweep started them
 logs/             one file per rank, DeepSpeed's messages among it (`skvr_dist.run.log`)
 tensorboard/
 checkpoints/      `skvr_dist.checkpoint.folder`
@@ -40,6 +41,7 @@ class RunFolder:
         self.lock = self.path / "lock"
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.console = self.path / "console.txt"
         self.versions = self.path / "versions.json"
         self._notes = self.path / "run.json"
 

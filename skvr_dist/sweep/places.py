@@ -1,0 +1,81 @@
+"""Where runs run: what the sweep asks of a place, and this machine as one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from skvr_dist.cluster.keep_running import end_marked_processes
+from skvr_dist.errors import UserError
+from skvr_dist.sweep.experiment import Place
+from skvr_dist.sweep.plan import PlannedRun
+from skvr_dist.sweep.ranks import Ranks
+
+MARK = "SKVR_SWEEP"
+"""Variable in the environment of every rank: the experiment's folder."""
+
+
+class Job(Protocol):
+    """A run that was started."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+
+    def stop(self) -> None:
+        """Ask it to save and end."""
+
+
+class Machine(Protocol):
+    """What starts runs."""
+
+    at_once: int
+    """Runs that it takes at a time."""
+
+    def start(self, run: PlannedRun) -> Job:
+        """Start a run; there is room for it."""
+
+
+class ThisMachine:
+    """Runs packed on the GPUs of this host, or on its cores where there are none (or DS_ACCELERATOR is cpu).
+
+    Each run has GPUs of its own, or its share of the cores.
+
+    Args:
+        folder: of the experiment; processes that an earlier sweep into it has left are ended.
+
+    Raises:
+        UserError: there are not as many GPUs as asked for.
+    """
+
+    def __init__(self, place: Place, folder: Path) -> None:
+        self._ranks, self._mark = place.ranks, str(folder.resolve())
+        gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+        cores = len(os.sched_getaffinity(0))
+        fitting = (gpus or max(cores, place.ranks)) // place.ranks
+        self.at_once = place.at_once or fitting
+        if gpus and (not fitting or self.at_once > fitting):
+            raise UserError(
+                f"place.at_once {self.at_once} of place.ranks {place.ranks} needs {self.at_once * place.ranks} GPUs, "
+                f"but there are {gpus}; lower one of them"
+            )
+        self._has_gpus = bool(gpus)
+        self._threads = max(1, cores // (self.at_once * place.ranks))
+        self._places: list[Ranks | None] = [None] * self.at_once
+        end_marked_processes(MARK, self._mark)
+
+    def start(self, run: PlannedRun) -> Ranks:
+        """Start a run on a place that is free."""
+        free = next(n for n, ranks in enumerate(self._places) if ranks is None or ranks.poll() is not None)
+        self._places[free] = started = Ranks(run.folder, self._ranks, self._variables(free))
+        return started
+
+    def _variables(self, number: int) -> dict[str, str]:
+        if self._has_gpus:
+            first = number * self._ranks
+            shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = shown.split(",") if shown else [str(gpu) for gpu in range(self.at_once * self._ranks)]
+            return {MARK: self._mark, "CUDA_VISIBLE_DEVICES": ",".join(names[first : first + self._ranks])}
+        return {MARK: self._mark, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._threads))}
