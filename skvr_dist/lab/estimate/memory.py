@@ -190,22 +190,31 @@ def _at_backward(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kerne
     others = sum(activations.micro_batch(row) for row in rows[number + 1 : last])
     held = activations.micro_batch(rows[number])
     running = activations.while_running_back(rows[number])
-    loss = 12 * rank.tokens * rank.vocabulary if rank.is_last else 0
+    loss = _loss(rank)
     if held + loss < running:
         loss = 0
     parameters, optimizer, gradients = state_bytes(rank)
-    if number == 0 and rank.config.parallel.zero_stage < 3 and not (rank.element == 2 and gradients > 4):
-        gradients = 0  # they appear while the activations go
+    if number == 0 and rank.config.parallel.zero_stage < 3:
+        # They appear while the activations go; but in bf16 with ZeRO-1 those in fp32 are always there.
+        gradients = 4 * rank.parameters if rank.config.parallel.zero_stage == 1 and rank.element == 2 else 0
     return Memory(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        zero_buffers=_bucket(rank) + _gathered(rank),
+        zero_buffers=_bucket(rank) + _gathered(rank) + (0 if loss else _fetched_again(rank)),
         activations=others + (held if loss else running),
         pipeline_buffers=_pipeline_buffers(rank, rows, number, last),
         loss=loss,
         moment=f"backward pass of micro-batch {number}",
     )
+
+
+def _loss(rank: RankSizes) -> int:
+    """Logits in float32, their softmax and its gradient; over tensor-parallel ranks in bf16 the forward pass holds more:
+    logits in both precisions, what they are above the highest, and its exponentials."""
+    if not rank.is_last:
+        return 0
+    return (14 if rank.tensor > 1 and rank.element == 2 else 12) * rank.tokens * rank.vocabulary
 
 
 def _pipeline_buffers(rank: RankSizes, rows: Sequence[MicroBatch], number: int, last: int) -> int:
@@ -242,6 +251,14 @@ def _gathered(rank: RankSizes) -> int:
     return rank.element * sum(
         weight.elements for weight in rank.weights if weight.module not in released and not is_persistent(rank, weight)
     )
+
+
+def _fetched_again(rank: RankSizes) -> int:
+    """The largest layer's weights and gradients, where ZeRO-3 fetches weights again for the backward pass."""
+    if rank.config.parallel.zero_stage < 3 or not released_modules(rank):
+        return 0
+    largest = max(sum(w.elements for w in rank.weights if w.module == f"layer {layer}") for layer in rank.layers)
+    return 2 * rank.element * largest
 
 
 def _at_reduction(rank: RankSizes) -> Memory:

@@ -1,7 +1,7 @@
 """The bytes that a rank puts into every kind of operation in a step, exactly.
 
-As `skvr_dist.lab.virtual.record` counts them: of a gather this rank's part, of a reduce-scatter all parts. Scalars
-(norms, flags, counters: at most `SCALAR_BYTES`) are left out.
+As `skvr_dist.lab.virtual.record` counts them: of a gather this rank's part, of a reduce-scatter all parts. The few
+numbers that all ranks agree on in a step (gradient norm, sums of the loss, flags), and the plan, are left out.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from skvr_dist.lab.estimate.rank import MicroBatch, RankSizes, Weight
-
-SCALAR_BYTES = 32
 
 Traffic = dict[tuple[str, str], int]
 """Bytes by (link, operation): links are `forwards` and `backwards` between stages, `tensor`, `replicas`, `tied`."""
@@ -121,6 +119,8 @@ def released_modules(rank: RankSizes) -> set[str]:
 
     It keeps those that are used again within `stage3_max_reuse_distance` elements of other weights.
     """
+    if rank.in_flight > 1:  # forward and backward passes of several micro-batches alternate: no order to go by
+        return {weight.module for weight in rank.weights}
     limit = rank.zero_option("stage3_max_reuse_distance", _REUSE)
     released, later = set(), 0
     for module in reversed(list(dict.fromkeys(weight.module for weight in rank.weights))):
