@@ -38,6 +38,14 @@ def _positive(text: str) -> float:
     return number
 
 
+def _share(text: str) -> float:
+    """An argparse type: a number above 0, at most 1."""
+    number = _positive(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text} is more than 1, all of the peak")
+    return number
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_configs(parser)
@@ -47,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link-gbps", type=_positive, metavar="X", help="GB/s to GPUs of the same host, one way")
     parser.add_argument("--network-gbps", type=_positive, metavar="X", help="GB/s to GPUs of other hosts, one way")
     parser.add_argument("--gpus-per-host", type=at_least(1), default=8, metavar="N", help="(default: 8)")
-    parser.add_argument("--efficiency", type=_positive, metavar="X", help="share of the peak reached (default: 0.6)")
+    parser.add_argument("--efficiency", type=_share, metavar="X", help="share of the peak reached (default: 0.6)")
     parser.add_argument("--memory-gib", type=_positive, metavar="X", help="memory of a GPU that a process can use")
     parser.add_argument("--propose", action="store_true", help="rank layouts instead")
     add_json(parser)

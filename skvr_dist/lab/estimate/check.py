@@ -88,6 +88,7 @@ class Case:
 
 
 _LAYER = {"activation_checkpointing": {"recompute": "layer"}}
+_ATTENTION = {"activation_checkpointing": {"recompute": "attention"}}
 _PARTITION_ALL = {"stage3_param_persistence_threshold": 0}
 _FETCH_TWICE = {**_PARTITION_ALL, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 CASES = (
@@ -109,7 +110,7 @@ CASES = (
     Case("PP4, layers recomputed", 4, {"pipeline": 4, **_LAYER}),
     Case("PP2 x DP2, bf16, layers recomputed", 4, {"pipeline": 2, **_LAYER}, "bf16"),
     Case("TP2 SP x PP2, layers recomputed", 4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, **_LAYER}),
-    Case("TP2 x PP2, attention recomputed", 4, {"tensor": 2, "pipeline": 2, "activation_checkpointing": {"recompute": "attention"}}),
+    Case("TP2 x PP2, attention recomputed", 4, {"tensor": 2, "pipeline": 2, **_ATTENTION}),
     Case("PP4 x DP64, ZeRO-1, bf16", 64, {"pipeline": 4}, "bf16"),
 )  # fmt: skip
 """What `tools/verify.py estimate` compares."""
@@ -158,10 +159,9 @@ def compare(case: Case) -> Iterator[Comparison]:
         first = stage * rank.replicas * rank.tensor
         measured: Measured = run_alone(measure_rank, config, first, case.gpus)
         differing = [
-            f"{link} {operation}: {traffic.get((link, operation), 0)} bytes, {measured.traffic.get((link, operation), 0)}"
-            f" measured"
-            for link, operation in sorted(traffic.keys() | measured.traffic.keys())
-            if traffic.get((link, operation)) != measured.traffic.get((link, operation))
+            f"{' '.join(kind)}: {traffic.get(kind, 0)} bytes, {measured.traffic.get(kind, 0)} measured"
+            for kind in sorted(traffic.keys() | measured.traffic.keys())
+            if traffic.get(kind) != measured.traffic.get(kind)
         ]
         yield Comparison(case.name, stage, memory.total, measured.peak_bytes, memory.moment, traffic, differing)
 
@@ -211,9 +211,7 @@ def _by_link(operations: list[Operation], stages: int, tensor: int, world_size: 
         elif each.ranks[-1] // ranks_of_stage != each.ranks[0] // ranks_of_stage:
             link = "tied"
         else:
-            link = "replicas" if each.ranks[1] - each.ranks[0] == tensor and len(each.ranks) > 1 else "tensor"
-            if tensor == 1:
-                link = "replicas"
+            link = "replicas" if each.ranks[1] - each.ranks[0] == tensor else "tensor"
         key = link, each.name
         by_link[key] = by_link.get(key, 0) + each.bytes
     return by_link

@@ -210,8 +210,11 @@ def _at_backward(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kerne
 
 
 def _loss(rank: RankSizes) -> int:
-    """Logits in float32, their softmax and its gradient; over tensor-parallel ranks in bf16 the forward pass holds more:
-    logits in both precisions, what they are above the highest, and its exponentials."""
+    """Logits in float32, their softmax and its gradient.
+
+    In bf16 over tensor-parallel ranks the forward pass holds more: logits in both precisions, what they are below the
+    highest, and its exponentials.
+    """
     if not rank.is_last:
         return 0
     return (14 if rank.tensor > 1 and rank.element == 2 else 12) * rank.tokens * rank.vocabulary

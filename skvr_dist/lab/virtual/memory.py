@@ -1,4 +1,4 @@
-"""Counts the memory that tensors occupy while a rank trains, by the storages behind them; their peak, and when it was."""
+"""Counts the memory that tensors occupy while a rank trains, by the storages behind them, and its peak."""
 
 from __future__ import annotations
 
