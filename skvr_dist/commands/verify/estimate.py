@@ -2,8 +2,8 @@
 
     skvr-verify estimate --json estimate.json
 
-Of each configuration the first, the second and the last stage train two steps on the CPU of this machine. Bytes of every
-kind of operation must be exact, the peak of the tensors alive within 5 %.
+Of each configuration the first, the second and the last stage train two steps on the CPU of this machine. Bytes of
+every kind of operation must be exact, the peak of the tensors alive within 5 %.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ _SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention": "sdpa",
 }
+_NO_DATA = {"train": "-", "validation": "-", "tokenizer": "-"}
 _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen2": {"architecture": "qwen2", "qk_norm": False, "attention_bias": True},
@@ -63,6 +64,7 @@ class Case:
     tied: bool = False
     policy: str = "uniform"
     zero: dict[str, Any] = field(default_factory=dict)
+    sequence: int = 64
 
     def config(self) -> Config:
         """The configuration of a run; its data sets are not opened."""
@@ -73,7 +75,7 @@ class Case:
                 "model": {**_SHAPE, **_FAMILIES[self.family], "tie_word_embeddings": self.tied},
                 "routing": routing,
                 "parallel": self.parallel,
-                "data": {"train": "-", "validation": "-", "tokenizer": "-", "sequence_length": 64, "lanes": 32},
+                "data": {**_NO_DATA, "sequence_length": self.sequence, "lanes": 32},
                 "train": {
                     "output_dir": "-",
                     "steps": 100,
@@ -111,7 +113,13 @@ CASES = (
     Case("PP2 x DP2, bf16, layers recomputed", 4, {"pipeline": 2, **_LAYER}, "bf16"),
     Case("TP2 SP x PP2, layers recomputed", 4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, **_LAYER}),
     Case("TP2 x PP2, attention recomputed", 4, {"tensor": 2, "pipeline": 2, **_ATTENTION}),
-    Case("PP4 x DP64, ZeRO-1, bf16", 64, {"pipeline": 4}, "bf16"),
+    Case("PP4 x DP16, ZeRO-1, bf16", 64, {"pipeline": 4}, "bf16"),
+    # So few tokens that weights, buckets and the update decide.
+    Case("PP2, ZeRO-0, 8 tokens", 2, {"pipeline": 2, "zero_stage": 0}, sequence=4),
+    Case("PP2 x DP2, ZeRO-1, 8 tokens", 4, {"pipeline": 2}, sequence=4),
+    Case("PP2 x DP2, ZeRO-1, bf16, 8 tokens", 4, {"pipeline": 2}, "bf16", sequence=4),
+    Case("DP4, ZeRO-2, bf16, 8 tokens", 4, {"zero_stage": 2}, "bf16", sequence=4),
+    Case("DP4, ZeRO-3, 8 tokens", 4, {"zero_stage": 3}, sequence=4),
 )  # fmt: skip
 """What `tools/verify.py estimate` compares."""
 

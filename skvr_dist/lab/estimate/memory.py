@@ -179,6 +179,8 @@ def peak_memory(rank: RankSizes, rows: Sequence[MicroBatch], kernels: Kernels = 
         kernels: whose kernels run.
     """
     moments = [_at_backward(rank, rows, number, kernels) for number in range(len(rows))]
+    if rank.config.parallel.zero_stage == 3:
+        moments += [_while_reducing(rank, rows, number, kernels) for number in range(len(rows))]
     moments += [_at_reduction(rank), _at_update(rank)]
     return max(moments, key=lambda memory: memory.total)
 
@@ -206,6 +208,25 @@ def _at_backward(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kerne
         pipeline_buffers=_pipeline_buffers(rank, rows, number, last),
         loss=loss,
         moment=f"backward pass of micro-batch {number}",
+    )
+
+
+def _while_reducing(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kernels: Kernels) -> Memory:
+    """While ZeRO-3 reduces the first bucket of micro-batch `number`: a padded copy of it, and the next gradients."""
+    activations = _Activations(rank, kernels)
+    last = min(number + rank.in_flight, len(rows))
+    others = sum(activations.micro_batch(row) for row in rows[number + 1 : last])
+    parameters, optimizer, gradients = state_bytes(rank)
+    on_their_way = 8 * min(rank.parameters, rank.zero_option("reduce_bucket_size", _BUCKET))
+    return Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        zero_buffers=_bucket(rank) + _gathered(rank) + on_their_way,
+        activations=others + activations.micro_batch(rows[number], rank.bounds[1] - 1),
+        pipeline_buffers=_pipeline_buffers(rank, rows, number, last),
+        loss=0,
+        moment=f"reduction in the backward pass of micro-batch {number}",
     )
 
 
@@ -268,10 +289,9 @@ def _at_reduction(rank: RankSizes) -> Memory:
     """While gradients are reduced over the replicas at the end of the step."""
     parameters, optimizer, gradients = state_bytes(rank)
     bucket = rank.zero_option("reduce_bucket_size", _BUCKET)
-    stage, flat = rank.config.parallel.zero_stage, 4 * min(rank.parameters, bucket)
-    buffers = _bucket(rank)
+    stage, buffers = rank.config.parallel.zero_stage, _bucket(rank)
     if stage == 0 or (stage == 1 and rank.element == 2):
-        buffers = flat
+        buffers = 4 * min(rank.parameters, _BUCKET)  # the engine's own, which no option sets
     elif stage == 1:
         buffers += 4 * bucket
     return Memory(parameters, gradients, optimizer, buffers, 0, 0, 0, "reduction of gradients")
@@ -289,4 +309,5 @@ def _at_update(rank: RankSizes) -> Memory:
     extra = 8 * max(share) + (0 if bf16 and stage < 3 else 4 * max(share))
     if stage == 3:
         extra += _bucket(rank)
+        parameters = rank.element * (gradients // 4)  # whole weights that were kept are gathered anew afterwards
     return Memory(parameters, gradients, optimizer, extra, 0, 0, 0, "update")
