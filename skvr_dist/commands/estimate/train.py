@@ -24,7 +24,10 @@ from skvr_dist.command import add_configs, add_json, add_overrides, at_least, wr
 
 if TYPE_CHECKING:
     from skvr_dist.lab.estimate.layout import Estimate, StageEstimate
+    from skvr_dist.lab.estimate.propose import Proposal
     from skvr_dist.lab.estimate.speed import Rates
+
+_SHOWN_FITTING, _SHOWN_OTHERS = 12, 4  # rows of proposals
 
 
 def _positive(text: str) -> float:
@@ -73,9 +76,9 @@ def run(options: argparse.Namespace) -> int:
     if options.propose:
         found = propose(config, options.gpus, rates)
         require_any(found, rates)
-        rows = [each.row(rates) for each in found]
-        print(tabulate([row.values() for row in rows], headers=list(rows[0]), tablefmt="github"))
-        record: dict[str, Any] = {"gpus": options.gpus, "rates": dataclasses.asdict(rates), "layouts": rows}
+        layouts = [each.record(rates) for each in found]
+        print(_proposals(found, rates))
+        record: dict[str, Any] = {"gpus": options.gpus, "rates": dataclasses.asdict(rates), "layouts": layouts}
     else:
         whole = estimate(config, options.gpus, rates)
         record = {
@@ -89,6 +92,20 @@ def run(options: argparse.Namespace) -> int:
     if options.json is not None:
         write_json(options.json, record)
     return 0
+
+
+def _proposals(found: list[Proposal], rates: Rates) -> str:
+    """The best layouts, and the nearest of those that do not fit."""
+    rows = [each.row(rates) for each in found]
+    fitting = [row for row in rows if row["fits"]]
+    shown = [*fitting[:_SHOWN_FITTING], *[row for row in rows if not row["fits"]][:_SHOWN_OTHERS]]
+    left_out = f"; {len(rows) - len(shown)} more are in the file of --json" if len(rows) > len(shown) else ""
+    lines = [
+        tabulate([row.values() for row in shown], headers=list(rows[0]), tablefmt="github"),
+        f"{len(rows)} layouts, predicted, not measured; {len(fitting)} fit in {rates.memory_gib:g} GiB{left_out}",
+        f"the first one: {found[0].overrides}",
+    ]
+    return "\n\n".join(lines)
 
 
 def _rates(options: argparse.Namespace) -> Rates:

@@ -50,6 +50,16 @@ class Estimate:
             words.append(f"{parallel.activation_checkpointing.recompute} recomputed")
         return ", ".join(words)
 
+    @property
+    def short(self) -> str:
+        """The layout in a few letters, for tables."""
+        parallel, rank = self.config.parallel, self.stages[0].rank
+        words = [f"PP{rank.stages} x DP{rank.replicas} x TP{rank.tensor}" + " SP" * parallel.sequence_parallel]
+        words += [f"ZeRO-{parallel.zero_stage}", f"micro-batch {self.config.train.micro_batch_size}"]
+        if parallel.activation_checkpointing.recompute != "none":
+            words.append(f"recompute {parallel.activation_checkpointing.recompute}")
+        return ", ".join(words)
+
 
 def require_estimable(config: Config, gpus: int) -> None:
     """Check that closed forms exist for a configuration and that it can use that many GPUs.

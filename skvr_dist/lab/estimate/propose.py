@@ -33,7 +33,7 @@ class Proposal:
         """A row of the table."""
         speed = self.estimate.speed
         return {
-            "layout": self.overrides,
+            "layout": self.estimate.short,
             "GiB": round(self.gib, 2),
             "fits": self.gib <= rates.memory_gib,
             "step s": round(speed.step_seconds, 3),
@@ -41,6 +41,10 @@ class Proposal:
             "bubble": f"{speed.bubble:.1%}",
             "why": self.why,
         }
+
+    def record(self, rates: Rates) -> dict[str, Any]:
+        """The row, with what gives this layout on a command line."""
+        return self.row(rates) | {"overrides": self.overrides}
 
 
 def propose(config: Config, gpus: int, rates: Rates) -> list[Proposal]:
