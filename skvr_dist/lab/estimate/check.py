@@ -91,6 +91,7 @@ class Case:
 
 _LAYER = {"activation_checkpointing": {"recompute": "layer"}}
 _ATTENTION = {"activation_checkpointing": {"recompute": "attention"}}
+_EVERY_2ND = {"activation_checkpointing": {"recompute": "layer", "every": 2}}
 _PARTITION_ALL = {"stage3_param_persistence_threshold": 0}
 _FETCH_TWICE = {**_PARTITION_ALL, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 CASES = (
@@ -114,6 +115,7 @@ CASES = (
     Case("TP2 SP x PP2, layers recomputed", 4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, **_LAYER}),
     Case("TP2 x PP2, attention recomputed", 4, {"tensor": 2, "pipeline": 2, **_ATTENTION}),
     Case("PP4 x DP16, ZeRO-1, bf16", 64, {"pipeline": 4}, "bf16"),
+    Case("PP2, every 2nd layer recomputed", 2, {"pipeline": 2, **_EVERY_2ND}),
     # So few tokens that weights, buckets and the update decide.
     Case("PP2, ZeRO-0, 8 tokens", 2, {"pipeline": 2, "zero_stage": 0}, sequence=4),
     Case("PP2 x DP2, ZeRO-1, 8 tokens", 4, {"pipeline": 2}, sequence=4),

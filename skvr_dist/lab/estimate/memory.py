@@ -142,15 +142,16 @@ class _Activations:
         gradient = size * rank.split_tokens * rank.model.hidden_size
         inner = rank.tokens * rank.inner
         mlp = size * (inner + max(inner, rank.model.hidden_size * rank.inner))
-        most = 0
-        for layer in reversed(rank.layers):
+        most, held = 0, self.received(row) + self.tables() + gradient * rank.is_last
+        held += 0 if rank.is_last else self.output()
+        for layer in rank.layers:
+            held += self.layer(layer, row) + self.input_of(layer)
             again = 0
             if checkpointing.covers("layer", layer):
                 again = self.whole_layer(layer, row)
             elif checkpointing.covers("attention", layer):
                 again = self.queries()
-            held = self.micro_batch(row, layer + 1) + gradient * rank.is_last + again
-            most = max(most, held + mlp + (0 if rank.is_last else self.output()))
+            most = max(most, held + again + mlp)
         return most
 
 
