@@ -1,0 +1,314 @@
+"""The memory of a rank in closed forms: what it always holds, what a micro-batch keeps, and the peak of a step.
+
+Bytes of tensors; what an allocator rounds up or keeps, and what CUDA and NCCL take for themselves, come on top. What a
+norm keeps differs: the fused kernel of CUDA its input, the composite one of the CPU its normed input too, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from skvr_dist.lab.estimate.rank import MicroBatch, RankSizes
+from skvr_dist.lab.estimate.traffic import flat_shares, is_persistent, released_modules
+
+Kernels = Literal["cpu", "cuda"]
+
+_BUCKET = 500_000_000  # elements of DeepSpeed's reduce_bucket_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the peak of a step, by kind; and when that is."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    zero_buffers: int
+    """DeepSpeed's buckets, and what ZeRO-3 has gathered."""
+    activations: int
+    """Of the micro-batches alive, and what the pass that runs takes beside them."""
+    pipeline_buffers: int
+    loss: int
+    """Logits, their softmax and its gradient."""
+    moment: str
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return (
+            self.parameters + self.gradients + self.optimizer + self.zero_buffers + self.activations
+            + self.pipeline_buffers + self.loss
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Activations:
+    rank: RankSizes
+    kernels: Kernels
+
+    def norm(self, elements: int, rows: int) -> int:
+        """What a norm keeps beside its input and its output."""
+        inner = 0
+        if self.kernels == "cpu":
+            inner = elements * (8 if self.rank.element == 2 else 4)
+        return inner + 4 * rows
+
+    @property
+    def keeps_inputs_of_norms(self) -> bool:
+        """Whether a norm keeps its input as it is: the CPU's keeps a copy in float32 (counted in `norm`) of bf16."""
+        return self.kernels == "cuda" or self.rank.element == 4
+
+    def _heads(self, elements: int) -> int:
+        """Queries or keys after projection, norm and rotation."""
+        rank, size = self.rank, self.rank.element * elements
+        if not rank.model.qk_norm:
+            return size
+        rows = elements // rank.model.head_dim
+        return size + self.norm(elements, rows) + size * self.keeps_inputs_of_norms
+
+    def queries(self) -> int:
+        """Queries, what attention keeps of them, and its output."""
+        rank = self.rank
+        elements = rank.tokens * rank.queries
+        return self._heads(elements) + rank.element * elements + 4 * elements // rank.model.head_dim
+
+    def kv(self) -> int:
+        """Keys and values that are computed here."""
+        elements = self.rank.tokens * self.rank.kv
+        return self._heads(elements) + self.rank.element * elements
+
+    def whole_layer(self, layer: int, row: MicroBatch) -> int:
+        """A layer that keeps everything, without its input."""
+        rank, size, hidden = self.rank, self.rank.element, self.rank.model.hidden_size
+        split = rank.split_tokens * hidden
+        norms = 2 * (self.norm(split, rank.split_tokens) + size * rank.tokens * hidden)
+        between = size * split * self.keeps_inputs_of_norms
+        mlp = 4 * size * rank.tokens * rank.inner
+        return norms + between + mlp + self.queries() + (self.kv() if layer in row.read else 0)
+
+    def layer(self, layer: int, row: MicroBatch) -> int:
+        """What a layer keeps until its backward pass, without its input."""
+        rank, checkpointing = self.rank, self.rank.config.parallel.activation_checkpointing
+        if checkpointing.covers("layer", layer):
+            is_kept = layer in row.leaving or row.is_read_later(layer)
+            return 2 * rank.element * rank.tokens * rank.kv * is_kept
+        whole = self.whole_layer(layer, row)
+        return whole - self.queries() if checkpointing.covers("attention", layer) else whole
+
+    def input_of(self, layer: int) -> int:
+        """A layer's hidden states, as far as the layer keeps them."""
+        rank, checkpointing = self.rank, self.rank.config.parallel.activation_checkpointing
+        if layer == rank.bounds[0] and not rank.is_first:
+            return 0  # received, and counted as that
+        keeps = self.keeps_inputs_of_norms or checkpointing.covers("layer", layer)
+        return keeps * rank.element * rank.split_tokens * rank.model.hidden_size
+
+    def received(self, row: MicroBatch) -> int:
+        """What came from the stage before, until its gradient is sent."""
+        rank = self.rank
+        if rank.is_first:
+            return 8 * rank.tokens
+        packed = rank.element * rank.packed_elements(row.entering)
+        if not rank.hidden_is_split_for_sending:
+            return packed
+        whole = rank.element * rank.tokens * rank.model.hidden_size
+        return whole + packed * bool(row.entering)
+
+    def output(self) -> int:
+        """Hidden states for the next stage; on the last one what its norm keeps."""
+        rank = self.rank
+        split = rank.split_tokens * rank.model.hidden_size
+        if not rank.is_last:
+            return rank.element * split
+        kept = rank.element * split * self.keeps_inputs_of_norms
+        return kept + self.norm(split, rank.split_tokens) + rank.element * rank.tokens * rank.model.hidden_size
+
+    def tables(self) -> int:
+        """cos and sin of the rotation."""
+        return 8 * self.rank.config.data.sequence_length * self.rank.model.head_dim
+
+    def micro_batch(self, row: MicroBatch, stop: int | None = None) -> int:
+        """What a micro-batch keeps between its passes, without the loss; up to layer `stop`, without it."""
+        layers = [layer for layer in self.rank.layers if stop is None or layer < stop]
+        kept = sum(self.layer(layer, row) + self.input_of(layer) for layer in layers)
+        return kept + self.received(row) + self.tables() + (self.output() if stop is None else 0)
+
+    def while_running_back(self, row: MicroBatch) -> int:
+        """The most that a micro-batch holds in its backward pass, without the loss."""
+        rank, size = self.rank, self.rank.element
+        checkpointing = rank.config.parallel.activation_checkpointing
+        gradient = size * rank.split_tokens * rank.model.hidden_size
+        inner = rank.tokens * rank.inner
+        mlp = size * (inner + max(inner, rank.model.hidden_size * rank.inner))
+        most, held = 0, self.received(row) + self.tables() + gradient * rank.is_last
+        held += 0 if rank.is_last else self.output()
+        for layer in rank.layers:
+            held += self.layer(layer, row) + self.input_of(layer)
+            again = 0
+            if checkpointing.covers("layer", layer):
+                again = self.whole_layer(layer, row)
+            elif checkpointing.covers("attention", layer):
+                again = self.queries()
+            most = max(most, held + again + mlp)
+        return most
+
+
+def state_bytes(rank: RankSizes) -> tuple[int, int, int]:
+    """Bytes of parameters, optimizer and gradients between two micro-batches of a step.
+
+    DeepSpeed keeps fp32 masters apart from the parameters from ZeRO-1 on, in fp32 runs too; in bf16 with ZeRO-1 whole
+    fp32 gradients beside bf16 ones.
+    """
+    stage, bf16, all_of_it = rank.config.parallel.zero_stage, rank.element == 2, rank.parameters
+    if stage == 3:
+        share = sum(-(-weight.elements // rank.replicas) for weight in rank.weights)
+        persistent = sum(w.elements for w in rank.weights if is_persistent(rank, w))
+        return rank.element * (share + persistent), 12 * share, 4 * share
+    share = sum(flat_shares(rank))
+    optimizer = 12 * share if stage else 8 * all_of_it
+    gradients = 4 * share if stage == 2 else (6 if bf16 else 4) * all_of_it
+    return rank.element * all_of_it, optimizer, gradients
+
+
+def peak_memory(rank: RankSizes, rows: Sequence[MicroBatch], kernels: Kernels = "cuda") -> Memory:
+    """The peak of a step.
+
+    Args:
+        rows: the step's micro-batches of this rank's replica.
+        kernels: whose kernels run.
+    """
+    moments = [_at_backward(rank, rows, number, kernels) for number in range(len(rows))]
+    if rank.config.parallel.zero_stage == 3:
+        moments += [_while_reducing(rank, rows, number, kernels) for number in range(len(rows))]
+    moments += [_at_reduction(rank), _at_update(rank)]
+    return max(moments, key=lambda memory: memory.total)
+
+
+def _at_backward(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kernels: Kernels) -> Memory:
+    """While micro-batch `number` runs back."""
+    activations = _Activations(rank, kernels)
+    last = min(number + rank.in_flight, len(rows))
+    others = sum(activations.micro_batch(row) for row in rows[number + 1 : last])
+    held = activations.micro_batch(rows[number])
+    running = activations.while_running_back(rows[number])
+    loss = _loss(rank)
+    if held + loss < running:
+        loss = 0
+    parameters, optimizer, gradients = state_bytes(rank)
+    if number == 0 and rank.config.parallel.zero_stage < 3:
+        # They appear while the activations go; but in bf16 with ZeRO-1 those in fp32 are always there.
+        gradients = 4 * rank.parameters if rank.config.parallel.zero_stage == 1 and rank.element == 2 else 0
+    return Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        zero_buffers=_bucket(rank) + _gathered(rank) + (0 if loss else _fetched_again(rank)),
+        activations=others + (held if loss else running),
+        pipeline_buffers=_pipeline_buffers(rank, rows, number, last),
+        loss=loss,
+        moment=f"backward pass of micro-batch {number}",
+    )
+
+
+def _while_reducing(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kernels: Kernels) -> Memory:
+    """While ZeRO-3 reduces the first bucket of micro-batch `number`: a padded copy of it, and the next gradients."""
+    activations = _Activations(rank, kernels)
+    last = min(number + rank.in_flight, len(rows))
+    others = sum(activations.micro_batch(row) for row in rows[number + 1 : last])
+    parameters, optimizer, gradients = state_bytes(rank)
+    on_their_way = 8 * min(rank.parameters, rank.zero_option("reduce_bucket_size", _BUCKET))
+    return Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        zero_buffers=_bucket(rank) + _gathered(rank) + on_their_way,
+        activations=others + activations.micro_batch(rows[number], rank.bounds[1] - 1),
+        pipeline_buffers=_pipeline_buffers(rank, rows, number, last),
+        loss=0,
+        moment=f"reduction in the backward pass of micro-batch {number}",
+    )
+
+
+def _loss(rank: RankSizes) -> int:
+    """Logits in float32, their softmax and its gradient.
+
+    In bf16 over tensor-parallel ranks the forward pass holds more: logits in both precisions, what they are below the
+    highest, and its exponentials.
+    """
+    if not rank.is_last:
+        return 0
+    return (14 if rank.tensor > 1 and rank.element == 2 else 12) * rank.tokens * rank.vocabulary
+
+
+def _pipeline_buffers(rank: RankSizes, rows: Sequence[MicroBatch], number: int, last: int) -> int:
+    """Packed tensors on their way: two sends and one receive ahead in each direction, and the gradients in use."""
+
+    def packed(numbers: range, leaving: bool) -> int:
+        inside = [rows[each] for each in numbers if 0 <= each < len(rows)]
+        sizes = [rank.packed_elements(len(row.leaving) if leaving else row.entering) for row in inside]
+        return rank.element * sum(sizes)
+
+    total = 0
+    if not rank.is_last:
+        total += packed(range(last - 2, last), True) + packed(range(number, number + 2), True)
+        if rank.hidden_is_split_for_sending:
+            total += rank.element * rank.tokens * rank.model.hidden_size
+    if not rank.is_first:
+        total += packed(range(number - 2, number), False) + packed(range(last, last + 1), False)
+    return total
+
+
+def _bucket(rank: RankSizes) -> int:
+    """The bucket that ZeRO holds while gradients come in; ZeRO-3 holds it always."""
+    stage, elements = rank.config.parallel.zero_stage, rank.zero_option("reduce_bucket_size", _BUCKET)
+    if stage == 0 or (stage == 1 and rank.element == 2):
+        return 0
+    return elements * (2 if stage == 2 and rank.element == 2 else 4)
+
+
+def _gathered(rank: RankSizes) -> int:
+    """Whole weights that ZeRO-3 holds when the backward pass begins."""
+    if rank.config.parallel.zero_stage < 3:
+        return 0
+    released = released_modules(rank)
+    return rank.element * sum(
+        weight.elements for weight in rank.weights if weight.module not in released and not is_persistent(rank, weight)
+    )
+
+
+def _fetched_again(rank: RankSizes) -> int:
+    """The largest layer's weights and gradients, where ZeRO-3 fetches weights again for the backward pass."""
+    if rank.config.parallel.zero_stage < 3 or not released_modules(rank):
+        return 0
+    largest = max(sum(w.elements for w in rank.weights if w.module == f"layer {layer}") for layer in rank.layers)
+    return 2 * rank.element * largest
+
+
+def _at_reduction(rank: RankSizes) -> Memory:
+    """While gradients are reduced over the replicas at the end of the step."""
+    parameters, optimizer, gradients = state_bytes(rank)
+    bucket = rank.zero_option("reduce_bucket_size", _BUCKET)
+    stage, buffers = rank.config.parallel.zero_stage, _bucket(rank)
+    if stage == 0 or (stage == 1 and rank.element == 2):
+        buffers = 4 * min(rank.parameters, _BUCKET)  # the engine's own, which no option sets
+    elif stage == 1:
+        buffers += 4 * bucket
+    return Memory(parameters, gradients, optimizer, buffers, 0, 0, 0, "reduction of gradients")
+
+
+def _at_update(rank: RankSizes) -> Memory:
+    """While AdamW updates: it makes two tensors as large as the one that it updates."""
+    parameters, optimizer, gradients = state_bytes(rank)
+    stage, bf16 = rank.config.parallel.zero_stage, rank.element == 2
+    if stage == 0:
+        return Memory(parameters, gradients, optimizer, 8 * max(w.elements for w in rank.weights), 0, 0, 0, "update")
+    share = flat_shares(rank)
+    if stage == 1 and not bf16:
+        gradients = 4 * sum(share)
+    extra = 8 * max(share) + (0 if bf16 and stage < 3 else 4 * max(share))
+    if stage == 3:
+        extra += _bucket(rank)
+        parameters = rank.element * (gradients // 4)  # whole weights that were kept are gathered anew afterwards
+    return Memory(parameters, gradients, optimizer, extra, 0, 0, 0, "update")

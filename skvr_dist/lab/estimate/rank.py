@@ -1,0 +1,212 @@
+"""The sizes of one rank: its weights, its share of the tokens, its micro-batches and what the plan makes of them.
+
+Shapes: B batch, S sequence, D hidden, I intermediate, H heads, K key/value heads, E head_dim, V vocabulary,
+T tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from skvr_dist.config.layouts import data_parallel_size
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.tree import Config
+from skvr_dist.parallel.split import stage_bounds
+from skvr_dist.routing import RoutingPlan, crossing_layers, read_layers
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a rank, before ZeRO shares it out."""
+
+    module: str
+    """`embedding`, `layer N`, `norm` or `head`: what ZeRO-3 fetches as one."""
+    elements: int
+    is_matrix: bool
+
+
+@dataclass(frozen=True)
+class RankSizes:
+    """A rank, by its stage: its tensor-parallel and data-parallel neighbours hold as much.
+
+    Args:
+        config: the run's.
+        gpus: ranks of the run.
+        stage: the rank's pipeline stage.
+    """
+
+    config: Config
+    gpus: int
+    stage: int
+
+    @property
+    def model(self) -> ModelConfig:
+        """The decoder's shape."""
+        return self.config.model
+
+    @cached_property
+    def replicas(self) -> int:
+        """Data-parallel replicas."""
+        return data_parallel_size(self.config, self.gpus)
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages."""
+        return self.config.parallel.pipeline
+
+    @property
+    def tensor(self) -> int:
+        """T."""
+        return self.config.parallel.tensor
+
+    @cached_property
+    def bounds(self) -> tuple[int, int]:
+        """The stage's first layer, and the first one after it."""
+        return stage_bounds(self.model, self.config.parallel)[self.stage]
+
+    @property
+    def layers(self) -> range:
+        """The stage's layers."""
+        return range(*self.bounds)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the stage holds the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the stage holds the head and the loss."""
+        return self.stage == self.stages - 1
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one step on this rank."""
+        return self.config.num_micro_batches // self.replicas
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches whose activations 1F1B keeps at once on this stage."""
+        return min(self.stages - self.stage, self.micro_batches)
+
+    @property
+    def element(self) -> int:
+        """Bytes of an element of weights and activations."""
+        return 2 if self.config.train.precision == "bf16" else 4
+
+    @property
+    def tokens(self) -> int:
+        """B x S: of one micro-batch."""
+        return self.config.train.micro_batch_size * self.config.data.sequence_length
+
+    @property
+    def split_tokens(self) -> int:
+        """Tokens whose hidden states between regions this rank holds."""
+        return self.tokens // (self.tensor if self.config.parallel.sequence_parallel else 1)
+
+    @property
+    def queries(self) -> int:
+        """Elements of this rank's queries for one token."""
+        return self.model.num_attention_heads * self.model.head_dim // self.tensor
+
+    @property
+    def kv(self) -> int:
+        """Elements of this rank's keys (or values) of one layer for one token."""
+        return max(self.model.num_key_value_heads // self.tensor, 1) * self.model.head_dim
+
+    @property
+    def inner(self) -> int:
+        """This rank's elements inside the MLP for one token."""
+        return self.model.intermediate_size // self.tensor
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of this rank's vocabulary matrices; its logits of one token."""
+        return -(-self.model.vocab_size // self.tensor)
+
+    @property
+    def kv_copies(self) -> int:
+        """Tensor-parallel ranks that hold the same key/value head."""
+        return max(self.tensor // self.model.num_key_value_heads, 1)
+
+    @property
+    def hidden_is_split_for_sending(self) -> bool:
+        """Whether 1/T of the hidden states is sent, and gathered behind the boundary."""
+        return self.tensor > 1 and not self.config.parallel.sequence_parallel
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """All weights of the rank."""
+        hidden, tied = self.model.hidden_size, self.model.tie_word_embeddings
+        table = self.vocabulary * hidden
+        found = [Weight("embedding", table, True)] if self.is_first or (self.is_last and tied) else []
+        for layer in self.layers:
+            found += [Weight(f"layer {layer}", *each) for each in self._layer_weights()]
+        if self.is_last:
+            found.append(Weight("norm", hidden, False))
+            if not tied:
+                found.append(Weight("head", table, True))
+        return tuple(found)
+
+    def _layer_weights(self) -> list[tuple[int, bool]]:
+        model, hidden = self.model, self.model.hidden_size
+        matrices = [self.queries, self.kv, self.kv, self.queries, self.inner, self.inner, self.inner]
+        vectors = [hidden, hidden]
+        if model.attention_bias:
+            vectors += [self.queries, self.kv, self.kv]
+        if model.attention_output_bias:
+            vectors.append(hidden)
+        if model.qk_norm:
+            vectors += [model.head_dim, model.head_dim]
+        return [(hidden * outputs, True) for outputs in matrices] + [(size, False) for size in vectors]
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of all weights."""
+        return sum(weight.elements for weight in self.weights)
+
+    def zero_option(self, name: str, default: int) -> int:
+        """A size of DeepSpeed's ZeRO section, or DeepSpeed's default."""
+        options: dict[str, Any] = self.config.deepspeed.get("zero_optimization", {})
+        return int(options.get(name, default))
+
+    def rows(self, plan: RoutingPlan, replica: int = 0) -> list[MicroBatch]:
+        """What a step's plan asks of this stage, for each micro-batch of a replica."""
+        start, stop = self.bounds
+        return [
+            MicroBatch(
+                donors=tuple(int(donor) for donor in donors),
+                read=frozenset(int(layer) for layer in read_layers(donors).nonzero()[0]),
+                entering=len(crossing_layers(donors, start)) if start else 0,
+                leaving=frozenset(crossing_layers(donors, stop)),
+            )
+            for donors in plan.donors[replica :: self.replicas]
+        ]
+
+    def packed_elements(self, crossing: int) -> int:
+        """Elements of what this rank sends over a boundary for one micro-batch.
+
+        Args:
+            crossing: layers whose keys and values cross.
+        """
+        hidden = self.tokens * self.model.hidden_size // self.tensor
+        return hidden + 2 * crossing * self.tokens * self.kv
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The routing of one micro-batch, as a stage sees it."""
+
+    donors: tuple[int, ...]
+    read: frozenset[int]
+    """Layers whose keys and values anyone reads."""
+    entering: int
+    """How many layers' keys and values come from the stage before."""
+    leaving: frozenset[int]
+    """Layers whose keys and values go to the stage after."""
+
+    def is_read_later(self, layer: int) -> bool:
+        """Whether another layer reads that one's keys and values."""
+        return any(donor == layer for reader, donor in enumerate(self.donors) if reader != layer)
