@@ -166,8 +166,7 @@ class RoutedForCausalLM:
         """
         return_dict = {"return_dict": kwargs.pop("return_dict")} if "return_dict" in kwargs else {}
         cache = take_cache(cache, kwargs)
-        nothing_before = cache is None or cache.get_seq_length() == 0
-        if nothing_before and input_ids is not None and input_ids.shape[-1] == 0:
+        if input_ids is not None and input_ids.shape[-1] == 0 and (cache is None or cache.get_seq_length() == 0):
             raise UserError("the input has no tokens; give at least one, such as the beginning-of-sequence token")
         captures = any(
             kwargs.get(name, getattr(self.config, name, False))
