@@ -1,6 +1,7 @@
 """Retention curve of a checkpoint: loss for a list of cache strategies, as a table, JSON and a picture.
 
     skvr-retention runs/quickstart/routed --strategies full every:2 every:4
+    skvr-retention runs/quickstart/routed --families even prefix suffix sandwich
 
 CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. One that was imported has no
 held-out data of its own: give it with --data, and sequences of another length than 1024 with --sequence-length.
@@ -8,9 +9,14 @@ held-out data of its own: give it with --data, and sequences of another length t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from skvr_dist.command import a_path, add_json, at_least, new_parser, parse, run_command, write_json
 from skvr_dist.errors import UserError
 from skvr_dist.files import prove_writable
+
+FAMILIES = ("even", "prefix", "suffix", "sandwich")
+_PARTS = (2, 3, 4, 8)
 
 
 def main() -> None:
@@ -22,7 +28,11 @@ def run() -> None:
     """Measure the curve, write and print it."""
     parser = new_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=a_path)
-    parser.add_argument("--strategies", nargs="+", metavar="S", help="cache strategies (default: five)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--strategies", nargs="+", metavar="S", help="cache strategies (default: five)")
+    which.add_argument(
+        "--families", nargs="+", choices=FAMILIES, help="full retention, and of each family 1/2, 1/3, 1/4 and 1/8"
+    )
     parser.add_argument(
         "--sequences",
         type=at_least(1, 10**7),
@@ -42,7 +52,7 @@ def run() -> None:
     import torch
 
     from skvr_dist.checkpoint.folder import Checkpoint
-    from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES, HeldOutData, evaluate_checkpoint
+    from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
     from skvr_dist.evaluate.retention import RETENTION_FILE, as_table, plot
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +70,7 @@ def run() -> None:
     measurement = evaluate_checkpoint(
         checkpoint,
         HeldOutData.of(checkpoint, options.data, options.sequence_length),
-        options.strategies or DEFAULT_STRATEGIES,
+        options.strategies or _of_families(options.families or (), checkpoint.model_config.num_hidden_layers),
         sequences=options.sequences,
         batch_size=options.batch_size,
         device=device,
@@ -75,6 +85,16 @@ def run() -> None:
         f"{measurement.data} ({measurement.data_fingerprint}), documents {measurement.documents}"
     )
     print(f"written: {json_file}, {png_file}")
+
+
+def _of_families(families: Sequence[str], num_layers: int) -> Sequence[str]:
+    """Strategies of each family at the usual sizes; the usual five without one."""
+    from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES
+
+    if not families:
+        return DEFAULT_STRATEGIES
+    sizes = sorted({max(1, num_layers // part) for part in _PARTS}, reverse=True)
+    return ["full", *(f"{family}:{size}" for family in families for size in sizes)]
 
 
 if __name__ == "__main__":
