@@ -9,6 +9,7 @@ held-out data of its own: give it with --data, and sequences of another length t
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from skvr_dist.command import a_path, add_json, at_least, new_parser, parse, run_command, write_json
@@ -24,8 +25,7 @@ def main() -> None:
     run_command(run)
 
 
-def run() -> None:
-    """Measure the curve, write and print it."""
+def _options() -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=a_path)
     which = parser.add_mutually_exclusive_group()
@@ -47,7 +47,12 @@ def run() -> None:
     parser.add_argument("--device", help="where to compute (default: a GPU if there is one)")
     add_json(parser, "default: retention.json in the checkpoint")
     parser.add_argument("--png", type=a_path, metavar="FILE", help="default: beside the JSON")
-    options = parse(parser)
+    return parse(parser)
+
+
+def run() -> None:
+    """Measure the curve, write and print it."""
+    options = _options()
 
     import torch
 
@@ -62,7 +67,7 @@ def run() -> None:
         raise UserError(f"--device {device} is not to be had here ({str(error).splitlines()[0]}); use cpu") from None
     checkpoint = Checkpoint(options.checkpoint)
     if (options.data or options.sequence_length) and checkpoint.is_trained and not options.json:
-        parser.error(
+        raise UserError(
             "--data and --sequence-length need --json: the checkpoint keeps the curve over its own held-out data"
         )
     json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)

@@ -104,8 +104,10 @@ def as_table(curves: Mapping[str, Sequence[RetentionPoint]]) -> str:
         for points in curves.values():
             loss = points[index].loss
             change = "" if index == 0 else f"{loss - points[0].loss:+.4f}"
-            if change and alone and points[index].rise:
-                change += " ({:+.4f} to {:+.4f})".format(*points[index].rise[1:])
+            rise = points[index].rise
+            if change and alone and rise:
+                _, low, high = rise
+                change += f" ({low:+.4f} to {high:+.4f})"
             row += [f"{loss:.4f}", change]
         rows.append(row)
     return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)
