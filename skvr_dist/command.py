@@ -171,6 +171,25 @@ def at_least(minimum: int, most: int = 10**6) -> Callable[[str], int]:
     return count
 
 
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (number > 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
+
+
+def share(text: str) -> float:
+    """An argparse type: a number above 0, at most 1."""
+    number = positive(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text} is more than 1, which is all")
+    return number
+
+
 def a_path(text: str) -> Path:
     """An argparse type: a path of this machine, `~` replaced by the home folder; no URL."""
     try:
