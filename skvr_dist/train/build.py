@@ -13,9 +13,10 @@ from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
+from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.stage import StageModule
-from skvr_dist.parallel.engine.teacher import Distillation, FrozenTeacher, open_teacher
+from skvr_dist.parallel.engine.teacher import FrozenTeacher, open_teacher
 from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.mesh import Mesh, new_host_group
 from skvr_dist.parallel.split import stage_bounds

@@ -28,18 +28,16 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
 from skvr_dist.data.batch import MicroBatch
-from skvr_dist.model.loss import IGNORED, Objective, Teacher
 from skvr_dist.model.modules import count_labels
+from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.gradients import clip_by_global_norm, drop_gradients, gradient_tensors, scale_gradients
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import Prediction, StageModule
-from skvr_dist.parallel.engine.teacher import Distillation
 from skvr_dist.parallel.engine.zero import ZeroPipelineEngine, compare_module_order_within, reduce_layer_by_layer
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.boundary import Handover, HandoverFormat, MicroBatchShape, connect
-from skvr_dist.parallel.pipeline.passes import ONCE, Role
 from skvr_dist.parallel.pipeline.step_plan import PassPlan, plan_for_stage
 from skvr_dist.routing import RoutingPlan, fixed_plan
 
@@ -104,12 +102,8 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self._labels = 0  # of the micro-batches that this rank has run, on the last stage
         self._update_is_admitted = True
         self.losses_by_part: dict[str, float] = {}
-        """Means of the last step over the labels concerned, where it distilled: `full` and `routed` cross entropy, and
-        `divergence` from the target."""
-        self._parts: dict[str, list[Tensor]] = {}  # of the passes that this rank has run, each [sum, labels]
-        self._distillation = distillation
-        teacher = distillation.teacher if distillation else None
-        self._target: Teacher | None = None  # of the micro-batch that runs, on the last stage
+        """Means of the parts of the last step's loss over the labels concerned, if it distilled (`PARTS`)."""
+        self._distillation = distillation or Distillation()
         self._plans: tuple[PassPlan, ...] = ()
         self._arrived = 0  # passes that have come to this stage in the schedule that runs
         self._loaded = 0  # passes whose micro-batch this stage has loaded
@@ -119,7 +113,6 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         self._shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
         self._format = HandoverFormat(module.model_config, mesh, self._shape)
-        self._teacher_format = HandoverFormat(teacher.model_config, mesh, self._shape) if teacher else self._format
         with naming_the_operation(mesh, "connecting the pipeline stages"):
             self.before, self.after = connect(mesh, dtype, self.device)
 
@@ -135,8 +128,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             the mean loss over the labels of the global batch, in nats per token, on every rank; not a number if all
             are ignored.
         """
-        several = self._distillation
-        passes = several.passes(self.global_steps) if several else [ONCE] * plan.num_micro_batches
+        passes = self._distillation.of_step(self.global_steps, plan.num_micro_batches)
         count = sum(map(len, passes))
         if len(passes) != plan.num_micro_batches or count != self.micro_batches * self.mesh.dp_size:
             raise ValueError(
@@ -168,7 +160,6 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         self.fwd_outputs: list[Tensor] = []
         self._labels = self._arrived = self._loaded = self._run_back = 0
-        self._parts = {}
         self._expect_tensors(training=isinstance(pipe_schedule, schedule.TrainSchedule))
         for instructions in sends_first(pipe_schedule):
             for instruction in instructions:
@@ -177,7 +168,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
                     continue
                 with naming_the_operation(self.mesh, kind.__name__, number):
                     MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
-        self._target = None
+        self._distillation.forget()
         if self.before:
             self.before.gradients.finish_sends()
         if self.after:
@@ -215,7 +206,9 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self.after.gradients.expect(sizes, ahead=len(back) == len(self._plans))
 
     def _format_of(self, plan: PassPlan) -> HandoverFormat:
-        return self._teacher_format if plan.run.by_teacher else self._format
+        if not plan.run.by_teacher or self._distillation.teacher is None:
+            return self._format
+        return dataclasses.replace(self._format, model=self._distillation.teacher.model_config)
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         batch: MicroBatch = self._next_batch()
@@ -252,12 +245,11 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         plan = self._plan_of(buffer_id)
         inputs, documents = (self.pipe_buffers[kind][buffer_id] for kind in ("inputs", "documents"))
         if plan.run.by_teacher:
-            assert self._distillation and self._distillation.teacher
-            taught = self._distillation.teacher.run(inputs, documents)
-            if isinstance(taught, Tensor):
-                self._target = Teacher(taught, self._distillation.teacher.head)
-            self.pipe_buffers["outputs"][buffer_id] = taught
+            self.pipe_buffers["outputs"][buffer_id] = self._distillation.run_teacher(inputs, documents)
             return
+        objective = None
+        if self.is_last_stage() and plan.run.runs_back:
+            objective = self._distillation.objective(plan.run, self.pipe_buffers["labels"][buffer_id])
         with torch.set_grad_enabled(torch.is_grad_enabled() and plan.run.runs_back):
             outputs = DeepSpeedEngine.forward(
                 self,
@@ -265,21 +257,11 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
                 donors=plan.donors,
                 leaving=plan.leaving,
                 documents=documents,
-                objective=self._objective(buffer_id) if self.is_last_stage() and plan.run.runs_back else None,
+                objective=objective,
             )
         if self.is_last_stage():
             outputs = self._take_prediction(outputs, plan, self.pipe_buffers["labels"][buffer_id])
         self.pipe_buffers["outputs"][buffer_id] = outputs
-
-    def _objective(self, buffer_id: int) -> Objective:
-        """What the pass in a buffer is to predict."""
-        labels, run = self.pipe_buffers["labels"][buffer_id], self._plan_of(buffer_id).run
-        if run.role is not Role.STUDENT or not run.divergence:
-            return Objective(labels)
-        assert self._target and self._distillation, "a target comes before its students"
-        temperature = self._distillation.temperature
-        target = dataclasses.replace(self._target, weight=run.divergence, temperature=temperature)
-        return Objective(labels, teacher=target)
 
     def _take_prediction(self, prediction: Prediction, plan: PassPlan, labels: Tensor) -> Tensor | None:
         """Keep what the last stage has predicted; returns the loss that runs back.
@@ -287,21 +269,13 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         Not divided by the number of labels: the weight of a token must not depend on its micro-batch. The step corrects
         for the labels of the whole batch, once they are counted.
         """
-        run = plan.run
-        if run.role is Role.TARGET:
-            self._target = Teacher(prediction.final)
+        self._distillation.take(plan.run, prediction.final, prediction.losses, labels)
         if prediction.losses is None:
             return None
-        loss = prediction.losses.total * (run.weight / labels.numel())
+        loss = prediction.losses.total * (plan.run.weight / labels.numel())
         self.fwd_outputs.append(loss.detach())
-        self.total_loss = loss.detach() if self.total_loss is None else self.total_loss + loss.detach()
-        if run.role is not Role.PLAIN:
-            count = (labels != IGNORED).sum()
-            parts = {"full" if run.role is Role.TARGET else "routed": prediction.losses.cross_entropy}
-            if run.divergence:
-                parts["divergence"] = prediction.losses.divergence
-            for name, losses in parts.items():
-                self._parts.setdefault(name, []).append(torch.stack([losses.sum(), count]))
+        before = self.total_loss if len(self.fwd_outputs) > 1 else None  # that of an evaluation before is still there
+        self.total_loss = loss.detach() if before is None else before + loss.detach()
         return loss
 
     def _exec_send_activations(self, buffer_id: int) -> None:
@@ -378,21 +352,13 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         if self.is_last_stage() and self.total_loss is not None:
             positions = self._shape.batch * self._shape.sequence
             mine = [float(self.total_loss) * positions, float(self._labels), float(len(self._plans) * positions)]
-        sums = self.mesh.sum_over_ranks([square, *mine, *self._sums_of_parts()])
+        sums = self.mesh.sum_over_ranks([square, *mine, *self._distillation.sums()])
         square, loss, labels, positions_of_all, *parts = sums
-        by_part = zip(_PARTS, parts[0::2], parts[1::2], strict=False)  # without distillation there are none
-        self.losses_by_part = {name: total / count for name, total, count in by_part if count}
+        self.losses_by_part = self._distillation.means(parts)
         # Tensor-parallel ranks of the last stage hold the same labels; that cancels out but in their number.
         self.predicted_tokens = round(labels) // self.mesh.tp_size
         self._mean_loss = loss / labels if labels else math.nan
         return square, positions_of_all / labels if labels else 0.0
-
-    def _sums_of_parts(self) -> list[float]:
-        """Sum and labels of each part of the losses on this rank; nothing where no step distils."""
-        if self._distillation is None:
-            return []
-        none = torch.zeros(2)
-        return [each for name in _PARTS for each in sum(self._parts.get(name, []), none).tolist()]
 
     def _aggregate_total_loss(self) -> Tensor:
         """The mean loss, which `train_batch` returns; the optimizer step has found it already."""
@@ -451,7 +417,6 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
 
 _ON_THE_WAY_BACK = (schedule.RecvGrad, schedule.BackwardPass, schedule.SendGrad)
-_PARTS = ("full", "routed", "divergence")
 
 
 def _repeated(micro_batches: Iterator[MicroBatch], plans: Sequence[PassPlan]) -> Iterator[MicroBatch]:

@@ -7,9 +7,6 @@ boundaries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
@@ -25,7 +22,6 @@ from skvr_dist.model.decoder import Decoder
 from skvr_dist.model.modules import shards_of
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.boundary import Handover
-from skvr_dist.parallel.pipeline.passes import StepPasses
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.parallel.tensor import TensorParallelModules
 
@@ -110,14 +106,3 @@ class FrozenTeacher:
     def head(self) -> Tensor:
         """This rank's rows of the output head, on the last stage."""
         return self._decoder.head.get_parameter("weight")
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What an engine needs to know of distillation."""
-
-    passes: Callable[[int], StepPasses]
-    """Those of each micro-batch of a step, counted from 0."""
-    temperature: float
-    teacher: FrozenTeacher | None
-    """None: the model is its own."""
