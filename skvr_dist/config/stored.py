@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from skvr_dist.config.distillation import DistillationConfig
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.routing import RoutingConfig
 from skvr_dist.schedule import Positive
@@ -61,3 +62,4 @@ class StoredConfig(_Stored):
     data: StoredData = StoredData()
     train: StoredTraining = StoredTraining()
     evaluate: StoredEvaluation = StoredEvaluation()
+    distillation: DistillationConfig | None = None

@@ -282,18 +282,18 @@ class Decoder(nn.Module):
         positions = torch.arange(past, past + new, device=hidden.device)
         return rope_tables(self.config, positions if document_mask is None else document_mask.positions), document_mask
 
+    @property
+    def head(self) -> nn.Module:
+        """The output head: with tied embeddings the embedding."""
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """What the head sees [B, S, D] of the last layer's hidden states [B, S, D]."""
+        return self.module_set.enter(self.norm(hidden))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, S, V] of the last layer's hidden states [B, S, D]."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return head(self.module_set.enter(self.norm(hidden)), predict=True)
-
-    def summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum over tokens of the cross entropy in nats, in float32, from the last layer's hidden states [B, S, D].
-
-        Args:
-            labels: int [B, S], the token that follows each; those that are `IGNORED` add nothing.
-        """
-        return self.module_set.cross_entropy(self.logits(hidden), labels).sum()
+        return self.head(self.final(hidden), predict=True)
 
 
 def summed_next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

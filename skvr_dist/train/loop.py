@@ -183,6 +183,10 @@ def load_initial_weights(engine: RoutedPipelineEngine, config: Config) -> Checkp
     return checkpoint
 
 
+_PARTS = {"full": "train/full_loss", "routed": "train/routed_loss", "divergence": "train/divergence"}
+"""Tags of the parts of the loss of runs that distil, by the engine's names."""
+
+
 def train_step(run: Run, step: int) -> None:
     """One optimizer step (counted from 1), and what is reported of it; collective.
 
@@ -198,6 +202,7 @@ def train_step(run: Run, step: int) -> None:
     values: Values = {
         "train/loss": loss,
         "train/learning_rate": learning_rate,
+        **{_PARTS[part]: value for part, value in engine.losses_by_part.items()},
         "train/gradient_norm": engine.gradient_norm,
         "train/predicted_tokens": engine.predicted_tokens,
         "train/skipped_steps": engine.guard.skipped_steps,
@@ -296,6 +301,11 @@ def report_start(run: Run, resumed: Checkpoint | None, notices: list[str]) -> No
         f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
         f"{config.routing.policy}"
     )
+    if config.distillation:
+        run.reporter.say(
+            f"{config.num_distilled} micro-batches per step are distilled from {config.distillation.teacher}: "
+            f"{config.num_passes} passes in all"
+        )
     if resumed:
         run.reporter.say(f"resumed {resumed.folder} at step {resumed.step}")
     for notice in notices:
