@@ -45,8 +45,8 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     require_backend(config.model.attention)
     require_few_processes("data.workers", config.data.workers)
     data = config.data
-    tokenizer = load_tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size and _has_examples(data):
+    tokenizer = load_tokenizer(data.tokenizer) if _has_examples(data) else None
+    if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"data.tokenizer {data.tokenizer} has a vocabulary of {tokenizer.vocab_size}, but model.vocab_size is "
             f"{config.model.vocab_size}; it must be at least as large"
@@ -54,6 +54,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     held_out = open_held_out(
         data.validation, tokenizer, tokenizer_path=data.tokenizer, sequence_length=data.sequence_length
     )
+    tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     held_out_shards = [each for each in held_out if isinstance(each, Dataset)]
     for dataset in held_out_shards:
         dataset.require_vocabulary(config.model.vocab_size)

@@ -73,16 +73,7 @@ def arguments(files: Path, *more: str) -> list[str]:
         "evaluate.strategies": ["full", "every:2"],
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
-    # The preset's own data sets are others; a source can only be added to them.
-    return ["--from", f"{files}/model", "--config", f"{files}/finetune.yaml", *overrides, *more]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def preset(files: Path) -> None:
-    """The published settings, without their data sets."""
-    lines = (ROOT / "configs/experiment/paper-finetune.yaml").read_text().splitlines()
-    start, stop = lines.index("  train:"), lines.index("  documents: separate")
-    (files / "finetune.yaml").write_text("\n".join([*lines[:start], *lines[stop:]]))
+    return ["--from", f"{files}/model", "--config", "finetune", *overrides, *more]
 
 
 def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
