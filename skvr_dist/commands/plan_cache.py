@@ -174,7 +174,7 @@ def _texts(checkpoint: Checkpoint, given: list[str | None], length: int | None) 
         name, named, folder = (text or "").partition("=")
         held_out = HeldOutData.of(checkpoint, (folder if named else text), length)
         held_out.require_fits(checkpoint)
-        name = name if named else held_out.dataset.location.rstrip("/").rpartition("/")[2]
+        name = name if named else held_out.location.rstrip("/").rpartition("/")[2]
         if name in texts:
             raise UserError(f"two texts are called {name}; give them names, as NAME=FOLDER")
         texts[name] = held_out
@@ -195,8 +195,8 @@ def _require_apart(searched: dict[str, list[MicroBatch]], tested: dict[str, list
 
 def _described(text: HeldOutData, batches: list[MicroBatch]) -> dict[str, Any]:
     return {
-        "data": text.dataset.location,
-        "data_fingerprint": text.dataset.fingerprint,
+        "data": text.location,
+        "data_fingerprint": text.fingerprint,
         "sequences": sum(len(batch.tokens) for batch in batches),
         "sequence_length": text.sequence_length,
     }

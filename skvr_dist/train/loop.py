@@ -170,6 +170,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     jumps = schedule_jumps(resumed, config) if resumed else []
     notices = [f"{problem} (left out)" for problem in left_out] + [f"set aside: {path}" for path in aside]
     notices += [f"moved, as train.on_resume allows: {jump}" for jump in jumps]
+    notices += inputs.examples
     report_start(run, resumed, notices + ([lost] if lost else []))
     return run
 

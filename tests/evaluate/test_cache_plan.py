@@ -148,7 +148,7 @@ def test_intervals_draw_whole_documents() -> None:
 def test_a_text_inside_another_is_seen(tmp_path: Path) -> None:
     documents = [[[int(token) for token in np.random.default_rng(n).integers(1, 64, size=300)]] for n in range(4)]
     both = [
-        HeldOutData(write_dataset(tmp_path / name, chosen), 96, False).batches(None, 1, "cpu")
+        HeldOutData([write_dataset(tmp_path / name, chosen)], 96, False).batches(None, 1, "cpu")
         for name, chosen in (("one", documents[:2]), ("two", documents[1:]))
     ]
     assert 0.2 < shared_share(*both) < 0.8
