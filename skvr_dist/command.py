@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from skvr_dist.cluster.launcher import announced_rank, announced_world_size, is_other_rank
+from skvr_dist.cluster.launcher import adopt_slurm_tasks, announced_rank, announced_world_size, is_other_rank
 from skvr_dist.config.presets import find_configs
 from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, RunInterrupted, UserError
 from skvr_dist.files import as_json, full_disk, local_path, prove_writable, write_whole
@@ -241,6 +241,8 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
+            if over_ranks:
+                adopt_slurm_tasks()
             code = main() or 0
         finally:
             _flush_stdout()
