@@ -6,7 +6,10 @@ DeepSpeed itself trains on one host when the file is not there, and numbers loca
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from skvr_dist.errors import UserError
 from skvr_dist.files import require_file
@@ -42,3 +45,35 @@ def read_hostfile(file: Path) -> tuple[list[str], int]:
                 f"every host: lower the larger one"
             )
     return list(slots), slots[first]
+
+
+def require_hostfile_of_launcher() -> None:
+    """Refuse ranks that the deepspeed launcher started on this host alone because its hostfile is missing.
+
+    Raises:
+        UserError: it is; DeepSpeed has only warned.
+    """
+    for parent in psutil.Process().parents():
+        try:
+            given, folder = _hostfile_among(parent.cmdline()), Path(parent.cwd())
+        except (psutil.Error, OSError):  # another user's, or gone
+            continue
+        if given and not (folder / given).is_file():
+            raise UserError(
+                f"the launcher was given --hostfile {given}, which is not there, and has started ranks on this host "
+                f"alone; correct the path, or leave --hostfile away"
+            )
+
+
+def _hostfile_among(words: Sequence[str]) -> str | None:
+    """The hostfile on a command line of the deepspeed launcher; what follows the script is the script's."""
+    launcher = next((n for n, word in enumerate(words[:3]) if Path(word).name in ("deepspeed", "ds")), None)
+    options = words[launcher + 1 :] if launcher is not None else []
+    for option, value in zip(options, [*options[1:], ""], strict=True):
+        if option in ("--hostfile", "-H"):
+            return value
+        if option.startswith("--hostfile="):
+            return option.partition("=")[2]
+        if option.endswith(".py"):
+            break
+    return None
