@@ -67,11 +67,11 @@ def require_hostfile_of_launcher() -> None:
 
 def _hostfile_among(words: Sequence[str]) -> str | None:
     """The hostfile on a command line of the deepspeed launcher; what follows the script is the script's."""
-    launcher = next((n for n, word in enumerate(words[:3]) if Path(word).name in ("deepspeed", "ds")), None)
-    options = words[launcher + 1 :] if launcher is not None else []
-    for option, value in zip(options, [*options[1:], ""], strict=True):
+    launcher = next((n for n, word in enumerate(words[:3]) if Path(word).name in ("deepspeed", "ds")), len(words))
+    options = iter(words[launcher + 1 :])
+    for option in options:
         if option in ("--hostfile", "-H"):
-            return value
+            return next(options, None)
         if option.startswith("--hostfile="):
             return option.partition("=")[2]
         if option.endswith(".py"):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from skvr_dist.lab.hosts.case import CPU, STEPS, Case, Ending, Lab, losses, write_hostfile
-from skvr_dist.lab.hosts.hosts import Hosts, shell_variables
+from skvr_dist.lab.hosts.hosts import ROOT, Hosts, shell_variables
 from skvr_dist.lab.hosts.slurm import PROGRAMS as SLURM
 from skvr_dist.lab.hosts.slurm import start_slurm
+from skvr_dist.run.folder import RunFolder
 
 SECONDS = 150.0
 BIN = shell_variables()["PATH"].split(":")[0]
-_DOCKER = "172.17.0.1"
-_PRETRAIN = "launch/pretrain.py"
+DOCKER = "172.17.0.1"
+PRETRAIN = "launch/pretrain.py"
 
 
 def judge(
@@ -83,7 +85,7 @@ def deepspeed(*options: str, slots: int = 1) -> Command:
 
     def command(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
         launcher = ["deepspeed", "--hostfile", str(write_hostfile(hosts, slots)), "--log_level", "error", *options]
-        return [*launcher, _PRETRAIN, *lab.arguments(run)]
+        return [*launcher, PRETRAIN, *lab.arguments(run)]
 
     return command
 
@@ -95,9 +97,41 @@ def mpirun(program: str, *before: str) -> Command:
         launcher = [*before, program, "--allow-run-as-root", "-x", "DS_ACCELERATOR", "-np", "2"]
         if not before:
             launcher += ["--hostfile", str(write_hostfile(hosts))]
-        return [*launcher, f"{BIN}/python", _PRETRAIN, *lab.arguments(run)]
+        return [*launcher, f"{BIN}/python", PRETRAIN, *lab.arguments(run)]
 
     return command
+
+
+def script(file: str, *overrides: str, **env: str) -> Command:
+    """One of the scripts of `launch/`, with a hostfile of one slot a host."""
+
+    def command(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
+        variables = [f"{name}={value}" for name, value in {"HOSTFILE": write_hostfile(hosts), **env}.items()]
+        return ["env", *variables, f"launch/{file}", *lab.arguments(run), *overrides]
+
+    return command
+
+
+def quoted(lab: Lab) -> Ending:
+    """Arguments and variables that a shell would change reach the ranks of all hosts as they are."""
+    run = lab.run_folder("quotes")
+    strategies, profiles = 'evaluate.strategies=["0,1",full,half]', 'evaluate.profiles={"half":"every:2"}'
+    routing = "routing.cross_layer_prob={points: [[0.0, 0.0], [0.5, 0.5]]}"
+    odd = "a \"b\" $HOME `c` \\ 'd' %h (e) {f,g}"
+    with lab.hosts(2) as hosts:
+        command = script("deepspeed.sh", strategies, profiles, routing)(lab, hosts, run)
+        done = hosts.run(1, command, env={**CPU, "SKVR_ODD": odd}, seconds=SECONDS)
+        ending = Ending("trains; all arrives as it was")
+        ending.expect(done.returncode == 0, f"code {done.returncode}: {last_words(done)}")
+        config = RunFolder(run).config.read_text() if RunFolder(run).config.exists() else ""
+        for part in ("- 0,1", "half: every:2", "points"):
+            ending.expect(part in config, f"the run's configuration lacks «{part}»")
+        for rank in range(2):
+            log = RunFolder(run).log(rank)
+            said = log.read_text() if log.exists() else ""
+            ending.expect(f"SKVR_ODD={odd}" in said, f"rank {rank} did not get SKVR_ODD={odd}")
+        ending.expect(f"SKVR_ODD={odd}" in done.stdout, "the console does not list what is passed")
+        return ending
 
 
 _TORCHRUN = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "host1:29400"]
@@ -107,7 +141,7 @@ def srun(*program: str) -> Command:
     """A task on each of two hosts."""
 
     def command(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
-        return ["srun", "-N2", "--ntasks-per-node=1", *program, _PRETRAIN, *lab.arguments(run)]
+        return ["srun", "-N2", "--ntasks-per-node=1", *program, PRETRAIN, *lab.arguments(run)]
 
     return command
 
@@ -116,7 +150,8 @@ def on_each_host(name: str, words: Callable[[Hosts, int], Sequence[str]], **setu
     """A case in which the user types a command on each of two hosts.
 
     Args:
-        words: the launcher and its options on a host, by its number from 0 on.
+        words: the command on a host, by its number from 0 on, up to the run's own arguments.
+        setup: fields of the hosts' setup.
     """
 
     def play(lab: Lab) -> Ending:
@@ -124,8 +159,8 @@ def on_each_host(name: str, words: Callable[[Hosts, int], Sequence[str]], **setu
         with lab.hosts(2, **setup) as hosts:
             arguments, log = lab.arguments(run), hosts.folder / "second.log"
             env = {**CPU, **hosts.setup.login}
-            second = hosts.start(2, [*words(hosts, 1), _PRETRAIN, *arguments], log=log, env=env)
-            done = hosts.run(1, [*words(hosts, 0), _PRETRAIN, *arguments], env=env, seconds=SECONDS)
+            second = hosts.start(2, [*words(hosts, 1), *arguments], log=log, env=env)
+            done = hosts.run(1, [*words(hosts, 0), *arguments], env=env, seconds=SECONDS)
             code = second.wait(30)
             ending = judge(lab, hosts, run, done)
             ending.expect(code == 0, f"code {code} on the second host: {log.read_text()[-500:]}")
@@ -136,7 +171,22 @@ def on_each_host(name: str, words: Callable[[Hosts, int], Sequence[str]], **setu
 
 def _no_ssh(hosts: Hosts, number: int) -> Sequence[str]:
     launcher = ["deepspeed", "--hostfile", str(write_hostfile(hosts)), "--no_ssh", "--node_rank", str(number)]
-    return [*launcher, "--master_addr", "host1", "--log_level", "error"]
+    return [*launcher, "--master_addr", "host1", "--log_level", "error", PRETRAIN]
+
+
+def sbatch(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
+    """The job of `launch/slurm.sbatch`, edited for hosts with one rank and no GPU, from submitting it to its end."""
+    text = (ROOT / "launch/slurm.sbatch").read_text()
+    job = hosts.folder / "slurm.sbatch"
+    job.write_text(re.sub(r"(--ntasks-per-node)=8", r"\1=1", text).replace("#SBATCH --gpus-per-node=8\n", ""))
+    log = hosts.folder / "job.log"
+    words = shlex.join(["sbatch", "--wait", f"--output={log}", str(job), *lab.arguments(run)])
+    return ["sh", "-c", f"{words}; code=$?; cat {log}; exit $code"]
+
+
+def torchrun_script(hosts: Hosts, number: int) -> Sequence[str]:
+    """`launch/torchrun.sh` on a host."""
+    return ["env", "FIRST=host1", "HOSTS=2", "RANKS=1", "launch/torchrun.sh"]
 
 
 STARTS = [
@@ -149,7 +199,7 @@ STARTS = [
         "torchrun",
         "start",
         "`torchrun` with c10d on each host",
-        on_each_host("torchrun", lambda hosts, number: ["torchrun", *_TORCHRUN]),
+        on_each_host("torchrun", lambda hosts, number: ["torchrun", *_TORCHRUN, PRETRAIN]),
     ),
     Case("mpirun_pypi", "start", "PyPI's `mpirun`", start("mpirun_pypi", mpirun(f"{BIN}/mpirun"))),
     Case(
@@ -199,12 +249,41 @@ STARTS = [
         "debian_names_torchrun",
         "start",
         "`torchrun`, each host is 127.0.1.1 to itself",
-        on_each_host("debian_names_torchrun", lambda hosts, number: ["torchrun", *_TORCHRUN], debian_names=True),
+        on_each_host(
+            "debian_names_torchrun", lambda hosts, number: ["torchrun", *_TORCHRUN, PRETRAIN], debian_names=True
+        ),
     ),
     Case(
         "docker0_mpirun",
         "start",
         "`mpirun`, docker0 comes first in `hostname -I`",
-        start("docker0_mpirun", mpirun(f"{BIN}/mpirun"), setup={"docker0": _DOCKER}),
+        start("docker0_mpirun", mpirun(f"{BIN}/mpirun"), setup={"docker0": DOCKER}),
+    ),
+    Case(
+        "docker0",
+        "start",
+        "`launch/deepspeed.sh`, docker0 comes first in `hostname -I`",
+        start("docker0", script("deepspeed.sh"), setup={"docker0": DOCKER}),
+        programs=["pdsh"],
+    ),
+    Case("quotes", "start", "`launch/deepspeed.sh`, arguments and variables full of quotes", quoted, programs=["pdsh"]),
+    Case(
+        "mpirun_script",
+        "start",
+        "`launch/mpirun.sh`",
+        start("mpirun_script", script("mpirun.sh", MPIRUN_OPTIONS="--allow-run-as-root")),
+    ),
+    Case(
+        "torchrun_script",
+        "start",
+        "`launch/torchrun.sh` on each host",
+        on_each_host("torchrun_script", torchrun_script),
+    ),
+    Case(
+        "sbatch",
+        "start",
+        "`sbatch launch/slurm.sbatch`",
+        start("sbatch", sbatch, slurm=True, says="can run together"),
+        programs=SLURM,
     ),
 ]
