@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start a run on the hosts of launch/hostfile with Open MPI's mpirun:
 #
-#     launch/mpirun.sh --config quickstart train.output_dir=/shared/runs/mine train.steps=100
+#     launch/mpirun.sh --config quickstart train.output_dir=runs/mine train.steps=100
 #
 # mpirun passes no variables by itself: name those of yours in PASSED. Ranks find each other through MPI (mpi4py).
 set -euo pipefail

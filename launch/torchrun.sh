@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start this host's ranks of a run with torchrun; run it on every host, in any order (a pod of Kubernetes, tmux, pdsh):
 #
-#     FIRST=worker-1 HOSTS=2 RANKS=8 launch/torchrun.sh --config quickstart train.output_dir=/shared/runs/mine
+#     FIRST=host1 HOSTS=2 RANKS=8 launch/torchrun.sh --config quickstart train.output_dir=runs/mine
 #
 # No ssh between the hosts is needed. What they disagree on is named when the run starts.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""The hostfile of the deepspeed launcher, read strictly: a line per host, `worker-1 slots=8`.
+"""The hostfile of the deepspeed launcher, read strictly: a line per host, `host1 slots=8`.
 
 DeepSpeed itself trains on one host when the file is not there, and numbers local ranks wrongly where slots differ.
 """
@@ -31,12 +31,12 @@ def read_hostfile(file: Path) -> tuple[list[str], int]:
             continue
         match = _LINE.fullmatch(line)
         if match is None or int(match[2]) == 0:
-            raise UserError(f"line {number} of {file} is {line!r}; write a host's name and its ranks: worker-1 slots=8")
+            raise UserError(f"line {number} of {file} is {line!r}; write a host's name and its ranks: host1 slots=8")
         if match[1] in slots:
             raise UserError(f"line {number} of {file} names {match[1]} a second time; remove one of the lines")
         slots[match[1]] = int(match[2])
     if not slots:
-        raise UserError(f"{file} names no host; write a line per host: worker-1 slots=8")
+        raise UserError(f"{file} names no host; write a line per host: host1 slots=8")
     first = next(iter(slots))
     for host, count in slots.items():
         if count != slots[first]:

@@ -1,7 +1,7 @@
 """Find out whether hosts can run together, before anything starts on them.
 
-    python tools/preflight.py --hostfile launch/hostfile --config quickstart train.output_dir=/shared/runs/mine
-    python tools/preflight.py --config quickstart train.output_dir=/shared/runs/mine     (in an allocation of Slurm)
+    python tools/preflight.py --hostfile launch/hostfile --config quickstart train.output_dir=runs/mine
+    python tools/preflight.py --config quickstart train.output_dir=runs/mine     (in an allocation of Slurm)
 
 Starts a probe on every host, over ssh or by srun, and compares: reached by name, Python, packages, code and
 configuration, devices and memory, the interface and address that ranks will use, the port, the run's folder (written
