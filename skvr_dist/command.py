@@ -84,7 +84,8 @@ def parse(
     words = launcher_free(sys.argv[1:]) if words is None else words
     options = parser.parse_intermixed_args(words)
     if hasattr(options, "config"):
-        options.config = find_configs(options.config or [options.default_config])
+        default = [] if options.default_config is None else [options.default_config]
+        options.config = find_configs(options.config or default)
     if getattr(options, "json", None) is not None:  # empty is a mistake too
         is_written = not over_ranks or announced_world_size() == 1 or announced_rank() == 0
         options.json = prove_writable(options.json) if is_written else Path(options.json)

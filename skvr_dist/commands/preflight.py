@@ -131,7 +131,7 @@ def _settle(folder: Path, found: Findings, variables: dict[str, str], options: a
     from skvr_dist.cluster.variables import as_deepspeed_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    configs = [word for file in options.config or [] for word in ("--config", str(file))]
+    configs = [word for file in options.config for word in ("--config", str(file))]
     write_whole(folder / "address", found.address + "\n")
     write_whole(folder / "environment", as_deepspeed_file(variables))
     write_whole(folder / "arguments", pack([*configs, *options.overrides]) + "\n")
