@@ -184,106 +184,74 @@ def sbatch(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
     return ["sh", "-c", f"{words}; code=$?; cat {log}; exit $code"]
 
 
-def torchrun_script(hosts: Hosts, number: int) -> Sequence[str]:
-    """`launch/torchrun.sh` on a host."""
+def _torchrun(hosts: Hosts, number: int) -> Sequence[str]:
+    return ["torchrun", *_TORCHRUN, PRETRAIN]
+
+
+def _torchrun_script(hosts: Hosts, number: int) -> Sequence[str]:
     return ["env", "FIRST=host1", "HOSTS=2", "RANKS=1", "launch/torchrun.sh"]
 
 
+def _trains(
+    name: str, what: str, command: Command, *, programs: Sequence[str] = (), quick: bool = False, **how: Any
+) -> Case:
+    """A row for a command on the first host; `how` are options of `start`."""
+    needed = [*programs, *(SLURM if how.get("slurm") else ())]
+    return Case(name, "start", what, start(name, command, **how), quick, needed)
+
+
+def _trains_on_each(
+    name: str, what: str, words: Callable[[Hosts, int], Sequence[str]], *, quick: bool = False, **setup: Any
+) -> Case:
+    return Case(name, "start", what, on_each_host(name, words, **setup), quick)
+
+
+_PYTHON = f"{BIN}/python"
+_DEBIAN_NAMES: dict[str, Any] = {"debian_names": True}
+_PDSH = ["pdsh"]
+
 STARTS = [
-    Case(
-        "deepspeed", "start", "`deepspeed --hostfile`: pdsh over ssh", start("deepspeed", deepspeed()), True, ["pdsh"]
-    ),
-    Case("deepspeed_2x2", "start", "the same, two ranks a host", start("deepspeed_2x2", deepspeed(slots=2), ranks=4)),
-    Case("no_ssh", "start", "`deepspeed --no_ssh` on each host", on_each_host("no_ssh", _no_ssh)),
-    Case(
-        "torchrun",
-        "start",
-        "`torchrun` with c10d on each host",
-        on_each_host("torchrun", lambda hosts, number: ["torchrun", *_TORCHRUN, PRETRAIN]),
-    ),
-    Case("mpirun_pypi", "start", "PyPI's `mpirun`", start("mpirun_pypi", mpirun(f"{BIN}/mpirun"))),
-    Case(
-        "mpirun_debian",
-        "start",
-        "Debian's `mpirun`",
-        start("mpirun_debian", mpirun("/usr/bin/mpirun")),
-        programs=["/usr/bin/mpirun"],
-    ),
-    Case(
-        "srun_tasks",
-        "start",
-        "`srun` with a task per rank",
-        start("srun_tasks", srun(f"{BIN}/python"), slurm=True),
-        True,
-        SLURM,
-    ),
-    Case(
-        "srun_torchrun",
-        "start",
-        "`srun` with torchrun on each host",
-        start("srun_torchrun", srun(f"{BIN}/torchrun", *_TORCHRUN), slurm=True),
-        programs=SLURM,
-    ),
-    Case(
-        "deepspeed_slurm",
-        "start",
-        "`deepspeed --launcher slurm`",
-        start("deepspeed_slurm", deepspeed("--launcher", "slurm"), slurm=True),
-        programs=SLURM,
-    ),
-    Case(
-        "salloc_mpirun",
-        "start",
-        "`mpirun` in an allocation of `salloc`",
-        start("salloc_mpirun", mpirun(f"{BIN}/mpirun", "salloc", "-N2", "--ntasks-per-node=1"), slurm=True),
-        programs=SLURM,
-    ),
-    Case(
+    _trains("deepspeed", "`deepspeed --hostfile`: pdsh over ssh", deepspeed(), programs=_PDSH),
+    _trains("deepspeed_2x2", "`deepspeed --hostfile`, two ranks a host", deepspeed(slots=2), ranks=4, programs=_PDSH),
+    _trains(
         "debian_names",
-        "start",
         "`deepspeed --hostfile`, each host is 127.0.1.1 to itself",
-        start("debian_names", deepspeed(), setup={"debian_names": True}),
-        programs=["pdsh"],
+        deepspeed(),
+        setup=_DEBIAN_NAMES,
+        programs=_PDSH,
+        quick=True,
     ),
-    Case(
-        "debian_names_torchrun",
-        "start",
-        "`torchrun`, each host is 127.0.1.1 to itself",
-        on_each_host(
-            "debian_names_torchrun", lambda hosts, number: ["torchrun", *_TORCHRUN, PRETRAIN], debian_names=True
-        ),
+    _trains_on_each("no_ssh", "`deepspeed --no_ssh` on each host", _no_ssh),
+    _trains_on_each("torchrun", "`torchrun` with c10d on each host", _torchrun),
+    _trains_on_each(
+        "debian_names_torchrun", "`torchrun`, each host is 127.0.1.1 to itself", _torchrun, **_DEBIAN_NAMES
     ),
-    Case(
+    _trains("mpirun_pypi", "PyPI's `mpirun`", mpirun(f"{BIN}/mpirun")),
+    _trains("mpirun_debian", "Debian's `mpirun`", mpirun("/usr/bin/mpirun"), programs=["/usr/bin/mpirun"]),
+    _trains(
         "docker0_mpirun",
-        "start",
-        "`mpirun`, docker0 comes first in `hostname -I`",
-        start("docker0_mpirun", mpirun(f"{BIN}/mpirun"), setup={"docker0": DOCKER}),
+        "PyPI's `mpirun`, docker0 comes first in `hostname -I`",
+        mpirun(f"{BIN}/mpirun"),
+        setup={"docker0": DOCKER},
     ),
-    Case(
+    _trains("srun_tasks", "`srun` with a task per rank", srun(_PYTHON), slurm=True),
+    _trains("srun_torchrun", "`srun` with torchrun on each host", srun(f"{BIN}/torchrun", *_TORCHRUN), slurm=True),
+    _trains("deepspeed_slurm", "`deepspeed --launcher slurm`", deepspeed("--launcher", "slurm"), slurm=True),
+    _trains(
+        "salloc_mpirun",
+        "`mpirun` in an allocation of `salloc`",
+        mpirun(f"{BIN}/mpirun", "salloc", "-N2", "--ntasks-per-node=1"),
+        slurm=True,
+    ),
+    _trains(
         "docker0",
-        "start",
         "`launch/deepspeed.sh`, docker0 comes first in `hostname -I`",
-        start("docker0", script("deepspeed.sh"), setup={"docker0": DOCKER}),
-        programs=["pdsh"],
+        script("deepspeed.sh"),
+        setup={"docker0": DOCKER},
+        programs=_PDSH,
     ),
-    Case("quotes", "start", "`launch/deepspeed.sh`, arguments and variables full of quotes", quoted, programs=["pdsh"]),
-    Case(
-        "mpirun_script",
-        "start",
-        "`launch/mpirun.sh`",
-        start("mpirun_script", script("mpirun.sh", MPIRUN_OPTIONS="--allow-run-as-root")),
-    ),
-    Case(
-        "torchrun_script",
-        "start",
-        "`launch/torchrun.sh` on each host",
-        on_each_host("torchrun_script", torchrun_script),
-    ),
-    Case(
-        "sbatch",
-        "start",
-        "`sbatch launch/slurm.sbatch`",
-        start("sbatch", sbatch, slurm=True, says="can run together"),
-        programs=SLURM,
-    ),
+    Case("quotes", "start", "`launch/deepspeed.sh`, arguments and variables full of quotes", quoted, programs=_PDSH),
+    _trains("mpirun_script", "`launch/mpirun.sh`", script("mpirun.sh", MPIRUN_OPTIONS="--allow-run-as-root")),
+    _trains_on_each("torchrun_script", "`launch/torchrun.sh` on each host", _torchrun_script),
+    _trains("sbatch", "`sbatch launch/slurm.sbatch`", sbatch, slurm=True, says="can run together"),
 ]
