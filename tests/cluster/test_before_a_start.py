@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from skvr_dist.cluster.network import address_towards, interface_of, leads_nowhe
 from skvr_dist.cluster.preflight.talk import _tournament
 from skvr_dist.cluster.variables import as_deepspeed_file, in_words, passed_variables
 from skvr_dist.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_hostfile(tmp_path: Path) -> None:
@@ -94,6 +97,13 @@ def test_an_interface_that_the_user_named_stays(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
     assert use_interface("eth0") == {"NCCL_SOCKET_IFNAME": "eth0"}
+
+
+@pytest.mark.parametrize(
+    "script", sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")]), ids=lambda s: s.name
+)
+def test_a_script_of_launch_is_one(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script]).returncode == 0 and os.access(script, os.X_OK)
 
 
 @pytest.mark.parametrize("size", range(2, 9))

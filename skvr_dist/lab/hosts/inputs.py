@@ -248,6 +248,12 @@ INPUTS = [
     _ends(
         "docker0_bare", "docker0 comes first in `hostname -I`", "172.17.0.1, which is docker0 of host2", docker0=DOCKER
     ),
+    _ends(
+        "no_environment_bare",
+        "a host lacks the environment",
+        "but not all 2 ranks of this run came; start rank 1 (host number 2)",
+        spoil=lambda hosts, run: hosts.do(2, f"mount -t tmpfs none {_ENVIRONMENT}"),
+    ),
     _ends("other_version_bare", "a host has another PyTorch", "version of torch", spoil=lambda h, run: _other_torch(h)),
     _ends("other_code_bare", "a host has other code", "code of skvr_dist", spoil=lambda h, run: _other_code(h)),
     _ends(
