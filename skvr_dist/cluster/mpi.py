@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import socket
 
-from skvr_dist.cluster.network import addresses, way_between
+from skvr_dist.cluster.network import addresses, leads_nowhere, way_between
 
 _VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_INTERFACES = "OMPI_MCA_btl_tcp_if_"  # `include` or `exclude`, which Open MPI takes one of
+_NEITHER = "127.0.0.1/8,sppp"  # what it excludes by default
 _LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 
 
@@ -22,6 +24,7 @@ def announce_mpi_ranks(port: int) -> None:
     """
     if "RANK" in os.environ or not any(os.environ.get(name, "1") != "1" for name in _VARIABLES):
         return
+    _keep_off_bridges()
     from mpi4py import MPI  # starts MPI
 
     world = MPI.COMM_WORLD
@@ -38,3 +41,10 @@ def announce_mpi_ranks(port: int) -> None:
         MASTER_ADDR=os.environ.get("MASTER_ADDR") or meeting or names[0],
         MASTER_PORT=str(port),
     )
+
+
+def _keep_off_bridges() -> None:
+    """Have Open MPI not connect over bridges of containers, where each host would find itself, and wait for ever."""
+    bridges = [name for name in addresses() if name != "lo" and leads_nowhere(name)]
+    if bridges and not any(name.startswith(_INTERFACES) for name in os.environ):
+        os.environ[f"{_INTERFACES}exclude"] = ",".join([_NEITHER, *bridges])
