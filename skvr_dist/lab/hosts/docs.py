@@ -50,7 +50,7 @@ def _run(hosts: Hosts, clone: Path, script: str, *, everywhere: bool) -> list[tu
     words = ["bash", "-ec", script]
     log = hosts.folder / "second.log"
     second = hosts.start(2, words, log=log, folder=clone, env={"N": "1"}) if everywhere else None
-    done = hosts.run(1, words, folder=clone, env={"N": "0"}, seconds=3 * SECONDS)
+    done = hosts.run(1, words, folder=clone, env={"N": "0"}, seconds=2 * SECONDS)
     ended = [(done.returncode, last_words(done))]
     return [*ended, (second.wait(60), log.read_text()[-500:])] if second else ended
 

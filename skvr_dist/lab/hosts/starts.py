@@ -15,7 +15,7 @@ from skvr_dist.lab.hosts.slurm import PROGRAMS as SLURM
 from skvr_dist.lab.hosts.slurm import start_slurm
 from skvr_dist.run.folder import RunFolder
 
-SECONDS = 150.0
+SECONDS = 300.0
 BIN = shell_variables()["PATH"].split(":")[0]
 DOCKER = "172.17.0.1"
 PRETRAIN = "launch/pretrain.py"
