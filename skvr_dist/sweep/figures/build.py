@@ -128,7 +128,7 @@ def scaling_figure(methods: Sequence[Method]) -> Figure | None:
     strategies = [name for name in sorted(set(names), key=names.index) if not name.startswith("prefix")]
     panels, rows, forms = [], [], set()
     for strategy in strategies:
-        panel = Panel(f"cache strategy {strategy}", "parameters", LOSS, log_x=True)
+        panel = Panel(f"cache strategy {strategy}", "parameters", LOSS, sizes_x=True)
         for style, (label, group) in enumerate(grown.items()):
             having = sorted((m for m in group if strategy in m.strategies), key=lambda method: method.parameters)
             if len({method.parameters for method in having}) < 2:
@@ -141,7 +141,7 @@ def scaling_figure(methods: Sequence[Method]) -> Figure | None:
             line = np.geomspace(sizes[0], sizes[-1], 50)
             panel.series.append(Series(label, line.tolist(), fit.at(line).tolist(), [None] * 50, "fit", style))
             panel.series.append(
-                Series(label, sizes, [mean.value for mean in means], [mean.half for mean in means], style=style)
+                Series(label, sizes, [mean.value for mean in means], [mean.half for mean in means], "marks", style)
             )
             for method, mean in zip(having, means, strict=True):
                 rows.append(

@@ -19,7 +19,9 @@ from skvr_dist.files import as_json, write_whole
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES = ("-", "--", "-.", ":")
-Kind = Literal["points", "band", "fit"]
+Kind = Literal["points", "marks", "band", "fit"]
+_APART = 0.006
+"""By how much of the axis two methods at one place stand apart, so that their intervals can be seen."""
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Series:
     half: list[float | None]
     """Half of the 95 % interval of each y; None where there is none."""
     kind: Kind = "points"
-    """Points with bars, a line with a band, or a line without points."""
+    """Points with bars and a line, such points alone, a line with a band, or a line without points."""
     style: int = 0
     """Number of its colour, marker and dashes: the same for one method in all panels."""
 
@@ -45,8 +47,10 @@ class Panel:
     x_label: str
     y_label: str
     series: list[Series] = field(default_factory=list)
-    log_x: bool = False
+    sizes_x: bool = False
+    """Whether x are sizes, over which the axis is logarithmic."""
     percent_x: bool = False
+    """Whether x are few percentages, all of which are ticks."""
 
 
 @dataclass
@@ -89,9 +93,9 @@ def _drawn(figure: Figure, form: str) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = min(len(figure.panels), 2)
+    columns = min(len(figure.panels), 2 if len(figure.panels) <= _IN_TWO_COLUMNS else 3)
     rows = -(-len(figure.panels) // columns)
-    width, height = (7.5, 4.6) if columns == 1 else (11.5, 4.2 * rows + 0.6)
+    width, height = (7.5, 4.6) if columns == 1 else (1.5 + 5 * columns, 4.2 * rows + 0.6)
     with matplotlib.rc_context({"svg.hashsalt": figure.name, "svg.fonttype": "none", "font.size": 10}):
         drawn, grid = plt.subplots(rows, columns, figsize=(width, height), dpi=150, squeeze=False, facecolor="white")
         axes = list(grid.flat)
@@ -107,7 +111,13 @@ def _drawn(figure: Figure, form: str) -> bytes:
     return picture.getvalue()
 
 
+_IN_TWO_COLUMNS = 4
+
+
 def _draw_panel(panel: Panel, axes: Any) -> None:
+    places = sorted({x for series in panel.series for x in series.x})
+    apart = _APART * (places[-1] - places[0])
+    of_points = [series.style for series in panel.series if series.kind == "points"]
     for series in panel.series:
         look = {
             "color": _COLOURS[series.style % len(_COLOURS)],
@@ -116,6 +126,7 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
         }
         marker = _MARKERS[series.style % len(_MARKERS)]
         halves = [half or 0.0 for half in series.half]
+        bars = halves if any(series.half) else None
         if series.kind == "fit":
             axes.plot(series.x, series.y, **{**look, "linewidth": 1.2})
         elif series.kind == "band":
@@ -123,19 +134,25 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
             low, high = ([y + sign * half for y, half in zip(series.y, halves, strict=True)] for sign in (-1, 1))
             axes.fill_between(series.x, low, high, color=look["color"], alpha=0.15, linewidth=0)
         else:
-            axes.errorbar(
-                series.x, series.y, yerr=halves, marker=marker, markersize=6, capsize=3, label=series.label, **look
-            )
+            x = series.x
+            if series.kind == "marks":
+                look["linestyle"] = "none"
+            else:
+                shift = apart * (of_points.index(series.style) - (len(of_points) - 1) / 2)
+                x = [place + shift for place in x]
+            axes.errorbar(x, series.y, yerr=bars, marker=marker, markersize=6, capsize=3, label=series.label, **look)
     axes.set_title(panel.title, fontsize=10.5)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if panel.log_x:
+    if panel.sizes_x:
         axes.set_xscale("log")
+        places = sorted({x for series in panel.series if series.kind == "marks" for x in series.x})
+        axes.set_xticks(places, [f"{place / 1e6:.3g} M" for place in places])
+        axes.set_xticks([], minor=True)
     if panel.percent_x:
-        places = sorted({x for series in panel.series for x in series.x})
         axes.set_xticks(places, [f"{place:.3g}" for place in places])
 
 
