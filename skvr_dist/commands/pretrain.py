@@ -4,7 +4,7 @@
     deepspeed --num_gpus 4 --module skvr_dist.commands.pretrain --config quickstart train.steps=100
 
 `--config` is a YAML file or the name of a preset, and may be given several times, later ones win;
-`section.key=value` overrides a key. Also starts under torchrun and mpirun.
+`section.key=value` overrides a key. Also starts under torchrun, mpirun and srun; docs/launch.md has several hosts.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ def train_as_asked(options: argparse.Namespace, config: Config) -> None:
         print(describe(config, options.world_size or announced_world_size()))
         return
 
+    from skvr_dist.cluster.hostfile import require_hostfile_of_launcher
     from skvr_dist.train.loop import pretrain
 
+    require_hostfile_of_launcher()
     pretrain(config)
 
 

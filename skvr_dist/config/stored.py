@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from skvr_dist.config.data import HeldOutConfig
+from skvr_dist.config.distillation import DistillationConfig
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.routing import RoutingConfig
 from skvr_dist.schedule import Positive
@@ -67,3 +68,4 @@ class StoredConfig(_Stored):
     data: StoredData = StoredData()
     train: StoredTraining = StoredTraining()
     evaluate: StoredEvaluation = StoredEvaluation()
+    distillation: DistillationConfig | None = None

@@ -19,6 +19,7 @@ from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.model.attention import require_backend
 from skvr_dist.parallel.engine.deepspeed_json import require_accepted
+from skvr_dist.parallel.engine.teacher import open_teacher
 from skvr_dist.schedule import Schedule, first_step_at, jumps_of
 
 
@@ -44,6 +45,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     require_accepted(config, world_size)
     require_backend(config.model.attention)
     require_few_processes("data.workers", config.data.workers)
+    open_teacher(config)
     data = config.data
     tokenizer = load_tokenizer(data.tokenizer) if _has_examples(data) else None
     if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
