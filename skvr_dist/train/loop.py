@@ -16,6 +16,7 @@ import torch.distributed as dist
 from skvr_dist.checkpoint.brought import to_travel_on
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.cluster.arguments import unpack
 from skvr_dist.cluster.interrupt import InterruptListener
 from skvr_dist.cluster.launcher import announced_local_size, announced_rank, announced_world_size
 from skvr_dist.cluster.variables import in_words, passed_variables
@@ -177,6 +178,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     jumps = schedule_jumps(resumed, config) if resumed else []
     notices = [f"{problem} (left out)" for problem in left_out] + [f"set aside: {path}" for path in aside]
     notices += [f"moved, as train.on_resume allows: {jump}" for jump in jumps]
+    notices += inputs.examples
     report_start(run, resumed, notices + ([lost] if lost else []))
     return run
 
@@ -188,6 +190,10 @@ def load_initial_weights(engine: RoutedPipelineEngine, config: Config) -> Checkp
     checkpoint = Checkpoint(config.train.initial_weights)
     load_weights(engine, checkpoint)
     return checkpoint
+
+
+_PARTS = {"full": "train/full_loss", "routed": "train/routed_loss", "divergence": "train/divergence"}
+"""Tags of the parts of the loss of runs that distil, by the engine's names."""
 
 
 def train_step(run: Run, step: int) -> None:
@@ -205,6 +211,7 @@ def train_step(run: Run, step: int) -> None:
     values: Values = {
         "train/loss": loss,
         "train/learning_rate": learning_rate,
+        **{_PARTS[part]: value for part, value in engine.losses_by_part.items()},
         "train/gradient_norm": engine.gradient_norm,
         "train/predicted_tokens": engine.predicted_tokens,
         "train/skipped_steps": engine.guard.skipped_steps,
@@ -303,8 +310,13 @@ def report_start(run: Run, resumed: Checkpoint | None, notices: list[str]) -> No
         f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
         f"{config.routing.policy}"
     )
+    if config.distillation:
+        run.reporter.say(
+            f"{config.num_distilled} micro-batches per step are distilled from {config.distillation.teacher}: "
+            f"{config.num_passes} passes in all"
+        )
     variables = f"variables: {in_words(passed_variables())}"
-    run.log.info("arguments: %s", shlex.join(sys.argv[1:]))
+    run.log.info("arguments: %s", shlex.join(unpack(sys.argv[1:])))
     run.log.info(variables)
     if mesh.world_size > announced_local_size():
         run.reporter.say(variables)
