@@ -14,8 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from skvr_dist.cluster.keep_running import SECONDS_TO_END
 from skvr_dist.cluster.launcher import free_port
+from skvr_dist.cluster.processes import SECONDS_TO_END
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE
 from skvr_dist.files import append_line, naming_failure
 from skvr_dist.run.folder import RunFolder
