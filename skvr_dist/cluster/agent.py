@@ -1,6 +1,6 @@
 """The agent of a run on one host: starts the ranks that the supervisor asks for, and never outlives it by much.
 
-    python -m skvr_dist.cluster.agent RUN_FOLDER HOST SUPERVISOR
+    python -m skvr_dist.cluster.agent RUN_FOLDER INDEX HOST SUPERVISOR
 
 It imports no torch, so that it is there within moments. It tells the supervisor what each rank ended with, and signals
 that it has received itself. When the supervisor has gone, or cannot be reached for as long as its patience lasts, the
@@ -24,8 +24,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from skvr_dist.cluster.launcher import is_of_a_launcher
 from skvr_dist.cluster.messages import Connection, Message
-from skvr_dist.cluster.processes import end_marked_processes
+from skvr_dist.cluster.processes import end_marked_processes, say
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, RunInterrupted, UserError
 from skvr_dist.run.folder import RunFolder
 
@@ -33,6 +34,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What asks a run to save and end."""
 _MARK = "SKVR_AGENT"
 _LOOK_SECONDS = 0.1
+_SECONDS_TO_DIE = 5.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -42,7 +44,8 @@ class Agent:
 
     Args:
         folder: of the run, which the supervisor's address is read from.
-        host: the name that the supervisor knows this host by.
+        index: this host's place among the run's hosts.
+        host: its name.
         supervisor: the id of the one to look for; empty takes any.
         seconds: to look for it.
 
@@ -50,7 +53,7 @@ class Agent:
         RunInterrupted: there was none in that time.
     """
 
-    def __init__(self, folder: RunFolder, host: str, supervisor: str = "", seconds: float = 60.0) -> None:
+    def __init__(self, folder: RunFolder, index: int, host: str, supervisor: str = "", seconds: float = 60.0) -> None:
         self._host, self._asked_to_stop = host, ""
         self._ranks: dict[int, subprocess.Popen[bytes]] = {}
         self._attempt = 0
@@ -61,7 +64,7 @@ class Agent:
             signal.signal(number, self._note)
         self._supervisor, facts = _connect(folder, supervisor, seconds)
         self._patience, self._supervised_by = facts["patience_seconds"], facts["host"]
-        self._supervisor.send("hello", token=facts["token"], host=host, process=os.getpid())
+        self._supervisor.send("hello", token=facts["token"], index=index, host=host)
 
     def run(self) -> int:
         """Do as the supervisor says until it lets this agent go; returns the exit code that it names."""
@@ -72,7 +75,8 @@ class Agent:
                 if message["kind"] == "start":
                     self._start(message)
                 elif message["kind"] == "signal":
-                    self._each(lambda rank: rank.send_signal(message["number"]))
+                    for rank in self._ranks.values():
+                        rank.send_signal(message["number"])
                 elif message["kind"] == "kill":
                     self._kill()
                 elif message["kind"] == "end":
@@ -85,7 +89,8 @@ class Agent:
 
     def _start(self, message: Message) -> None:
         self._attempt = message["attempt"]
-        environment = {**os.environ, **message["environment"], _MARK: self._mark}
+        own = {name: value for name, value in os.environ.items() if not is_of_a_launcher(name)}
+        environment = {**own, **message["environment"], _MARK: self._mark}
         for local, rank in enumerate(message["ranks"]):
             announced = {"RANK": str(rank), "LOCAL_RANK": str(local)}
             try:
@@ -95,10 +100,10 @@ class Agent:
                     cwd=message["cwd"],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # the rank and what it starts are killed as one; Ctrl-C comes here alone
-                    preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - this process has one thread
+                    preexec_fn=_die_with(os.getpid()),
                 )
             except OSError as error:
-                _say(f"cannot start rank {rank} on {self._host} in {message['cwd']} ({error})")
+                say(f"cannot start rank {rank} on {self._host} in {message['cwd']} ({error})")
                 self._supervisor.send("ended", attempt=self._attempt, rank=rank, code=EXIT_USAGE)
 
     def _report(self) -> None:
@@ -117,18 +122,17 @@ class Agent:
         silent = "has gone" if self._supervisor.closed else f"gave no sign of life for {self._patience:.0f} s"
         ranks = ", ".join(map(str, sorted(self._ranks)))
         ended = f"; rank {ranks} on this host ended with it" if ranks else ""
-        _say(f"{self._host}: the supervisor on {self._supervised_by} {silent}{ended}; start the run again")
         self._kill()
+        say(f"{self._host}: the supervisor on {self._supervised_by} {silent}{ended}; start the run again")
         return EXIT_AGAIN
 
     def _kill(self) -> None:
         """SIGKILL, which ends a stopped rank too, and comes after the ranks have had their time."""
-        self._each(lambda rank: _kill_group(rank.pid))
-        self._each(lambda rank: rank.wait())
-
-    def _each(self, action: Callable[[subprocess.Popen[bytes]], Any]) -> None:
         for rank in self._ranks.values():
-            action(rank)
+            _kill_group(rank.pid)
+        for rank in self._ranks.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it waits for a disk that does not answer
+                rank.wait(timeout=_SECONDS_TO_DIE)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._asked_to_stop = signal.Signals(number).name
@@ -175,18 +179,13 @@ def _kill_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # the console may have gone with the supervisor
-        print(f"keep_running: {text}", file=sys.stderr, flush=True)
-
-
 def main(words: list[str]) -> int:
     """Entry point of what the supervisor starts on each host; returns the exit code."""
-    folder, host, supervisor = words
+    folder, index, host, supervisor = words
     try:
-        return Agent(RunFolder(Path(folder)), host, supervisor).run()
+        return Agent(RunFolder(Path(folder)), int(index), host, supervisor).run()
     except UserError as error:
-        _say(str(error))
+        say(str(error))
         return error.exit_code
 
 

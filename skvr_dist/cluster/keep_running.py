@@ -12,13 +12,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from skvr_dist.cluster.processes import end_marked_processes, in_words, marked_processes, ranks_among
+from skvr_dist.cluster.processes import end_marked_processes, in_words, marked_processes, ranks_among, say
 from skvr_dist.cluster.progress import Progress
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, UserError
 
@@ -64,12 +63,12 @@ class KeptRun:
             at = f"its latest checkpoint is {saved.name}" if saved else "it has no checkpoint yet"
             ended = f"the run ended with {in_words(code)} before its last step; {at}"
             if self._stopping:
-                _say(f"{ended}; not started again after {self._stopping}")
+                say(f"{ended}; not started again after {self._stopping}")
                 return EXIT_AGAIN
             if left < 0:
-                _say(f"{ended}; given up after {self._restarts + 1} attempts without a new one")
+                say(f"{ended}; given up after {self._restarts + 1} attempts without a new one")
                 return code or EXIT_AGAIN
-            _say(f"{ended}; started again ({left} more without a new one)")
+            say(f"{ended}; started again ({left} more without a new one)")
 
     def _attempt(self) -> int:
         environment = {**os.environ, _MARK: self._mark}
@@ -91,7 +90,3 @@ class KeptRun:
         processes = marked_processes(_MARK, self._mark)
         for process in ranks_among(processes) or processes:
             process.terminate()
-
-
-def _say(text: str) -> None:
-    print(f"keep_running: {text}", file=sys.stderr, flush=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 BEAT_SECONDS = 1.0
 """Between two signs of life."""
-_SEND_SECONDS = 5.0  # what is sent fits into the system's buffers, unless nobody has read for long
 Message = dict[str, Any]
 
 
@@ -26,9 +25,9 @@ class Connection:
     """
 
     def __init__(self, connected: socket.socket) -> None:
-        connected.settimeout(_SEND_SECONDS)
+        connected.setblocking(False)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self._unread = connected, b""
+        self._socket, self._unread, self._unsent = connected, b"", b""
         self._heard = self._beaten = time.monotonic()
         self.closed = False
 
@@ -41,10 +40,13 @@ class Connection:
         return time.monotonic() - self._heard
 
     def send(self, kind: str, **content: Any) -> None:
-        """Send a message; nothing once the connection is closed."""
+        """Send a message, now or, where the other end does not read, later; nothing once the connection is closed."""
         if not self.closed:
+            self._unsent += json.dumps({"kind": kind, **content}).encode() + b"\n"
             try:
-                self._socket.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+            except BlockingIOError:
+                pass
             except OSError:
                 self.close()
 
@@ -57,7 +59,7 @@ class Connection:
     def receive(self) -> list[Message]:
         """What has arrived in whole, without waiting."""
         try:
-            while not self.closed and (came := self._socket.recv(2**16, socket.MSG_DONTWAIT)):
+            while not self.closed and (came := self._socket.recv(2**16)):
                 self._unread += came
                 self._heard = time.monotonic()
             self.close()

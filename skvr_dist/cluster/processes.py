@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Sequence
 
 import psutil
@@ -62,3 +63,9 @@ def in_words(code: int) -> str:
     if 256 - code in set(signal.Signals):  # deepspeed passes the negative code of a killed rank on
         return f"a rank's {signal.Signals(256 - code).name} ({code})"
     return f"code {code}"
+
+
+def say(text: str) -> None:
+    """A line of what keeps a run running on the console, which may have gone."""
+    with contextlib.suppress(OSError):
+        print(f"keep_running: {text}", file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from skvr_dist.checkpoint.folder import candidates, step_folder
+from skvr_dist.checkpoint.names import candidates, step_folder
 from skvr_dist.errors import UserError
 from skvr_dist.run.folder import RunFolder
 
