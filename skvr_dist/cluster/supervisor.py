@@ -284,9 +284,10 @@ class Supervisor:
     def _look(self) -> None:
         """Hear what has come, give signs of life, and notice who gives none; takes a moment."""
         here = [host for host in self._hosts if host.is_here]
-        connections: list[Connection] = [*self._strangers, *(host.connection for host in here if host.connection)]
+        connections = [*self._strangers, *(host.connection for host in here if host.connection)]
+        files = [self._listener.fileno(), *(connection.fileno() for connection in connections)]
         with suppress(OSError, ValueError):
-            ready, _, _ = select.select([self._listener.fileno(), *connections], [], [], _LOOK_SECONDS)
+            ready, _, _ = select.select(files, [], [], _LOOK_SECONDS)
             if self._listener.fileno() in ready:
                 self._strangers.append(Connection(self._listener.accept()[0]))
         for stranger in list(self._strangers):
