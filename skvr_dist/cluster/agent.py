@@ -35,6 +35,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _MARK = "SKVR_AGENT"
 _LOOK_SECONDS = 0.1
 _SECONDS_TO_DIE = 5.0
+# The supervisor that starts an agent is there before it, as soon as the file system shows that.
+_SECONDS_TO_FIND = 10.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -183,7 +185,7 @@ def main(words: list[str]) -> int:
     """Entry point of what the supervisor starts on each host; returns the exit code."""
     folder, index, host, supervisor = words
     try:
-        return Agent(RunFolder(Path(folder)), int(index), host, supervisor).run()
+        return Agent(RunFolder(Path(folder)), int(index), host, supervisor, _SECONDS_TO_FIND).run()
     except UserError as error:
         say(str(error))
         return error.exit_code

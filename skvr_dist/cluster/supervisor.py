@@ -30,12 +30,12 @@ from skvr_dist.cluster.progress import Progress
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, RunInterrupted, UserError
 from skvr_dist.run.folder import RunFolder
 
-SECONDS_TO_SPEAK = 20.0
-"""After the first rank has ended badly, for the others to say whom they miss; then they are killed. Ranks need 5 s, or
-20 s when one has met something of its own (`skvr_dist.parallel.failure`)."""
+SECONDS_TO_SPEAK = 10.0
+"""After the latest bad end of a rank, for the others to say whom they miss; then they are killed. Ranks call the roll
+for 5 s (`skvr_dist.parallel.failure`)."""
 _SECONDS_TO_JOIN = 120.0  # Python on a busy file system; pods that are still being placed
 _SECONDS_TO_COME_BACK = 20.0
-_LONGEST_PAUSE_SECONDS = 60.0
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
 _LOOK_SECONDS = 0.1
 
 
@@ -143,7 +143,7 @@ class Supervisor:
             if left < 0:
                 say(f"{ended}; given up after {self._restarts + 1} attempts without a new one")
                 return code or EXIT_AGAIN
-            pause = min(2.0**failures, _LONGEST_PAUSE_SECONDS)
+            pause = min(_FIRST_PAUSE_SECONDS * 2 ** max(0, failures - 1), _LONGEST_PAUSE_SECONDS)
             say(f"{ended}; started again in {pause:.0f} s ({left} more without a new one)")
             self._pause(pause)
             self._bring_back()
@@ -177,7 +177,7 @@ class Supervisor:
                 for host in attempt.hosts:
                     host.send("signal", number=int(signal.SIGTERM))
             if attempt.failed_at and time.monotonic() - attempt.failed_at > SECONDS_TO_SPEAK:
-                self._kill(attempt, f"still there {SECONDS_TO_SPEAK:.0f} s after the first had ended")
+                self._kill(attempt, f"still there {SECONDS_TO_SPEAK:.0f} s after the others had ended")
         return attempt
 
     def _start(self, number: int) -> Attempt:
@@ -228,7 +228,7 @@ class Supervisor:
         rank, code = int(message["rank"]), int(message["code"])
         attempt.codes[rank] = code
         if code and not attempt.is_killed:
-            attempt.failed_at = attempt.failed_at or time.monotonic()
+            attempt.failed_at = time.monotonic()
             if code > 128 and not self._stopping:
                 say(f"rank {rank} on {host.name} ended with {in_words(code)}; of SIGKILL look for memory first")
 
@@ -319,8 +319,11 @@ class Supervisor:
             UserError: there is another one, which lives.
         """
         file = self._run.supervisor
-        with suppress(OSError, ValueError, KeyError):
-            _refuse_another(json.loads(file.read_bytes()), self._run.path)
+        if other := _living_supervisor(file):
+            raise UserError(
+                f"{self._run.path} is kept running by process {other['process']} on {other['host']}; wait for its end, "
+                f"end it, or give another train.output_dir"
+            )
         facts = {
             "id": self._id,
             "host": self._hosts[0].name,
@@ -343,23 +346,17 @@ class Supervisor:
         self._stopping = self._stopping or signal.Signals(number).name
 
 
-def _refuse_another(facts: Mapping[str, Any], run: Path) -> None:
-    """Ask the supervisor that was there before whether it lives.
-
-    Raises:
-        UserError: it does.
-        OSError: nobody listens there.
-    """
-    with socket.create_connection((facts["host"], facts["port"]), timeout=5.0) as connected:
-        other = Connection(connected)
-        other.send("who")
-        select.select([connected], [], [], 5.0)
-        if any(message.get("id") == facts["id"] for message in other.receive()):
-            error = UserError(
-                f"{run} is kept running by process {facts['process']} on {facts['host']}; wait for its end, end it, "
-                f"or give another train.output_dir"
-            )
-            raise error
+def _living_supervisor(file: Path) -> dict[str, Any] | None:
+    """What the file says of a supervisor that answers; None if there is none, or it does not."""
+    with suppress(OSError, ValueError, KeyError):
+        facts: dict[str, Any] = json.loads(file.read_bytes())
+        with socket.create_connection((facts["host"], facts["port"]), timeout=5.0) as connected:
+            other = Connection(connected)
+            other.send("who")
+            select.select([connected], [], [], 5.0)
+            if any(message.get("id") == facts["id"] for message in other.receive()):
+                return facts
+    return None
 
 
 def _write_for_this_user(file: Path, text: str) -> None:
