@@ -27,6 +27,7 @@ from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.gradients import clip_by_global_norm, drop_gradients, gradient_tensors, scale_gradients
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import StageModule
+from skvr_dist.parallel.engine.stopwatch import Stopwatch
 from skvr_dist.parallel.engine.zero import ZeroPipelineEngine, compare_module_order_within, reduce_layer_by_layer
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
@@ -84,6 +85,8 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.stage = module
         self.sent_bytes = 0
         """Bytes of activations that this rank has sent to the next stage since it started."""
+        self.stopwatch = Stopwatch()
+        """Times this rank's own part of each step."""
         self.backward_passes = 0
         """Backward passes that this stage has run since it started."""
         self.before_update: Callable[[], None] | None = None
@@ -121,6 +124,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
                 f"{self.mesh.dp_size} replicas"
             )
         self._plans = plan_for_stage(plan, self.mesh, self.stage.start, self.stage.stop)
+        self.stopwatch.clear()  # evaluations run the same instructions
         self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed empties it only when it prints
         with naming_the_operation(self.mesh, "the training step"):
             return float(self.train_batch(micro_batches))
@@ -150,7 +154,10 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         for instructions in sends_first(pipe_schedule):
             for instruction in instructions:
                 kind = type(instruction)
-                with naming_the_operation(self.mesh, kind.__name__, self._micro_batch_of(instruction)):
+                with (
+                    naming_the_operation(self.mesh, kind.__name__, self._micro_batch_of(instruction)),
+                    self.stopwatch.watching(kind),
+                ):
                     MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
         if self.before:
             self.before.gradients.finish_sends()
