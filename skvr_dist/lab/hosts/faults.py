@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
-from skvr_dist.lab.hosts.case import Case, Ending, Lab
-from skvr_dist.lab.hosts.kept_run import FAULT_STEP, SHELL, TIMEOUT_SECONDS, KeptRun
+from skvr_dist.lab.hosts.case import Case, Ending, Lab, losses
+from skvr_dist.lab.hosts.kept_run import FAULT_STEP, KEYS, SHELL, TIMEOUT_SECONDS, KeptRun
+from skvr_dist.lab.hosts.random_faults import RANDOM_FAULTS
+from skvr_dist.run.folder import RunFolder
 
 SECONDS_TO_NAME = TIMEOUT_SECONDS + 10
 """The longest time until host and rank are named."""
@@ -123,6 +127,79 @@ def second_start(lab: Lab) -> Ending:
         return ending
 
 
+def cut_link_briefly(lab: Lab) -> Ending:
+    """A link that is cut for less than the patience lasts disturbs nothing."""
+    with lab.hosts(2) as hosts:
+        run = KeptRun(lab, hosts, "cut_link_briefly")
+        run.wait_for_step(FAULT_STEP)
+        hosts.link(2, up=False)
+        time.sleep(2)
+        hosts.link(2, up=True)
+        ending = Ending("goes on in the same attempt")
+        run.expect_finished(lab, ending)
+        ending.expect("attempt 2" not in run.console(), "was started again")
+        return ending
+
+
+def cut_link_of_bare_ranks(lab: Lab) -> Ending:
+    """Ranks that nobody watches, as a launcher leaves them: those behind the cut end by themselves, too."""
+    with lab.hosts(2) as hosts:
+        run = lab.run_folder("bare_ranks")
+        command = ["python", "launch/pretrain.py", *lab.arguments(run, **{**KEYS, "train__steps": 10_000})]
+        meeting = {"MASTER_ADDR": "host1", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        logs = {host: hosts.folder / f"rank-{host}.txt" for host in hosts.all}
+        ranks = {
+            host: hosts.start(host, command, log=logs[host], env={**SHELL, **meeting, "RANK": str(host - 1)})
+            for host in hosts.all
+        }
+        deadline = time.monotonic() + 120
+        while max(losses(run), default=0) < FAULT_STEP and time.monotonic() < deadline:
+            time.sleep(0.1)
+        started = time.monotonic()
+        hosts.link(2, up=False)
+        ending = Ending("")
+        for host, process in ranks.items():
+            try:
+                code: int | None = process.wait(max(1.0, started + SECONDS_TO_NAME + 5 - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                code = None
+            other, said = 3 - host, logs[host].read_text()
+            ending.expect(code == 75, f"rank {host - 1} on host{host}: code {code}: {said[-800:]}")
+            silent = f"no sign of life from rank {other - 1} on host host{other}"
+            ending.expect(silent in said, f"host{host} does not say `{silent}`: {said[-800:]}")
+        ending.found = f"both ended after {_in_seconds(time.monotonic() - started)}, each naming the other"
+        return ending
+
+
+def slow(name: str, make_slow: Callable[[KeptRun], None], named: str) -> Callable[[Lab], Ending]:
+    """A case: something makes the others wait, and is named while the run goes on."""
+
+    def play(lab: Lab) -> Ending:
+        with lab.hosts(3) as hosts:
+            run = KeptRun(lab, hosts, name, {"train__watch_ranks_every_steps": 5, "train__steps": 10_000})
+            run.wait_for_step(FAULT_STEP)
+            run.mark()
+            make_slow(run)
+            told = run.seconds_until_said(named)
+            ending = Ending(f"named after {_in_seconds(told)}")
+            ending.expect(told is not None, f"`{named}` is never said: {run.console()[-1500:]}")
+            wrong = [line for line in run.console().splitlines() if "slow:" in line and not re.search(named, line)]
+            ending.found += f"; {len(wrong)} other lines on slow ranks or links"
+            record = next(r for r in reversed(RunFolder(run.folder).metric_records()) if "ranks/own_seconds/host3" in r)
+            tags = {f"ranks/{what}/host2" for what in ("own_seconds", "wait_seconds", "link_seconds")}
+            ending.expect(tags <= set(record), f"not among the metrics: {tags - set(record)}")
+            return ending
+
+    return play
+
+
+def _throttle(run: KeptRun) -> None:
+    """Leave the rank of host 2 a fifth of its time, as a quota of a control group does, while it lives."""
+    (rank,) = run.rank_processes(2)
+    script = f"while kill -STOP {rank}; do sleep 0.08; kill -CONT {rank}; sleep 0.02; done"
+    subprocess.Popen(["sh", "-c", script], stderr=subprocess.DEVNULL)
+
+
 def _in_seconds(seconds: float | None) -> str:
     return "no time" if seconds is None else f"{seconds:.0f} s"
 
@@ -172,6 +249,8 @@ FAULTS: list[Case] = [
         "the cable of a host is cut, for good",
         survives("cut_link", lambda run: run.hosts.link(3, up=False), _OFF, lost=True),
     ),
+    _fault("cut_link_briefly", "the cable of a host is cut for 2 s", cut_link_briefly),
+    _fault("cut_link_bare", "the cable is cut of ranks that nobody keeps running", cut_link_of_bare_ranks),
     _fault("stop_agent", "SIGSTOP of the agent of a host", survives("stop_agent", _stop_agent, _OFF, lost=False)),
     _fault("first_vanishes", "the first host loses power", first_vanishes),
     _fault(
@@ -185,5 +264,16 @@ FAULTS: list[Case] = [
         sigterm("sigterm_supervisor", lambda run: run.kill(1, signal.SIGTERM, "keep_running.py")),
     ),
     _fault("launcher_dies", "SIGKILL of keep_running, the console quiet", launcher_dies),
+    _fault(
+        "slow_rank",
+        "a rank gets a fifth of a core's time",
+        slow("slow_rank", _throttle, r"slow: rank 1 on host2 takes"),
+    ),
+    _fault(
+        "slow_link",
+        "the cable of a host carries 20 Mbit/s",
+        slow("slow_link", lambda run: run.hosts.rate(2, "20mbit"), r"slow: the link of host2"),
+    ),
     _fault("second_start", "the same command on the same folder while it trains", second_start),
+    RANDOM_FAULTS,
 ]

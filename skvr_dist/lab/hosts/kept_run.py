@@ -47,7 +47,8 @@ class KeptRun:
     def __init__(self, lab: Lab, hosts: Hosts, name: str, keys: Mapping[str, Any] | None = None) -> None:
         self.hosts, self.folder = hosts, lab.run_folder(name)
         self._log = hosts.folder / "console.txt"
-        self._arguments = lab.arguments(self.folder, **{**KEYS, **(keys or {})})
+        self._keys = {**KEYS, **(keys or {})}
+        self._arguments = lab.arguments(self.folder, **self._keys)
         self._hostfile = write_hostfile(hosts)
         self._zero, self._read = time.monotonic(), 0
         self.start()
@@ -144,7 +145,7 @@ class KeptRun:
 
     def expect_losses(self, lab: Lab, ending: Ending, *, same_ranks: bool) -> None:
         """Losses of all steps are those of an undisturbed run on one machine; to the bit on as many ranks."""
-        expected, found = lab.reference(self.hosts.number, **KEYS), losses(self.folder)
+        expected, found = lab.reference(self.hosts.number, **self._keys), losses(self.folder)
         missing = sorted(expected.keys() - found.keys())
         ending.expect(not missing, f"no losses of steps {missing}")
         worst = max((abs(found[s] - expected[s]) / expected[s] for s in expected.keys() & found.keys()), default=0.0)
