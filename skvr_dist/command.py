@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from skvr_dist.cluster.launcher import announced_rank, announced_world_size, is_other_rank
+from skvr_dist.cluster.launcher import adopt_slurm_tasks, announced_rank, announced_world_size, is_other_rank
 from skvr_dist.config.presets import find_configs
 from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, RunInterrupted, UserError
 from skvr_dist.files import as_json, full_disk, local_path, prove_writable, write_whole
@@ -84,7 +84,8 @@ def parse(
     words = launcher_free(sys.argv[1:]) if words is None else words
     options = parser.parse_intermixed_args(words)
     if hasattr(options, "config"):
-        options.config = find_configs(options.config or [options.default_config])
+        default = [] if options.default_config is None else [options.default_config]
+        options.config = find_configs(options.config or default)
     if getattr(options, "json", None) is not None:  # empty is a mistake too
         is_written = not over_ranks or announced_world_size() == 1 or announced_rank() == 0
         options.json = prove_writable(options.json) if is_written else Path(options.json)
@@ -241,6 +242,8 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
+            if over_ranks:
+                adopt_slurm_tasks()
             code = main() or 0
         finally:
             _flush_stdout()

@@ -7,20 +7,16 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from skvr_dist.cluster.launcher import is_of_a_launcher
+from skvr_dist.cluster.hostfile import read_hostfile
 from skvr_dist.cluster.messages import Connection, Message
 from skvr_dist.errors import UserError
 
 _SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5"]
 _PACKAGE = Path(__file__).parents[2]
-# What a shell on another host has of its own.
-_OF_ONE_HOST = {"HOME", "HOSTNAME", "LOGNAME", "MAIL", "OLDPWD", "PWD", "SHELL", "SHLVL", "TERM", "TMPDIR", "USER", "_"}
-_OF_ONE_HOST_PREFIXES = ("SSH_", "XDG_", "DBUS_", "SLURM_", "DISPLAY", "KUBERNETES_")
 
 
 class HostOfRun:
@@ -119,46 +115,19 @@ class HostOfRun:
             self._starter = None
 
 
-def read_hostfile(file: Path) -> list[HostOfRun]:
-    """Hosts of a hostfile as DeepSpeed has them, `NAME slots=N` a line; the first must be this host.
+def hosts_of_file(file: Path) -> list[HostOfRun]:
+    """The hosts of a hostfile, of which the first must be this one.
 
     Raises:
-        UserError: a line is none, a host is named twice, or this is not the first.
+        UserError: the file is wrong, or another host is the first.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    names, slots = read_hostfile(file)
+    if not _is_this_host(names[0]):
         raise UserError(
-            f"cannot read the hostfile {file} ({error}); give one with a line `NAME slots=N` each"
-        ) from None
-    hosts: list[HostOfRun] = []
-    for number, line in enumerate(lines, 1):
-        words = line.split("#")[0].split()
-        if not words:
-            continue
-        name, _, slots = words[0], *("".join(words[1:]).partition("slots=")[1:])
-        if not slots.isdecimal() or int(slots) == 0:
-            raise UserError(f"{file}, line {number}: {line.strip()!r}; write `NAME slots=N`")
-        if name in (host.name for host in hosts):
-            raise UserError(f"{file}, line {number}: {name} is there twice; give each host one line")
-        hosts.append(HostOfRun(len(hosts), name, int(slots)))
-    if not hosts:
-        raise UserError(f"{file} names no hosts; write a line `NAME slots=N` for each")
-    if not _is_this_host(hosts[0].name):
-        raise UserError(
-            f"{file} names {hosts[0].name} first, which is not this host ({socket.gethostname()}); start it there, or "
-            f"name this host first"
+            f"{file} names {names[0]} first, which is not this host ({socket.gethostname()}); start it there, or name "
+            f"this host first"
         )
-    return hosts
-
-
-def variables_to_carry(environment: Mapping[str, str]) -> dict[str, str]:
-    """What ranks on other hosts are given of a user's shell: all but what belongs to one host or to a launcher."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if name not in _OF_ONE_HOST and not name.startswith(_OF_ONE_HOST_PREFIXES) and not is_of_a_launcher(name)
-    }
+    return [HostOfRun(index, name, slots) for index, name in enumerate(names)]
 
 
 def _is_this_host(name: str) -> bool:

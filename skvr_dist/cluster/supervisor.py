@@ -23,7 +23,7 @@ from typing import Any
 
 from skvr_dist.cluster.agent import SIGNALS
 from skvr_dist.cluster.hosts_of_run import HostOfRun
-from skvr_dist.cluster.launcher import free_port
+from skvr_dist.cluster.launcher import HOSTS_VARIABLE, free_port
 from skvr_dist.cluster.messages import Connection, Message
 from skvr_dist.cluster.processes import in_words, say
 from skvr_dist.cluster.progress import Progress
@@ -189,6 +189,7 @@ class Supervisor:
             ranks.update(dict.fromkeys(range(first, first + host.slots), host))
         # A new port each time: a rank that an earlier attempt has left finds nobody where it was to meet the others.
         meeting = {"MASTER_ADDR": self._hosts[0].name, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(ranks))}
+        meeting[HOSTS_VARIABLE] = ",".join(host.name for host in hosts)
         names = ", ".join(f"{host.name} ({host.slots})" for host in hosts)
         without = [host.name for host in self._hosts if not host.is_here]
         say(f"attempt {number}: {len(ranks)} ranks on {names}" + (f"; left out: {', '.join(without)}" * bool(without)))

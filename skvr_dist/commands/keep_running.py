@@ -73,15 +73,20 @@ def run() -> int:
 def _supervise(options: argparse.Namespace) -> int:
     """Be the supervisor of a run, or the agent of a host that is not the first."""
     from skvr_dist.cluster.agent import Agent
-    from skvr_dist.cluster.hosts_of_run import read_hostfile, variables_to_carry
-    from skvr_dist.cluster.launcher import announced_rank
+    from skvr_dist.cluster.hosts_of_run import hosts_of_file
+    from skvr_dist.cluster.launcher import adopt_slurm_tasks, announced_rank
+    from skvr_dist.cluster.processes import say
     from skvr_dist.cluster.supervisor import Supervisor
+    from skvr_dist.cluster.variables import in_words, passed_variables
     from skvr_dist.run.folder import RunFolder
 
+    adopt_slurm_tasks()
     if options.hostfile is None and announced_rank() > 0:
         return Agent(RunFolder(options.output_dir), announced_rank(), socket.gethostname()).run()
-    hosts = read_hostfile(options.hostfile) if options.hostfile else _announced_hosts(options.ranks)
-    carried = variables_to_carry(os.environ) if options.hostfile else {}
+    hosts = hosts_of_file(options.hostfile) if options.hostfile else _announced_hosts(options.ranks)
+    carried = passed_variables() if options.hostfile else {}
+    if carried:
+        say(f"passed to the ranks of all hosts: {in_words(carried)}")
     return Supervisor(
         _of_a_rank(options.command),
         options.output_dir,

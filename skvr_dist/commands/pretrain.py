@@ -4,11 +4,14 @@
     deepspeed --num_gpus 4 --module skvr_dist.commands.pretrain --config quickstart train.steps=100
 
 `--config` is a YAML file or the name of a preset, and may be given several times, later ones win;
-`section.key=value` overrides a key. Also starts under torchrun and mpirun.
+`section.key=value` overrides a key. Also starts under torchrun, mpirun and srun; docs/launch.md has several hosts.
 """
 
 from __future__ import annotations
 
+import sys
+
+from skvr_dist.cluster.arguments import unpack
 from skvr_dist.command import add_configs, add_overrides, at_least, new_parser, parse, run_command
 
 
@@ -19,6 +22,7 @@ def main() -> None:
 
 def run() -> None:
     """Train, or show what would be trained."""
+    sys.argv[1:] = unpack(sys.argv[1:])
     parser = new_parser(__doc__)
     add_configs(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
@@ -40,8 +44,10 @@ def run() -> None:
         print(describe(config, options.world_size or announced_world_size()))
         return
 
+    from skvr_dist.cluster.hostfile import require_hostfile_of_launcher
     from skvr_dist.train.loop import pretrain
 
+    require_hostfile_of_launcher()
     pretrain(config)
 
 

@@ -80,10 +80,12 @@ def run(options: argparse.Namespace) -> int:
 
 def all_cases() -> list[Case]:
     """Every case, in the order of the tables."""
+    from skvr_dist.lab.hosts.docs import DOCS
     from skvr_dist.lab.hosts.faults import FAULTS
+    from skvr_dist.lab.hosts.inputs import INPUTS
     from skvr_dist.lab.hosts.starts import STARTS
 
-    return [*STARTS, *FAULTS]
+    return [*STARTS, *DOCS, *INPUTS, *FAULTS]
 
 
 def _chosen(options: argparse.Namespace) -> list[Case]:

@@ -157,7 +157,7 @@ class Hosts:
         lines += [f"{NETWORK}.{n} host{n}" for n in self.all if not (self.setup.debian_names and n == host)]
         (own / "hosts").write_text("\n".join(lines) + "\n")
         (own / "hostname").write_text(f"host{host}\n")
-        login = {**self.setup.login, **self.setup.login_of.get(host, {}), "SKVR_LAB_HOST": str(host)}
+        login = {**self._login(host), "SKVR_LAB_HOST": str(host)}  # at least one: sshd takes no empty list
         settings = [
             f"HostKey {self.folder}/server",
             f"AuthorizedKeysFile {self.folder}/user.pub",
@@ -174,6 +174,9 @@ class Hosts:
         shutil.copy(self.folder / "user", own / "ssh" / "id_ed25519")
         if self.setup.knows_hosts:
             (own / "ssh" / "config").write_text("Host *\n  StrictHostKeyChecking accept-new\n  LogLevel ERROR\n")
+
+    def _login(self, host: int) -> dict[str, str]:
+        return {**self.setup.login, **self.setup.login_of.get(host, {})}
 
     def _plug_in(self, host: int) -> None:
         """Connect a host with the switch: a pair of virtual interfaces, or a relay."""
@@ -230,9 +233,9 @@ class Hosts:
         """A command on a host, in a user's shell there; code 124 if it took longer than `seconds`.
 
         Args:
-            env: variables of the shell, beside or instead of those of `shell_variables`.
+            env: variables of the shell, beside or instead of those of `shell_variables` and of a login.
         """
-        words, variables = [*self._spaces[host].entering(str(folder)), *command], {**shell_variables(), **(env or {})}
+        words = [*self._spaces[host].entering(str(folder)), *command]
         process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -240,7 +243,7 @@ class Hosts:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env=variables,
+            env={**shell_variables(), **self._login(host), **(env or {})},
         )
         try:
             out, err = process.communicate(timeout=seconds)
@@ -272,7 +275,7 @@ class Hosts:
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,
-                env={**shell_variables(), **(env or {})},
+                env={**shell_variables(), **self._login(host), **(env or {})},
             )
         self._started.append(process)
         return process

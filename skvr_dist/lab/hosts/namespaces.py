@@ -15,7 +15,8 @@ from pathlib import Path
 DIES_WITH_ITS_PARENT = ["setpriv", "--pdeathsig", "KILL"]
 _NEW = ["unshare", "--fork", "--kill-child=KILL", "--pid", "--net", "--uts", "--ipc", "--mount", "--mount-proc"]
 _FIRST_PROCESS = "echo ready; while :; do wait; sleep 0.2; done"
-_PROGRAMS = {
+_NEEDED = ("unshare", "nsenter", "setpriv", "ip", "tc", "ssh", "ssh-keygen", "sshd")
+_PACKAGES = {
     "unshare": "util-linux",
     "nsenter": "util-linux",
     "setpriv": "util-linux",
@@ -24,7 +25,12 @@ _PROGRAMS = {
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
     "sshd": "openssh-server",
+    "srun": "slurm-client",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+    "/usr/bin/mpirun": "openmpi-bin",
 }
+"""Debian's names of the packages of programs, where they are others."""
 
 
 class Namespaces:
@@ -104,9 +110,9 @@ def why_not(*programs: str) -> str | None:
     """
     if sys.platform != "linux":
         return f"hosts are made of Linux's namespaces, and this is {sys.platform}"
-    for program in (*_PROGRAMS, *programs):
+    for program in (*_NEEDED, *programs):
         if shutil.which(program, path=programs_path()) is None:
-            package = _PROGRAMS.get(program, program)
+            package = _PACKAGES.get(program, program)
             return f"{program} is not installed, which hosts made of namespaces need (Debian's package {package})"
     trial = [*_NEW, "sh", "-c", "ip link add br0 type bridge && ip link add eth0 type veth peer name port0"]
     done = subprocess.run(trial, capture_output=True, text=True)
