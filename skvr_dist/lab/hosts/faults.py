@@ -54,6 +54,37 @@ def survives(
     return play
 
 
+# Its ranks end when there are two of them.
+STAND_IN = """
+import os, pathlib, sys, time
+run = pathlib.Path(sys.argv[1])
+run.mkdir(exist_ok=True)
+(run / "config.yaml").write_text("train: {steps: 4}")
+print("step 12/40  loss 1.0", flush=True)
+while os.environ["WORLD_SIZE"] == "3":
+    time.sleep(0.1)
+(run / "checkpoints/step-00000004").mkdir(parents=True, exist_ok=True)
+"""
+
+
+def power_off_of_stand_ins(lab: Lab) -> Ending:
+    """A host that loses power is left out; ranks are played by a script, so that it takes seconds."""
+    with lab.hosts(3) as hosts:
+        script = hosts.folder / "pretrain_played.py"
+        script.write_text(STAND_IN)
+        run = KeptRun(lab, hosts, "stand_ins", stand_in=script)
+        run.wait_for_step(FAULT_STEP)
+        run.seconds_until(lambda: all(map(run.rank_processes, hosts.all)), "three ranks", must=True)
+        run.mark()
+        hosts.power_off(3)
+        told, code = run.seconds_until_said(_OFF), run.code()
+        ending = Ending(f"named after {_in_seconds(told)}")
+        ending.expect(told is not None and told <= SECONDS_TO_NAME, f"`{_OFF}` said after {_in_seconds(told)}")
+        ending.expect(code == 0 and "left out: host3" in run.console(), f"code {code}: {run.console()[-1500:]}")
+        ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+        return ending
+
+
 def first_vanishes(lab: Lab) -> Ending:
     """The others end in time, with code 75; started again, the run goes on."""
     with lab.hosts(3) as hosts:
@@ -205,11 +236,11 @@ def _in_seconds(seconds: float | None) -> str:
 
 
 def _kill_rank(run: KeptRun) -> None:
-    os.kill(run.rank_processes(3)[0], signal.SIGKILL)
+    os.kill(run.rank_processes(run.hosts.number)[0], signal.SIGKILL)
 
 
 def _stop_rank(run: KeptRun) -> None:
-    os.kill(run.rank_processes(3)[0], signal.SIGSTOP)
+    os.kill(run.rank_processes(run.hosts.number)[0], signal.SIGSTOP)
 
 
 def _stop_agent(run: KeptRun) -> None:
@@ -226,24 +257,24 @@ FAULTS: list[Case] = [
     _fault(
         "kill_rank",
         "SIGKILL of a rank",
-        survives("kill_rank", _kill_rank, r"rank 2 on host3 ended with SIGKILL", lost=False),
+        survives("kill_rank", _kill_rank, r"rank 1 on host2 ended with SIGKILL", lost=False, number=2),
     ),
     _fault(
         "stop_rank",
         "SIGSTOP of a rank",
-        survives("stop_rank", _stop_rank, r"no sign of life from .*rank 2", lost=False),
+        survives("stop_rank", _stop_rank, r"no sign of life from rank 1 on host host2", lost=False, number=2),
     ),
     _fault(
         "kill_host",
         "SIGKILL of everything on a host",
-        survives("kill_host", lambda run: run.hosts.kill_all(3), r"host3 is lost, with rank 2", lost=False),
+        survives("kill_host", lambda run: run.hosts.kill_all(2), r"host2 is lost, with rank 1", lost=False, number=2),
     ),
     _fault(
         "power_off",
         "a host loses power",
         survives("power_off", lambda run: run.hosts.power_off(3), _OFF, lost=True),
-        quick=True,
     ),
+    _fault("power_off_played", "the same, with a script in the place of ranks", power_off_of_stand_ins, quick=True),
     _fault(
         "cut_link",
         "the cable of a host is cut, for good",

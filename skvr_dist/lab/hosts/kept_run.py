@@ -7,6 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from skvr_dist.lab.hosts.case import CPU, Ending, Lab, losses, write_hostfile
@@ -42,13 +43,18 @@ class KeptRun:
         name: of the run's folder.
         hosts: with power.
         keys: of the configuration, beside `KEYS`.
+        stand_in: a script that plays a rank, given the run's folder; None trains.
     """
 
-    def __init__(self, lab: Lab, hosts: Hosts, name: str, keys: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, lab: Lab, hosts: Hosts, name: str, keys: Mapping[str, Any] | None = None, stand_in: Path | None = None
+    ) -> None:
         self.hosts, self.folder = hosts, lab.run_folder(name)
         self._log = hosts.folder / "console.txt"
         self._keys = {**KEYS, **(keys or {})}
-        self._arguments = lab.arguments(self.folder, **self._keys)
+        self._rank = ["launch/pretrain.py", *lab.arguments(self.folder, **self._keys)] if stand_in is None else []
+        if stand_in is not None:
+            self._rank = [str(stand_in), str(self.folder)]
         self._hostfile = write_hostfile(hosts)
         self._zero, self._read = time.monotonic(), 0
         self.start()
@@ -57,7 +63,7 @@ class KeptRun:
         """What a user types on the first host."""
         keep = ["--hostfile", str(self._hostfile), "--output-dir", str(self.folder)]
         keep += ["--patience", str(PATIENCE_SECONDS), "--restarts", str(restarts)]
-        return ["python", "launch/keep_running.py", *keep, "--", "launch/pretrain.py", *self._arguments]
+        return ["python", "launch/keep_running.py", *keep, "--", *self._rank]
 
     def start(self) -> None:
         """Start it; also again."""
