@@ -247,10 +247,7 @@ class Decoder(nn.Module):
         """
         cache = {} if cache is None else cache
         past = cache[0].k.shape[1] if cache else 0
-        document_mask = None if documents is None else DocumentMask(documents)
-        new = hidden.shape[1] * self.module_set.sequence_shards
-        positions = torch.arange(past, past + new, device=hidden.device)
-        rope = rope_tables(self.config, positions if document_mask is None else document_mask.positions)
+        rope, document_mask = self.surroundings(hidden, documents, past)
         read = set(donors)
         known = dict(crossing)
         for name, layer in self.layers.items():
@@ -270,6 +267,20 @@ class Decoder(nn.Module):
                 known[number] = own
         cache.update(known)
         return hidden, known
+
+    def surroundings(
+        self, hidden: Tensor, documents: Tensor | None, past: int = 0
+    ) -> tuple[tuple[Tensor, Tensor], DocumentMask | None]:
+        """What all layers take beside the hidden states [B, S, D]: the tables of the rotation and the document mask.
+
+        Args:
+            documents: as for `forward`.
+            past: positions before these.
+        """
+        document_mask = None if documents is None else DocumentMask(documents)
+        new = hidden.shape[1] * self.module_set.sequence_shards
+        positions = torch.arange(past, past + new, device=hidden.device)
+        return rope_tables(self.config, positions if document_mask is None else document_mask.positions), document_mask
 
     @property
     def head(self) -> nn.Module:
