@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.errors import UserError
+from skvr_dist.parallel.roll_call import announce_host, announced_hosts
 
 AXES = ("pp", "dp", "tp")
 """Pipeline stages, data-parallel replicas, tensor-parallel ranks: from the slowest to the fastest in rank numbers."""
@@ -45,11 +48,14 @@ class Mesh:
     """The ranks that hold the same layers and shards in the other replicas, over gloo."""
     host_group: dist.ProcessGroup
     """All ranks over gloo, for small tensors on the host: routing plans and counters never wait for a device."""
+    hosts: tuple[str, ...]
+    """The name of each rank's host."""
 
     @classmethod
     def build(cls, parallel: ParallelConfig, model: ModelConfig) -> Mesh:
         """Lay the ranks of the default process group out; collective over all of them."""
         pp_size, tp_size = parallel.pipeline, parallel.tensor
+        _announce_this_host()
         dp_size = dist.get_world_size() // (pp_size * tp_size)
         devices = init_device_mesh(
             "cuda" if dist.get_backend() == "nccl" else "cpu",
@@ -71,6 +77,7 @@ class Mesh:
             kv_group=own_group(devices.mesh.view(-1, copies).tolist()) if copies > 1 else None,
             dp_group=devices.get_group("dp"),
             host_group=new_host_group(),
+            hosts=_hosts(),
         )
 
     @property
@@ -136,6 +143,24 @@ def new_host_group() -> dist.ProcessGroup:
 def _host_backend() -> str:
     """gloo, but for a process group that is none of this world's (`skvr_dist.lab.virtual`): its groups are like it."""
     return "gloo" if dist.get_backend() in ("gloo", "nccl") else dist.get_backend()
+
+
+def _is_made_up() -> bool:
+    """Whether the process group is none of this world's (`skvr_dist.lab.virtual`)."""
+    return dist.get_backend() not in ("gloo", "nccl")
+
+
+def _announce_this_host() -> None:
+    """Leave the name of this host for the other ranks."""
+    if not _is_made_up():
+        announce_host(distributed_c10d._get_default_store(), dist.get_rank(), socket.gethostname())
+
+
+def _hosts() -> tuple[str, ...]:
+    """The host of each rank; once a group was made since all announced theirs, which waits for every rank."""
+    if _is_made_up():
+        return (socket.gethostname(),) * dist.get_world_size()
+    return announced_hosts(distributed_c10d._get_default_store(), dist.get_world_size())
 
 
 def own_group(rank_lists: Iterable[list[int]], backend: str | None = None) -> dist.ProcessGroup:

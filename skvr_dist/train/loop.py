@@ -46,6 +46,7 @@ from skvr_dist.train.resume import preview_resume, resume, settle_resume
 from skvr_dist.train.same_schedule import schedule_jumps
 from skvr_dist.train.schedules import data_weights, routing_rates
 from skvr_dist.train.shared_folder import require_shared_folder
+from skvr_dist.train.slow_ranks import RankWatch
 from skvr_dist.train.state import load_weights, progress_facts
 
 
@@ -106,6 +107,7 @@ class Run:
     strategies: dict[str, CacheStrategy]
     """The strategies to evaluate, by the names that the user gave."""
     interrupts: InterruptListener
+    watch: RankWatch
     first_step: int
     """Steps that are done already."""
     evaluation_due: bool
@@ -167,6 +169,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
             config.evaluate.strategies, config.model.num_hidden_layers, config.evaluate.profiles
         ),
         interrupts=InterruptListener(mesh.sum_over_ranks),
+        watch=RankWatch(mesh, config.train.watch_ranks_every_steps),
         first_step=first_step,
         evaluation_due=bool(resumed and resumed.facts.evaluation_due),
         facts={
@@ -208,6 +211,7 @@ def train_step(run: Run, step: int) -> None:
     learning_rate = engine.get_lr()[0]
     loss = engine.train_step(batches, plan)
     seconds = time.perf_counter() - started
+    run.watch.add(seconds, *engine.stopwatch.read())
     values: Values = {
         "train/loss": loss,
         "train/learning_rate": learning_rate,
@@ -226,11 +230,16 @@ def train_step(run: Run, step: int) -> None:
         if run.config.data.damage == "skip":
             lost_tokens = batches.lost_tokens if engine.is_first_stage() and run.mesh.tp_rank == 0 else 0
             values["data/skipped_tokens"] = run.mesh.sum_over_ranks([float(lost_tokens)])[0]
+        measured, slow = run.watch.report(step)
+        values |= measured
     last = step == run.config.train.steps
     run.reporter.step(step, values, show=last or step % run.config.train.log_every_steps == 0)
     run.log.info(
         "step %d loss %.6f over %d tokens gradient norm %.6f", step, loss, engine.predicted_tokens, engine.gradient_norm
     )
+    for sentence in slow:
+        run.reporter.say(f"step {step}  {sentence}")
+        run.log.warning("step %d %s", step, sentence)
     if engine.guard.reason:
         report_skipped(run, step)
 
@@ -310,6 +319,8 @@ def report_start(run: Run, resumed: Checkpoint | None, notices: list[str]) -> No
         f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
         f"{config.routing.policy}"
     )
+    if config.train.only:
+        run.reporter.say(f"trained are {', '.join(config.train.only)} alone (train.only)")
     if config.distillation:
         run.reporter.say(
             f"{config.num_distilled} micro-batches per step are distilled from {config.distillation.teacher}: "
