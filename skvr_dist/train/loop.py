@@ -310,6 +310,8 @@ def report_start(run: Run, resumed: Checkpoint | None, notices: list[str]) -> No
         f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
         f"{config.routing.policy}"
     )
+    if config.train.only:
+        run.reporter.say(f"trained are {', '.join(config.train.only)} alone (train.only)")
     if config.distillation:
         run.reporter.say(
             f"{config.num_distilled} micro-batches per step are distilled from {config.distillation.teacher}: "

@@ -428,9 +428,13 @@ def _repeated(micro_batches: Iterator[MicroBatch], plans: Sequence[PassPlan]) ->
 
 
 def parameter_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups: matrices are decayed, norms and biases not (`weight_decay: 0` overrides the optimizer's)."""
+    """Parameter groups: matrices are decayed, norms and biases not (`weight_decay: 0` overrides the optimizer's).
+
+    Of the parameters that are trained; a group without any is left out.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2]},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
