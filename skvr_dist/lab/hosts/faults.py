@@ -101,9 +101,7 @@ def first_vanishes(lab: Lab) -> Ending:
         run.mark()
         hosts.power_off(1)
         quiet = run.seconds_until_quiet(2, 3, limit=SECONDS_TO_NAME + 5)
-        ending = Ending(
-            f"all others ended after {_in_seconds(quiet)} with code 75; started again, it trained to its end"
-        )
+        ending = Ending(f"all others ended after {_in_seconds(quiet)} with code 75; started again, it went on")
         ending.expect(quiet is not None and quiet <= SECONDS_TO_NAME, f"others ended after {_in_seconds(quiet)}")
         for host in (2, 3):
             code, said = run.processes[host].poll(), run.console_of(host)
@@ -203,9 +201,7 @@ def cut_link_of_bare_ranks(lab: Lab) -> Ending:
         ending = Ending("")
         for host, process in ranks.items():
             try:
-                code: int | None = process.wait(
-                    max(1.0, started + SECONDS_TO_NAME + _SECONDS_TO_EXIT - time.monotonic())
-                )
+                code: int | None = process.wait(max(1.0, latest - time.monotonic()))
             except subprocess.TimeoutExpired:
                 code = None
             other, said = 3 - host, logs[host].read_text()
