@@ -154,6 +154,22 @@ def _finite(text: str) -> float:
     return number
 
 
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    number = _finite(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def share(text: str) -> float:
+    """An argparse type: a number above 0, at most 1."""
+    number = positive(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text} is more than 1, which is all there is")
+    return number
+
+
 def at_least(minimum: int, most: int = 10**6) -> Callable[[str], int]:
     """An argparse type: a whole number from `minimum` to `most`."""
 

@@ -11,7 +11,7 @@ from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine import optimizers
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
-from skvr_dist.parallel.engine.optimizers import state_to_load, take_parameters, whole_parameters
+from skvr_dist.parallel.engine.optimizers import complete_state, reads_state, state_to_load
 from skvr_dist.train.optimizer import set_step
 
 _WEIGHTS_DEPEND_ON = (
@@ -79,9 +79,5 @@ def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
 
 
 def _load(engine: RoutedPipelineEngine, checkpoint: Checkpoint, state: Pieces) -> None:
-    whole = whole_parameters(engine)
-    checkpoint.read({**state, **whole}, engine.mesh.host_group)
-    for name, parameters in whole.items():  # the masters lie in them, and need not be read again
-        for master in state.get(name, []):
-            master.fill_from(parameters[0])
-    take_parameters(engine, whole)
+    checkpoint.read(state if reads_state(engine) else {}, engine.mesh.host_group)
+    complete_state(engine, state)

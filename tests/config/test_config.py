@@ -206,6 +206,7 @@ PUBLISHED = {
     "qwen3-8b": 8191,
     "qwen2.5-0.5b": 494,
     "llama-3.1-8b": 8030,
+    "llama-3.1-70b": 70554,
     "mistral-7b": 7248,
 }
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -113,23 +114,21 @@ def adam_steps(engine: RoutedPipelineEngine) -> int:
     return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), default=0)
 
 
-def whole_parameters(engine: RoutedPipelineEngine) -> Pieces:
-    """fp32 memory for this rank's whole shards, where parameters are copies of masters kept elsewhere.
-
-    Empty for ZeRO-0, whose parameters are the masters, and for ZeRO-3, which holds no more than its partitions.
-    """
-    if not engine.zero_optimization() or engine.zero_optimization_partition_weights():
-        return {}
-    shards = engine.stage.shards
-    return {
-        WEIGHTS + name: pieces_of(shards[name], tuple(p.shape), torch.zeros(p.numel(), device=p.device))
-        for name, p in engine.stage.decoder.named_parameters()
-    }
+def reads_state(engine: RoutedPipelineEngine) -> bool:
+    """Whether this rank reads what it holds from a checkpoint: with ZeRO-0, where replicas hold the same, the first."""
+    return bool(engine.zero_optimization()) or engine.mesh.dp_rank == 0
 
 
 @torch.no_grad()
-def take_parameters(engine: RoutedPipelineEngine, whole: Pieces) -> None:
-    """Set the parameters from their masters, after those were loaded."""
+def complete_state(engine: RoutedPipelineEngine, state: Pieces) -> None:
+    """Set all parameters, after the masters were loaded where `reads_state` says so; collective over the replicas.
+
+    No replica reads what another one has read: each gets the others' parts of the weights from them, as after an
+    optimizer step.
+
+    Args:
+        state: what was loaded of `state_to_load`.
+    """
     optimizer = engine.optimizer
     if engine.zero_optimization_partition_weights():
         for partition in partitions(engine):
@@ -138,13 +137,14 @@ def take_parameters(engine: RoutedPipelineEngine, whole: Pieces) -> None:
         if optimizer.persistent_parameters:  # small ones, which every rank keeps whole
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        return
-    shards = engine.stage.shards
-    for name, parameter in engine.stage.decoder.named_parameters():
-        for piece in whole.get(WEIGHTS + name, []):
-            shards[name].unpadded(parameter).copy_(piece.tensor.view(shards[name].unpadded(parameter).shape))
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
-        optimizer._lazy_init_hp_params_optimizer_state()
+    elif engine.zero_optimization():
+        optimizer.update_lp_params()
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
+            optimizer._lazy_init_hp_params_optimizer_state()
+    elif engine.mesh.dp_size > 1:
+        for pieces in state.values():
+            for piece in pieces:
+                dist.broadcast(piece.tensor.detach(), group=engine.mesh.devices.get_group("dp"), group_src=0)
 
 
 def gather_parameter(parameter: nn.Parameter) -> Tensor:
