@@ -222,3 +222,7 @@ def test_presets_have_the_published_sizes(preset: str) -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(model).parameters())
     assert round(parameters / 1e6) == PUBLISHED[preset]
+
+
+def test_a_configuration_with_a_retired_key_still_loads() -> None:
+    assert quickstart("parallel.verify_plan_every_steps=7") == quickstart()

@@ -1,4 +1,4 @@
-"""All ranks in rows and columns over gloo: what it says is the same on all, and how many sockets it takes."""
+"""All ranks in a grid over gloo: what it says is the same on all, and how many sockets it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from skvr_dist.host_group import HostGroup, row_width
+from skvr_dist.host_group import HostGroup, grid
 from skvr_dist.lab.verify.ranks import run_ranks
 
 
@@ -18,13 +18,13 @@ def sockets() -> int:
     return sum(c.status == psutil.CONN_ESTABLISHED for c in psutil.Process().net_connections(kind="tcp"))
 
 
-def ask_everything() -> dict[str, Any]:
+def ask_everything(largest_line: int) -> dict[str, Any]:
     rank, before = dist.get_rank(), sockets()
-    group = HostGroup()
+    group = HostGroup(largest_line=largest_line)
     found: dict[str, Any] = {"sockets": sockets() - before, "counted": group.sockets}
     plan = torch.full((2, 3), rank)
-    for start in (group.start_to_heads, group.start_to_rows):
-        if work := start(plan):
+    for hop in range(group.hops):
+        if work := group.start_hop(hop, plan):
             work.wait()
     twice = group.gather_to_first(rank)
     return found | {
@@ -39,10 +39,12 @@ def ask_everything() -> dict[str, Any]:
     }
 
 
-def test_all_ranks_learn_the_same() -> None:
-    ranks = run_ranks(12, ask_everything)
+@pytest.mark.parametrize(("largest_line", "sockets"), [(12, 11), (4, 3 + 2), (3, 2 + 1 + 1)])
+def test_all_ranks_learn_the_same(largest_line: int, sockets: int) -> None:
+    """In one line, in a rectangle of 4 x 3 and in a box of 3 x 2 x 2."""
+    ranks = run_ranks(12, ask_everything, largest_line)
     for rank, found in enumerate(ranks):
-        assert found["sockets"] == found["counted"] == 3 + 2, "3 others in the row, 2 in the column"
+        assert found["sockets"] == found["counted"] == sockets
         assert found["sum"] == ranks[0]["sum"], "equal to the last bit"
         assert math.isclose(found["sum"][0], 7.8) and found["sum"][1] == 12
         assert found["gathered"] == [f"rank {each}" for each in range(12)]
@@ -54,6 +56,20 @@ def test_all_ranks_learn_the_same() -> None:
         assert found["plan"] == [[0] * 3] * 2
 
 
-@pytest.mark.parametrize(("ranks", "width"), [(1, 1), (2, 2), (6, 3), (12, 4), (24, 6), (64, 8), (1024, 32), (7, 7)])
-def test_rows_are_as_wide_as_connects_the_fewest(ranks: int, width: int) -> None:
-    assert row_width(ranks) == width
+@pytest.mark.parametrize(
+    ("ranks", "shape"),
+    [
+        (1, (1,)),
+        (2, (2,)),
+        (16, (16,)),
+        (24, (6, 4)),
+        (64, (8, 8)),
+        (512, (8, 8, 8)),
+        (768, (12, 8, 8)),
+        (1024, (16, 8, 8)),
+        (1022, (73, 7, 2)),
+        (7, (7,)),
+    ],
+)
+def test_lines_are_short_and_axes_few(ranks: int, shape: tuple[int, ...]) -> None:
+    assert grid(ranks) == shape

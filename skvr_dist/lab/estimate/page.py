@@ -33,8 +33,8 @@ _HEAD = f"""# Models on 8 to 1,024 GPUs
 **Predicted, not measured.** Every figure on this page follows from closed forms (`skvr_dist/lab/estimate`) and from the
 rates of an H100 SXM: {_RATES.tflops:g} TFLOP/s in bf16, {_RATES.host_gbytes:g} GB/s to GPUs of its host and
 {_RATES.network_gbytes:g} GB/s to others, one way, {_RATES.memory_gib:g} GiB that a process can use, and an assumed
-{_RATES.efficiency:.0%} of the peak that products reach. They are good for choosing among layouts. What was measured, the
-memory and bytes of single ranks, dry runs and sockets, stands apart, in
+{_RATES.efficiency:.0%} of the peak that products reach. They are good for choosing among layouts. What was measured,
+the memory and bytes of single ranks, dry runs and sockets, stands apart, in
 [benchmarks/2026-11-26-estimate.md](benchmarks/2026-11-26-estimate.md) and
 [benchmarks/2026-11-26-scale.md](benchmarks/2026-11-26-scale.md).
 

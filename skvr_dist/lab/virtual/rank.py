@@ -32,17 +32,17 @@ class Trace:
     """In all steps; numbers of operations go on from those of the start."""
     sockets: int
     """Connections to other ranks over gloo, where devices talk over NCCL (`Mesh.sockets`)."""
-    host_row: str
+    host_line: str
     """Name of the group that everything goes through that all ranks take part in."""
 
     def world_operations(self, world_size: int | None) -> int:
-        """What all ranks take part in, in all steps: over the rows and columns of the host group, or one group of all.
+        """What all ranks take part in, in all steps: over the grid of the host group, or one group of all.
 
         Args:
             world_size: ranks; None if a group of all of them is that of the only replica.
         """
         asked = [event for event in self.steps if isinstance(event, Operation) and event.peer is None]
-        return sum(event.group == self.host_row or len(event.ranks) == world_size for event in asked)
+        return sum(event.group == self.host_line or len(event.ranks) == world_size for event in asked)
 
 
 def trace_rank(config: Config, rank: int, world_size: int, steps: int = 1) -> Trace:
@@ -73,7 +73,7 @@ def train_recorded(config: Config, recorder: Recorder, steps: int) -> Trace:
         engine.train_step(map(MicroBatch.of, tokens), plans.next())
     events = recorder.events
     place = mesh.rank, mesh.pp_rank, mesh.dp_rank, mesh.tp_rank
-    return Trace(*place, events[:started], events[started:], mesh.sockets, mesh.host_group.row.group_name)
+    return Trace(*place, events[:started], events[started:], mesh.sockets, mesh.host_group.line.group_name)
 
 
 def join_made_up_world(rank: int, world_size: int) -> None:

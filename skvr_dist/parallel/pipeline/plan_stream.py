@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from skvr_dist.errors import UserError
+from skvr_dist.host_group import HostGroup
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.routing import RoutingPlan
@@ -17,20 +19,32 @@ from skvr_dist.routing import RoutingPlan
 class _Travelling:
     """The plan of one step on its way, and this rank's own draw of it."""
 
-    def __init__(self, step: int, drawn: Tensor) -> None:
+    def __init__(self, step: int, drawn: Tensor, group: HostGroup) -> None:
         self.step = step
         self.drawn = drawn
         self.received = drawn.clone()
-        self.work: dist.Work | None = None
+        self._group = group
+        self._hop = 0
+        self._work: dist.Work | None = None
+
+    def start(self) -> None:
+        """Begin the next hop."""
+        self._work = self._group.start_hop(self._hop, self.received)
+        self._hop += 1
+
+    def arrive(self) -> None:
+        """Wait for the end of the hop that was begun."""
+        if self._work is not None:
+            self._work.wait()
 
 
 class PlanStream:
     """Plans of consecutive steps, the same on every rank.
 
-    A plan goes out from global rank 0 as one small integer tensor over the host group, from rank 0 to the heads of the
-    rows and from them to their rows. While step t runs, the plan of step t + 1 is on the second of these ways and that
-    of step t + 2 on the first, so nobody waits for either and no device is synchronised. A plan is a function of seed
-    and step alone (docs/draws.md), so every rank draws it too, and what it receives must be the same.
+    Plans go out from global rank 0 as small integer tensors, along one axis of the host group's grid after the other.
+    While step t runs, the plan of step t + 1 is on the last of these hops, that of step t + 2 on the one before, and so
+    on; so nobody waits for them and no device is synchronised. A plan is a function of seed and step alone
+    (docs/draws.md), so every rank draws it too, and what it receives must be the same.
 
     Args:
         draw: the plan of a step (counted from 0).
@@ -40,36 +54,35 @@ class PlanStream:
     def __init__(self, draw: Callable[[int], RoutingPlan], mesh: Mesh, *, first_step: int) -> None:
         self._draw = draw
         self._mesh = mesh
-        self._to_heads = self._sent_to_heads(first_step)
+        self._next_to_send = first_step
+        self._under_way: deque[_Travelling] = deque()  # those that left first, first
         with naming_the_operation(mesh, "the broadcast of the first routing plan"):
-            self._to_rows = self._forwarded(first_step + 1)
+            for _ in range(mesh.host_group.hops):
+                self._advance()
 
-    def _sent_to_heads(self, step: int) -> _Travelling:
-        plan = _Travelling(step, torch.from_numpy(self._draw(step).donors))
-        plan.work = self._mesh.host_group.start_to_heads(plan.received)
-        return plan
-
-    def _forwarded(self, following: int) -> _Travelling:
-        """Send the plan that the heads have on to their rows, and rank 0's of the step `following` to the heads."""
-        plan = self._to_heads
-        _arrive(plan)
-        plan.work = self._mesh.host_group.start_to_rows(plan.received)
-        self._to_heads = self._sent_to_heads(following)
-        return plan
+    def _advance(self) -> None:
+        """Send every plan that is under way one hop further, and a new one out."""
+        for plan in self._under_way:
+            plan.arrive()
+            plan.start()
+        drawn = torch.from_numpy(self._draw(self._next_to_send).donors)
+        self._under_way.append(_Travelling(self._next_to_send, drawn, self._mesh.host_group))
+        self._under_way[-1].start()
+        self._next_to_send += 1
 
     def next(self) -> RoutingPlan:
-        """The plan of the next step; those of the two after it are on their way when this returns.
+        """The plan of the next step; those of the steps after it are on their way when this returns.
 
         Raises:
             UserError: this rank draws another plan than rank 0.
             RunInterrupted: a rank did not take part in time.
         """
-        plan = self._to_rows
+        plan = self._under_way.popleft()
         with naming_the_operation(self._mesh, f"the broadcast of the routing plan of step {plan.step + 1}"):
-            _arrive(plan)
+            plan.arrive()
             if not torch.equal(plan.received, plan.drawn):
                 raise UserError(self._difference(plan))
-            self._to_rows = self._forwarded(plan.step + 2)
+            self._advance()
         return RoutingPlan(plan.received.numpy())
 
     def _difference(self, plan: _Travelling) -> str:
@@ -84,10 +97,5 @@ class PlanStream:
     def close(self) -> None:
         """Receive the plans that are on their way and will not be used, so that no rank leaves another waiting."""
         with naming_the_operation(self._mesh, "the broadcast of the last routing plans"):
-            _arrive(self._to_rows)
-            _arrive(self._to_heads)
-
-
-def _arrive(plan: _Travelling) -> None:
-    if plan.work is not None:
-        plan.work.wait()
+            for plan in self._under_way:
+                plan.arrive()
