@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from skvr_dist.cluster.launcher import announced_rank, announced_world_size, is_other_rank
+from skvr_dist.cluster.arguments import unpack
+from skvr_dist.cluster.launcher import adopt_slurm_tasks, announced_rank, announced_world_size, is_other_rank
 from skvr_dist.config.presets import find_configs
 from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, RunInterrupted, UserError
 from skvr_dist.files import as_json, full_disk, local_path, prove_writable, write_whole
@@ -84,7 +85,8 @@ def parse(
     words = launcher_free(sys.argv[1:]) if words is None else words
     options = parser.parse_intermixed_args(words)
     if hasattr(options, "config"):
-        options.config = find_configs(options.config or [options.default_config])
+        default = [] if options.default_config is None else [options.default_config]
+        options.config = find_configs(options.config or default)
     if getattr(options, "json", None) is not None:  # empty is a mistake too
         is_written = not over_ranks or announced_world_size() == 1 or announced_rank() == 0
         options.json = prove_writable(options.json) if is_written else Path(options.json)
@@ -92,8 +94,8 @@ def parse(
 
 
 def launcher_free(words: Sequence[str]) -> list[str]:
-    """A command line without what the launcher has added to it."""
-    return [word for word in words if not word.startswith(_LOCAL_RANK_OPTIONS)]
+    """A command line without what the launcher has added to it, as it was before it was packed (`pack`)."""
+    return [word for word in unpack(words) if not word.startswith(_LOCAL_RANK_OPTIONS)]
 
 
 def run_subcommand(
@@ -154,22 +156,6 @@ def _finite(text: str) -> float:
     return number
 
 
-def positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    number = _finite(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def share(text: str) -> float:
-    """An argparse type: a number above 0, at most 1."""
-    number = positive(text)
-    if number > 1:
-        raise argparse.ArgumentTypeError(f"{text} is more than 1, which is all there is")
-    return number
-
-
 def at_least(minimum: int, most: int = 10**6) -> Callable[[str], int]:
     """An argparse type: a whole number from `minimum` to `most`."""
 
@@ -185,6 +171,25 @@ def at_least(minimum: int, most: int = 10**6) -> Callable[[str], int]:
         return number
 
     return count
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (number > 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
+
+
+def share(text: str) -> float:
+    """An argparse type: a number above 0, at most 1."""
+    number = positive(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text} is more than 1, which is all")
+    return number
 
 
 def a_path(text: str) -> Path:
@@ -257,6 +262,8 @@ def run_command(main: Callable[[], int | None], *, over_ranks: bool = False) -> 
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
+            if over_ranks:
+                adopt_slurm_tasks()
             code = main() or 0
         finally:
             _flush_stdout()

@@ -1,4 +1,7 @@
-"""What the launcher told this process about the ranks it started, through environment variables."""
+"""What the launcher told this process about the ranks it started, through environment variables.
+
+Slurm's tasks are ranks too: `adopt_slurm_tasks` puts what srun says of them into the variables that torch reads.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,27 @@ import os
 import random
 import socket
 
+from skvr_dist.cluster.slurm import expand, tasks_as_ranks
 from skvr_dist.errors import OneRankError, UserError
 
 # Launchers announce ranks and their number under different names: torchrun and deepspeed, Open MPI, MPICH.
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+HOSTS_VARIABLE = "SKVR_HOSTS"
+"""Names of the hosts, with commas between, in the order of their ranks: `launch/deepspeed.sh` sets it."""
 _LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 # Above the ports of common services, below those that Linux hands out (ip_local_port_range begins at 32768).
 _PORTS = range(10_000, 32_768)
+
+
+def adopt_slurm_tasks() -> None:
+    """Announce the tasks that srun started as ranks, if it did and no other launcher among them has announced its own.
+
+    Raises:
+        UserError: Slurm's variables make no sense.
+    """
+    os.environ.update(tasks_as_ranks())
 
 
 def was_launched() -> bool:
@@ -82,6 +97,17 @@ def announced_rank() -> int:
 def announced_local_size() -> int:
     """Ranks that the launcher started on this host; 1 without a launcher."""
     return _first_number(_LOCAL_SIZE_VARIABLES, 1)
+
+
+def host_of(rank: int) -> str:
+    """A rank's host in words: its name, where the launcher named the hosts, or its number, counted from 1."""
+    number = rank // max(1, announced_local_size())
+    names = os.environ.get(HOSTS_VARIABLE, "").split(",")
+    if names == [""] and "SLURM_STEP_NODELIST" in os.environ:
+        names = expand(os.environ["SLURM_STEP_NODELIST"])
+    if number < len(names) and names[number]:
+        return names[number]
+    return f"host number {number + 1}"
 
 
 def free_port() -> int:

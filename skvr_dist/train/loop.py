@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 import time
 import uuid
 from dataclasses import dataclass
@@ -14,8 +16,15 @@ import torch.distributed as dist
 from skvr_dist.checkpoint.brought import to_travel_on
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.cluster.arguments import unpack
 from skvr_dist.cluster.interrupt import InterruptListener
-from skvr_dist.cluster.launcher import announced_rank, announced_world_size, is_other_rank
+from skvr_dist.cluster.launcher import (
+    announced_local_size,
+    announced_rank,
+    announced_world_size,
+    is_other_rank,
+)
+from skvr_dist.cluster.variables import in_words, passed_variables
 from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
@@ -29,6 +38,7 @@ from skvr_dist.parallel.failure import ending_together, naming_the_meeting, nami
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.plan_stream import PlanStream
 from skvr_dist.routing import CacheStrategy, RoutingPlan
+from skvr_dist.run.code import code_digest
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.run.lock import RunLock
 from skvr_dist.run.log import prints_to, software_versions, start_log, write_versions
@@ -41,6 +51,7 @@ from skvr_dist.train.plans import plan_stream
 from skvr_dist.train.resume import preview_resume, resume, settle_resume
 from skvr_dist.train.same_schedule import schedule_jumps
 from skvr_dist.train.schedules import data_weights, routing_rates
+from skvr_dist.train.shared_folder import require_shared_folder
 from skvr_dist.train.state import load_weights, progress_facts
 
 
@@ -134,7 +145,9 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     """Do everything that comes before the first step; collective."""
     fingerprint, folder = inputs.sequences.fingerprint(), RunFolder(config.train.output_dir)
     sections = {f"section {name}": section for name, section in config.model_dump().items()}
-    mesh.require_same({"data": fingerprint, **sections})
+    versions = {f"version of {name}": version for name, version in software_versions().items()}
+    mesh.require_same({**versions, "code of skvr_dist": code_digest(), "data": fingerprint, **sections})
+    require_shared_folder(folder, mesh.rank, mesh.world_size)
     # A thousand files that say the same line of every step would help nobody.
     log = start_log(folder.log(mesh.rank), logging.INFO if mesh.rank == 0 else logging.WARNING)
     if mesh.rank == 0:
@@ -173,6 +186,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     jumps = schedule_jumps(resumed, config) if resumed else []
     notices = [f"{problem} (left out)" for problem in left_out] + [f"set aside: {path}" for path in aside]
     notices += [f"moved, as train.on_resume allows: {jump}" for jump in jumps]
+    notices += inputs.examples
     report_start(run, resumed, notices + ([lost] if lost else []))
     return run
 
@@ -184,6 +198,10 @@ def load_initial_weights(engine: RoutedPipelineEngine, config: Config) -> Checkp
     checkpoint = Checkpoint(config.train.initial_weights)
     load_weights(engine, checkpoint)
     return checkpoint
+
+
+_PARTS = {"full": "train/full_loss", "routed": "train/routed_loss", "divergence": "train/divergence"}
+"""Tags of the parts of the loss of runs that distil, by the engine's names."""
 
 
 def train_step(run: Run, step: int) -> None:
@@ -202,6 +220,7 @@ def train_step(run: Run, step: int) -> None:
     values: Values = {
         "train/loss": loss,
         "train/learning_rate": learning_rate,
+        **{_PARTS[part]: value for part, value in engine.losses_by_part.items()},
         "train/gradient_norm": engine.gradient_norm,
         "train/predicted_tokens": engine.predicted_tokens,
         "train/skipped_steps": engine.guard.skipped_steps,
@@ -287,6 +306,16 @@ def report_start(run: Run, resumed: Checkpoint | None, notices: list[str]) -> No
         f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
         f"{config.routing.policy}"
     )
+    if config.distillation:
+        run.reporter.say(
+            f"{config.num_distilled} micro-batches per step are distilled from {config.distillation.teacher}: "
+            f"{config.num_passes} passes in all"
+        )
+    variables = f"variables: {in_words(passed_variables())}"
+    run.log.info("arguments: %s", shlex.join(unpack(sys.argv[1:])))
+    run.log.info(variables)
+    if mesh.world_size > announced_local_size():
+        run.reporter.say(variables)
     if resumed:
         run.reporter.say(f"resumed {resumed.folder} at step {resumed.step}")
     for notice in notices:

@@ -158,6 +158,7 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
     _require_same(
         checkpoint, "train", config.train.model_dump(include={"global_batch_size", "micro_batch_size", "seed"})
     )
+    _require_same_distillation(checkpoint, config)
     if checkpoint.step > config.train.steps:
         raise UserError(
             f"checkpoint {checkpoint.folder} is at step {checkpoint.step}, but train.steps is {config.train.steps}; "
@@ -167,6 +168,22 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
     require_same_schedule(checkpoint, config)
     if config.data.on_resume == "same_data":
         _require_same_data(checkpoint, data_fingerprint)
+
+
+def _require_same_distillation(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse another loss than the checkpoint was trained with, unless `train.on_resume` says so."""
+    if config.train.on_resume == "other_schedule":
+        return
+    there, here = (
+        {} if each is None else each.model_dump() for each in (checkpoint.config.distillation, config.distillation)
+    )
+    for key in {**there, **here}:
+        if there.get(key) != here.get(key):
+            raise UserError(
+                f"checkpoint {checkpoint.folder} has distillation.{key} {there.get(key)}, the configuration "
+                f"{here.get(key)}; give the checkpoint's own value, start a new run, or change it from step "
+                f"{checkpoint.step} on with train.on_resume=other_schedule"
+            )
 
 
 def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:

@@ -7,13 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from skvr_dist.cluster.launcher import announced_port, announced_rank, announced_world_size, is_other_rank, was_launched
+from skvr_dist.cluster.hostfile import require_hostfile_of_launcher
+from skvr_dist.cluster.launcher import (
+    announced_local_size,
+    announced_port,
+    announced_rank,
+    announced_world_size,
+    host_of,
+    is_other_rank,
+    was_launched,
+)
+from skvr_dist.cluster.slurm import expand, tasks_as_ranks
 from skvr_dist.errors import OneRankError, UserError
 
 ROOT = Path(__file__).parents[2]
-PREFIXES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI_", "MPI_")
+PREFIXES = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI_", "MPI_", "SLURM_", "SKVR_HOSTS")
 WHOLE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
 
 
@@ -23,6 +34,18 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         if name.startswith(PREFIXES):
             monkeypatch.delenv(name)
     return monkeypatch
+
+
+SLURM_TASK = {
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "gpu[08-09],login",
+    "SLURM_JOB_ID": "71",
+    "SLURM_STEP_ID": "0",
+}
 
 
 def announce(monkeypatch: pytest.MonkeyPatch, words: dict[str, str]) -> None:
@@ -88,13 +111,13 @@ def test_ranks_that_nobody_starts_are_waited_for_and_named(variables: pytest.Mon
     script = (
         "from datetime import timedelta\nfrom skvr_dist.command import run_command\n"
         "from skvr_dist.parallel.engine.process_group import start_process_group\n"
-        "run_command(lambda: start_process_group(timedelta(seconds=1)), over_ranks=True)"
+        "run_command(lambda: start_process_group(timedelta(seconds=1), 'r'), over_ranks=True)"
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 75
     assert (
         "error: rank 0 waited for 1 s at port" in ended.stderr
-        and "but not all 2 ranks of this run came; start" in ended.stderr
+        and "but not all 2 ranks of this run came; start rank 1 (host number 2) too" in ended.stderr
     )
 
 
@@ -109,3 +132,66 @@ def test_an_accelerator_that_is_not_here_is_named(name: str, message: str) -> No
         text=True,
     )
     assert f"UserError: DS_ACCELERATOR in the environment is {name}, but" in ended.stderr and message in ended.stderr
+
+
+def test_tasks_of_slurm_are_ranks(variables: pytest.MonkeyPatch) -> None:
+    ranks = tasks_as_ranks(SLURM_TASK)
+    announce(variables, {**SLURM_TASK, **ranks})
+    assert (announced_world_size(), announced_rank(), was_launched(), is_other_rank()) == (5, 3, True, True)
+    assert ranks["MASTER_ADDR"] == "gpu08" and announced_local_size() == 2
+    assert [host_of(rank) for rank in (0, 3, 4)] == ["gpu08", "gpu09", "login"]
+    # Two jobs may share the first host; and the user's choice is the user's.
+    assert tasks_as_ranks({**SLURM_TASK, "SLURM_JOB_ID": "72"})["MASTER_PORT"] != ranks["MASTER_PORT"]
+    assert tasks_as_ranks({**SLURM_TASK, "MASTER_PORT": "7"})["MASTER_PORT"] == "7"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {**SLURM_TASK, "RANK": "0"},
+        {**SLURM_TASK, "OMPI_COMM_WORLD_RANK": "0"},
+        {**SLURM_TASK, "SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
+def test_another_launcher_in_a_step_of_slurm_announces_its_own(words: dict[str, str]) -> None:
+    assert tasks_as_ranks(words) == {}
+
+
+def test_half_of_slurm_is_refused() -> None:
+    with pytest.raises(UserError, match=r"announces 5 tasks, but not what belongs to them .*SLURM_JOB_ID"):
+        tasks_as_ranks({name: value for name, value in SLURM_TASK.items() if name != "SLURM_JOB_ID"})
+
+
+@pytest.mark.parametrize(
+    ("names", "hosts"),
+    [
+        ("", []),
+        ("a", ["a"]),
+        ("host[1-2]", ["host1", "host2"]),
+        (
+            "gpu[08-10,3]-x,b,c[1-2]d[0-1]",
+            ["gpu08-x", "gpu09-x", "gpu10-x", "gpu3-x", "b", "c1d0", "c1d1", "c2d0", "c2d1"],
+        ),
+    ],
+)
+def test_a_list_of_slurms_hosts(names: str, hosts: list[str]) -> None:
+    assert expand(names) == hosts
+
+
+@pytest.mark.parametrize("deepspeed", ["/venv/bin/deepspeed", "/venv/bin/ds"])
+@pytest.mark.parametrize("words", [["-H", "hosts"], ["--num_gpus", "2", "--hostfile", "hosts"], ["--hostfile=hosts"]])
+def test_a_hostfile_that_the_launcher_did_not_find_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deepspeed: str, words: list[str]
+) -> None:
+    class Parent:
+        def cmdline(self) -> list[str]:
+            return ["/venv/bin/python", deepspeed, *words, "pretrain.py", "--hostfile", "of-the-script"]
+
+        def cwd(self) -> str:
+            return str(tmp_path)
+
+    monkeypatch.setattr(psutil.Process, "parents", lambda process: [Parent()])
+    with pytest.raises(UserError, match="given --hostfile hosts, which is not there, and has started ranks on this"):
+        require_hostfile_of_launcher()
+    (tmp_path / "hosts").touch()
+    require_hostfile_of_launcher()

@@ -22,6 +22,7 @@ COMMANDS = [
     "tools/prepare_data.py --input PATH --tokenizer x --output y",
     "tools/prepare_data.py --input . --tokenizer PATH --output y",
     f"tools/prepare_data.py --input {ROOT}/tools --tokenizer TOKENIZER --output PATH --shards 2",
+    "tools/preflight.py --hostfile PATH",
     "tools/prepare_data.py --check PATH",
     "tools/report.py --standard PATH --routed b --output c",
     "tools/report.py --standard a --routed PATH --output c",

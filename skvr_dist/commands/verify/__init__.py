@@ -3,6 +3,7 @@
     skvr-verify layouts --matrix quick
     skvr-verify reshard --matrix quick
     skvr-verify kills --kills 30
+    skvr-verify hosts
     skvr-verify estimate
 
 Each runs on the CPU of this machine. Exit code 1: a figure is missed.
@@ -11,7 +12,7 @@ Each runs on the CPU of this machine. Exit code 1: a figure is missed.
 from __future__ import annotations
 
 from skvr_dist.command import run_command, run_subcommand
-from skvr_dist.commands.verify import estimate, kills, layouts, reshard
+from skvr_dist.commands.verify import estimate, hosts, kills, layouts, reshard
 
 
 def main() -> None:
@@ -21,4 +22,5 @@ def main() -> None:
 
 def run() -> int | None:
     """Run the subcommand that is named first; returns the exit code."""
-    return run_subcommand(__doc__, {"layouts": layouts, "reshard": reshard, "kills": kills, "estimate": estimate})
+    subcommands = {"layouts": layouts, "reshard": reshard, "kills": kills, "hosts": hosts, "estimate": estimate}
+    return run_subcommand(__doc__, subcommands)

@@ -29,20 +29,6 @@ if TYPE_CHECKING:
     from skvr_dist.lab.verify.kills import Kill
 
 BOUND = 1e-6
-SMALL = {
-    "model.num_hidden_layers": 4,
-    "model.hidden_size": 32,
-    "model.intermediate_size": 48,
-    "train.global_batch_size": 8,
-    "train.micro_batch_size": 2,
-    "train.warmup_steps": 1,
-    "data.sequence_length": 64,
-    "data.lanes": 4,
-    "evaluate.every_steps": 2,
-    "evaluate.sequences": 8,
-    "checkpoint.every_steps": 2,
-    "parallel.timeout_seconds": 60.0,
-}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -78,9 +64,10 @@ def run(options: Namespace) -> int:
 
 def _train_and_kill(folder: Path, options: Namespace, steps: int) -> tuple[list[Kill], str, float]:
     """Both runs at the same time; returns the kills, and the weight that differs most with its relative difference."""
+    from skvr_dist.lab.small_run import make_data
     from skvr_dist.lab.verify.kills import kill_while_it_runs, largest_difference
 
-    _make_data(folder / "data")
+    make_data(folder / "data")
     calm, killed = folder / "calm", folder / "killed"
     keeper = [sys.executable, "-m", "skvr_dist.commands.keep_running", "--output-dir", str(killed)]
     keeper += ["--restarts", str(options.kills), "--", *_pretraining(killed, folder / "data", options.ranks, steps)]
@@ -106,32 +93,11 @@ def _table(kills: Sequence[Kill]) -> str:
     return tabulate(rows, headers=["killed during", "ranks", "kills"], tablefmt="github")
 
 
-def _make_data(folder: Path) -> None:
-    """A small data set of the running Python's own source."""
-    from skvr_dist.data.prepare.corpus import open_corpus
-    from skvr_dist.data.prepare.prepare import prepare
-    from skvr_dist.data.tokenizers.train import train_tokenizer
-
-    corpus = open_corpus(str(Path(os.__file__).parent / "email"), suffixes=(".py",))
-    tokenizer = train_tokenizer(corpus, vocab_size=512, model_type="bpe")
-    folder.mkdir()
-    tokenizer.save(folder / "tokenizer.model")
-    prepare(corpus, tokenizer, folder, num_shards=4, validation_share=0.25, workers=1)
-
-
 def _pretraining(output: Path, data: Path, ranks: int, steps: int) -> list[str]:
     """The command line of a run on 2 stages, on a port of its own."""
     from skvr_dist.cluster.launcher import free_port
-    from skvr_dist.config.presets import find_config
+    from skvr_dist.lab.small_run import arguments
 
-    keys = SMALL | {
-        "train.steps": steps,
-        "train.output_dir": output,
-        "data.train": data / "train",
-        "data.validation": data / "validation",
-        "data.tokenizer": data / "tokenizer.model",
-    }
     launcher = [sys.executable, "-c", "from deepspeed.launcher.runner import main; main()"]
     launcher += ["--num_gpus", str(ranks), "--master_port", str(free_port()), "--log_level", "error"]
-    command = ["--module", "skvr_dist.commands.pretrain", "--config", str(find_config("experiment/quickstart"))]
-    return [*launcher, *command, *(f"{key}={value}" for key, value in keys.items())]
+    return [*launcher, "--module", "skvr_dist.commands.pretrain", *arguments(output, data, train__steps=steps)]

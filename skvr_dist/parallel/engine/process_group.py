@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 import deepspeed
 import psutil
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch.distributed import PrefixStore, Store, distributed_c10d
+from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from skvr_dist.cluster.launcher import (
@@ -28,12 +29,25 @@ from skvr_dist.cluster.launcher import (
     announced_rank,
     announced_world_size,
     free_port,
+    host_of,
     was_launched,
+)
+from skvr_dist.cluster.mpi import announce_mpi_ranks
+from skvr_dist.cluster.network import (
+    address_towards,
+    addresses,
+    interface_of,
+    is_loopback,
+    leads_nowhere,
+    resolve,
+    use_interface,
+    way_between,
 )
 from skvr_dist.errors import OneRankError, RunInterrupted, UserError
 
 _DEFAULT_PORT = 29500  # DeepSpeed's
 _RUN_SCHEME = "skvr-run"
+_MOST_NAMED = 8  # ranks in a sentence
 _SECONDS_TO_NOTICE = 20.0  # ranks start within seconds of each other
 
 
@@ -55,13 +69,12 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
     if not on_gpu:
         _share_cores()
     if not was_launched():
-        _refuse_bare_slurm_tasks()
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))
     # A shared-memory sum for inference on CPUs, which DeepSpeed would compile here, for a minute and with a compiler.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    # Under mpirun DeepSpeed would overwrite MASTER_PORT, and two runs on a host would meet on one port.
     port = announced_port(_DEFAULT_PORT)
+    announce_mpi_ranks(port)
     with contextlib.redirect_stdout(io.StringIO()), _naming_the_address(port, timeout):
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
@@ -71,19 +84,6 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
             init_method=None if run is None else f"{_RUN_SCHEME}://{run}",
         )
     use_timeout(timeout)
-    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
-        # DeepSpeed numbers the ranks of a host by world rank. Open MPI need not, and DeepSpeed's engine then refuses.
-        os.environ["LOCAL_RANK"] = os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
-
-
-def _refuse_bare_slurm_tasks() -> None:
-    """Refuse tasks that srun started without a launcher. In an allocation's own shell Slurm has variables too."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if "SLURM_PROCID" in os.environ and tasks.isdecimal() and int(tasks) > 1:
-        raise UserError(
-            f"Slurm started {tasks} tasks, but no launcher announced their ranks; start one task per node that runs "
-            f"deepspeed or torchrun, or use mpirun"
-        )
 
 
 @contextlib.contextmanager
@@ -97,6 +97,7 @@ def _naming_the_address(port: int, timeout: timedelta) -> Iterator[None]:
             f"host {host} (MASTER_ADDR), where the ranks are to meet, has no address ({error.strerror}); give the "
             f"launcher another --master_addr, or name it in /etc/hosts"
         ) from None
+    _require_way_to(host)
     rank, size = announced_rank(), announced_world_size()
     seconds = timeout.total_seconds()
     waits = f"rank {rank} waits for the other ranks at port {port} of {host}, {size} in all, up to {seconds:.0f} s"
@@ -123,20 +124,97 @@ def _naming_the_address(port: int, timeout: timedelta) -> Iterator[None]:
         notice.cancel()
 
 
+def _require_way_to(host: str) -> None:
+    """Refuse a place to meet that each of several hosts would look for on itself.
+
+    Raises:
+        UserError: it is the address of a bridge of containers.
+    """
+    address = resolve(host)
+    interface = interface_of(address)
+    if announced_world_size() > announced_local_size() and interface and interface != "lo" and leads_nowhere(interface):
+        way = way_between(addresses(), [])
+        raise UserError(
+            f"MASTER_ADDR, where the ranks are to meet, is {address}, which is {interface} of {socket.gethostname()}: "
+            f"no other host reaches that; give the launcher --master_addr with the name of the first host, or with its "
+            f"address in the network that all hosts share{f' ({way} is one of this host)' if way else ''}"
+        )
+
+
 def _join_run(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
     """torch's rendezvous by environment variables, in the part of the store that belongs to a run."""
     parts = urlsplit(url)
-    store, rank, world_size = next(rendezvous(f"env://?{parts.query}", **options))
-    store = PrefixStore(parts.netloc, store)
+    rank, world_size, timeout = announced_rank(), announced_world_size(), options["timeout"]
+    store = PrefixStore(parts.netloc, _open_store(rank, world_size, timeout))
     process = psutil.Process()
     mine = f"process {process.pid} on {socket.gethostname()}, started at {process.create_time():.2f}"
+    store.set(f"way/{rank}", _way_here())
     came = store.compare_set(f"came/{rank}", "", mine).decode()
     if came != mine:
         raise OneRankError(
             f"rank {rank} of run {parts.netloc} is {came}, and {mine} comes as the same; end the other start of this "
             f"run, or give each a MASTER_PORT of its own"
         )
+    _await_all(store, rank, world_size, timeout)
+    _settle_interface(store, world_size)
     yield store, rank, world_size
+
+
+def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
+    """The store at the announced address, of torchrun's agent or of rank 0, which waits for nobody yet."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(rendezvous("env://", timeout=timeout))[0]
+    host, port = os.environ["MASTER_ADDR"], announced_port(_DEFAULT_PORT)
+    return TCPStore(host, port, world_size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True)
+
+
+def _await_all(store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Wait until every rank has come.
+
+    Raises:
+        RunInterrupted: some have not in time, or rank 0 has gone, who holds the store.
+    """
+    keys = [f"came/{other}" for other in range(world_size)]
+    try:
+        with contextlib.suppress(dist.DistStoreError):  # time is up
+            store.wait(keys, timeout)
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+    except RuntimeError as error:
+        raise RunInterrupted(
+            f"rank {rank} waited for the other ranks at port {os.environ['MASTER_PORT']} of "
+            f"{os.environ['MASTER_ADDR']}, but rank 0 on {host_of(0)} has ended ({str(error).splitlines()[0][:200]}); "
+            f"it says why; start the run again"
+        ) from None
+    if missing:
+        names = ", ".join(f"{other} ({host_of(other)})" for other in missing[:_MOST_NAMED])
+        more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+        raise RunInterrupted(
+            f"rank {rank} waited for {timeout.total_seconds():.0f} s at port {os.environ['MASTER_PORT']} of "
+            f"{os.environ['MASTER_ADDR']}, but not all {world_size} ranks of this run came; start rank {names}{more} "
+            f"too, look there for why it ended, give each run a MASTER_PORT of its own, or unset WORLD_SIZE and the "
+            f"variables beside it if they are left over"
+        )
+
+
+def _way_here() -> str:
+    """The first host's address as this host sees it; empty on that host itself, where its name may be a loopback's."""
+    host = os.environ["MASTER_ADDR"]
+    with contextlib.suppress(OSError):
+        if not is_loopback(address_towards(host)):
+            return resolve(host)
+    return ""
+
+
+def _settle_interface(store: Store, world_size: int) -> None:
+    """Have gloo and NCCL use the interface by which the other hosts reach this one; all ranks have come."""
+    if world_size <= announced_local_size():
+        return
+    mine = address_towards(os.environ["MASTER_ADDR"])
+    if is_loopback(mine):
+        ways = store.multi_get([f"way/{other}" for other in range(world_size)])
+        mine = next((way.decode() for way in ways if way), mine)
+    if (name := interface_of(mine)) and not is_loopback(mine):
+        use_interface(name)
 
 
 register_rendezvous_handler(_RUN_SCHEME, _join_run)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.constants import PIPE_REPLICATED
@@ -18,12 +18,22 @@ from torch import Tensor, nn
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize
+from skvr_dist.model.loss import Losses, Objective
 from skvr_dist.model.modules import TensorShard, shards_of
 from skvr_dist.parallel.engine.zero import TiedWeights
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.boundary import Handover
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.parallel.tensor import TensorParallelModules
+
+
+class Prediction(NamedTuple):
+    """What the last stage makes of a micro-batch."""
+
+    final: Tensor
+    """[B, S, D], what the head saw; without a gradient."""
+    losses: Losses | None
+    """None if there was nothing to predict."""
 
 
 class StageModule(PipelineModule):
@@ -69,31 +79,29 @@ class StageModule(PipelineModule):
         inputs: Tensor | Handover,
         donors: Sequence[int],
         leaving: Sequence[int],
-        labels: Tensor | None,
         documents: Tensor | None,
-    ) -> Handover | Tensor:
+        objective: Objective | None = None,
+    ) -> Handover | Prediction:
         """Run the slice.
 
         Args:
             inputs: on the first stage tokens, int [B, S]; else what the stage before hands over.
             donors: int [L], the donors of this micro-batch.
             leaving: layers whose keys and values go out, received ones among them.
-            labels: int [B, S], on the last stage.
             documents: int [B, S], if attention stays within documents.
+            objective: on the last stage, what is to be predicted; None: nothing.
 
         Returns:
-            on the last stage the sum of the labels' cross entropy divided by B x S (the mean, if no label is ignored);
-            on the others what the next stage gets.
+            on the last stage the losses, on the others what the next stage gets.
         """
         if isinstance(inputs, Handover):
             hidden, received = inputs.hidden, inputs.kv
         else:
             hidden, received = self.decoder.embed(inputs), {}
         hidden, known = self.decoder.run_layers(hidden, donors, received, documents=documents)
-        if labels is not None:
-            # Not divided by the number of labels: the weight of a token must not depend on its micro-batch. The step
-            # corrects for the labels of the whole batch, once they are counted (`RoutedPipelineEngine`).
-            return self.decoder.summed_loss(hidden, labels) / labels.numel()
+        if self.decoder.has_head:
+            final = self.decoder.final(hidden)
+            return Prediction(final.detach(), self.decoder.head(final, objective=objective) if objective else None)
         return Handover(hidden, {layer: known[layer] for layer in leaving})
 
     # What PipelineModule calls while it is built.

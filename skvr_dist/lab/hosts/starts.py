@@ -1,0 +1,257 @@
+"""Every way in which users start a run on several hosts; each is a row of the table of starts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from skvr_dist.lab.hosts.case import CPU, STEPS, Case, Ending, Lab, losses, write_hostfile
+from skvr_dist.lab.hosts.hosts import ROOT, Hosts, shell_variables
+from skvr_dist.lab.hosts.slurm import PROGRAMS as SLURM
+from skvr_dist.lab.hosts.slurm import start_slurm
+from skvr_dist.run.folder import RunFolder
+
+SECONDS = 300.0
+BIN = shell_variables()["PATH"].split(":")[0]
+DOCKER = "172.17.0.1"
+PRETRAIN = "launch/pretrain.py"
+
+
+def judge(
+    lab: Lab, hosts: Hosts, run: Path, done: subprocess.CompletedProcess[str], ranks: int = 2, says: str = ""
+) -> Ending:
+    """A start that must train: code 0, the losses of as many ranks on one machine, nothing left running.
+
+    Args:
+        says: must be on the console.
+    """
+    ending = Ending("trains, same losses")
+    ending.expect(done.returncode == 0, f"code {done.returncode}: {last_words(done)}")
+    found, expected = losses(run), lab.reference(ranks)
+    ending.expect(found == expected, f"losses {found}, on one machine {expected}")
+    ending.expect(says in done.stdout + done.stderr, f"does not say «{says}»: {last_words(done)}")
+    ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+    if ending.misses:
+        ending.found = f"code {done.returncode}, {len(found)} of {STEPS} steps"
+    return ending
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """The lines of a console that say what went wrong."""
+    lines = (done.stdout + "\n" + done.stderr).splitlines()
+    telling = [line for line in lines if re.search(r"error|Error|refused|denied|cannot|timed out", line)]
+    return " | ".join(line[:300] for line in (telling or lines)[-4:])
+
+
+Command = Callable[[Lab, Hosts, Path], Sequence[str]]
+
+
+def start(
+    name: str,
+    command: Command,
+    *,
+    ranks: int = 2,
+    setup: Mapping[str, Any] | None = None,
+    says: str = "",
+    slurm: bool = False,
+    env: Mapping[str, str] | None = None,
+) -> Callable[[Lab], Ending]:
+    """A case in which one command on the first host starts the run.
+
+    Args:
+        setup: fields of the hosts' setup.
+        says: must be on the console.
+        slurm: whether the hosts are a cluster of Slurm.
+        env: variables of the user's shell.
+    """
+
+    def play(lab: Lab) -> Ending:
+        run = lab.run_folder(name)
+        with lab.hosts(2, **(setup or {})) as hosts:
+            if slurm:
+                start_slurm(hosts)
+            done = hosts.run(1, command(lab, hosts, run), env=CPU if env is None else env, seconds=SECONDS)
+            return judge(lab, hosts, run, done, ranks, says)
+
+    return play
+
+
+def deepspeed(*options: str, slots: int = 1) -> Command:
+    """`deepspeed --hostfile`, as users type it."""
+
+    def command(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
+        launcher = ["deepspeed", "--hostfile", str(write_hostfile(hosts, slots)), "--log_level", "error", *options]
+        return [*launcher, PRETRAIN, *lab.arguments(run)]
+
+    return command
+
+
+def mpirun(program: str, *before: str) -> Command:
+    """mpirun, a rank per host; `DS_ACCELERATOR` is passed as users of Open MPI pass variables."""
+
+    def command(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
+        launcher = [*before, program, "--allow-run-as-root", "-x", "DS_ACCELERATOR", "-np", "2"]
+        if not before:
+            launcher += ["--hostfile", str(write_hostfile(hosts))]
+        return [*launcher, f"{BIN}/python", PRETRAIN, *lab.arguments(run)]
+
+    return command
+
+
+def script(file: str, *overrides: str, **env: str) -> Command:
+    """One of the scripts of `launch/`, with a hostfile of one slot a host."""
+
+    def command(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
+        variables = [f"{name}={value}" for name, value in {"HOSTFILE": write_hostfile(hosts), **env}.items()]
+        return ["env", *variables, f"launch/{file}", *lab.arguments(run), *overrides]
+
+    return command
+
+
+def quoted(lab: Lab) -> Ending:
+    """Arguments and variables that a shell would change reach the ranks of all hosts as they are."""
+    run = lab.run_folder("quotes")
+    strategies, profiles = 'evaluate.strategies=["0,1",full,half]', 'evaluate.profiles={"half":"every:2"}'
+    routing = "routing.cross_layer_prob={points: [[0.0, 0.0], [0.5, 0.5]]}"
+    odd = "a \"b\" $HOME `c` \\ 'd' %h (e) {f,g}"
+    with lab.hosts(2) as hosts:
+        command = script("deepspeed.sh", strategies, profiles, routing)(lab, hosts, run)
+        done = hosts.run(1, command, env={**CPU, "SKVR_ODD": odd}, seconds=SECONDS)
+        ending = Ending("trains; all arrives as it was")
+        ending.expect(done.returncode == 0, f"code {done.returncode}: {last_words(done)}")
+        config = RunFolder(run).config.read_text() if RunFolder(run).config.exists() else ""
+        for part in ("- 0,1", "half: every:2", "points"):
+            ending.expect(part in config, f"the run's configuration lacks «{part}»")
+        for rank in range(2):
+            log = RunFolder(run).log(rank)
+            said = log.read_text() if log.exists() else ""
+            ending.expect(f"SKVR_ODD={odd}" in said, f"rank {rank} did not get SKVR_ODD={odd}")
+        ending.expect(f"SKVR_ODD={odd}" in done.stdout, "the console does not list what is passed")
+        return ending
+
+
+_TORCHRUN = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "host1:29400"]
+
+
+def srun(*program: str) -> Command:
+    """A task on each of two hosts."""
+
+    def command(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
+        return ["srun", "-N2", "--ntasks-per-node=1", *program, PRETRAIN, *lab.arguments(run)]
+
+    return command
+
+
+def on_each_host(name: str, words: Callable[[Hosts, int], Sequence[str]], **setup: Any) -> Callable[[Lab], Ending]:
+    """A case in which the user types a command on each of two hosts.
+
+    Args:
+        words: the command on a host, by its number from 0 on, up to the run's own arguments.
+        setup: fields of the hosts' setup.
+    """
+
+    def play(lab: Lab) -> Ending:
+        run = lab.run_folder(name)
+        with lab.hosts(2, **setup) as hosts:
+            arguments, log = lab.arguments(run), hosts.folder / "second.log"
+            env = {**CPU, **hosts.setup.login}
+            second = hosts.start(2, [*words(hosts, 1), *arguments], log=log, env=env)
+            done = hosts.run(1, [*words(hosts, 0), *arguments], env=env, seconds=SECONDS)
+            code = second.wait(30)
+            ending = judge(lab, hosts, run, done)
+            ending.expect(code == 0, f"code {code} on the second host: {log.read_text()[-500:]}")
+            return ending
+
+    return play
+
+
+def _no_ssh(hosts: Hosts, number: int) -> Sequence[str]:
+    launcher = ["deepspeed", "--hostfile", str(write_hostfile(hosts)), "--no_ssh", "--node_rank", str(number)]
+    return [*launcher, "--master_addr", "host1", "--log_level", "error", PRETRAIN]
+
+
+def sbatch(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
+    """The job of `launch/slurm.sbatch`, edited for hosts with one rank and no GPU, from submitting it to its end."""
+    text = (ROOT / "launch/slurm.sbatch").read_text()
+    job = hosts.folder / "slurm.sbatch"
+    job.write_text(re.sub(r"(--ntasks-per-node)=8", r"\1=1", text).replace("#SBATCH --gpus-per-node=8\n", ""))
+    log = hosts.folder / "job.log"
+    words = shlex.join(["sbatch", "--wait", f"--output={log}", str(job), *lab.arguments(run)])
+    return ["sh", "-c", f"{words}; code=$?; cat {log}; exit $code"]
+
+
+def _torchrun(hosts: Hosts, number: int) -> Sequence[str]:
+    return ["torchrun", *_TORCHRUN, PRETRAIN]
+
+
+def _torchrun_script(hosts: Hosts, number: int) -> Sequence[str]:
+    return ["env", "FIRST=host1", "HOSTS=2", "RANKS=1", "launch/torchrun.sh"]
+
+
+def _trains(
+    name: str, what: str, command: Command, *, programs: Sequence[str] = (), quick: bool = False, **how: Any
+) -> Case:
+    """A row for a command on the first host; `how` are options of `start`."""
+    needed = [*programs, *(SLURM if how.get("slurm") else ())]
+    return Case(name, "start", what, start(name, command, **how), quick, needed)
+
+
+def _trains_on_each(
+    name: str, what: str, words: Callable[[Hosts, int], Sequence[str]], *, quick: bool = False, **setup: Any
+) -> Case:
+    return Case(name, "start", what, on_each_host(name, words, **setup), quick)
+
+
+_PYTHON = f"{BIN}/python"
+_DEBIAN_NAMES: dict[str, Any] = {"debian_names": True}
+_PDSH = ["pdsh"]
+
+STARTS = [
+    _trains("deepspeed", "`deepspeed --hostfile`: pdsh over ssh", deepspeed(), programs=_PDSH),
+    _trains("deepspeed_2x2", "`deepspeed --hostfile`, two ranks a host", deepspeed(slots=2), ranks=4, programs=_PDSH),
+    _trains(
+        "debian_names",
+        "`deepspeed --hostfile`, each host is 127.0.1.1 to itself",
+        deepspeed(),
+        setup=_DEBIAN_NAMES,
+        programs=_PDSH,
+        quick=True,
+    ),
+    _trains_on_each("no_ssh", "`deepspeed --no_ssh` on each host", _no_ssh),
+    _trains_on_each("torchrun", "`torchrun` with c10d on each host", _torchrun),
+    _trains_on_each(
+        "debian_names_torchrun", "`torchrun`, each host is 127.0.1.1 to itself", _torchrun, **_DEBIAN_NAMES
+    ),
+    _trains("mpirun_pypi", "PyPI's `mpirun`", mpirun(f"{BIN}/mpirun")),
+    _trains("mpirun_debian", "Debian's `mpirun`", mpirun("/usr/bin/mpirun"), programs=["/usr/bin/mpirun"]),
+    _trains(
+        "docker0_mpirun",
+        "PyPI's `mpirun`, docker0 comes first in `hostname -I`",
+        mpirun(f"{BIN}/mpirun"),
+        setup={"docker0": DOCKER},
+    ),
+    _trains("srun_tasks", "`srun` with a task per rank", srun(_PYTHON), slurm=True),
+    _trains("srun_torchrun", "`srun` with torchrun on each host", srun(f"{BIN}/torchrun", *_TORCHRUN), slurm=True),
+    _trains("deepspeed_slurm", "`deepspeed --launcher slurm`", deepspeed("--launcher", "slurm"), slurm=True),
+    _trains(
+        "salloc_mpirun",
+        "`mpirun` in an allocation of `salloc`",
+        mpirun(f"{BIN}/mpirun", "salloc", "-N2", "--ntasks-per-node=1"),
+        slurm=True,
+    ),
+    _trains(
+        "docker0",
+        "`launch/deepspeed.sh`, docker0 comes first in `hostname -I`",
+        script("deepspeed.sh"),
+        setup={"docker0": DOCKER},
+        programs=_PDSH,
+    ),
+    Case("quotes", "start", "`launch/deepspeed.sh`, arguments and variables full of quotes", quoted, programs=_PDSH),
+    _trains("mpirun_script", "`launch/mpirun.sh`", script("mpirun.sh", MPIRUN_OPTIONS="--allow-run-as-root")),
+    _trains_on_each("torchrun_script", "`launch/torchrun.sh` on each host", _torchrun_script),
+    _trains("sbatch", "`sbatch launch/slurm.sbatch`", sbatch, slurm=True, says="can run together"),
+]

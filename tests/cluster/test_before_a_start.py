@@ -1,0 +1,114 @@
+"""What is read and written before ranks exist: hostfiles, variables, arguments, addresses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from skvr_dist.cluster.arguments import pack, unpack
+from skvr_dist.cluster.hostfile import read_hostfile
+from skvr_dist.cluster.network import address_towards, interface_of, leads_nowhere, use_interface, way_between
+from skvr_dist.cluster.preflight.talk import _tournament
+from skvr_dist.cluster.variables import as_deepspeed_file, in_words, passed_variables
+from skvr_dist.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_hostfile(tmp_path: Path) -> None:
+    file = tmp_path / "hostfile"
+    file.write_text("# ours\n\nb slots=4\na  slots=4 # the old one\n")
+    assert read_hostfile(file) == (["b", "a"], 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "names no host"),
+        ("a slots=1\na slots=1\n", "line 2 of .*hostfile names a a second time"),
+        ("a slots=2\nb slots=1\n", "gives a 2 slots and b 1; the launcher needs the same number"),
+        ("a slots=0\n", "line 1 of .* is 'a slots=0'"),
+        ("a slots=1\nb\n", "line 2 of .* is 'b'; write a host's name"),
+        ("a slot=1\n", "line 1 of .* is 'a slot=1'"),
+    ],
+)
+def test_a_hostfile_with_a_mistake(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "hostfile"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_hostfile(file)
+
+
+def test_arguments_survive_as_one_word() -> None:
+    words = ["--config", "a b", "x={points: [[0.0, 0.0]]}", "'\"$`\\%h", "ä"]
+    packed = pack(words)
+    assert unpack(["--local_rank=0", packed, "z"]) == ["--local_rank=0", *words, "z"]
+    shown = subprocess.run(["sh", "-c", f"printf %s {packed}"], capture_output=True, text=True).stdout
+    assert shown == packed
+    with pytest.raises(UserError, match="is no packed command line"):
+        unpack(["--packed-arguments=x"])
+
+
+def test_which_variables_are_passed() -> None:
+    environment = {
+        "PATH": "/a:/b",
+        "NCCL_DEBUG": "INFO",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "HF_TOKEN": "secret",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "TORCHELASTIC_RUN_ID": "x",
+        "LD_LIBRARY_PATH": "/lib",
+        "MINE": "1",
+        "PYTHON_LINES": "a\nb",
+        "DS_ENV_FILE": "/x",
+    }
+    passed = passed_variables(environment, also=["MINE"])
+    assert list(passed) == ["DS_ACCELERATOR", "LD_LIBRARY_PATH", "MINE", "NCCL_DEBUG", "OMP_NUM_THREADS", "PATH"]
+    assert in_words({"A": "1", "B": "x" * 99}) == f"A=1 B={'x' * 80}..."
+
+
+def test_values_survive_deepspeeds_file_and_a_shell() -> None:
+    """As DeepSpeed and pdsh treat them: quoted where a letter is unusual, what follows a percent sign replaced."""
+    odd = "a \"b\" $HOME `c` \\ 'd' %h (e)"
+    line = as_deepspeed_file({"ODD": odd}).removesuffix("\n")
+    name, value = line.split("=", maxsplit=1)
+    replaced = value.replace("%%", "%")
+    shown = subprocess.run(
+        ["bash", "-c", f'export {name}="{replaced}"; printf %s "$ODD"'], capture_output=True, text=True
+    )
+    assert shown.stdout == odd and "%h" not in value.replace("%%", "")
+
+
+def test_the_address_that_others_can_mean_a_host_by() -> None:
+    first = {"lo": ["127.0.0.1"], "docker0": ["172.17.0.1"], "eth0": ["fd00::1", "10.0.0.1"], "ib0": ["10.1.0.1"]}
+    other = {"lo": ["127.0.0.1"], "docker0": ["172.17.0.1"], "eth0": ["10.0.0.2"]}
+    assert way_between(first, [other]) == "10.0.0.1"
+    assert way_between({"br0": ["172.17.0.1"]}, [other]) is None  # the other one has it, too
+    assert interface_of("10.1.0.1", first) == "ib0" and interface_of("10.1.0.9", first) is None
+    assert address_towards("127.0.0.1") == "127.0.0.1"
+    assert leads_nowhere("docker0") and leads_nowhere("lo") and not leads_nowhere("eth0") and not leads_nowhere("br0")
+
+
+def test_an_interface_that_the_user_named_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
+    assert use_interface("eth0") == {"NCCL_SOCKET_IFNAME": "eth0"}
+
+
+@pytest.mark.parametrize(
+    "script", sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")]), ids=lambda s: s.name
+)
+def test_a_script_of_launch_is_one(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script]).returncode == 0 and os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_every_two_hosts_meet_once(size: int) -> None:
+    turns = _tournament(size)
+    met = [pair for turn in turns for pair in turn]
+    assert sorted(met) == [(a, b) for a in range(size) for b in range(a + 1, size)]
+    assert all(len({host for pair in turn for host in pair}) == 2 * len(turn) for turn in turns)

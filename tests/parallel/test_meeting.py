@@ -1,0 +1,71 @@
+"""Where the ranks of several hosts meet, and the interface that they use."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from skvr_dist.errors import UserError
+from skvr_dist.parallel.engine import process_group
+from skvr_dist.run.folder import RunFolder
+from skvr_dist.train import shared_folder
+
+TWO_HOSTS = {"RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host1"}
+
+
+@pytest.fixture
+def on_two_hosts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name, value in TWO_HOSTS.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_SIZE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_no_meeting_at_dockers_bridge(on_two_hosts: pytest.MonkeyPatch) -> None:
+    on_two_hosts.setattr(process_group, "resolve", lambda host: "172.17.0.1")
+    on_two_hosts.setattr(process_group, "interface_of", lambda address: "docker0")
+    with pytest.raises(UserError, match=r"is 172.17.0.1, which is docker0 of .*; give the launcher --master_addr"):
+        process_group._require_way_to("host1")
+    on_two_hosts.setenv("LOCAL_WORLD_SIZE", "2")  # all on this host
+    process_group._require_way_to("host1")
+
+
+@pytest.mark.parametrize(
+    ("ways", "towards", "interface"),
+    [
+        (["10.0.0.1", "10.0.0.1"], "10.0.0.2", "eth2"),  # the second host: from where it reaches the first
+        (["", "10.0.0.1"], "127.0.1.1", "eth1"),  # the first, to itself 127.0.1.1: as the second sees it
+        (["", ""], "127.0.0.1", None),  # two launchers on one host
+    ],
+)
+def test_the_interface_by_which_others_reach_this_host(
+    on_two_hosts: pytest.MonkeyPatch, ways: list[str], towards: str, interface: str | None
+) -> None:
+    store = dist.HashStore()
+    for rank, way in enumerate(ways):
+        store.set(f"way/{rank}", way)
+    on_two_hosts.setattr(process_group, "address_towards", lambda host: towards)
+    on_two_hosts.setattr(process_group, "interface_of", {"10.0.0.1": "eth1", "10.0.0.2": "eth2"}.get)
+    process_group._settle_interface(store, 2)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == os.environ.get("NCCL_SOCKET_IFNAME") == interface
+
+
+def test_a_rank_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    monkeypatch.setattr(shared_folder.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(shared_folder, "_PATIENCE_SECONDS", 0.2)
+    shared, other = RunFolder(tmp_path / "shared"), RunFolder(tmp_path / "other")
+    for folder in (shared, other):
+        folder.path.mkdir()
+        folder.note(id="one", start="before")
+    shared_folder.require_shared_folder(shared, 0, 2)
+    shared_folder.require_shared_folder(shared, 1, 2)
+    with pytest.raises(UserError, match=r"/other on host .* \(rank 1\) is not the folder that rank 0 writes to"):
+        shared_folder.require_shared_folder(other, 1, 2)
