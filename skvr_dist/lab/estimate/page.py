@@ -18,7 +18,7 @@ from skvr_dist.lab.estimate.propose import Proposal, propose, require_any
 from skvr_dist.lab.estimate.speed import PRESETS
 
 MODELS = ("qwen3-1.7b", "qwen3-8b", "llama-3.1-70b")
-SEQUENCES = {8: 256, 64: 256, 512: 1024, 1024: 1024}
+SEQUENCES = {8: 64, 64: 256, 512: 1024, 1024: 1024}
 """GPUs, and sequences of a step on them."""
 _GPU, _RATES = "h100", PRESETS["h100"]
 _SETTINGS = (
