@@ -51,6 +51,15 @@ class HostGroup:
         """The line of neighbours, which everything that is for all goes through once."""
         return self._axes[0][0]
 
+    def pass_on(self, sent: Tensor, received: Tensor) -> None:
+        """Send a tensor to the next rank of this line, and receive one from the rank before it: the last one's at its
+        beginning, as in `before`."""
+        place, length = self.line.rank(), self.line.size()
+        work = dist.isend(sent, group=self.line, group_dst=(place + 1) % length)
+        dist.recv(received, group=self.line, group_src=(place - 1) % length)
+        if work is not None:
+            work.wait()
+
     @property
     def sockets(self) -> int:
         """Connections to other ranks that this rank holds for this group."""
@@ -153,6 +162,12 @@ def _factors(product: int, count: int) -> Iterator[tuple[int, ...]]:
     for first in range(1, math.isqrt(product) + 1):
         for factor in {first, product // first} if product % first == 0 else ():
             yield from ((factor, *others) for others in _factors(product // factor, count - 1))
+
+
+def before(rank: int, ranks: int) -> int:
+    """The rank before another one in its line."""
+    length = grid(ranks)[0]
+    return rank - 1 if rank % length else rank + length - 1
 
 
 def connections(ranks: int) -> int:

@@ -32,6 +32,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from skvr_dist.checkpoint.facts import FORMAT, Facts
+from skvr_dist.checkpoint.names import candidates as candidates
+from skvr_dist.checkpoint.names import partial_folder as partial_folder
+from skvr_dist.checkpoint.names import step_folder as step_folder
 from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
 from skvr_dist.checkpoint.storage import INDEX_FILE, TENSORS_SUFFIX, Index
 from skvr_dist.config.stored import StoredConfig
@@ -49,16 +52,6 @@ ASIDE_FOLDER = "set-aside"
 MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
 # What files raise that are not what they were: a ValidationError and a JSONDecodeError are ValueErrors.
 _WRONG_CONTENT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-
-
-def step_folder(step: int) -> str:
-    """Name of the checkpoint of a step."""
-    return f"step-{step:08d}"
-
-
-def partial_folder(step: int) -> str:
-    """Name of that checkpoint while it is being written."""
-    return f"{step_folder(step)}.partial"
 
 
 def write_facts(partial: Path, *, config_text: str, facts: Facts, files: Mapping[str, bytes]) -> None:
@@ -124,12 +117,6 @@ def set_aside(checkpoint: Path) -> Path:
         number += 1
         target = aside / f"{checkpoint.name}.{number}"
     return checkpoint.rename(target)
-
-
-def candidates(checkpoints: Path) -> list[Path]:
-    """The finished checkpoints of a run, the newest first."""
-    pattern = "step-" + "[0-9]" * 8
-    return sorted((path for path in checkpoints.glob(pattern) if path.is_dir()), reverse=True)
 
 
 def forget_old(checkpoints: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:

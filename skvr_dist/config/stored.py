@@ -51,6 +51,7 @@ class StoredTraining(_Stored):
     decay_steps: int | None = None
     learning_rate_from_step: int = 0
     schedule_steps: int | None = None
+    only: list[str] | None = None
 
 
 class StoredEvaluation(_Stored):

@@ -33,7 +33,7 @@ def make_data(folder: Path) -> None:
     tokenizer = train_tokenizer(corpus, vocab_size=512, model_type="bpe")
     folder.mkdir()
     tokenizer.save(folder / "tokenizer.model")
-    prepare(corpus, tokenizer, folder, num_shards=4, validation_share=0.25, workers=1)
+    prepare(corpus, tokenizer, folder, num_shards=12, validation_share=0.25, workers=1)
 
 
 def arguments(output: Path, data: Path, **keys: Any) -> list[str]:

@@ -104,35 +104,39 @@ class Rows:
 def linear_loss(hidden: Tensor, head: Tensor, objective: Objective, rows: Rows | None = None) -> Losses:
     """The losses of hidden states [B, S, D] under a head [R, D]; collective over the ranks that share it.
 
-    With gradients enabled, both gradients are made here, in the precision of `hidden` and `head`; chunks of the head's
-    gradient are added up in its own precision. Each rank's gradient of the hidden states is the part that comes from
-    its rows. One backward pass can follow.
+    With gradients enabled, those that are needed are made here, in the precision of `hidden` and `head`; chunks of the
+    head's gradient are added up in its own precision. Each rank's gradient of the hidden states is the part that comes
+    from its rows. One backward pass can follow.
 
     Args:
         rows: which rows of the vocabulary the head's are; None: all of them.
     """
     rows = rows or Rows(range(head.shape[0]))
-    total, cross_entropy, divergence = _LinearLoss.apply(hidden, head, objective, rows, torch.is_grad_enabled())
+    needed = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and head.requires_grad
+    total, cross_entropy, divergence = _LinearLoss.apply(hidden, head, objective, rows, needed)
     return Losses(total, cross_entropy, divergence)
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, objective: Objective, rows: Rows, with_gradients: bool
+        ctx: Any, hidden: Tensor, head: Tensor, objective: Objective, rows: Rows, needed: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
         flat, own_rows = hidden.flatten(0, -2), head[: len(rows.held)]
-        d_hidden = torch.empty_like(flat) if with_gradients else None
-        d_head = head.new_zeros(head.shape) if with_gradients else None
+        d_hidden = torch.empty_like(flat) if needed[0] else None
+        d_head = head.new_zeros(head.shape) if needed[1] else None
         found = []
-        for chunk in _chunks(flat.shape[0], len(rows.held), objective):
-            logits, *losses = _of_chunk(flat, own_rows, objective, rows, chunk, with_gradients)
+        # Of the head's rows, not of those that are held: every rank must make the same chunks.
+        for chunk in chunks(flat.shape[0], head.shape[0], _tensors_of(objective)):
+            logits, *losses = _of_chunk(flat, own_rows, objective, rows, chunk, with_gradients=any(needed))
             found.append(losses)
-            if d_hidden is not None and d_head is not None:
-                gradient = logits.to(head.dtype)
-                torch.mm(gradient, own_rows, out=d_hidden[chunk])
-                d_head[: len(rows.held)].addmm_(gradient.t(), flat[chunk])
-            del logits
+            if any(needed):
+                logits = logits.to(head.dtype)
+            if d_hidden is not None:
+                torch.mm(logits, own_rows, out=d_hidden[chunk])
+            if d_head is not None:
+                d_head[: len(rows.held)].addmm_(logits.t(), flat[chunk])
+            del logits  # before those of the next chunk are made
         total, cross_entropy, divergence = (torch.cat(parts) for parts in zip(*found, strict=True))
         ctx.gradients = d_hidden, d_head
         shape = hidden.shape[:-1]
@@ -144,14 +148,19 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the gradients of this loss are used up: run its backward pass once"
-        d_hidden, d_head = ctx.gradients
+        d_hidden, d_head = (None if each is None else each.mul_(grads[0]) for each in ctx.gradients)
         ctx.gradients = None
-        return d_hidden.mul_(grads[0]).view(*grads[1].shape, -1), d_head.mul_(grads[0]), None, None, None
+        d_hidden = None if d_hidden is None else d_hidden.view(*grads[1].shape, -1)
+        return d_hidden, d_head, None, None, None
 
 
-def _chunks(tokens: int, rows: int, objective: Objective) -> list[slice]:
+def _tensors_of(objective: Objective) -> int:
+    """Tensors as large as a chunk's logits that are held at once."""
+    return 1 + 2 * (objective.teacher is not None) + (objective.soft_cap is not None)
+
+
+def chunks(tokens: int, rows: int, tensors: int = 1) -> list[slice]:
     """Equal parts of the tokens whose logits fit into `CHUNK_ELEMENTS`, with all tensors of their size."""
-    tensors = 1 + 2 * (objective.teacher is not None) + (objective.soft_cap is not None)
     count = -(-tokens * rows * tensors // CHUNK_ELEMENTS)
     size = -(-tokens // max(count, 1))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
@@ -184,7 +193,7 @@ def _of_chunk(
         loss += share * teacher.temperature**2 * divergence
     if with_gradients:
         logits.mul_(((log_own_rows - log_z).exp() * (1 - share + 2 * objective.z_loss * log_z))[:, None])
-        at_label = torch.where(elsewhere, 0.0, share - 1.0).to(logits.dtype)
+        at_label = (elsewhere.to(logits.dtype) - 1) * (1 - share)
         logits.scatter_add_(-1, local[:, None], at_label[:, None])
         if taught:
             taught.add_gradient(logits, share)

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 
 import psutil
@@ -31,6 +32,9 @@ _ROLL_CALL_SECONDS = 5.0
 # The same for a rank that hangs up for something of its own: the others may be computing and not look at a connection
 # before their next collective.
 _LAST_WORDS_SECONDS = 20.0
+
+# Beyond that time, for a store that is busy with many ranks.
+_SECONDS_FOR_THE_STORE = 4.0
 
 
 class EndedByAnotherRankError(UserError):
@@ -134,10 +138,18 @@ def _hang_up() -> None:
 def _call_the_roll(mesh: Mesh, mine: Sign, seconds: float) -> dict[int, Sign]:
     """The signs of the ranks that leave one within `seconds`, this one's among them.
 
-    The store lives on rank 0, which may be the one that died: then all others are taken to be there.
+    The store lives on rank 0, which may be the one that died: then all others are taken to be there. So they are when
+    it does not answer, stopped or behind a link that is cut: a call to the store then waits for ever, so it is made on
+    a thread that nobody waits for any longer than that.
     """
-    try:
-        store = distributed_c10d._get_default_store()
-        return call_the_roll(store, mesh.rank, mesh.world_size, mine, seconds)
-    except (RuntimeError, ValueError):  # the latter once the process group is destroyed
-        return {rank: Sign() for rank in range(1, mesh.world_size)}
+    found: list[dict[int, Sign]] = []
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # the latter once the process group is destroyed
+            store = distributed_c10d._get_default_store()
+            found.append(call_the_roll(store, mesh.rank, mesh.world_size, mine, seconds))
+
+    caller = threading.Thread(target=call, name="roll call", daemon=True)
+    caller.start()
+    caller.join(seconds + _SECONDS_FOR_THE_STORE)
+    return found[0] if found else {rank: Sign() for rank in range(1, mesh.world_size)}

@@ -28,7 +28,7 @@ from skvr_dist.train.passes import passes_of_step
 def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
     """This rank's stage, with initial weights, optimizer and schedule; collective."""
     return RoutedPipelineEngine(
-        StageModule(config.model, config.parallel, mesh, config.train.seed),
+        StageModule(config.model, config.parallel, mesh, config.train.seed, config.train.only),
         mesh,
         guard=UpdateGuard(
             max_loss_ratio=config.train.max_loss_ratio,

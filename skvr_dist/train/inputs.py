@@ -18,8 +18,10 @@ from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.model.attention import require_backend
+from skvr_dist.model.trained import is_trained, module_names, parameter_names
 from skvr_dist.parallel.engine.deepspeed_json import require_accepted
 from skvr_dist.parallel.engine.teacher import open_teacher
+from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.schedule import Schedule, first_step_at, jumps_of
 
 
@@ -46,6 +48,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     require_backend(config.model.attention)
     require_few_processes("data.workers", config.data.workers)
     open_teacher(config)
+    require_trainable(config)
     data = config.data
     tokenizer = load_tokenizer(data.tokenizer) if _has_examples(data) else None
     if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
@@ -86,6 +89,28 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
 def _has_examples(data: DataConfig) -> bool:
     """Whether a run reads fine-tuning examples."""
     return any(source.has_examples for source in [*data.train.values(), *data.validation.values()])
+
+
+def require_trainable(config: Config) -> None:
+    """Check that `train.only` names modules of the model, and leaves something to train on every stage.
+
+    Raises:
+        UserError: names the module or the stage, and what is known.
+    """
+    only = config.train.only
+    if only is None:
+        return
+    known = module_names(parameter_names(config.model))
+    for name in only:
+        if name not in known:
+            raise UserError(f"train.only names {name}, but the modules of the model are {', '.join(known)}")
+    for stage, bounds in enumerate(stage_bounds(config.model, config.parallel)):
+        names = parameter_names(config.model, *bounds)
+        if not any(is_trained(name, only) for name in names):
+            raise UserError(
+                f"train.only {', '.join(only)} leaves nothing to train on pipeline stage {stage}, which has "
+                f"{', '.join(module_names(names))}; add one of them, or use parallel.pipeline 1"
+            )
 
 
 def require_made_with(dataset: Dataset, tokenizer: Tokenizer, data: DataConfig) -> None:

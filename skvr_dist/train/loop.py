@@ -52,6 +52,7 @@ from skvr_dist.train.resume import preview_resume, resume, settle_resume
 from skvr_dist.train.same_schedule import schedule_jumps
 from skvr_dist.train.schedules import data_weights, routing_rates
 from skvr_dist.train.shared_folder import require_shared_folder
+from skvr_dist.train.slow_ranks import RankWatch
 from skvr_dist.train.state import load_weights, progress_facts
 
 
@@ -111,6 +112,7 @@ class Run:
     strategies: dict[str, CacheStrategy]
     """The strategies to evaluate, by the names that the user gave."""
     counts: StepCounts
+    watch: RankWatch
     first_step: int
     """Steps that are done already."""
     evaluation_due: bool
@@ -175,6 +177,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
             config.evaluate.strategies, config.model.num_hidden_layers, config.evaluate.profiles
         ),
         counts=StepCounts(engine, watched, InterruptListener()),
+        watch=RankWatch(mesh, config.train.watch_ranks_every_steps),
         first_step=first_step,
         evaluation_due=bool(resumed and resumed.facts.evaluation_due),
         facts={
@@ -217,6 +220,7 @@ def train_step(run: Run, step: int) -> None:
     learning_rate = engine.get_lr()[0]
     loss = engine.train_step(batches, plan)
     seconds = time.perf_counter() - started
+    run.watch.add(seconds, *engine.stopwatch.read())
     values: Values = {
         "train/loss": loss,
         "train/learning_rate": learning_rate,
@@ -231,11 +235,17 @@ def train_step(run: Run, step: int) -> None:
         **{f"data/weight/{name}": value for name, value in data_weights(run.config, step - 1).items()},
         **run.counts.values(skips_damage=run.config.data.damage == "skip"),
     }
+    with naming_the_operation(run.mesh, f"the times of the ranks up to step {step}"):
+        measured, slow = run.watch.report(step)
+    values |= measured
     last = step == run.config.train.steps
     run.reporter.step(step, values, show=last or step % run.config.train.log_every_steps == 0)
     run.log.info(
         "step %d loss %.6f over %d tokens gradient norm %.6f", step, loss, engine.predicted_tokens, engine.gradient_norm
     )
+    for sentence in slow:
+        run.reporter.say(f"step {step}  {sentence}")
+        run.log.warning("step %d %s", step, sentence)
     if engine.guard.reason:
         report_skipped(run, step)
 
@@ -306,6 +316,8 @@ def report_start(run: Run, resumed: Checkpoint | None, notices: list[str]) -> No
         f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
         f"{config.routing.policy}"
     )
+    if config.train.only:
+        run.reporter.say(f"trained are {', '.join(config.train.only)} alone (train.only)")
     if config.distillation:
         run.reporter.say(
             f"{config.num_distilled} micro-batches per step are distilled from {config.distillation.teacher}: "

@@ -6,9 +6,10 @@ from typing import Any
 
 from skvr_dist.checkpoint.facts import Facts, GuardFacts
 from skvr_dist.checkpoint.folder import Checkpoint
-from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
+from skvr_dist.checkpoint.pieces import MOMENTS, WEIGHTS, Pieces
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
+from skvr_dist.model.trained import is_trained
 from skvr_dist.parallel.engine import optimizers
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.optimizers import complete_state, reads_state, state_to_load
@@ -61,10 +62,17 @@ def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
     adam_steps, guard = checkpoint.facts.adam_steps, checkpoint.facts.guard
     if adam_steps is None or guard is None:
         raise UserError(f"checkpoint {checkpoint.folder} does not say how far its optimizer was; use another")
-    _load(engine, checkpoint, state_to_load(engine, adam_steps))
+    state = state_to_load(engine, adam_steps)
+    _load(engine, checkpoint, {name: pieces for name, pieces in state.items() if not _begins_anew(name, checkpoint)})
     engine.global_steps = checkpoint.step
     engine.guard.load_state(guard.model_dump())
     set_step(engine.lr_scheduler, checkpoint.step)
+
+
+def _begins_anew(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether something is a moment of a weight that was not trained before the checkpoint, and so begins at zero."""
+    kind, _, weight = name.partition(".")
+    return kind in MOMENTS and not is_trained(weight, checkpoint.config.train.only)
 
 
 def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:

@@ -77,6 +77,8 @@ def require_estimable(config: Config, gpus: int) -> None:
         raise UserError("deepspeed.zero_optimization.offload_optimizer has no estimate yet; leave it out")
     if config.distillation:
         raise UserError("distillation has no estimate yet; set distillation to null")
+    if config.train.only:
+        raise UserError("train.only has no estimate yet; set it to null")
     if config.model.attention == "eager":
         raise UserError("model.attention eager keeps all scores, which has no estimate; use sdpa, flash or auto")
     cell = config.parallel.pipeline * config.parallel.tensor

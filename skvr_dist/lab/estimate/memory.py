@@ -12,6 +12,7 @@ from typing import Literal
 
 from skvr_dist.lab.estimate.rank import MicroBatch, RankSizes
 from skvr_dist.lab.estimate.traffic import flat_shares, is_persistent, released_modules
+from skvr_dist.model.loss import chunks
 
 Kernels = Literal["cpu", "cuda"]
 
@@ -31,7 +32,7 @@ class Memory:
     """Of the micro-batches alive, and what the pass that runs takes beside them."""
     pipeline_buffers: int
     loss: int
-    """Logits, their softmax and its gradient."""
+    """Gradients of hidden states and head, and logits of a chunk."""
     moment: str
 
     @property
@@ -238,14 +239,16 @@ def _while_reducing(activations: _Activations, kept: Sequence[int], rows: Sequen
 
 
 def _loss(rank: RankSizes) -> int:
-    """Logits in float32, their softmax and its gradient.
+    """While the loss is made: gradients of hidden states and head, and the logits of a chunk of tokens, in float32.
 
-    In bf16 over tensor-parallel ranks the forward pass holds more: logits in both precisions, what they are below the
-    highest, and its exponentials.
+    In bf16 there is a copy of the chunk's logits in both directions.
     """
     if not rank.is_last:
         return 0
-    return (14 if rank.tensor > 1 and rank.element == 2 else 12) * rank.tokens * rank.vocabulary
+    hidden, rows = rank.model.hidden_size, rank.vocabulary
+    chunk = max(part.stop - part.start for part in chunks(rank.tokens, rows))
+    gradients = rank.element * hidden * (rows + rank.tokens)
+    return gradients + (6 if rank.element == 2 else 4) * chunk * rows
 
 
 def _pipeline_buffers(rank: RankSizes, rows: Sequence[MicroBatch], number: int, last: int) -> int:

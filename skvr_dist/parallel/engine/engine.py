@@ -33,6 +33,7 @@ from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.gradients import clip_by_global_norm, drop_gradients, gradient_tensors, scale_gradients
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import Prediction, StageModule
+from skvr_dist.parallel.engine.stopwatch import Stopwatch
 from skvr_dist.parallel.engine.zero import ZeroPipelineEngine, compare_module_order_within, reduce_layer_by_layer
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
@@ -92,6 +93,8 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.stage = module
         self.sent_bytes = 0
         """Bytes of activations that this rank has sent to the next stage since it started."""
+        self.stopwatch = Stopwatch()
+        """Times this rank's own part of each step."""
         self.backward_passes = 0
         """Backward passes that this stage has run since it started."""
         self.before_update: Callable[[], None] | None = None
@@ -140,6 +143,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
                 f"{self.micro_batches} passes on each of {self.mesh.dp_size} replicas"
             )
         self._plans = plan_for_stage(plan, self.mesh, self.stage.start, self.stage.stop, passes)
+        self.stopwatch.clear()  # evaluations run the same instructions
         self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed empties it only when it prints
         with naming_the_operation(self.mesh, "the training step"):
             return float(self.train_batch(_repeated(micro_batches, self._plans)))
@@ -170,7 +174,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
                 kind, number = type(instruction), self._pass_of(instruction)
                 if kind in _ON_THE_WAY_BACK and number is not None and not self._plans[number].run.runs_back:
                     continue
-                with naming_the_operation(self.mesh, kind.__name__, number):
+                with naming_the_operation(self.mesh, kind.__name__, number), self.stopwatch.watching(kind):
                     MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
         self._distillation.forget()
         if self.before:
@@ -434,9 +438,13 @@ def _repeated(micro_batches: Iterator[MicroBatch], plans: Sequence[PassPlan]) ->
 
 
 def parameter_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups: matrices are decayed, norms and biases not (`weight_decay: 0` overrides the optimizer's)."""
+    """Parameter groups: matrices are decayed, norms and biases not (`weight_decay: 0` overrides the optimizer's).
+
+    Of the parameters that are trained; a group without any is left out.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2]},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]

@@ -4,6 +4,8 @@
     ZeRO-1, 2   a slice of one flat fp32 tensor per parameter group; also bf16 with ZeRO-1 (BF16_Optimizer)
     ZeRO-3      a slice of a flat fp32 tensor per subgroup, beside the slice of the parameter
 
+A parameter that is not trained has no master and no moments: it is its own, with ZeRO-3 its slice is.
+
 Gradients are in `skvr_dist.parallel.engine.gradients`. In a checkpoint a weight is stored once, in fp32 where a master
 exists, and never as the bf16 copy made from it.
 """
@@ -60,11 +62,14 @@ def partitions(engine: RoutedPipelineEngine) -> Iterator[Partition]:
     for name, parameter in engine.stage.decoder.named_parameters():
         p: Any = parameter  # with the attributes that DeepSpeed adds
         if hasattr(p, "ds_id"):  # ZeRO-3
-            group, offset, count = optimizer.grad_position[optimizer.get_param_id(p)]
+            offset, flat = 0, p.ds_tensor
+            if p.requires_grad:
+                group, offset, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+                flat = optimizer.fp32_partitioned_groups_flat[group]
             start = p.ds_tensor.ds_numel * engine.mesh.dp_rank
-            count = max(min(count, p.ds_numel - start), 0)  # the last partition may be padded
-            shape, flat = tuple(p.ds_shape), optimizer.fp32_partitioned_groups_flat[group]
-        elif engine.zero_optimization():  # ZeRO-1 and 2
+            count = max(min(p.ds_tensor.ds_numel, p.ds_numel - start), 0)  # the last partition may be padded
+            shape = tuple(p.ds_shape)
+        elif engine.zero_optimization() and p.requires_grad:  # ZeRO-1 and 2
             mapping = p._hp_mapping
             if mapping is None:
                 continue
@@ -85,13 +90,13 @@ def state_to_save(engine: RoutedPipelineEngine) -> Pieces:
 
 
 def state_to_load(engine: RoutedPipelineEngine, adam_steps: int) -> Pieces:
-    """The memory of all weights and moments that this rank holds, to be filled.
+    """The memory of all weights and moments that this rank holds, to be filled; moments are zero until then.
 
     Args:
         adam_steps: optimizer steps that the moments have seen.
     """
     held = list(partitions(engine))
-    for flat in {id(p.flat): p.flat for p in held}.values():
+    for flat in {id(p.flat): p.flat for p in held if p.parameter.requires_grad}.values():
         engine.basic_optimizer.state[flat] = {
             "step": torch.tensor(float(adam_steps)),
             **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize
 from skvr_dist.model.loss import Losses, Objective
 from skvr_dist.model.modules import TensorShard, shards_of
+from skvr_dist.model.trained import train_only
 from skvr_dist.parallel.engine.zero import TiedWeights
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.boundary import Handover
@@ -47,13 +48,26 @@ class StageModule(PipelineModule):
     shards: dict[str, TensorShard]
     """The shard that each parameter of the decoder holds, by canonical name."""
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, seed: int) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        mesh: Mesh,
+        seed: int,
+        only: Collection[str] | None = None,
+    ) -> None:
+        """Build the slice.
+
+        Args:
+            only: modules whose parameters are trained, by their names; None: all.
+        """
         self.model_config = model
         self.sequence_parallel = parallel.sequence_parallel
         self._parallel = parallel
         self._mesh = mesh
         self._bounds = stage_bounds(model, parallel)
         self._seed = seed
+        self._only = only
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds and the topology
             topology = PipeModelDataParallelTopology(num_pp=mesh.pp_size, num_dp=mesh.dp_size, num_mp=mesh.tp_size)
             super().__init__(layers=[], topology=topology)
@@ -98,6 +112,10 @@ class StageModule(PipelineModule):
             hidden, received = inputs.hidden, inputs.kv
         else:
             hidden, received = self.decoder.embed(inputs), {}
+        if torch.is_grad_enabled():
+            # Where the embedding is not trained: with a gradient for their inputs, all layers look alike to autograd,
+            # and ZeRO-3 does not take the first one for finished before its weights have their gradients.
+            hidden.requires_grad_()
         hidden, known = self.decoder.run_layers(hidden, donors, received, documents=documents)
         if self.decoder.has_head:
             final = self.decoder.final(hidden)
@@ -119,6 +137,7 @@ class StageModule(PipelineModule):
             decoder = Decoder(self.model_config, self.start, self.stop, modules=modules, checkpointing=checkpointing)
         self.decoder = decoder.to_empty(device="cpu")
         initialize(self.decoder, self._seed)
+        train_only(self.decoder, self._only)
         self.shards = shards_of(self.decoder)
         for name, parameter in self.decoder.named_parameters():
             _count_in_norm(parameter, self.shards[name].primary)
@@ -146,8 +165,9 @@ class StageModule(PipelineModule):
         """Nothing to send: both stages draw or load the same weights by name."""
 
     def get_tied_weights_and_groups(self) -> TiedWeights:
-        """The tied embedding, on the first and the last stage, with the group of both."""
-        return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+        """The tied embedding, on the first and the last stage, with the group of both; nothing if it is not trained."""
+        tied = [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+        return [(weight, group) for weight, group in tied if weight.requires_grad]
 
 
 def _count_in_norm(parameter: nn.Parameter, counted: bool) -> None:

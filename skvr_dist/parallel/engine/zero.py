@@ -135,7 +135,8 @@ def reduce_layer_by_layer(optimizer: Any, layers: Iterable[torch.nn.Module]) -> 
     A layer's last gradient appears before the first of the layer below it, whatever the routing, so between layers the
     order is fixed already.
     """
-    layer_of = {parameter: layer for layer in layers for parameter in layer.parameters()}
+    trained = {layer: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
+    layer_of = {parameter: layer for layer, parameters in trained.items() for parameter in parameters}
     reduce = optimizer.reduce_ready_partitions_and_remove_grads
     waiting: dict[torch.nn.Module, dict[torch.nn.Parameter, int]] = defaultdict(dict)
 
@@ -145,9 +146,9 @@ def reduce_layer_by_layer(optimizer: Any, layers: Iterable[torch.nn.Module]) -> 
             reduce(parameter, group)
             return
         waiting[layer][parameter] = group
-        if len(waiting[layer]) == sum(1 for _ in layer.parameters()):
+        if len(waiting[layer]) == len(trained[layer]):
             arrived = waiting.pop(layer)
-            for each in layer.parameters():
+            for each in trained[layer]:
                 reduce(each, arrived[each])
 
     optimizer.reduce_ready_partitions_and_remove_grads = reduce_when_the_layer_is_complete
