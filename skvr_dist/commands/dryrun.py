@@ -54,8 +54,10 @@ def run() -> int:
 
     from skvr_dist.config.layouts import data_parallel_size
     from skvr_dist.config.load import load_config
+    from skvr_dist.lab.estimate.layout import require_usable
 
     config = load_config(options.config, options.overrides)
+    require_usable(config, options.gpus)
     replicas = data_parallel_size(config, options.gpus)
 
     from tqdm import tqdm

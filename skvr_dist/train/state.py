@@ -12,7 +12,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.model.trained import is_trained
 from skvr_dist.parallel.engine import optimizers
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
-from skvr_dist.parallel.engine.optimizers import complete_state, reads_state, state_to_load
+from skvr_dist.parallel.engine.optimizers import complete_state, state_to_load, state_to_read
 from skvr_dist.train.optimizer import set_step
 
 _WEIGHTS_DEPEND_ON = (
@@ -87,5 +87,5 @@ def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
 
 
 def _load(engine: RoutedPipelineEngine, checkpoint: Checkpoint, state: Pieces) -> None:
-    checkpoint.read(state if reads_state(engine) else {}, engine.mesh.host_group)
+    checkpoint.read(state_to_read(engine, state), engine.mesh.host_group)
     complete_state(engine, state)

@@ -147,4 +147,5 @@ def test_the_command(tmp_path: Path) -> None:
     assert {row["sockets"] for row in record["ranks"]} == {2 * (7 + 7) + 1 + 1}
     refused = subprocess.run([*command, "--gpus", "60"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "error: 60 ranks cannot hold parallel.pipeline 4 stages x parallel.tensor 2 ranks" in refused.stderr
+    assert "error: --gpus 60 cannot be laid out as parallel.pipeline 4 x parallel.tensor 2" in refused.stderr
+    assert refused.stderr.strip().endswith("the nearest that can: 32 and 64")

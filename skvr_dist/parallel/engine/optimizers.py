@@ -119,14 +119,28 @@ def adam_steps(engine: RoutedPipelineEngine) -> int:
     return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), default=0)
 
 
-def reads_state(engine: RoutedPipelineEngine) -> bool:
-    """Whether this rank reads what it holds from a checkpoint: with ZeRO-0, where replicas hold the same, the first."""
-    return bool(engine.zero_optimization()) or engine.mesh.dp_rank == 0
+def state_to_read(engine: RoutedPipelineEngine, state: Pieces) -> Pieces:
+    """What this rank reads of a state that it holds: of what all replicas hold, the first one alone reads."""
+    if engine.mesh.dp_rank == 0:
+        return state
+    shared = _held_by_all_replicas(engine, state)
+    return {name: pieces for name, pieces in state.items() if name not in shared}
+
+
+def _held_by_all_replicas(engine: RoutedPipelineEngine, state: Pieces) -> Pieces:
+    """All with ZeRO-0, nothing with ZeRO-3; with ZeRO-1 and 2 the parameters that are not trained."""
+    if not engine.zero_optimization():
+        return state
+    if engine.zero_optimization_partition_weights():
+        return {}
+    parameters = engine.stage.decoder.named_parameters()
+    frozen = {WEIGHTS + name for name, parameter in parameters if not parameter.requires_grad}
+    return {name: pieces for name, pieces in state.items() if name in frozen}
 
 
 @torch.no_grad()
 def complete_state(engine: RoutedPipelineEngine, state: Pieces) -> None:
-    """Set all parameters, after the masters were loaded where `reads_state` says so; collective over the replicas.
+    """Set all parameters, after `state_to_read` was read; collective over the replicas.
 
     No replica reads what another one has read: each gets the others' parts of the weights from them, as after an
     optimizer step.
@@ -146,8 +160,8 @@ def complete_state(engine: RoutedPipelineEngine, state: Pieces) -> None:
         optimizer.update_lp_params()
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
             optimizer._lazy_init_hp_params_optimizer_state()
-    elif engine.mesh.dp_size > 1:
-        for pieces in state.values():
+    if engine.mesh.dp_size > 1:
+        for pieces in _held_by_all_replicas(engine, state).values():
             for piece in pieces:
                 dist.broadcast(piece.tensor.detach(), group=engine.mesh.devices.get_group("dp"), group_src=0)
 
