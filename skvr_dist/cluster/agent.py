@@ -26,13 +26,14 @@ from typing import Any
 
 from skvr_dist.cluster.launcher import is_of_a_launcher
 from skvr_dist.cluster.messages import Connection, Message
-from skvr_dist.cluster.processes import end_marked_processes, say
+from skvr_dist.cluster.processes import kill_marked_processes, say
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, RunInterrupted, UserError
 from skvr_dist.run.folder import RunFolder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What asks a run to save and end."""
-_MARK = "SKVR_AGENT"
+MARK = "SKVR_AGENT"
+"""Variable in the environment of an agent that the supervisor starts, and of every rank: `mark_of` their host."""
 _LOOK_SECONDS = 0.1
 _SECONDS_TO_DIE = 5.0
 # The supervisor that starts an agent is there before it, as soon as the file system shows that.
@@ -59,9 +60,9 @@ class Agent:
         self._host, self._asked_to_stop = host, ""
         self._ranks: dict[int, subprocess.Popen[bytes]] = {}
         self._attempt = 0
-        # One agent per run and host: what an earlier one has left, where the system does not kill it, ends now.
-        self._mark = f"{folder.path.resolve()} {host}"
-        end_marked_processes(_MARK, self._mark)
+        # One agent per run and host: an earlier one, stopped perhaps, and what it has left end now.
+        self._mark = mark_of(folder.path, index)
+        kill_marked_processes(MARK, self._mark)
         for number in SIGNALS:
             signal.signal(number, self._note)
         self._supervisor, facts = _connect(folder, supervisor, seconds)
@@ -92,7 +93,7 @@ class Agent:
     def _start(self, message: Message) -> None:
         self._attempt = message["attempt"]
         own = {name: value for name, value in os.environ.items() if not is_of_a_launcher(name)}
-        environment = {**own, **message["environment"], _MARK: self._mark}
+        environment = {**own, **message["environment"], MARK: self._mark}
         for local, rank in enumerate(message["ranks"]):
             announced = {"RANK": str(rank), "LOCAL_RANK": str(local)}
             try:
@@ -142,7 +143,7 @@ class Agent:
 
 def _connect(folder: RunFolder, supervisor: str, seconds: float) -> tuple[Connection, dict[str, Any]]:
     """A connection to the supervisor that the run's folder names, and what is written there about it."""
-    deadline, why = time.monotonic() + seconds, "it is not there"
+    deadline, why, parent = time.monotonic() + seconds, "it is not there", os.getppid()
     while True:
         try:
             facts = json.loads(folder.supervisor.read_bytes())
@@ -156,12 +157,17 @@ def _connect(folder: RunFolder, supervisor: str, seconds: float) -> tuple[Connec
             why = f"{facts['host']}, port {facts['port']}: {error.strerror or error}"
         except ValueError:
             why = "it is damaged"
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or os.getppid() != parent:  # an ssh that was ended has no use for an agent
             raise RunInterrupted(
                 f"host {socket.gethostname()} found no supervisor in {folder.supervisor} within {seconds:.0f} s "
                 f"({why}); give an --output-dir that all hosts share, and start the first host"
             )
         time.sleep(_LOOK_SECONDS)
+
+
+def mark_of(run: Path, index: int) -> str:
+    """What the processes of a run on its host of that number are marked with."""
+    return f"{run.resolve()} {index}"
 
 
 def _die_with(parent: int) -> Callable[[], None]:

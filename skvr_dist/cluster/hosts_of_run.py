@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from skvr_dist.cluster.agent import MARK, mark_of
 from skvr_dist.cluster.hostfile import read_hostfile
 from skvr_dist.cluster.messages import Connection, Message
 from skvr_dist.errors import UserError
@@ -53,13 +54,11 @@ class HostOfRun:
         path = os.pathsep.join([str(_PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", "skvr_dist.cluster.agent", str(run.resolve())]
         command += [str(self.index), self.name, supervisor]
+        command = ["env", f"PYTHONPATH={path}", f"{MARK}={mark_of(run, self.index)}", *command]
         if self.index:
-            line = shlex.join(["env", f"PYTHONPATH={path}", *command])
-            command = [*_SSH, self.name, f"cd {shlex.quote(str(Path.cwd()))} && exec {line}"]
+            command = [*_SSH, self.name, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"]
         try:
-            self._starter = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
-            )
+            self._starter = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
             raise UserError(f"cannot start {command[0]} ({error}), which hosts are reached with; install it") from None
 

@@ -42,6 +42,15 @@ def end_marked_processes(variable: str, value: str) -> int:
     return len(processes)
 
 
+def kill_marked_processes(variable: str, value: str) -> None:
+    """End those processes at once, stopped ones too."""
+    processes = marked_processes(variable, value)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=SECONDS_TO_END)
+
+
 def ranks_among(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     """The processes that a launcher among them started as ranks, without those that ranks have started."""
     launchers, ranks = set(), []

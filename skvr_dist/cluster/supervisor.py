@@ -145,8 +145,7 @@ class Supervisor:
                 return code or EXIT_AGAIN
             pause = min(_FIRST_PAUSE_SECONDS * 2 ** max(0, failures - 1), _LONGEST_PAUSE_SECONDS)
             say(f"{ended}; started again in {pause:.0f} s ({left} more without a new one)")
-            self._pause(pause)
-            self._bring_back()
+            self._bring_back(pause)
             if self._stopping:
                 return EXIT_AGAIN
 
@@ -261,8 +260,8 @@ class Supervisor:
                     else f"{self._stopping} before {names} had joined"
                 )
 
-    def _bring_back(self) -> None:
-        """Start the agents of hosts that were lost again, and wait a while for them.
+    def _bring_back(self, pause: float) -> None:
+        """Start the agents of hosts that were lost again, and wait a while for them, at least as long as the pause.
 
         Raises:
             RunInterrupted: this host's own did not come back.
@@ -270,6 +269,7 @@ class Supervisor:
         for host in self._hosts:
             if not host.is_here:
                 host.start_agent(self._run.path, self._id)
+        self._pause(pause)
         deadline = time.monotonic() + _SECONDS_TO_COME_BACK
         while time.monotonic() < deadline and any(host.may_come() for host in self._hosts):
             self._look()

@@ -44,31 +44,44 @@ class KeptRun:
         hosts: with power.
         keys: of the configuration, beside `KEYS`.
         stand_in: a script that plays a rank, given the run's folder; None trains.
+        started_on_each: by a batch system, on every host; else by a user, on the first.
     """
 
     def __init__(
-        self, lab: Lab, hosts: Hosts, name: str, keys: Mapping[str, Any] | None = None, stand_in: Path | None = None
+        self,
+        lab: Lab,
+        hosts: Hosts,
+        name: str,
+        keys: Mapping[str, Any] | None = None,
+        *,
+        stand_in: Path | None = None,
+        started_on_each: bool = False,
     ) -> None:
         self.hosts, self.folder = hosts, lab.run_folder(name)
-        self._log = hosts.folder / "console.txt"
-        self._keys = {**KEYS, **(keys or {})}
+        self._keys, self._started_on_each = {**KEYS, **(keys or {})}, started_on_each
         self._rank = ["launch/pretrain.py", *lab.arguments(self.folder, **self._keys)] if stand_in is None else []
         if stand_in is not None:
             self._rank = [str(stand_in), str(self.folder)]
         self._hostfile = write_hostfile(hosts)
         self._zero, self._read = time.monotonic(), 0
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.start()
 
-    def command(self, restarts: int = 3) -> list[str]:
-        """What a user types on the first host."""
-        keep = ["--hostfile", str(self._hostfile), "--output-dir", str(self.folder)]
-        keep += ["--patience", str(PATIENCE_SECONDS), "--restarts", str(restarts)]
+    def command(self) -> list[str]:
+        """What a user types on the first host, or a batch system starts on each."""
+        keep = ["--ranks", "1"] if self._started_on_each else ["--hostfile", str(self._hostfile)]
+        keep += ["--output-dir", str(self.folder), "--patience", str(PATIENCE_SECONDS)]
         return ["python", "launch/keep_running.py", *keep, "--", *self._rank]
 
     def start(self) -> None:
         """Start it; also again."""
         self._read = len(self._whole())
-        self.process: subprocess.Popen[bytes] = self.hosts.start(1, self.command(), log=self._log, env=SHELL)
+        for host in self.hosts.all if self._started_on_each else [1]:
+            announced = {"RANK": str(host - 1), "LOCAL_RANK": "0", "WORLD_SIZE": str(self.hosts.number)}
+            announced |= {"MASTER_ADDR": "host1", "MASTER_PORT": "29500"}
+            env = {**SHELL, **(announced if self._started_on_each else {})}
+            self.processes[host] = self.hosts.start(host, self.command(), log=self._log(host), env=env)
+        self.process = self.processes[1]
 
     # What is seen
 
@@ -157,8 +170,15 @@ class KeptRun:
         worst = max((abs(found[s] - expected[s]) / expected[s] for s in expected.keys() & found.keys()), default=0.0)
         ending.expect(worst <= (0 if same_ranks else BOUND), f"largest relative difference of a loss {worst:.1e}")
 
+    def console_of(self, host: int) -> str:
+        """All that was said on a host."""
+        return self._log(host).read_text(errors="replace") if self._log(host).exists() else ""
+
     def _whole(self) -> str:
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
+        return self.console_of(1)
+
+    def _log(self, host: int) -> Path:
+        return self.hosts.folder / f"console-{host}.txt"
 
 
 def _steps(console: str) -> list[int]:

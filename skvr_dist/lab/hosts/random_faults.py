@@ -52,6 +52,8 @@ KINDS: dict[str, tuple[Callable[[KeptRun, int], None], tuple[int, ...]]] = {
     "link cut": (_cut, (2, 3)),
 }
 """What is done, and to which hosts: the first one's end is the run's, which whoever started it starts again."""
+_OF_THE_FIRST = "SIGKILL of a rank"
+"""What comes instead while the others are away: the attempt after it takes them in again."""
 
 
 def ten_random_faults(lab: Lab) -> Ending:
@@ -64,10 +66,12 @@ def ten_random_faults(lab: Lab) -> Ending:
     with lab.hosts(3) as hosts:
         run = KeptRun(lab, hosts, "random_faults", {"train__steps": STEPS})
         for kind, moment in zip(kinds, moments, strict=True):
-            fault, places = KINDS[kind]
             run.wait_for_step(moment)
-            able = [host for host in places if run.hosts.is_up(host) and run.rank_processes(host)]
-            fault(run, draw.choice(able))
+            there = [host for host in hosts.all if hosts.is_up(host) and run.rank_processes(host)]
+            if not set(KINDS[kind][1]) & set(there):
+                kind = _OF_THE_FIRST
+            fault, places = KINDS[kind]
+            fault(run, draw.choice([host for host in places if host in there]))
             done[kind] += 1
             run.mark()
             if run.seconds_until_trained() is None:

@@ -56,6 +56,7 @@ def start(
     command: Command,
     *,
     ranks: int = 2,
+    number: int = 2,
     setup: Mapping[str, Any] | None = None,
     says: str = "",
     slurm: bool = False,
@@ -64,6 +65,7 @@ def start(
     """A case in which one command on the first host starts the run.
 
     Args:
+        number: of hosts.
         setup: fields of the hosts' setup.
         says: must be on the console.
         slurm: whether the hosts are a cluster of Slurm.
@@ -72,7 +74,7 @@ def start(
 
     def play(lab: Lab) -> Ending:
         run = lab.run_folder(name)
-        with lab.hosts(2, **(setup or {})) as hosts:
+        with lab.hosts(number, **(setup or {})) as hosts:
             if slurm:
                 start_slurm(hosts)
             done = hosts.run(1, command(lab, hosts, run), env=CPU if env is None else env, seconds=SECONDS)
@@ -103,11 +105,12 @@ def mpirun(program: str, *before: str) -> Command:
     return command
 
 
-def script(file: str, *overrides: str, **env: str) -> Command:
-    """One of the scripts of `launch/`, with a hostfile of one slot a host."""
+def script(file: str, *overrides: str, names: Sequence[str] | None = None, **env: str) -> Command:
+    """One of the scripts of `launch/`, with a hostfile of one slot for each host, or for those of these names."""
 
     def command(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
-        variables = [f"{name}={value}" for name, value in {"HOSTFILE": write_hostfile(hosts), **env}.items()]
+        hostfile = write_hostfile(hosts, names=names)
+        variables = [f"{name}={value}" for name, value in {"HOSTFILE": hostfile, **env}.items()]
         return ["env", *variables, f"launch/{file}", *lab.arguments(run), *overrides]
 
     return command
@@ -279,6 +282,13 @@ STARTS = [
         "`launch/deepspeed.sh`, docker0 comes first in `hostname -I`",
         script("deepspeed.sh"),
         setup={"docker0": DOCKER},
+        programs=_PDSH,
+    ),
+    _trains(
+        "login_node",
+        "`launch/deepspeed.sh`, from a host that trains nothing",
+        script("deepspeed.sh", names=["host2", "host3"]),
+        number=3,
         programs=_PDSH,
     ),
     Case("quotes", "start", "`launch/deepspeed.sh`, arguments and variables full of quotes", quoted, programs=_PDSH),

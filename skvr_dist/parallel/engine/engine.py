@@ -71,7 +71,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         separate_documents: bool = False,
         distillation: Distillation | None = None,
     ) -> None:
-        compare_module_order_within(mesh.dp_group)
+        compare_module_order_within(f"{mesh.pp_rank}/{mesh.tp_rank}")
         super().__init__(
             args=None,
             model=module,
@@ -85,6 +85,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         )
         if self.zero_optimization_stage() == 2:
             reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
+        module.compile_layers(torch.device(self.device))
         self.separate_documents = separate_documents
         self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
         self.pipe_buffers["micro_batch"] = [None] * self.num_pipe_buffers  # number of the micro-batch in each buffer
@@ -99,6 +100,10 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         """Backward passes that this stage has run since it started."""
         self.before_update: Callable[[], None] | None = None
         """Called in every step when its gradients are complete and not yet clipped."""
+        self.counts_to_sum: Callable[[], list[float]] = list
+        """Called at the end of every step, before its update: numbers to be summed over all ranks with its loss."""
+        self.summed_counts: list[float] = []
+        """Their sums in the last step."""
         self.predicted_tokens = 0
         """Labels that counted in the last step or evaluation, over the global batch."""
         self._mean_loss = 0.0
@@ -343,7 +348,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         super()._exec_optimizer_step(lr_kwargs)
 
     def _sum_over_batch(self, square: float = 0.0) -> tuple[float, float]:
-        """Set the mean loss and the number of labels of what all ranks have just run; collective.
+        """Set the mean loss, the number of labels and the counts of what all ranks have just run; collective.
 
         Args:
             square: anything else to be summed.
@@ -356,9 +361,11 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         if self.is_last_stage() and self.total_loss is not None:
             positions = self._shape.batch * self._shape.sequence
             mine = [float(self.total_loss) * positions, float(self._labels), float(len(self._plans) * positions)]
-        sums = self.mesh.sum_over_ranks([square, *mine, *self._distillation.sums()])
+        distilled = self._distillation.sums()
+        sums = self.mesh.host_group.sum([square, *mine, *distilled, *self.counts_to_sum()])
         square, loss, labels, positions_of_all, *parts = sums
-        self.losses_by_part = self._distillation.means(parts)
+        self.losses_by_part = self._distillation.means(parts[: len(distilled)])
+        self.summed_counts = parts[len(distilled) :]
         # Tensor-parallel ranks of the last stage hold the same labels; that cancels out but in their number.
         self.predicted_tokens = round(labels) // self.mesh.tp_size
         self._mean_loss = loss / labels if labels else math.nan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import schedule
@@ -26,7 +27,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self._own = self._shared = 0.0
         self._is_on_gpu = get_accelerator().device_name() == "cuda"
-        self._events: list[tuple[object, object]] = []
+        self._events: list[tuple[Any, Any]] = []
 
     @contextmanager
     def watching(self, kind: type[schedule.PipeInstruction]) -> Iterator[None]:
@@ -47,12 +48,10 @@ class Stopwatch:
             self._shared += seconds
 
     def read(self) -> tuple[float, float]:
-        """Seconds of this rank's own part, and of what it does with others, since it was cleared; once.
-
-        On GPUs the device must be through with the step.
-        """
+        """Seconds of this rank's own part, and of what it does with others, since it was cleared; once."""
         for first, last in self._events:
-            self._own += first.elapsed_time(last) / 1000  # type: ignore[attr-defined]  # an event of the accelerator's
+            last.synchronize()
+            self._own += first.elapsed_time(last) / 1000
         return self._own, self._shared
 
     def clear(self) -> None:
