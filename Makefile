@@ -113,6 +113,7 @@ lock:
 # The pages that are made from the code.
 docs: env
 	$(BIN)/python -m skvr_dist.config.page > docs/configuration.md
+	$(BIN)/python -m skvr_dist.lab.estimate.page > docs/scale.md
 
 # Every experiment, with a tiny model for a few steps on the code of the project: one seed of each run. 16 lanes are
 # for recipes with micro-batches of 16, a width of 36 for models of 4 and of 9 heads.

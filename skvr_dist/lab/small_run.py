@@ -27,7 +27,7 @@ KEYS = {
 }
 
 
-def make_data(folder: Path, package: str = "email", shards: int = 4) -> None:
+def make_data(folder: Path, package: str = "email", shards: int = 12) -> None:
     """Write a tokenizer and a small data set of the running Python's own source into a new folder.
 
     Args:

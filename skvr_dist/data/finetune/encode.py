@@ -95,13 +95,19 @@ class Encoder:
         for number, example in enumerate(examples):
             if example is None:
                 counts.without_answer += 1
-                continue
-            encoded = (
-                self._chat(example, counts) if isinstance(example, Chat) else self._answer(example, number, counts)
-            )
-            for each in encoded:
-                counts.examples += 1
-                yield each
+            else:
+                yield from self.encode(example, number, counts)
+
+    def encode(self, example: QuestionAnswer | Chat, number: int, counts: Counts) -> Iterator[Encoded]:
+        """An example as documents, one or several; raises as `encode_all` does.
+
+        Args:
+            number: of the record in its file, which decides what is drawn.
+        """
+        encoded = self._chat(example, counts) if isinstance(example, Chat) else self._answer(example, number, counts)
+        for each in encoded:
+            counts.examples += 1
+            yield each
 
     def _chat(self, chat: Chat, counts: Counts) -> Iterator[Encoded]:
         assert self.template is not None
