@@ -113,14 +113,15 @@ lock:
 # The pages that are made from the code.
 docs: env
 	$(BIN)/python -m skvr_dist.config.page > docs/configuration.md
+	$(BIN)/python -m skvr_dist.lab.estimate.page > docs/scale.md
 
 # Every experiment, with a tiny model for a few steps on the code of the project: one seed of each run. 16 lanes are
-# for recipes with micro-batches of 16.
+# for recipes with micro-batches of 16, a width of 36 for models of 4 and of 9 heads.
 SMOKE := runs/smoke
-SMOKE_KEYS := $(addprefix model.,vocab_size=512 hidden_size=32 intermediate_size=48 head_dim=16) \
+SMOKE_KEYS := $(addprefix model.,vocab_size=512 hidden_size=36 intermediate_size=48 head_dim=16) \
     $(addprefix data.,train=$(SMOKE)/data/train validation=$(SMOKE)/data/validation \
         tokenizer=$(SMOKE)/data/tokenizer.model sequence_length=32 lanes=16) \
-    train.steps=3 train.warmup_steps=1 evaluate.sequences=16 checkpoint.every_steps=2
+    train.steps=3 train.warmup_steps=1 train.initial_weights=null evaluate.sequences=16 checkpoint.every_steps=2
 .PHONY: experiments-smoke
 experiments-smoke: env
 	rm -rf $(SMOKE)

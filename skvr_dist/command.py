@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from skvr_dist.cluster.arguments import unpack
 from skvr_dist.cluster.launcher import adopt_slurm_tasks, announced_rank, announced_world_size, is_other_rank
 from skvr_dist.config.presets import find_configs
 from skvr_dist.errors import EXIT_MISSED, EXIT_USAGE, OneRankError, RunInterrupted, UserError
@@ -93,8 +94,8 @@ def parse(
 
 
 def launcher_free(words: Sequence[str]) -> list[str]:
-    """A command line without what the launcher has added to it."""
-    return [word for word in words if not word.startswith(_LOCAL_RANK_OPTIONS)]
+    """A command line without what the launcher has added to it, as it was before it was packed (`pack`)."""
+    return [word for word in unpack(words) if not word.startswith(_LOCAL_RANK_OPTIONS)]
 
 
 def run_subcommand(
@@ -170,6 +171,25 @@ def at_least(minimum: int, most: int = 10**6) -> Callable[[str], int]:
         return number
 
     return count
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (number > 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
+
+
+def share(text: str) -> float:
+    """An argparse type: a number above 0, at most 1."""
+    number = positive(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text} is more than 1, which is all")
+    return number
 
 
 def a_path(text: str) -> Path:

@@ -9,10 +9,13 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
+from typing import TYPE_CHECKING
 
-from skvr_dist.cluster.arguments import unpack
 from skvr_dist.command import add_configs, add_overrides, at_least, new_parser, parse, run_command
+
+if TYPE_CHECKING:
+    from skvr_dist.config.tree import Config
 
 
 def main() -> None:
@@ -22,23 +25,33 @@ def main() -> None:
 
 def run() -> None:
     """Train, or show what would be trained."""
-    sys.argv[1:] = unpack(sys.argv[1:])
-    parser = new_parser(__doc__)
+    options = parse(training_parser(__doc__))
+
+    from skvr_dist.config.load import load_config
+
+    train_as_asked(options, load_config(options.config, options.overrides))
+
+
+def training_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The arguments of every command that trains."""
+    parser = new_parser(doc)
     add_configs(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the layout and stop")
     parser.add_argument("--world-size", type=at_least(1), metavar="N", help="ranks to assume in a dry run")
     add_overrides(parser)
-    options = parse(parser)
+    return parser
 
-    from skvr_dist.cluster.launcher import announced_world_size
-    from skvr_dist.config.load import dump_config, load_config
 
-    config = load_config(options.config, options.overrides)
+def train_as_asked(options: argparse.Namespace, config: Config) -> None:
+    """Train, or print what the options ask for instead."""
     if options.print_config:
+        from skvr_dist.config.load import dump_config
+
         print(dump_config(config), end="")
         return
     if options.dry_run:
+        from skvr_dist.cluster.launcher import announced_world_size
         from skvr_dist.train.dry_run import describe
 
         print(describe(config, options.world_size or announced_world_size()))

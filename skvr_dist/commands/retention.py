@@ -1,6 +1,7 @@
 """Retention curve of a checkpoint: loss for a list of cache strategies, as a table, JSON and a picture.
 
     skvr-retention runs/quickstart/routed --strategies full every:2 every:4
+    skvr-retention runs/quickstart/routed --families even prefix suffix sandwich
 
 CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. One that was imported has no
 held-out data of its own: give it with --data, and sequences of another length than 1024 with --sequence-length.
@@ -8,9 +9,15 @@ held-out data of its own: give it with --data, and sequences of another length t
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
+
 from skvr_dist.command import a_path, add_json, at_least, new_parser, parse, run_command, write_json
 from skvr_dist.errors import UserError
 from skvr_dist.files import prove_writable
+
+FAMILIES = ("even", "prefix", "suffix", "sandwich")
+_PARTS = (2, 3, 4, 8)
 
 
 def main() -> None:
@@ -18,11 +25,14 @@ def main() -> None:
     run_command(run)
 
 
-def run() -> None:
-    """Measure the curve, write and print it."""
+def _options() -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=a_path)
-    parser.add_argument("--strategies", nargs="+", metavar="S", help="cache strategies (default: five)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--strategies", nargs="+", metavar="S", help="cache strategies (default: five)")
+    which.add_argument(
+        "--families", nargs="+", choices=FAMILIES, help="full retention, and of each family 1/2, 1/3, 1/4 and 1/8"
+    )
     parser.add_argument(
         "--sequences",
         type=at_least(1, 10**7),
@@ -37,12 +47,17 @@ def run() -> None:
     parser.add_argument("--device", help="where to compute (default: a GPU if there is one)")
     add_json(parser, "default: retention.json in the checkpoint")
     parser.add_argument("--png", type=a_path, metavar="FILE", help="default: beside the JSON")
-    options = parse(parser)
+    return parse(parser)
+
+
+def run() -> None:
+    """Measure the curve, write and print it."""
+    options = _options()
 
     import torch
 
     from skvr_dist.checkpoint.folder import Checkpoint
-    from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES, HeldOutData, evaluate_checkpoint
+    from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
     from skvr_dist.evaluate.retention import RETENTION_FILE, as_table, plot
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +67,7 @@ def run() -> None:
         raise UserError(f"--device {device} is not to be had here ({str(error).splitlines()[0]}); use cpu") from None
     checkpoint = Checkpoint(options.checkpoint)
     if (options.data or options.sequence_length) and checkpoint.is_trained and not options.json:
-        parser.error(
+        raise UserError(
             "--data and --sequence-length need --json: the checkpoint keeps the curve over its own held-out data"
         )
     json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)
@@ -60,7 +75,7 @@ def run() -> None:
     measurement = evaluate_checkpoint(
         checkpoint,
         HeldOutData.of(checkpoint, options.data, options.sequence_length),
-        options.strategies or DEFAULT_STRATEGIES,
+        options.strategies or _of_families(options.families or (), checkpoint.model_config.num_hidden_layers),
         sequences=options.sequences,
         batch_size=options.batch_size,
         device=device,
@@ -75,6 +90,16 @@ def run() -> None:
         f"{measurement.data} ({measurement.data_fingerprint}), documents {measurement.documents}"
     )
     print(f"written: {json_file}, {png_file}")
+
+
+def _of_families(families: Sequence[str], num_layers: int) -> Sequence[str]:
+    """Strategies of each family at the usual sizes; the usual five without one."""
+    from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES
+
+    if not families:
+        return DEFAULT_STRATEGIES
+    sizes = sorted({max(1, num_layers // part) for part in _PARTS}, reverse=True)
+    return ["full", *(f"{family}:{size}" for family in families for size in sizes)]
 
 
 if __name__ == "__main__":

@@ -89,18 +89,20 @@ def _sequences(
 ) -> tuple[Callable[[int, int], Rows], Callable[[int], str]]:
     """A function that reads sequences by number, and one that names the source of each."""
     if examples:
-        from skvr_dist.data.finetune import FinetuneSequences, read_examples
+        from skvr_dist.config.data import HeldOutConfig
+        from skvr_dist.data.finetune.sequences import FinetuneSequences
 
-        read = FinetuneSequences(
-            read_examples(examples), tokenizer, sequence_length=data.sequence_length, seed=seed
-        ).read
-        return read, lambda _: examples
+        file = HeldOutConfig(path=examples, format="examples")
+        of_file = FinetuneSequences.open(
+            file, tokenizer, tokenizer_path=data.tokenizer, sequence_length=data.sequence_length, seed=seed
+        )
+        return of_file.read, lambda _: examples
 
     from skvr_dist.train.inputs import require_made_with, training_sequences
 
     sequences = training_sequences(data, seed, train)
-    for training_set in sequences.sources.values():
-        require_made_with(training_set.dataset, tokenizer, data)
+    for dataset in sequences.datasets:
+        require_made_with(dataset, tokenizer, data)
     return sequences.read, sequences.source_of
 
 

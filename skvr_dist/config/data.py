@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from skvr_dist.schedule import Positive, Schedule, jumps_of
 from skvr_dist.section import Section
@@ -16,11 +16,33 @@ def _changes_in_jumps(weight: float | Schedule) -> float | Schedule:
     return weight
 
 
-class SourceConfig(Section):
-    """One of several training sets."""
+Format = Literal["shards", "examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", "chat"]
+"""What a data set is: shards of documents, or a file of fine-tuning examples (docs/finetuning.md)."""
+
+
+class HeldOutConfig(Section):
+    """One of several data sets."""
 
     path: str
-    """Where the data set is, as for a single one."""
+    """Where the data set is, as for a single one; for examples their file."""
+    format: Format = "shards"
+    """`shards` of documents (`tools/prepare_data.py`), or fine-tuning examples in a file as their authors publish it.
+
+    `examples` is a jsonl file of context, question and answer, `chat` one of messages; docs/finetuning.md has the
+    others.
+    """
+    question_first_prob: float = Field(default=0.5, ge=0, le=1)
+    """Probability that an example's question comes before its context instead of after it, drawn for each example."""
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether it is made of fine-tuning examples."""
+        return self.format != "shards"
+
+
+class SourceConfig(HeldOutConfig):
+    """One of several training sets."""
+
     weight: Annotated[Positive, AfterValidator(_changes_in_jumps)] = 1.0
     """Its share of the sequences, relative to the other sources: exact over the long run.
 
@@ -29,7 +51,7 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """Tokenised data sets, as `tools/prepare_data.py` writes them."""
+    """Tokenised data sets, as `tools/prepare_data.py` writes them, and files of fine-tuning examples."""
 
     train: dict[str, SourceConfig]
     """The training data set (shards and manifest.json), or several with weights, each by a name of its own.
@@ -37,8 +59,8 @@ class DataConfig(Section):
     A single path stands for one source called `train`. A path is a folder, a URL that webdataset can open, or a
     `pipe:` command in which `{file}` stands for the name of a file.
     """
-    validation: str
-    """The held-out data set, in the same forms."""
+    validation: dict[str, HeldOutConfig]
+    """The held-out data set, or several, which have equal parts of the held-out sequences; in the same forms."""
     tokenizer: str
     """The tokenizer of all of them: it travels with checkpoints and exports."""
     sequence_length: int = Field(gt=0, le=10**8)
@@ -51,7 +73,8 @@ class DataConfig(Section):
     documents: Literal["joined", "separate"] = "joined"
     """Whether attention and positions run on across the documents of a sequence, or begin anew with each.
 
-    Where documents are separate, the end of one does not predict the beginning of the next.
+    Where documents are separate, the end of one does not predict the beginning of the next. Fine-tuning examples need
+    them separate.
     """
     damage: Literal["stop", "skip"] = "stop"
     """A damaged piece of a shard stops the run, or is left out: its tokens get no loss, and are counted and logged."""
@@ -62,9 +85,21 @@ class DataConfig(Section):
     prefetch: int = Field(default=4, gt=0, le=10_000)
     """Micro-batches that each of them reads ahead."""
 
-    @field_validator("train", mode="before")
+    @field_validator("train", "validation", mode="before")
     @classmethod
-    def _as_sources(cls, train: Any) -> Any:
-        if train == {}:
+    def _as_sources(cls, sources: Any, info: ValidationInfo) -> Any:
+        if sources == {}:
             raise ValueError("must name a data set")
-        return {"train": {"path": train}} if isinstance(train, str) else train
+        return {str(info.field_name): {"path": sources}} if isinstance(sources, str) else sources
+
+    @model_validator(mode="after")
+    def _examples_are_separate(self) -> DataConfig:
+        named: dict[str, HeldOutConfig] = {f"train.{name}": source for name, source in self.train.items()}
+        named |= {f"validation.{name}": source for name, source in self.validation.items()}
+        for name, source in named.items():
+            if source.has_examples and self.documents == "joined":
+                raise ValueError(
+                    f"{name} holds examples, each of which attends to itself alone, but documents is joined; set "
+                    f"data.documents to separate"
+                )
+        return self

@@ -123,6 +123,13 @@ def data_parallel_size(config: Config, world_size: int) -> int:
             f"{config.num_micro_batches} micro-batches, which {replicas} replicas cannot share equally; "
             f"make the batch a multiple of {micro * replicas}"
         )
+    if config.num_distilled % replicas:
+        share = replicas * max(round(config.num_distilled / replicas), 1) / config.num_micro_batches
+        raise UserError(
+            f"distillation.share makes {config.num_distilled} of {config.num_micro_batches} micro-batches distilled, "
+            f"which {replicas} replicas cannot share equally; give one that makes a multiple of {replicas}, such as "
+            f"{share:g}"
+        )
     if config.data.lanes % (config.train.micro_batch_size * replicas):
         raise UserError(
             f"data.lanes {config.data.lanes} must be a multiple of train.micro_batch_size x replicas = "

@@ -26,17 +26,20 @@ from skvr_dist.section import Section, section_in
 _LONGEST_VALUE = 80
 
 
-def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    files: Sequence[str | Path], overrides: Sequence[str] = (), *, base: Mapping[str, Any] | None = None
+) -> Config:
     """Read, merge and validate a configuration.
 
     Args:
         files: YAML files; a later one overrides an earlier one key by key.
         overrides: `section.key=value` texts, the value in YAML.
+        base: a plain tree that the files override.
 
     Raises:
         UserError: a file is missing or unreadable, a key is unknown, a value is of the wrong type or impossible.
     """
-    return validate_config(_merge_all(files, overrides))
+    return validate_config(_merge_all(files, overrides, base))
 
 
 def load_data_config(
@@ -64,8 +67,10 @@ def load_data_config(
     return DataConfig.model_validate(tree["data"]), tree.get("train", {}).get("seed", seed), None
 
 
-def _merge_all(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
+def _merge_all(
+    files: Sequence[str | Path], overrides: Sequence[str], base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    tree: dict[str, Any] = dict(base or {})
     for file in files:
         tree = _merge(tree, read_tree(Path(file)))
     for override in overrides:

@@ -5,10 +5,12 @@ The config.yaml of a run is complete; that of an import has the model and routin
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
+from skvr_dist.config.data import HeldOutConfig
+from skvr_dist.config.distillation import DistillationConfig
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.routing import RoutingConfig
 from skvr_dist.schedule import Positive
@@ -21,10 +23,15 @@ class _Stored(BaseModel):
 class StoredData(_Stored):
     """What is read of the `data:` section; all None for an import."""
 
-    validation: str | None = None
-    """Where the held-out data set was."""
+    validation: dict[str, HeldOutConfig] | None = None
+    """Where the held-out data sets were."""
     sequence_length: int | None = None
     documents: Literal["joined", "separate"] | None = None
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _as_sources(cls, validation: Any) -> Any:
+        return {"validation": {"path": validation}} if isinstance(validation, str) else validation
 
 
 class StoredTraining(_Stored):
@@ -44,6 +51,7 @@ class StoredTraining(_Stored):
     decay_steps: int | None = None
     learning_rate_from_step: int = 0
     schedule_steps: int | None = None
+    only: list[str] | None = None
 
 
 class StoredEvaluation(_Stored):
@@ -61,3 +69,4 @@ class StoredConfig(_Stored):
     data: StoredData = StoredData()
     train: StoredTraining = StoredTraining()
     evaluate: StoredEvaluation = StoredEvaluation()
+    distillation: DistillationConfig | None = None

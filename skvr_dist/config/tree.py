@@ -6,12 +6,14 @@ it (plans, DeepSpeed's JSON, engines) is made where it is used.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from skvr_dist.config.data import DataConfig
 from skvr_dist.config.deepspeed import offload_device, require_passable
+from skvr_dist.config.distillation import ROUTED, DistillationConfig
 from skvr_dist.config.layouts import require_possible
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
@@ -32,6 +34,7 @@ class Config(Section):
     parallel: ParallelConfig
     data: DataConfig
     train: TrainConfig
+    distillation: DistillationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, Any] = Field(default={})
@@ -73,12 +76,44 @@ class Config(Section):
         except UserError as error:
             raise ValueError(f"evaluate.strategies: {error}") from None
         require_passable(self.deepspeed, self.parallel.zero_stage)
+        if self.distillation:
+            self._require_distillable(self.distillation)
         return self
+
+    def _require_distillable(self, distillation: DistillationConfig) -> None:
+        strategies = [name for name in distillation.passes if name != ROUTED]
+        try:
+            CacheStrategy.parse_all(strategies, self.model.num_hidden_layers, self.evaluate.profiles)
+        except UserError as error:
+            raise ValueError(f"distillation.passes: {error}, or routed") from None
+        wanted = distillation.share * self.num_micro_batches
+        if not math.isclose(wanted, round(wanted)) or round(wanted) < 1:
+            raise ValueError(
+                f"distillation.share {distillation.share:g} of the {self.num_micro_batches} micro-batches of a step is "
+                f"{wanted:g}; give a share that makes a whole number, such as "
+                f"{max(round(wanted), 1)} / {self.num_micro_batches} = "
+                f"{max(round(wanted), 1) / self.num_micro_batches:g}"
+            )
+        if distillation.is_own and self.routing.policy == "none" and distillation.passes == [ROUTED]:
+            raise ValueError(
+                "distillation.teacher is self, but routing.policy none draws no donors, so that the routed pass is the "
+                "full one; choose another policy, or cache strategies in distillation.passes"
+            )
 
     @property
     def num_micro_batches(self) -> int:
         """Q: global micro-batches of one optimizer step."""
         return self.train.global_batch_size // self.train.micro_batch_size
+
+    @property
+    def num_distilled(self) -> int:
+        """Of them, those that are distilled."""
+        return round(self.distillation.share * self.num_micro_batches) if self.distillation else 0
+
+    @property
+    def num_passes(self) -> int:
+        """Passes through the decoder of all micro-batches of one optimizer step, a frozen teacher's among them."""
+        return self.num_micro_batches + self.num_distilled * (len(self.distillation.passes) if self.distillation else 0)
 
     @property
     def offloads_optimizer(self) -> bool:

@@ -22,7 +22,7 @@ from skvr_dist.data.shards import DamageError, Dataset, OpenShard
 from skvr_dist.errors import UserError
 
 # Second words of the generator's key: what is drawn.
-_SHARD_ORDER, _DOCUMENT_ORDER, _CHUNK_ORDER, ROW_ORDER = 1, 2, 3, 4
+_SHARD_ORDER, _DOCUMENT_ORDER, _CHUNK_ORDER, ROW_ORDER, PASSAGE_ORDER, QUESTION_PLACE = 1, 2, 3, 4, 5, 6
 
 MAX_PERIOD = 10_000
 """Largest number of sequences after which the pattern of weighted sources repeats."""

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from skvr_dist.data.batch import IGNORED, MicroBatch
@@ -50,20 +49,36 @@ class Sequences(Protocol):
         """Sequences `first` to `first + size - 1`."""
 
 
+class ExampleSet(Protocol):
+    """Sequences of whole examples, epoch after epoch, by number (`skvr_dist.data.finetune.sequences`)."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples together."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two sets of the same examples."""
+
+    def read(self, first: int, size: int) -> Rows:
+        """Sequences `first` to `first + size - 1`, each position with the number of its example."""
+
+
 class SourceData(NamedTuple):
     """A data set and its weight among the sources."""
 
-    dataset: Dataset
+    dataset: Dataset | ExampleSet
     weight: float = 1.0
     later_weights: Mapping[int, float] = MappingProxyType({})
     """Those that it has instead from a sequence on, by the sequence's number."""
 
 
 class SequenceStream:
-    """Every sequence of a pretraining run by its number.
+    """Every sequence of a run by its number.
 
     Args:
-        sources: the training sets by name; each of their shards belongs to one lane.
+        sources: the training sets by name. Each of their shards belongs to one lane; of a set of examples, sequence k
+            of lane v is its sequence k * V + v.
         sequence_length: S.
         lanes: V.
         seed: draws the order of shards, chunks and documents.
@@ -92,7 +107,9 @@ class SequenceStream:
         self._separate_documents = separate_documents
         self._damage: list[str] = []
         self._mixtures = Mixtures({name: {0: s.weight, **s.later_weights} for name, s in self.sources.items()}, lanes)
-        datasets = [source.dataset for source in self.sources.values()]
+        self._sets = [source.dataset for source in self.sources.values()]
+        self._eos_id = 0  # of no importance without shards
+        datasets = self.datasets
         for dataset in datasets:
             shards = len(dataset.manifest.shards)
             if shards < lanes:
@@ -101,16 +118,24 @@ class SequenceStream:
                     f"{shards} lanes, or prepare it with --shards {lanes}"
                 )
             datasets[0].require_same_tokenizer(dataset)
-        self._eos_id = datasets[0].manifest.eos_id
+            self._eos_id = dataset.manifest.eos_id
         self._lanes = [
             [Lane(dataset, lane, lanes, seed, skip_damage=skip_damage, damage=self._damage) for lane in range(lanes)]
-            for dataset in datasets
+            if isinstance(dataset, Dataset)
+            else []
+            for dataset in self._sets
         ]
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        """The sources that are shards."""
+        return [source.dataset for source in self.sources.values() if isinstance(source.dataset, Dataset)]
 
     @property
     def tokens_on_disk(self) -> int:
         """Tokens of all sources together."""
-        return sum(source.dataset.manifest.tokens for source in self.sources.values())
+        sets = [source.dataset for source in self.sources.values()]
+        return sum(each.manifest.tokens if isinstance(each, Dataset) else each.tokens for each in sets)
 
     def source_of(self, number: int) -> str:
         """Name of the source of sequence `number`."""
@@ -125,10 +150,16 @@ class SequenceStream:
         """
         sequences = np.empty((size, self.sequence_length + 1), dtype=np.int64)
         lost = np.zeros(sequences.shape, dtype=bool)
+        examples: dict[int, Rows] = {}
         for row in range(size):
             k, lane = divmod(first + row, self.lanes)
             source, place = self._mixtures.locate(lane, k)
-            self._lanes[source][lane].read(place * self.sequence_length, sequences[row], lost[row])
+            chosen = self._sets[source]
+            if isinstance(chosen, Dataset):
+                self._lanes[source][lane].read(place * self.sequence_length, sequences[row], lost[row])
+            else:
+                examples[row] = chosen.read(place * self.lanes + lane, 1)
+                sequences[row] = self._eos_id
         tokens, labels = sequences[:, :-1], sequences[:, 1:]
         lost_tokens = int(lost[:, 1:].sum())
         documents = None
@@ -138,6 +169,9 @@ class SequenceStream:
             ends = tokens == self._eos_id
             documents = np.cumsum(ends, axis=1) - ends
             labels[ends] = IGNORED
+            for row, example in examples.items():
+                assert example.documents is not None
+                tokens[row], labels[row], documents[row] = example.tokens[0], example.labels[0], example.documents[0]
         damage, self._damage[:] = tuple(self._damage), []
         return Rows(tokens, labels, documents, lost_tokens, damage)
 
@@ -150,10 +184,15 @@ class SequenceStream:
             "seed": self._seed,
             "documents": "separate" if self._separate_documents else "joined",
             "sources": {
-                name: {"weight": source.weight, **_later(source), "shards": source.dataset.fingerprint}
+                name: {"weight": source.weight, **_later(source), _kind(source): source.dataset.fingerprint}
                 for name, source in self.sources.items()
             },
         }
+
+
+def _kind(source: SourceData) -> str:
+    """What the fingerprint calls a source."""
+    return "shards" if isinstance(source.dataset, Dataset) else "examples"
 
 
 def _later(source: SourceData) -> dict[str, Any]:
@@ -279,73 +318,3 @@ class _ReplicaRows(IterableDataset[Rows | UserError]):
 
 def _unchanged(rows: Any) -> Any:
     return rows
-
-
-def validation_sequences(dataset: Dataset, *, sequence_length: int, num_sequences: int) -> Tensor:
-    """Held-out sequences, spread evenly over the data set as it is stored: int64 [N, S + 1].
-
-    Cut into sequences of S tokens to predict, the data set holds A of them; number i of N is its sequence
-    i * A // N. Nothing is shuffled, and no token is predicted twice.
-
-    Raises:
-        UserError: the data set holds fewer sequences (it is never repeated), or a shard is damaged.
-    """
-    available = (dataset.manifest.tokens - 1) // sequence_length
-    if available < num_sequences:
-        raise UserError(
-            f"data set {dataset.location} holds {available} sequences of {sequence_length} tokens, but "
-            f"{num_sequences} are asked for; lower evaluate.sequences or hold out a larger share"
-        )
-    tokens = _StoredTokens(dataset)
-    starts = [number * available // num_sequences * sequence_length for number in range(num_sequences)]
-    return torch.from_numpy(np.stack([tokens.read(start, sequence_length + 1) for start in starts]))
-
-
-def held_out_batches(
-    dataset: Dataset,
-    *,
-    sequence_length: int,
-    sequences: int,
-    batch_size: int,
-    separate_documents: bool,
-    batches_multiple_of: int = 1,
-) -> list[MicroBatch]:
-    """Held-out sequences in batches, their number rounded up to whole ones.
-
-    Args:
-        sequences: how many, at least.
-        separate_documents: attention stays within documents, and the end of one predicts nothing.
-        batches_multiple_of: replicas that share the batches equally.
-
-    Raises:
-        UserError: as `validation_sequences` does.
-    """
-    together = batch_size * batches_multiple_of
-    rows = validation_sequences(
-        dataset, sequence_length=sequence_length, num_sequences=-(-sequences // together) * together
-    )
-    separate_at = dataset.manifest.eos_id if separate_documents else None
-    return [MicroBatch.of(batch, separate_at) for batch in rows.split(batch_size)]
-
-
-class _StoredTokens:
-    """A data set as one array of tokens, in stored order; holds one shard in memory."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-        self._ends = np.cumsum([shard.tokens for shard in dataset.manifest.shards])
-        self._number = -1
-        self._tokens: NDArray[Any] = np.empty(0, dtype=np.uint16)
-
-    def read(self, start: int, length: int) -> NDArray[np.int64]:
-        parts: list[NDArray[Any]] = []
-        while length:
-            number = int(np.searchsorted(self._ends, start, side="right"))
-            if number != self._number:
-                shard = self._dataset.open_shard(number)
-                self._tokens = np.concatenate([shard.read(chunk).tokens for chunk in range(len(shard.chunks))])
-                self._number = number
-            offset = start - (int(self._ends[number]) - len(self._tokens))
-            parts.append(self._tokens[offset : offset + length])
-            start, length = start + len(parts[-1]), length - len(parts[-1])
-        return np.concatenate(parts).astype(np.int64)

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.config.data import HeldOutConfig
 from skvr_dist.data.batch import IGNORED, MicroBatch
-from skvr_dist.data.reader import held_out_batches
+from skvr_dist.data.held_out import HeldOutSet, available_sequences, held_out_batches, open_held_out
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
@@ -23,9 +24,9 @@ _USUAL_LENGTH = 1024  # tokens per sequence, where neither the checkpoint nor th
 
 @dataclass(frozen=True)
 class HeldOutData:
-    """The data set that a checkpoint is measured over, and how it is cut into sequences."""
+    """The data sets that a checkpoint is measured over, and how they are cut into sequences."""
 
-    dataset: Dataset
+    sets: Sequence[HeldOutSet]
     sequence_length: int
     separate_documents: bool
     """Whether a position attends to its own document only, and the end of one predicts nothing."""
@@ -44,8 +45,8 @@ class HeldOutData:
                 than the model's.
         """
         own = checkpoint.config.data
-        location = own.validation if data is None else data
-        if location is None:
+        sources = own.validation if data is None else {"data": HeldOutConfig(path=data)}
+        if sources is None:
             raise UserError(
                 f"checkpoint {checkpoint.folder} names no held-out data, for it was imported; give --data FOLDER "
                 f"(tools/prepare_data.py --tokenizer {checkpoint.folder} makes a data set)"
@@ -54,7 +55,20 @@ class HeldOutData:
         length = sequence_length or own.sequence_length or min(longest, _USUAL_LENGTH)
         if not 0 < length <= longest:
             raise UserError(f"the sequence length {length} must be between 1 and max_position_embeddings {longest}")
-        return cls(Dataset.open(location), length, own.documents == "separate")
+        file = checkpoint.tokenizer_file
+        tokenizer = load_tokenizer(file) if file and any(each.has_examples for each in sources.values()) else None
+        sets = open_held_out(sources, tokenizer, tokenizer_path=str(checkpoint.folder), sequence_length=length)
+        return cls(sets, length, own.documents == "separate")
+
+    @property
+    def location(self) -> str:
+        """Where the data sets are."""
+        return ", ".join(each.location for each in self.sets)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same data sets."""
+        return "-".join(each.fingerprint for each in self.sets)
 
     def require_fits(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint to which the tokens of this data set mean something else.
@@ -62,19 +76,9 @@ class HeldOutData:
         Raises:
             UserError: its vocabulary is smaller, or its tokenizer is another one.
         """
-        self.dataset.require_vocabulary(checkpoint.model_config.vocab_size)
-        if checkpoint.tokenizer_file is None:
-            return
-        try:
-            tokenizer = load_tokenizer(checkpoint.tokenizer_file)
-        except UserError:  # it came along with an import, and no data set can be made with it
-            return
-        if not self.dataset.is_made_with(tokenizer):
-            raise UserError(
-                f"data set {self.dataset.location} was made with tokenizer "
-                f"{self.dataset.manifest.tokenizer_sha256[:12]}, but checkpoint {checkpoint.folder} has "
-                f"{tokenizer.sha256[:12]}; prepare one with --tokenizer {checkpoint.tokenizer_file}"
-            )
+        for dataset in self.sets:
+            if isinstance(dataset, Dataset):
+                _require_fits(dataset, checkpoint)
 
     def batches(self, sequences: int | None, batch_size: int, device: str) -> list[MicroBatch]:
         """Held-out sequences, spread over the data set, their number rounded up to whole batches.
@@ -82,10 +86,10 @@ class HeldOutData:
         Without a number: `USUAL_SEQUENCES`, or the whole batches that the data set holds.
         """
         if sequences is None:
-            there = (self.dataset.manifest.tokens - 1) // self.sequence_length
+            there = len(self.sets) * min(available_sequences(each, self.sequence_length) for each in self.sets)
             sequences = max(1, min(USUAL_SEQUENCES, there // batch_size * batch_size))
         batches = held_out_batches(
-            self.dataset,
+            self.sets,
             sequence_length=self.sequence_length,
             sequences=sequences,
             batch_size=batch_size,
@@ -94,14 +98,31 @@ class HeldOutData:
         return [batch.to(device) for batch in batches]
 
 
+def _require_fits(dataset: Dataset, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint to which the tokens of a data set mean something else."""
+    dataset.require_vocabulary(checkpoint.model_config.vocab_size)
+    if checkpoint.tokenizer_file is None:
+        return
+    try:
+        tokenizer = load_tokenizer(checkpoint.tokenizer_file)
+    except UserError:  # it came along with an import, and no data set can be made with it
+        return
+    if not dataset.is_made_with(tokenizer):
+        raise UserError(
+            f"data set {dataset.location} was made with tokenizer {dataset.manifest.tokenizer_sha256[:12]}, but "
+            f"checkpoint {checkpoint.folder} has {tokenizer.sha256[:12]}; prepare one with --tokenizer "
+            f"{checkpoint.tokenizer_file}"
+        )
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A retention curve and what it was measured over."""
 
     data: str
-    """Location of the data set."""
+    """Location of the data set, or of several."""
     data_fingerprint: str
-    """Equal for two data sets with the same shards."""
+    """Equal for the same data."""
     documents: str
     sequences: int
     sequence_length: int
@@ -139,8 +160,8 @@ def evaluate_checkpoint(
     held_out.require_fits(checkpoint)
     batches = held_out.batches(sequences, batch_size, device)
     return Measurement(
-        data=held_out.dataset.location,
-        data_fingerprint=held_out.dataset.fingerprint,
+        data=held_out.location,
+        data_fingerprint=held_out.fingerprint,
         documents="separate" if held_out.separate_documents else "joined",
         sequences=sum(len(batch.tokens) for batch in batches),
         sequence_length=held_out.sequence_length,

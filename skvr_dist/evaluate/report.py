@@ -16,7 +16,7 @@ import torch
 from tabulate import tabulate
 
 from skvr_dist.checkpoint.folder import Checkpoint
-from skvr_dist.data.reader import validation_sequences
+from skvr_dist.data.held_out import held_out_batches
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
@@ -187,7 +187,14 @@ def _prompt(text: str | None, tokenizer: Tokenizer, held_out: HeldOutData, longe
         UserError: the text is none, is empty, or leaves no room in the `longest` sequence of the model.
     """
     if text is None:
-        return validation_sequences(held_out.dataset, sequence_length=_PROMPT_TOKENS, num_sequences=1)[0, :-1]
+        first = held_out_batches(
+            held_out.sets[:1],
+            sequence_length=_PROMPT_TOKENS,
+            sequences=1,
+            batch_size=1,
+            separate_documents=held_out.separate_documents,
+        )
+        return first[0].tokens[0, :_PROMPT_TOKENS]
     if not text or any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"--prompt {text!r} holds no text to continue; give one in UTF-8, or leave it out")
     tokens = tokenizer.encode(text)

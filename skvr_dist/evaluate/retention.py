@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 
-from skvr_dist.data.batch import MicroBatch
+from skvr_dist.data.batch import IGNORED, MicroBatch
+from skvr_dist.evaluate.intervals import Bootstrap, Interval
+from skvr_dist.evaluate.prefix_tree import PrefixTree
 from skvr_dist.files import write_whole
-from skvr_dist.model.decoder import Decoder, summed_next_token_loss
-from skvr_dist.model.modules import count_labels
+from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import CacheStrategy
 
 RETENTION_FILE = "retention.json"
 """File in a checkpoint's folder that holds its measured curve."""
 CACHE_BYTES_PER_ELEMENT = 2
 """Caches are counted in bf16, as they are served."""
+_STRETCHES = 8  # of a sequence, for the loss by position
 
 
 @dataclass(frozen=True)
@@ -34,40 +38,50 @@ class RetentionPoint:
     cache_bytes_per_token: int
     loss: float
     """Nats per token."""
+    rise: Interval | None = None
+    """Over the first strategy's loss, in nats per token."""
+    loss_by_position: list[float] = field(default_factory=list)
+    """Of eight equal stretches of the sequence, from its beginning."""
 
 
-@torch.inference_mode()
 def retention_curve(
     decoder: Decoder, batches: Sequence[MicroBatch], strategies: Mapping[str, CacheStrategy]
 ) -> list[RetentionPoint]:
-    """Mean loss over the labels of all batches, at each strategy.
+    """Mean loss over the labels of all batches, at each strategy; layers that strategies have in common run once.
+
+    Args:
+        batches: of one sequence length.
 
     Returns:
-        one point per strategy, in the order given.
+        one point per strategy, in the order given; the first is what the others' rise is measured against.
     """
-    tokens = int(sum(count_labels(batch.labels) for batch in batches))
-    points = []
-    for name, strategy in strategies.items():
-        summed = [
-            summed_next_token_loss(
-                decoder(batch.tokens, strategy.kv_source_layers, documents=batch.documents), batch.labels
-            )
-            for batch in batches
-        ]
-        points.append(
-            RetentionPoint(
-                strategy=name,
-                retained=len(strategy.retained),
-                retention=strategy.retention,
-                cache_bytes_per_token=strategy.cache_bytes_per_token(
-                    kv_heads=decoder.config.num_key_value_heads,
-                    head_dim=decoder.config.head_dim,
-                    bytes_per_element=CACHE_BYTES_PER_ELEMENT,
-                ),
-                loss=float(torch.stack(summed).sum(dtype=torch.float64) / tokens),
-            )
+    losses = PrefixTree(decoder, batches).token_losses(list(strategies.values()))
+    bootstrap, counted = Bootstrap(batches), torch.cat([batch.labels.cpu() != IGNORED for batch in batches])
+    return [
+        RetentionPoint(
+            strategy=name,
+            retained=len(strategy.retained),
+            retention=strategy.retention,
+            cache_bytes_per_token=strategy.cache_bytes_per_token(
+                kv_heads=decoder.config.num_key_value_heads,
+                head_dim=decoder.config.head_dim,
+                bytes_per_element=CACHE_BYTES_PER_ELEMENT,
+            ),
+            loss=bootstrap.mean(token_losses).mean,
+            rise=bootstrap.mean(token_losses - losses[0]),
+            loss_by_position=_by_position(token_losses, counted),
         )
-    return points
+        for (name, strategy), token_losses in zip(strategies.items(), losses, strict=True)
+    ]
+
+
+def _by_position(token_losses: Tensor, counted: Tensor) -> list[float]:
+    """Mean losses of equal stretches of the sequence, of token losses [N, S]; not a number where nothing counts."""
+    length = token_losses.shape[1]
+    cuts = [number * length // _STRETCHES for number in range(_STRETCHES + 1)]
+    stretches = [slice(*both) for both in pairwise(cuts) if both[0] < both[1]]
+    sums = [(token_losses[:, each].sum(dtype=torch.float64), counted[:, each].sum()) for each in stretches]
+    return [float(loss / tokens) for loss, tokens in sums]
 
 
 def percent(share: float) -> str:
@@ -76,8 +90,11 @@ def percent(share: float) -> str:
 
 
 def as_table(curves: Mapping[str, Sequence[RetentionPoint]]) -> str:
-    """A table of curves over the same strategies, one column of losses per curve, with the rise over the first row."""
-    first = next(iter(curves.values()))
+    """A table of curves over the same strategies, one column of losses per curve, with the rise over the first row.
+
+    A curve that stands alone has the interval of its rises too (`skvr_dist.evaluate.intervals`).
+    """
+    first, alone = next(iter(curves.values())), len(curves) == 1
     header = ["strategy", "retention", "cache bytes/token"]
     for label in curves:
         header += [f"{label} loss", "change"]
@@ -86,7 +103,12 @@ def as_table(curves: Mapping[str, Sequence[RetentionPoint]]) -> str:
         row = [point.strategy, percent(point.retention), f"{point.cache_bytes_per_token:,}"]
         for points in curves.values():
             loss = points[index].loss
-            row += [f"{loss:.4f}", "" if index == 0 else f"{loss - points[0].loss:+.4f}"]
+            change = "" if index == 0 else f"{loss - points[0].loss:+.4f}"
+            rise = points[index].rise
+            if change and alone and rise:
+                _, low, high = rise
+                change += f" ({low:+.4f} to {high:+.4f})"
+            row += [f"{loss:.4f}", change]
         rows.append(row)
     return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)
 

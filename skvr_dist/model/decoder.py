@@ -247,10 +247,7 @@ class Decoder(nn.Module):
         """
         cache = {} if cache is None else cache
         past = cache[0].k.shape[1] if cache else 0
-        document_mask = None if documents is None else DocumentMask(documents)
-        new = hidden.shape[1] * self.module_set.sequence_shards
-        positions = torch.arange(past, past + new, device=hidden.device)
-        rope = rope_tables(self.config, positions if document_mask is None else document_mask.positions)
+        rope, document_mask = self.surroundings(hidden, documents, past)
         read = set(donors)
         known = dict(crossing)
         for name, layer in self.layers.items():
@@ -271,18 +268,33 @@ class Decoder(nn.Module):
         cache.update(known)
         return hidden, known
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, S, V] of the last layer's hidden states [B, S, D]."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return head(self.module_set.enter(self.norm(hidden)), predict=True)
-
-    def summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum over tokens of the cross entropy in nats, in float32, from the last layer's hidden states [B, S, D].
+    def surroundings(
+        self, hidden: Tensor, documents: Tensor | None, past: int = 0
+    ) -> tuple[tuple[Tensor, Tensor], DocumentMask | None]:
+        """What all layers take beside the hidden states [B, S, D]: the tables of the rotation and the document mask.
 
         Args:
-            labels: int [B, S], the token that follows each; those that are `IGNORED` add nothing.
+            documents: as for `forward`.
+            past: positions before these.
         """
-        return self.module_set.cross_entropy(self.logits(hidden), labels).sum()
+        backend = resolve_backend(self.config.attention, hidden.device, hidden.dtype)
+        document_mask = None if documents is None else DocumentMask(documents, backend)
+        new = hidden.shape[1] * self.module_set.sequence_shards
+        positions = torch.arange(past, past + new, device=hidden.device)
+        return rope_tables(self.config, positions if document_mask is None else document_mask.positions), document_mask
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head: with tied embeddings the embedding."""
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """What the head sees [B, S, D] of the last layer's hidden states [B, S, D]."""
+        return self.module_set.enter(self.norm(hidden))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [B, S, V] of the last layer's hidden states [B, S, D]."""
+        return self.head(self.final(hidden), predict=True)
 
 
 def summed_next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

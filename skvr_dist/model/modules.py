@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skvr_dist.config.model import ModelConfig
-
-IGNORED = -100
-"""A label that is not to be predicted (PyTorch's own mark)."""
+from skvr_dist.model.loss import IGNORED, Losses, Objective, linear_loss
 
 
 def count_labels(labels: Tensor) -> Tensor:
@@ -70,8 +68,13 @@ class Vocabulary(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def forward(self, x: Tensor, predict: bool = False) -> Tensor:
-        """Hidden states [B, S, D] of tokens x, int [B, S]; or, to `predict`, logits [B, S, V] of hidden states x."""
+    def forward(self, x: Tensor, predict: bool = False, objective: Objective | None = None) -> Tensor | Losses:
+        """Hidden states [B, S, D] of tokens x, int [B, S].
+
+        To `predict`: the logits [B, S, V] of hidden states x, or, with an objective, their losses.
+        """
+        if objective is not None:
+            return linear_loss(x, self.weight, objective)
         return F.linear(x, self.weight) if predict else F.embedding(x, self.weight)
 
 
@@ -108,10 +111,6 @@ class Modules:
     def enter(self, x: Tensor) -> Tensor:
         """Prepare normed hidden states for `column` layers; tensor-parallel modules may gather them here."""
         return x
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy as `token_cross_entropy` has it; the vocabulary of the logits may be split over ranks."""
-        return token_cross_entropy(logits, labels)
 
 
 def shards_of(module: nn.Module) -> dict[str, TensorShard]:

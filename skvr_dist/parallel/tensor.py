@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skvr_dist.config.model import ModelConfig
-from skvr_dist.model.modules import IGNORED, Modules, TensorShard
+from skvr_dist.model.loss import Losses, Objective, Rows, linear_loss
+from skvr_dist.model.modules import Modules, TensorShard
 from skvr_dist.parallel.mesh import Mesh
 
 
@@ -86,11 +88,6 @@ class TensorParallelModules(Modules):
         """Sum partial hidden states [B, S, D] over the ranks; with sequence parallelism each gets its positions."""
         group = self.mesh.tp_group
         return _ScatterSequence.apply(x, group) if self.sequence_parallel else _Sum.apply(x, group)
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of each token from this rank's logits [B, S, tokens of this rank]; the same on every rank."""
-        flat = logits.float().flatten(0, 1)
-        return _CrossEntropy.apply(flat, labels.flatten(), self.tokens, self.mesh.tp_group)
 
 
 class ColumnLinear(nn.Linear):
@@ -178,20 +175,16 @@ class VocabularyShard(nn.Module):
         whole = (config.vocab_size, config.hidden_size)
         self.shards = {"weight": TensorShard(whole, 0, self.tokens.start, len(self.tokens))}
 
-    def forward(self, x: Tensor, predict: bool = False) -> Tensor:
-        """Hidden states of tokens, or logits (`skvr_dist.model.modules.Vocabulary`), those of this rank's tokens."""
+    def forward(self, x: Tensor, predict: bool = False, objective: Objective | None = None) -> Tensor | Losses:
+        """As `skvr_dist.model.modules.Vocabulary` has it; logits are those of this rank's tokens, losses are whole."""
+        rows = Rows(self.tokens, self.module_set.mesh.tp_group)
+        if objective is not None:
+            return linear_loss(x, self.weight, objective, rows)
         if predict:
             return F.linear(x, self.weight[: len(self.tokens)])
-        local, elsewhere = _local_rows(x, self.tokens)
+        local, elsewhere = rows.local(x)
         embedded = F.embedding(local, self.weight)
         return self.module_set.leave(embedded.masked_fill(elsewhere[..., None], 0.0))
-
-
-def _local_rows(tokens: Tensor, held: range) -> tuple[Tensor, Tensor]:
-    """The row of each token among those held here, 0 for the others; and, as bool, which the others are."""
-    local = tokens - held.start
-    elsewhere = (local < 0) | (local >= len(held))
-    return local.masked_fill(elsewhere, 0), elsewhere
 
 
 # Each of these is a collective over the tensor-parallel group in its forward pass, its backward pass, or both.
@@ -248,47 +241,19 @@ class _ScatterSequence(torch.autograd.Function):
         return gather(grads[0], ctx.group, dim=1), None
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Cross entropy over logits [N, V / T] that are split by token; no rank ever holds all of a position's logits."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, held: range, group: dist.ProcessGroup) -> Tensor:
-        highest = logits.amax(dim=-1)
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-        shifted = logits - highest[:, None]
-        rows, elsewhere = _local_rows(labels, held)
-        exponentials = shifted.exp()
-        label_logit = shifted.gather(-1, rows[:, None]).squeeze(-1).masked_fill(elsewhere, 0.0)
-        sums = torch.stack((exponentials.sum(dim=-1), label_logit))
-        dist.all_reduce(sums, group=group)
-        total, label_logit = sums
-        ignored = labels == IGNORED
-        ctx.save_for_backward(exponentials.div_(total[:, None]), rows, elsewhere, ignored)
-        return (total.log() - label_logit).masked_fill(ignored, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        probability, rows, elsewhere, ignored = ctx.saved_tensors
-        at_label = torch.where(elsewhere, 0.0, -1.0).to(probability.dtype)
-        gradient = probability.scatter_add(-1, rows[:, None], at_label[:, None])
-        return gradient * grads[0].masked_fill(ignored, 0.0)[:, None], None, None, None
-
-
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.contiguous().clone()  # what autograd hands in may be used elsewhere
-    dist.all_reduce(total, group=group)
-    return total
+    return _arrived(collectives.all_reduce(x.contiguous(), "sum", group))
 
 
 def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """Every rank's x, concatenated along `dim` in the order of the ranks."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, dim=dim)
+    return _arrived(collectives.all_gather_tensor(x.contiguous(), dim, group))
 
 
 def _reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = [part.contiguous() for part in x.chunk(group.size(), dim=1)]
-    mine = torch.empty_like(parts[0])
-    dist.reduce_scatter(mine, parts, group=group)
-    return mine
+    return _arrived(collectives.reduce_scatter_tensor(x, "sum", 1, group))
+
+
+def _arrived(x: Tensor) -> Tensor:
+    """What a functional collective returns, once it is there: such collectives can be compiled."""
+    return collectives.wait_tensor(x)

@@ -13,7 +13,9 @@ from typing import Any
 
 from skvr_dist.errors import UserError
 
-_SPEC_HELP = "use full, every:G, prefix:M, a list such as 0,4,8, or a named profile"
+_KINDS = ("every", "even", "prefix", "suffix", "sandwich")
+"""Strategies that take a number."""
+_SPEC_HELP = "use full, every:G, even:M, prefix:M, suffix:M, sandwich:M, a list such as 0,4,8, or a named profile"
 
 
 def layer_numbers(given: Any) -> tuple[int, ...]:
@@ -69,15 +71,37 @@ class CacheStrategy:
         return cls(num_layers, tuple(range(0, num_layers, group)))
 
     @classmethod
+    def even(cls, count: int, num_layers: int) -> CacheStrategy:
+        """`count` layers at equal distances from 0 on: `every` where they divide the layers."""
+        cls._require_count("even", count, num_layers)
+        return cls(num_layers, tuple(number * num_layers // count for number in range(count)))
+
+    @classmethod
     def prefix(cls, count: int, num_layers: int) -> CacheStrategy:
         """The first `count` layers; everything above reads the last of them."""
-        if not 1 <= count <= num_layers:
-            raise UserError(f"cache strategy prefix:{count} is outside 1 to {num_layers} (the model's layers)")
+        cls._require_count("prefix", count, num_layers)
         return cls(num_layers, tuple(range(count)))
 
     @classmethod
+    def suffix(cls, count: int, num_layers: int) -> CacheStrategy:
+        """Layer 0 and the last `count` - 1; what lies between reads layer 0."""
+        cls._require_count("suffix", count, num_layers)
+        return cls(num_layers, (0, *range(num_layers - count + 1, num_layers)))
+
+    @classmethod
+    def sandwich(cls, count: int, num_layers: int) -> CacheStrategy:
+        """`count` layers, half of them the first ones (rounded up), half the last ones."""
+        cls._require_count("sandwich", count, num_layers)
+        return cls(num_layers, (*range(-(-count // 2)), *range(num_layers - count // 2, num_layers)))
+
+    @staticmethod
+    def _require_count(kind: str, count: int, num_layers: int) -> None:
+        if not 1 <= count <= num_layers:
+            raise UserError(f"cache strategy {kind}:{count} is outside 1 to {num_layers} (the model's layers)")
+
+    @classmethod
     def parse(cls, spec: str, num_layers: int, profiles: Mapping[str, str] | None = None) -> CacheStrategy:
-        """Read `full`, `every:G`, `prefix:M`, `0,4,8`, or the name of one of `profiles`.
+        """Read `full`, `every:G`, `even:M`, `prefix:M`, `suffix:M`, `sandwich:M`, `0,4,8`, or a name among `profiles`.
 
         Raises:
             UserError: the text is none of these, or the strategy is impossible for this many layers.
@@ -88,9 +112,8 @@ class CacheStrategy:
             return cls.full(num_layers)
         kind, _, argument = spec.partition(":")
         try:
-            if kind in ("every", "prefix"):
-                count = int(argument)
-                return cls.every(count, num_layers) if kind == "every" else cls.prefix(count, num_layers)
+            if kind in _KINDS:
+                return getattr(cls, kind)(int(argument), num_layers)
             layers = tuple(int(part) for part in spec.split(","))
         except UserError:
             raise
@@ -102,7 +125,7 @@ class CacheStrategy:
     @staticmethod
     def is_spec(text: str) -> bool:
         """Whether a text says by itself which layers it means, so that it can name nothing else."""
-        return re.fullmatch(r"full|(every|prefix):.*|[\d, ]+", text) is not None
+        return re.fullmatch(rf"full|({'|'.join(_KINDS)}):.*|[\d, ]+", text) is not None
 
     @classmethod
     def parse_all(

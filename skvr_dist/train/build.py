@@ -13,19 +13,22 @@ from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
+from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.stage import StageModule
+from skvr_dist.parallel.engine.teacher import FrozenTeacher, open_teacher
 from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.mesh import Mesh, new_host_group
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.train.optimizer import build_optimizer, build_scheduler
+from skvr_dist.train.passes import passes_of_step
 
 
 def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
-    """This rank's stage, with initial weights, optimizer and schedule."""
+    """This rank's stage, with initial weights, optimizer and schedule; collective."""
     return RoutedPipelineEngine(
-        StageModule(config.model, config.parallel, mesh, config.train.seed),
+        StageModule(config.model, config.parallel, mesh, config.train.seed, config.train.only),
         mesh,
         guard=UpdateGuard(
             max_loss_ratio=config.train.max_loss_ratio,
@@ -36,7 +39,17 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
         optimizer=functools.partial(build_optimizer, config.train),
         lr_scheduler=functools.partial(build_scheduler, config.train),
         separate_documents=config.data.documents == "separate",
+        distillation=build_distillation(config, mesh),
     )
+
+
+def build_distillation(config: Config, mesh: Mesh) -> Distillation | None:
+    """What the engine needs to know of the distillation section, if there is one; collective."""
+    if config.distillation is None:
+        return None
+    checkpoint = open_teacher(config)
+    teacher = FrozenTeacher(checkpoint, config, mesh) if checkpoint else None
+    return Distillation(functools.partial(passes_of_step, config), config.distillation.temperature, teacher)
 
 
 def build_saver(config: Config, brought: Brought = NOTHING_BROUGHT) -> Saver:

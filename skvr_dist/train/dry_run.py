@@ -63,8 +63,10 @@ def describe(config: Config, world_size: int) -> str:
         ],
         ["ZeRO stage, precision", f"{config.parallel.zero_stage}, {config.train.precision}"],
         ["micro-batches per step", f"{config.num_micro_batches}, {config.num_micro_batches // replicas} per replica"],
+        ["passes per step", f"{config.num_passes}, {config.num_passes // replicas} per replica"],
         ["tokens per step, in all", f"{tokens_per_step:,}, {total_tokens:,}"],
         ["training data", f"{tokens_on_disk:,} tokens ({total_tokens / tokens_on_disk:.2f} epochs)"],
+        *[["examples", words] for words in inputs.examples],
         ["held-out sequences", f"{len(inputs.held_out) * config.train.micro_batch_size} per evaluation"],
         [
             "starts from",

@@ -10,13 +10,18 @@ from skvr_dist.config.train import TrainConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.cores import require_few_processes
-from skvr_dist.data.reader import SequenceStream, SourceData, held_out_batches
+from skvr_dist.data.finetune.sequences import FinetuneSequences, sources_in_words
+from skvr_dist.data.held_out import held_out_batches, open_held_out
+from skvr_dist.data.reader import ExampleSet, SequenceStream, SourceData
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.model.attention import require_backend
+from skvr_dist.model.trained import is_trained, module_names, parameter_names
 from skvr_dist.parallel.engine.deepspeed_json import require_accepted
+from skvr_dist.parallel.engine.teacher import open_teacher
+from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.schedule import Schedule, first_step_at, jumps_of
 
 
@@ -28,6 +33,8 @@ class Inputs:
     """The training sequences by number."""
     held_out: list[MicroBatch]
     """The held-out micro-batches of each evaluation, as many for every replica."""
+    examples: list[str]
+    """What became of each file of fine-tuning examples, in words."""
 
 
 def open_inputs(config: Config, world_size: int) -> Inputs:
@@ -40,22 +47,70 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     require_accepted(config, world_size)
     require_backend(config.model.attention)
     require_few_processes("data.workers", config.data.workers)
-    held_out = Dataset.open(config.data.validation)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    held_out.require_vocabulary(config.model.vocab_size)
-    require_made_with(held_out, tokenizer, config.data)
-    sequences = training_sequences(config.data, config.train.seed, config.train)
-    for source in sequences.sources.values():
-        source.dataset.require_same_tokenizer(held_out)
+    open_teacher(config)
+    require_trainable(config)
+    data = config.data
+    tokenizer = load_tokenizer(data.tokenizer) if _has_examples(data) else None
+    if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"data.tokenizer {data.tokenizer} has a vocabulary of {tokenizer.vocab_size}, but model.vocab_size is "
+            f"{config.model.vocab_size}; it must be at least as large"
+        )
+    held_out = open_held_out(
+        data.validation, tokenizer, tokenizer_path=data.tokenizer, sequence_length=data.sequence_length
+    )
+    tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+    held_out_shards = [each for each in held_out if isinstance(each, Dataset)]
+    for dataset in held_out_shards:
+        dataset.require_vocabulary(config.model.vocab_size)
+        require_made_with(dataset, tokenizer, data)
+    sequences = training_sequences(data, config.train.seed, config.train)
+    for dataset in sequences.datasets:
+        if held_out_shards:
+            dataset.require_same_tokenizer(held_out_shards[0])
+        else:
+            dataset.require_vocabulary(config.model.vocab_size)
+            require_made_with(dataset, tokenizer, data)
     micro_batches = held_out_batches(
         held_out,
-        sequence_length=config.data.sequence_length,
+        sequence_length=data.sequence_length,
         sequences=config.evaluate.sequences,
         batch_size=config.train.micro_batch_size,
-        separate_documents=config.data.documents == "separate",
+        separate_documents=data.documents == "separate",
         batches_multiple_of=replicas,
     )
-    return Inputs(sequences, micro_batches)
+    told = sources_in_words({f"data.train.{name}": source.dataset for name, source in sequences.sources.items()})
+    told += sources_in_words(
+        {f"data.validation.{name}": each for name, each in zip(data.validation, held_out, strict=True)}
+    )
+    return Inputs(sequences, micro_batches, told)
+
+
+def _has_examples(data: DataConfig) -> bool:
+    """Whether a run reads fine-tuning examples."""
+    return any(source.has_examples for source in [*data.train.values(), *data.validation.values()])
+
+
+def require_trainable(config: Config) -> None:
+    """Check that `train.only` names modules of the model, and leaves something to train on every stage.
+
+    Raises:
+        UserError: names the module or the stage, and what is known.
+    """
+    only = config.train.only
+    if only is None:
+        return
+    known = module_names(parameter_names(config.model))
+    for name in only:
+        if name not in known:
+            raise UserError(f"train.only names {name}, but the modules of the model are {', '.join(known)}")
+    for stage, bounds in enumerate(stage_bounds(config.model, config.parallel)):
+        names = parameter_names(config.model, *bounds)
+        if not any(is_trained(name, only) for name in names):
+            raise UserError(
+                f"train.only {', '.join(only)} leaves nothing to train on pipeline stage {stage}, which has "
+                f"{', '.join(module_names(names))}; add one of them, or use parallel.pipeline 1"
+            )
 
 
 def require_made_with(dataset: Dataset, tokenizer: Tokenizer, data: DataConfig) -> None:
@@ -77,10 +132,22 @@ def training_sequences(data: DataConfig, seed: int, train: TrainConfig | None) -
         UserError: a data set is missing or damaged, or they do not fit together.
     """
     skip = data.damage == "skip"
-    sources = {
-        name: SourceData(Dataset.open(source.path, check_sizes=not skip), *_weights(name, source.weight, train))
-        for name, source in data.train.items()
-    }
+    tokenizer = None
+    sources = {}
+    for name, source in data.train.items():
+        dataset: Dataset | ExampleSet
+        if source.has_examples:
+            tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+            dataset = FinetuneSequences.open(
+                source,
+                tokenizer,
+                tokenizer_path=data.tokenizer,
+                sequence_length=data.sequence_length,
+                seed=seed,
+            )
+        else:
+            dataset = Dataset.open(source.path, check_sizes=not skip)
+        sources[name] = SourceData(dataset, *_weights(name, source.weight, train))
     return SequenceStream(
         sources,
         sequence_length=data.sequence_length,

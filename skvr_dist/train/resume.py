@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from skvr_dist.checkpoint.folder import Checkpoint, candidates, point_latest, set_aside
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
@@ -131,15 +129,16 @@ def resume(
 
 
 def _opened(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
-    """A checkpoint, or what is wrong with it on any rank; collective."""
+    """A checkpoint, or what is wrong with it on any rank; collective.
+
+    One rank of each host looks at all of its files.
+    """
     checkpoint, problem = None, None
     try:
-        checkpoint = Checkpoint(path)
+        checkpoint = Checkpoint(path, looked_at=not mesh.is_first_of_host)
     except UserError as error:
         problem = str(error)
-    seen: list[str | None] = [None] * mesh.world_size
-    dist.all_gather_object(seen, problem, group=mesh.host_group)
-    return checkpoint, next((found for found in seen if found is not None), None)
+    return checkpoint, mesh.host_group.first_problem(problem)
 
 
 def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerprint: dict[str, Any]) -> None:
@@ -159,6 +158,7 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
     _require_same(
         checkpoint, "train", config.train.model_dump(include={"global_batch_size", "micro_batch_size", "seed"})
     )
+    _require_same_distillation(checkpoint, config)
     if checkpoint.step > config.train.steps:
         raise UserError(
             f"checkpoint {checkpoint.folder} is at step {checkpoint.step}, but train.steps is {config.train.steps}; "
@@ -168,6 +168,22 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
     require_same_schedule(checkpoint, config)
     if config.data.on_resume == "same_data":
         _require_same_data(checkpoint, data_fingerprint)
+
+
+def _require_same_distillation(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse another loss than the checkpoint was trained with, unless `train.on_resume` says so."""
+    if config.train.on_resume == "other_schedule":
+        return
+    there, here = (
+        {} if each is None else each.model_dump() for each in (checkpoint.config.distillation, config.distillation)
+    )
+    for key in {**there, **here}:
+        if there.get(key) != here.get(key):
+            raise UserError(
+                f"checkpoint {checkpoint.folder} has distillation.{key} {there.get(key)}, the configuration "
+                f"{here.get(key)}; give the checkpoint's own value, start a new run, or change it from step "
+                f"{checkpoint.step} on with train.on_resume=other_schedule"
+            )
 
 
 def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:

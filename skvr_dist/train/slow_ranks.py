@@ -15,6 +15,7 @@ from statistics import median_low
 import torch
 import torch.distributed as dist
 
+from skvr_dist.host_group import before
 from skvr_dist.parallel.mesh import Mesh
 
 SLOW_RANK = 1.5
@@ -41,7 +42,7 @@ class RankTimes:
     wait: float
     """Receiving from other stages, adding up gradients and updating, which ends when the slowest rank is there."""
     link: float
-    """A message from the rank before it, the last one's for the first."""
+    """A message from the rank before it (`skvr_dist.host_group.before`)."""
 
 
 class RankWatch:
@@ -76,15 +77,9 @@ class RankWatch:
     def _gather(self) -> list[RankTimes]:
         mesh = self._mesh
         mine = [*(total / self._steps for total in self._sums), self._probe()]
-        blank = [0.0] * len(mine)
-        everyone = [blank] * mesh.rank + [mine] + [blank] * (mesh.world_size - mesh.rank - 1)
-        flat = mesh.sum_over_ranks([value for rank in everyone for value in rank])
         stages = {rank: stage for pipe in mesh.pipelines() for stage, rank in enumerate(pipe)}
-        size = len(mine)
-        return [
-            RankTimes(mesh.hosts[rank], stages[rank], *flat[rank * size : rank * size + size])
-            for rank in range(mesh.world_size)
-        ]
+        gathered = enumerate(mesh.host_group.gather(mine))
+        return [RankTimes(mesh.hosts[rank], stages[rank], *times) for rank, times in gathered]
 
     def _probe(self) -> float:
         """Seconds until a message of the rank before this one is here; collective."""
@@ -92,13 +87,10 @@ class RankWatch:
         sent, received = torch.zeros(_PROBE_BYTES, dtype=torch.uint8), torch.zeros(_PROBE_BYTES, dtype=torch.uint8)
         best = float("inf")
         for _ in range(_PROBES):
-            dist.barrier(mesh.host_group)
+            dist.barrier(mesh.host_group.line)
             started = time.perf_counter()
-            send = dist.isend(sent, (mesh.rank + 1) % mesh.world_size, group=mesh.host_group)
-            dist.recv(received, (mesh.rank - 1) % mesh.world_size, group=mesh.host_group)
+            mesh.host_group.pass_on(sent, received)
             best = min(best, time.perf_counter() - started)
-            if send is not None:
-                send.wait()
         return best
 
 
@@ -140,7 +132,8 @@ def slow_links(ranks: Sequence[RankTimes], best: Sequence[float]) -> list[str]:
     Args:
         best: the shortest time in this run of each rank's link.
     """
-    between = [number for number, rank in enumerate(ranks) if ranks[number - 1].host != rank.host]
+    sender = [before(number, len(ranks)) for number in range(len(ranks))]
+    between = [number for number, rank in enumerate(ranks) if ranks[sender[number]].host != rank.host]
     fastest = min((ranks[number].link for number in between), default=0.0)
     slow = [
         number
@@ -149,11 +142,11 @@ def slow_links(ranks: Sequence[RankTimes], best: Sequence[float]) -> list[str]:
     ]
     if not slow:
         return []
-    ends = [{ranks[number - 1].host, ranks[number].host} for number in slow]
+    ends = [{ranks[sender[number]].host, ranks[number].host} for number in slow]
     common = set.intersection(*ends)
     where = f"the link of {common.pop()}" if len(common) == 1 and len(slow) > 1 else "a link"
     named = ", ".join(
-        f"rank {(number - 1) % len(ranks)} on {ranks[number - 1].host} to rank {number} on {ranks[number].host} "
+        f"rank {sender[number]} on {ranks[sender[number]].host} to rank {number} on {ranks[number].host} "
         f"{ranks[number].link:.3f} s"
         for number in sorted(slow, key=lambda number: -ranks[number].link)[:_NAMED]
     )

@@ -6,12 +6,13 @@ from typing import Any
 
 from skvr_dist.checkpoint.facts import Facts, GuardFacts
 from skvr_dist.checkpoint.folder import Checkpoint
-from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
+from skvr_dist.checkpoint.pieces import MOMENTS, WEIGHTS, Pieces
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
+from skvr_dist.model.trained import is_trained
 from skvr_dist.parallel.engine import optimizers
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
-from skvr_dist.parallel.engine.optimizers import state_to_load, take_parameters, whole_parameters
+from skvr_dist.parallel.engine.optimizers import complete_state, state_to_load, state_to_read
 from skvr_dist.train.optimizer import set_step
 
 _WEIGHTS_DEPEND_ON = (
@@ -61,10 +62,17 @@ def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
     adam_steps, guard = checkpoint.facts.adam_steps, checkpoint.facts.guard
     if adam_steps is None or guard is None:
         raise UserError(f"checkpoint {checkpoint.folder} does not say how far its optimizer was; use another")
-    _load(engine, checkpoint, state_to_load(engine, adam_steps))
+    state = state_to_load(engine, adam_steps)
+    _load(engine, checkpoint, {name: pieces for name, pieces in state.items() if not _begins_anew(name, checkpoint)})
     engine.global_steps = checkpoint.step
     engine.guard.load_state(guard.model_dump())
     set_step(engine.lr_scheduler, checkpoint.step)
+
+
+def _begins_anew(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether something is a moment of a weight that was not trained before the checkpoint, and so begins at zero."""
+    kind, _, weight = name.partition(".")
+    return kind in MOMENTS and not is_trained(weight, checkpoint.config.train.only)
 
 
 def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
@@ -79,9 +87,5 @@ def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
 
 
 def _load(engine: RoutedPipelineEngine, checkpoint: Checkpoint, state: Pieces) -> None:
-    whole = whole_parameters(engine)
-    checkpoint.read({**state, **whole}, engine.mesh.host_group)
-    for name, parameters in whole.items():  # the masters lie in them, and need not be read again
-        for master in state.get(name, []):
-            master.fill_from(parameters[0])
-    take_parameters(engine, whole)
+    checkpoint.read(state_to_read(engine, state), engine.mesh.host_group)
+    complete_state(engine, state)

@@ -206,6 +206,7 @@ PUBLISHED = {
     "qwen3-8b": 8191,
     "qwen2.5-0.5b": 494,
     "llama-3.1-8b": 8030,
+    "llama-3.1-70b": 70554,
     "mistral-7b": 7248,
 }
 
@@ -221,3 +222,21 @@ def test_presets_have_the_published_sizes(preset: str) -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(model).parameters())
     assert round(parameters / 1e6) == PUBLISHED[preset]
+
+
+def test_a_configuration_with_a_retired_key_still_loads() -> None:
+    assert quickstart("parallel.verify_plan_every_steps=7") == quickstart()
+
+
+def test_the_published_settings_fit_every_model() -> None:
+    """`paper-pretrain` and `paper-finetune`, over each model preset, as arXiv 2604.22782 has them (section 4)."""
+    experiments = ROOT / "configs/experiment"
+    for model in sorted((ROOT / "configs/model").glob("[!t]*.yaml")):
+        pretraining = load_config([model, experiments / "paper-pretrain.yaml"])
+        train = pretraining.train
+        assert (pretraining.routing.policy, train.gradient_clipping) == ("uniform", 0.1)
+        assert train.steps * train.global_batch_size * pretraining.data.sequence_length == pytest.approx(34e9, rel=1e-4)
+        assert train.warmup_steps / train.steps == pytest.approx(0.05, rel=1e-3)
+        finetuning = load_config([model, experiments / "paper-finetune.yaml"], ["data.tokenizer=x"])
+        assert finetuning.train.warmup_steps / finetuning.train.steps == 0.015
+        assert set(finetuning.data.train) == set(finetuning.data.validation) and len(finetuning.data.train) == 5

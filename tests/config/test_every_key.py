@@ -56,7 +56,10 @@ def load(path: str, value: str) -> str | None:
         "model.rope_scaling.": "model.rope_scaling={rope_type: linear, factor: 2.0}",
     }
     needed |= {f"{key}.unit": f"{key}.points=[[0, 1]]" for key in SCHEDULED}
-    needed |= {"train.learning_rate.": "train.learning_rate_decay=constant"}
+    needed |= {
+        "train.learning_rate.": "train.learning_rate_decay=constant",
+        "distillation.": "distillation.teacher=self",
+    }
     first = [override for prefix, override in needed.items() if path.startswith(prefix)]
     try:
         load_config([QUICKSTART], [*first, f"{path}={value}"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import json
 import os
 import threading
@@ -18,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skvr_dist.data.batch import IGNORED
-from skvr_dist.data.finetune import PROMPT, FinetuneSequences, QuestionAnswer, encode_example, pack, read_examples
+from skvr_dist.data.finetune.encode import Counts, Encoder, prompt
+from skvr_dist.data.finetune.examples import QuestionAnswer
+from skvr_dist.data.finetune.formats import read_examples
+from skvr_dist.data.finetune.sequences import FinetuneSequences, pack
 from skvr_dist.data.prepare.corpus import open_corpus
 from skvr_dist.data.reader import MicroBatchReader
 from skvr_dist.data.tokenizers.train import train_tokenizer
@@ -28,31 +29,45 @@ TOKENIZER = train_tokenizer(
     (document for document in open_corpus("stdlib") if document.id.startswith("json/")), vocab_size=500
 )
 EOS = TOKENIZER.eos_id
-EXAMPLES = [
-    QuestionAnswer("def f(x): return x" * (n % 4), f"What is {n}?", f"It is {n * n}." * (n % 3 + 1)) for n in range(40)
-]
 LENGTH = 120
 
 
-def sequences_of(examples: list[QuestionAnswer] = EXAMPLES, **options: Any) -> FinetuneSequences:
-    return FinetuneSequences(examples, TOKENIZER, **{"sequence_length": LENGTH, "seed": 3, **options})
+def example(context: str, question: str, answer: str) -> QuestionAnswer:
+    return QuestionAnswer((context,) if context else (), question, answer, "examples.jsonl, line 1")
+
+
+EXAMPLES = [
+    example("def f(x): return x" * (n % 4), f"What is {n}?", f"It is {n * n}." * (n % 3 + 1)) for n in range(40)
+]
+
+
+def encoder(longest: int = LENGTH + 1, seed: int = 3, **options: Any) -> Encoder:
+    return Encoder(TOKENIZER, longest=longest, seed=seed, **options)
+
+
+def sequences_of(examples: list[QuestionAnswer] = EXAMPLES, length: int = LENGTH, seed: int = 3) -> FinetuneSequences:
+    encoded = encoder(length + 1, seed).encode_all(examples, counts := Counts())
+    return FinetuneSequences(
+        encoded, location="examples.jsonl", sequence_length=length, eos_id=EOS, seed=seed, counts=counts
+    )
 
 
 def test_the_loss_is_on_the_answer_and_its_end() -> None:
-    example = QuestionAnswer("The sky.", "Which colour?", "blue")
-    (row,) = sequences_of([example]).read(0, 1).tokens
-    rows = sequences_of([example]).read(0, 1)
+    rows = sequences_of([example("The sky.", "Which colour?", "blue")]).read(0, 1)
+    (row,) = rows.tokens
     answered = rows.labels[0] != IGNORED
     assert TOKENIZER.decode(rows.labels[0][answered].tolist()) == " blue"
     assert rows.labels[0][answered][-1] == EOS
-    read = TOKENIZER.encode(PROMPT.format(context="The sky.", question="Which colour?")) + TOKENIZER.encode(" blue")
-    assert row[: len(read)].tolist() == read
+    texts = [prompt("The sky.", "Which colour?", question_first=first) for first in (False, True)]
+    assert texts[0] == "The sky.\n\nQuestion: Which colour?\nAnswer:"
+    reads = [TOKENIZER.encode(text) + TOKENIZER.encode(" blue") for text in texts]
+    read = next(read for read in reads if read == row[: len(read)].tolist())
     assert (row[len(read) :] == EOS).all() and not answered[len(read) :].any()
 
 
 def test_every_example_once_per_epoch_and_whole() -> None:
     sequences = sequences_of()
-    encoded = Counter(tuple(encode_example(example, TOKENIZER).tokens.tolist()) for example in EXAMPLES)
+    encoded = Counter(tuple(each.tokens.tolist()) for each in encoder().encode_all(EXAMPLES, Counts()))
     epochs = []
     for epoch in range(2):
         rows = sequences.read(epoch * len(sequences.rows), len(sequences.rows))
@@ -90,56 +105,67 @@ def test_packing_puts_everything_somewhere_and_wastes_little(lengths: list[int])
     assert len(bins) <= 11 / 9 * max(1, sum(lengths) / 50) * 2 + 1  # twice the volume bound holds for any best fit
 
 
-def test_examples_are_read_or_refused(tmp_path: Path) -> None:
-    file = tmp_path / "examples.jsonl"
-    file.write_text("".join(json.dumps(example._asdict()) + "\n" for example in EXAMPLES))
-    assert list(read_examples(file)) == EXAMPLES
-    for line in ("{", "[]", '{"context": "", "question": "a"}', json.dumps(["", "a", "b"])):
-        file.write_text(f'{{"context": "", "question": "a", "answer": "b"}}\n{line}\n')
-        with pytest.raises(
-            UserError, match=r"examples.jsonl, line 2 is no example; it needs the keys context, question"
-        ):
-            list(read_examples(file))
-    half = json.dumps({"context": "\ud800", "question": "a", "answer": "b"})
-    deep = '{"context": "", "question": "a", "answer": "b", "more": ' + "[" * 10**5 + "]" * 10**5 + "}"
-    for line, why in ((half, r" \(holds half of a surrogate pair\)"), (deep, "")):
-        file.write_text(line)
-        with pytest.raises(UserError, match=f"line 1 is no example{why}; it needs"):
-            list(read_examples(file))
-    lines = "".join(json.dumps({**example._asdict(), "n": "number"}) + "\r\n\r\n" for example in EXAMPLES)
-    (tmp_path / "examples.jsonl.gz").write_bytes(
-        gzip.compress(codecs.BOM_UTF8 + lines.replace('"number"', "7" * 5000).encode())
+def test_the_question_stands_where_seed_and_number_say() -> None:
+    def starts(**options: Any) -> list[bool]:
+        encoded = encoder(400, **options).encode_all([example("def f", "q?", "a")] * 200, Counts())
+        return [TOKENIZER.decode(each.tokens[:3].tolist()).startswith("Q") for each in encoded]
+
+    assert starts() == starts() != starts(seed=4)
+    assert 75 < sum(starts()) < 125
+    assert not any(starts(question_first_prob=0.0)) and all(starts(question_first_prob=1.0))
+
+
+def test_passages_come_in_several_orders() -> None:
+    passages = tuple(f"[{letter}]" for letter in "abcdefgh")
+    asked = QuestionAnswer(passages, "q?", "a", "here")
+    encoded = list(encoder(400, passage_orders=3, question_first_prob=0.0).encode_all([asked], counts := Counts()))
+    texts = [TOKENIZER.decode(each.tokens.tolist()).partition("Question")[0] for each in encoded]
+    assert counts.examples == 3 and len(set(texts)) == 3
+    assert all(sorted(text.split()) == list(passages) for text in texts)
+    [once] = encoder(400, question_first_prob=0.0).encode_all([asked], Counts())
+    assert TOKENIZER.decode(once.tokens.tolist()).startswith("[a]\n\n[b]\n\n[c]")
+
+
+@pytest.mark.parametrize("question_first_prob", [0.0, 1.0])
+def test_a_long_context_is_cut_and_nothing_else(question_first_prob: float) -> None:
+    words = " ".join(f"word{n}" for n in range(300))
+    long = [example(words + " found", "Where?", "found"), example(words, "Where?", "word3"), EXAMPLES[1]]
+    encoded = list(encoder(question_first_prob=question_first_prob).encode_all(long, counts := Counts()))
+    assert counts.in_words() == (
+        "3 examples, 2 of them cut to fit (1 of which lost the answer's text from their context)"
     )
-    assert list(read_examples(tmp_path / "examples.jsonl.gz")) == EXAMPLES
-    file.write_text('{"context": "c", "question": "a", "answer": ""}')
-    with pytest.raises(UserError, match="line 1 is no example"):
-        list(read_examples(file))
-    with pytest.raises(UserError, match=r"cannot read .*none.jsonl: No such file"):
-        list(read_examples(tmp_path / "none.jsonl"))
+    for each, answer in zip(encoded, (" found", " word3"), strict=False):
+        assert LENGTH - 2 <= len(each.tokens) <= LENGTH + 1
+        text = TOKENIZER.decode(each.tokens.tolist())
+        assert text.endswith(f"Answer:{answer}") and "Question: Where?" in text and "word0 word1" in text
+        assert TOKENIZER.decode(each.tokens[each.predicted].tolist()) == answer
 
 
 def test_examples_that_do_not_fit_are_refused() -> None:
-    long = QuestionAnswer("word " * 200, "a", "b")
-    with pytest.raises(UserError, match=r"example 41 has \d+ tokens, more than data.sequence_length 120; shorten"):
+    long = QuestionAnswer(("a",), "b", "word " * 200, "file, line 7")
+    with pytest.raises(
+        UserError, match=r"file, line 7: question and answer have \d+ tokens, more than data.sequence_length 120, even"
+    ):
         sequences_of([*EXAMPLES, long])
-    with pytest.raises(UserError, match="there are no examples to fine-tune on"):
+    with pytest.raises(UserError, match=r"examples.jsonl holds no examples; give a file with at least one"):
         sequences_of([])
 
 
 def test_the_fingerprint_follows_the_examples() -> None:
-    same = sequences_of().fingerprint()
-    assert sequences_of().fingerprint() == same
-    others = (sequences_of(seed=4), sequences_of(sequence_length=130), sequences_of(EXAMPLES[1:]))
-    assert all(other.fingerprint() != same for other in others)
+    same = sequences_of().fingerprint
+    assert sequences_of().fingerprint == same
+    others = (sequences_of(seed=4), sequences_of(length=60), sequences_of(EXAMPLES[1:]))
+    assert all(other.fingerprint != same for other in others)
 
 
 def test_examples_come_from_a_file_or_a_pipe(tmp_path: Path) -> None:
     for place, kind in (("/dev/zero", "a device"), (tmp_path, "a folder")):
         with pytest.raises(UserError, match=f"cannot read .*: it is {kind}, not a regular file"):
-            list(read_examples(place))
+            list(read_examples(place, "examples"))
     os.mkfifo(tmp_path / "pipe.jsonl")
     line = json.dumps({"context": "", "question": "a", "answer": "b"})
     writer = threading.Thread(target=lambda: (tmp_path / "pipe.jsonl").write_text(line))
     writer.start()
-    assert list(read_examples(tmp_path / "pipe.jsonl")) == [QuestionAnswer("", "a", "b")]
+    place = f"{tmp_path}/pipe.jsonl, line 1"
+    assert list(read_examples(tmp_path / "pipe.jsonl", "examples")) == [QuestionAnswer((), "a", "b", place)]
     writer.join()

@@ -23,8 +23,9 @@ from support.datasets import CODE, EOS, TOKENIZER, write_dataset
 from skvr_dist.config.data import DataConfig
 from skvr_dist.config.train import TrainConfig
 from skvr_dist.data.batch import IGNORED, MicroBatch
+from skvr_dist.data.held_out import validation_sequences
 from skvr_dist.data.order import Mixture, Mixtures, permutation
-from skvr_dist.data.reader import MicroBatchReader, SequenceStream, SourceData, validation_sequences
+from skvr_dist.data.reader import MicroBatchReader, SequenceStream, SourceData
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.errors import UserError

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from skvr_dist.data.batch import IGNORED
-from skvr_dist.data.finetune import FinetuneSequences, QuestionAnswer
+from skvr_dist.data.finetune.encode import Counts, Encoder
+from skvr_dist.data.finetune.examples import QuestionAnswer
+from skvr_dist.data.finetune.sequences import FinetuneSequences
 from skvr_dist.data.prepare.corpus import Corpus, open_corpus
 from skvr_dist.data.prepare.prepare import prepare
 from skvr_dist.data.reader import Rows
@@ -44,12 +46,11 @@ def test_documents_and_what_is_not_predicted_are_marked() -> None:
 
 
 def test_fine_tuning_shows_answers_bare_and_prompts_in_brackets() -> None:
-    examples = [QuestionAnswer("", question, answer) for question, answer in (("a?", "yes"), ("b?", "no"))]
-    sequences = FinetuneSequences(examples, TOKENIZER, sequence_length=60, seed=0)
+    examples = [QuestionAnswer((), question, answer, "") for question, answer in (("a?", "yes"), ("b?", "no"))]
+    encoded = Encoder(TOKENIZER, longest=61, seed=0, question_first_prob=0.0).encode_all(examples, Counts())
+    sequences = FinetuneSequences(encoded, location="", sequence_length=60, eos_id=EOS, seed=0)
     text = render(passages(sequences.read(0, 1), 0, TOKENIZER))
-    prompts = {
-        example.question: f"[[\n\nQuestion: {example.question}\nAnswer:]] {example.answer}</s>" for example in examples
-    }
+    prompts = {each.question: f"[[Question: {each.question}\nAnswer:]] {each.answer}</s>" for each in examples}
     assert all(prompt in text for prompt in prompts.values())
 
 

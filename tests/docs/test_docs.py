@@ -60,7 +60,7 @@ def test_commands_name_what_exists(page: Path) -> None:
     for words in commands(page):
         at = next(i for i, word in enumerate(words) if re.fullmatch(r"(tools|launch)/\w+\.py", word))
         script, arguments = words[at], words[at + 1 :]
-        subcommand = arguments[:1] if script in ("tools/bench.py", "tools/verify.py") else []
+        subcommand = arguments[:1] if script in ("tools/bench.py", "tools/estimate.py", "tools/verify.py") else []
         known = options_of(script, *subcommand)
         assert {word.split("=")[0] for word in arguments if word.startswith("--")} <= known, shlex.join(words)
         configs = [Path(word) for word in arguments if word.startswith("configs/")]

@@ -51,7 +51,7 @@ def test_the_quick_matrix(layout: str) -> None:
     """Under NCCL's rule of first use, which changes no figure: no layout's first step hangs on GPUs."""
     cases = by_layout(quick_matrix())[layout]
     outcomes = list(run_matrix(cases, first_use=True))
-    assert len(outcomes) == len(cases) == (1 if LAYOUTS[layout].brief else 2)
+    assert len(outcomes) == len(cases) >= (1 if LAYOUTS[layout].brief else 2)
     require_ok(outcomes)
 
 

@@ -45,11 +45,11 @@ def receive_another_plan() -> str:
     mesh = mesh_of_replicas()
     plans = plan_stream(Case("DP2 ZeRO-1", "none").config(), mesh, first_step=0)
     plans.next()
-    plans._work.wait()
+    plans._under_way[0].arrive()
     if mesh.rank == 0:
         plans.next()
         return ""
-    plans._received[3, 4] = 2
+    plans._under_way[0].received[3, 4] = 2
     with pytest.raises(UserError) as raised:
         plans.next()
     return str(raised.value)

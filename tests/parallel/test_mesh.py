@@ -14,18 +14,17 @@ from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.lab.verify.cases import SHAPE
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.parallel.pipeline.step_plan import MicroBatchPlan, plan_for_stage
+from skvr_dist.parallel.pipeline.step_plan import PassPlan, plan_for_stage
 from skvr_dist.routing import RoutingPlan, fixed_plan
 
 
 def look_around(pp_size: int, tp_size: int) -> tuple[tuple[list[int], ...], str]:
     """This rank among stages, replicas and tensor-parallel ranks; and its name."""
     mesh = Mesh.build(ParallelConfig(pipeline=pp_size, tensor=tp_size), ModelConfig.model_validate(SHAPE))
-    assert dist.get_backend(mesh.dp_group) == "gloo"
     assert mesh.rank == dist.get_rank()
     stages = [mesh.stage_rank(stage) for stage in range(mesh.pp_size)]
     assert stages in mesh.pipelines()
-    groups = dist.get_process_group_ranks(mesh.dp_group), dist.get_process_group_ranks(mesh.tp_group)
+    groups = dist.get_process_group_ranks(mesh.devices.get_group("dp")), dist.get_process_group_ranks(mesh.tp_group)
     for ranks, place in zip((stages, *groups), (mesh.pp_rank, mesh.dp_rank, mesh.tp_rank), strict=True):
         assert ranks[place] == mesh.rank
     return (stages, *groups), mesh.name
@@ -48,7 +47,7 @@ def test_what_enters_and_leaves_a_stage() -> None:
     donors = fixed_plan((0, 1, 2, 3, 4), 4).donors
     donors[1] = 0, 0, 0, 1, 2
     plan = RoutingPlan(donors)
-    assert plan_for_stage(plan, replica, 0, 2)[0] == MicroBatchPlan((0, 0, 0, 1, 2), entering=(), leaving=(0, 1))
-    assert plan_for_stage(plan, replica, 2, 4)[0] == MicroBatchPlan((0, 0, 0, 1, 2), entering=(0, 1), leaving=(2,))
-    assert plan_for_stage(plan, replica, 4, 5)[0] == MicroBatchPlan((0, 0, 0, 1, 2), entering=(2,), leaving=())
-    assert plan_for_stage(plan, replica, 2, 4)[1] == MicroBatchPlan((0, 1, 2, 3, 4), entering=(), leaving=())
+    assert plan_for_stage(plan, replica, 0, 2)[0] == PassPlan((0, 0, 0, 1, 2), entering=(), leaving=(0, 1))
+    assert plan_for_stage(plan, replica, 2, 4)[0] == PassPlan((0, 0, 0, 1, 2), entering=(0, 1), leaving=(2,))
+    assert plan_for_stage(plan, replica, 4, 5)[0] == PassPlan((0, 0, 0, 1, 2), entering=(2,), leaving=())
+    assert plan_for_stage(plan, replica, 2, 4)[1] == PassPlan((0, 1, 2, 3, 4), entering=(), leaving=())

@@ -31,6 +31,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.hf.convert.card import Training
 from skvr_dist.hf.convert.export import export_model
 from skvr_dist.hf.convert.import_model import import_model
+from skvr_dist.lab.estimate.serve import tokens_that_fit
 from skvr_dist.routing import CacheStrategy, RoutingConfig
 from skvr_dist.serve.sharing import reader_weights, require_known_attention, require_one_stage
 
@@ -108,9 +109,9 @@ def serve(folder: Path, **overrides: Any) -> tuple[list[list[int]], int]:
 
 
 def capacity(config: ModelConfig, retained: int) -> int:
-    """Tokens that fit into the budget, by the formula for the bytes of a token."""
+    """Tokens that fit into the budget, as `skvr-estimate serve` counts them."""
     bytes_per_token = retained * 2 * config.num_key_value_heads * config.head_dim * 4
-    return int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) * 2**30 // bytes_per_token
+    return tokens_that_fit(int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) * 2**30, bytes_per_token, BLOCK)
 
 
 BLOCK = 128
@@ -123,7 +124,7 @@ def test_tokens_and_capacity(family: str, exports: Mapping[str, Path]) -> None:
     for name, retained in strategies.items():
         tokens, held = serve(exports[family], kv_profile=name)
         assert tokens == wanted_tokens(config, retained, prompts()), name
-        assert capacity(config, len(retained)) - BLOCK < held <= capacity(config, len(retained)), name
+        assert held == capacity(config, len(retained)), name
 
 
 def test_other_ways_to_name_a_strategy(exports: Mapping[str, Path], tmp_path: Path) -> None:

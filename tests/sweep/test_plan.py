@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from skvr_dist.errors import UserError
+from skvr_dist.routing import CacheStrategy
 from skvr_dist.sweep.experiment import read_experiment
 from skvr_dist.sweep.folder import SweepFolder
 from skvr_dist.sweep.plan import PlannedRun, plan_runs
@@ -114,5 +115,10 @@ def test_every_experiment_of_the_project_can_be_planned() -> None:
     files = sorted((ROOT / "configs/experiment/sweeps").glob("*.yaml"))
     runs = {file.stem: plan_runs(read_experiment(file)) for file in files}
     assert len(runs["recipes"]) == 18
+    for planned_runs in runs.values():
+        for run in planned_runs:
+            if run.config.routing.policy == "cla":  # other layers have learned no keys and values
+                strategies = CacheStrategy.parse_all(run.config.evaluate.strategies, 8).values()
+                assert all(layer % 2 == 0 for strategy in strategies for layer in strategy.retained)
     quickstart_tokens = {run.config.train.global_batch_size * run.config.train.steps for run in runs["recipes"]}
     assert quickstart_tokens == {4400}  # sequences of 256

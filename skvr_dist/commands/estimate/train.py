@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from skvr_dist.command import add_configs, add_json, add_overrides, at_least, write_json
+from skvr_dist.command import add_configs, add_json, add_overrides, at_least, positive, share, write_json
 
 if TYPE_CHECKING:
     from skvr_dist.lab.estimate.layout import Estimate, StageEstimate
@@ -30,36 +29,17 @@ if TYPE_CHECKING:
 _SHOWN_FITTING, _SHOWN_OTHERS = 12, 4  # rows of proposals
 
 
-def _positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (number > 0 and math.isfinite(number)):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return number
-
-
-def _share(text: str) -> float:
-    """An argparse type: a number above 0, at most 1."""
-    number = _positive(text)
-    if number > 1:
-        raise argparse.ArgumentTypeError(f"{text} is more than 1, all of the peak")
-    return number
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_configs(parser)
     parser.add_argument("--gpus", type=at_least(1), required=True, metavar="N", help="ranks of the run")
     parser.add_argument("--gpu", choices=("h100", "h200", "a100"), default="h100", help="whose rates (default: h100)")
-    parser.add_argument("--tflops", type=_positive, metavar="X", help="another peak of dense bf16 products")
-    parser.add_argument("--link-gbps", type=_positive, metavar="X", help="GB/s to GPUs of the same host, one way")
-    parser.add_argument("--network-gbps", type=_positive, metavar="X", help="GB/s to GPUs of other hosts, one way")
+    parser.add_argument("--tflops", type=positive, metavar="X", help="another peak of dense bf16 products")
+    parser.add_argument("--link-gbps", type=positive, metavar="X", help="GB/s to GPUs of the same host, one way")
+    parser.add_argument("--network-gbps", type=positive, metavar="X", help="GB/s to GPUs of other hosts, one way")
     parser.add_argument("--gpus-per-host", type=at_least(1), default=8, metavar="N", help="(default: 8)")
-    parser.add_argument("--efficiency", type=_share, metavar="X", help="share of the peak reached (default: 0.6)")
-    parser.add_argument("--memory-gib", type=_positive, metavar="X", help="memory of a GPU that a process can use")
+    parser.add_argument("--efficiency", type=share, metavar="X", help="share of the peak reached (default: 0.6)")
+    parser.add_argument("--memory-gib", type=positive, metavar="X", help="memory of a GPU that a process can use")
     parser.add_argument("--propose", action="store_true", help="rank layouts instead")
     add_json(parser)
     add_overrides(parser)

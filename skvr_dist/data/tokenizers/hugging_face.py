@@ -75,6 +75,21 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # bare too: a word is not in the vocabulary, and there is no token for unknown ones
             raise UserError(f"{self._name} cannot encode a text ({' '.join(str(error).split())})") from None
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text in which names of special tokens are these tokens, as a chat template writes them.
+
+        Returns:
+            the ids, and for each the characters that it stands for: from the first to before the second.
+        """
+        self._tokenizer.encode_special_tokens = False
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # as above
+            raise UserError(f"{self._name} cannot encode a text ({' '.join(str(error).split())})") from None
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
@@ -125,6 +140,32 @@ def read_hf_files(path: Path) -> bytes:
         raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; a document must end with one")
     padding = {} if pad is None else {"pad_token": pad}
     return _dump({"eos_token": eos, "tokenizer": tokenizer, **padding})
+
+
+def read_chat_template(path: Path) -> tuple[str, dict[str, str]] | None:
+    """The chat template beside a tokenizer.json (or in its folder), and the special tokens by the names it may use.
+
+    Returns:
+        None if there is no template, or more than one of which none is called `default`.
+
+    Raises:
+        UserError: the files cannot be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        config = _read_json(folder / "tokenizer_config.json")
+        file = folder / "chat_template.jinja"
+        template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    except OSError as error:
+        raise UserError(f"cannot read tokenizer {path}: {error.strerror} ({error.filename})") from None
+    except (ValueError, AttributeError):
+        raise UserError(f"{folder / 'tokenizer_config.json'} is no JSON object; mend it") from None
+    if isinstance(template, list):  # several by name
+        template = next((each.get("template") for each in template if each.get("name") == "default"), None)
+    if not isinstance(template, str):
+        return None
+    named = {name: _name_of(token) for name, token in config.items() if name.endswith("_token")}
+    return template, {name: token for name, token in named.items() if token is not None}
 
 
 def _name_of(token: Any) -> str | None:

@@ -75,8 +75,17 @@ def require_estimable(config: Config, gpus: int) -> None:
     """
     if config.offloads_optimizer:
         raise UserError("deepspeed.zero_optimization.offload_optimizer has no estimate yet; leave it out")
+    if config.distillation:
+        raise UserError("distillation has no estimate yet; set distillation to null")
+    if config.train.only:
+        raise UserError("train.only has no estimate yet; set it to null")
     if config.model.attention == "eager":
         raise UserError("model.attention eager keeps all scores, which has no estimate; use sdpa, flash or auto")
+    require_usable(config, gpus)
+
+
+def require_usable(config: Config, gpus: int) -> None:
+    """Raises `UserError` if the layout of a configuration cannot use that many GPUs, with the nearest number it can."""
     cell = config.parallel.pipeline * config.parallel.tensor
     usable = [n * cell for n in range(1, config.num_micro_batches + 1) if _divides(config, n)]
     if not usable:

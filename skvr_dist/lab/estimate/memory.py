@@ -12,6 +12,7 @@ from typing import Literal
 
 from skvr_dist.lab.estimate.rank import MicroBatch, RankSizes
 from skvr_dist.lab.estimate.traffic import flat_shares, is_persistent, released_modules
+from skvr_dist.model.loss import chunks
 
 Kernels = Literal["cpu", "cuda"]
 
@@ -31,7 +32,7 @@ class Memory:
     """Of the micro-batches alive, and what the pass that runs takes beside them."""
     pipeline_buffers: int
     loss: int
-    """Logits, their softmax and its gradient."""
+    """Gradients of hidden states and head, and logits of a chunk."""
     moment: str
 
     @property
@@ -179,19 +180,25 @@ def peak_memory(rank: RankSizes, rows: Sequence[MicroBatch], kernels: Kernels = 
         rows: the step's micro-batches of this rank's replica.
         kernels: whose kernels run.
     """
-    moments = [_at_backward(rank, rows, number, kernels) for number in range(len(rows))]
+    activations = _Activations(rank, kernels)
+    kept = [activations.micro_batch(row) for row in rows]
+    moments = [_at_backward(activations, kept, rows, number) for number in range(len(rows))]
     if rank.config.parallel.zero_stage == 3:
-        moments += [_while_reducing(rank, rows, number, kernels) for number in range(len(rows))]
+        moments += [_while_reducing(activations, kept, rows, number) for number in range(len(rows))]
     moments += [_at_reduction(rank), _at_update(rank)]
     return max(moments, key=lambda memory: memory.total)
 
 
-def _at_backward(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kernels: Kernels) -> Memory:
-    """While micro-batch `number` runs back."""
-    activations = _Activations(rank, kernels)
+def _at_backward(activations: _Activations, kept: Sequence[int], rows: Sequence[MicroBatch], number: int) -> Memory:
+    """While micro-batch `number` runs back.
+
+    Args:
+        kept: what each micro-batch of the step keeps between its passes.
+    """
+    rank = activations.rank
     last = min(number + rank.in_flight, len(rows))
-    others = sum(activations.micro_batch(row) for row in rows[number + 1 : last])
-    held = activations.micro_batch(rows[number])
+    others = sum(kept[number + 1 : last])
+    held = kept[number]
     running = activations.while_running_back(rows[number])
     loss = _loss(rank)
     if held + loss < running:
@@ -212,11 +219,11 @@ def _at_backward(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kerne
     )
 
 
-def _while_reducing(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kernels: Kernels) -> Memory:
+def _while_reducing(activations: _Activations, kept: Sequence[int], rows: Sequence[MicroBatch], number: int) -> Memory:
     """While ZeRO-3 reduces the first bucket of micro-batch `number`: a padded copy of it, and the next gradients."""
-    activations = _Activations(rank, kernels)
+    rank = activations.rank
     last = min(number + rank.in_flight, len(rows))
-    others = sum(activations.micro_batch(row) for row in rows[number + 1 : last])
+    others = sum(kept[number + 1 : last])
     parameters, optimizer, gradients = state_bytes(rank)
     on_their_way = 8 * min(rank.parameters, rank.zero_option("reduce_bucket_size", _BUCKET))
     return Memory(
@@ -232,14 +239,16 @@ def _while_reducing(rank: RankSizes, rows: Sequence[MicroBatch], number: int, ke
 
 
 def _loss(rank: RankSizes) -> int:
-    """Logits in float32, their softmax and its gradient.
+    """While the loss is made: gradients of hidden states and head, and the logits of a chunk of tokens, in float32.
 
-    In bf16 over tensor-parallel ranks the forward pass holds more: logits in both precisions, what they are below the
-    highest, and its exponentials.
+    In bf16 there is a copy of the chunk's logits in both directions.
     """
     if not rank.is_last:
         return 0
-    return (14 if rank.tensor > 1 and rank.element == 2 else 12) * rank.tokens * rank.vocabulary
+    hidden, rows = rank.model.hidden_size, rank.vocabulary
+    chunk = max(part.stop - part.start for part in chunks(rank.tokens, rows))
+    gradients = rank.element * hidden * (rows + rank.tokens)
+    return gradients + (6 if rank.element == 2 else 4) * chunk * rows
 
 
 def _pipeline_buffers(rank: RankSizes, rows: Sequence[MicroBatch], number: int, last: int) -> int:

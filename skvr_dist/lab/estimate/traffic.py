@@ -82,7 +82,8 @@ def _add_tensor_parallel(total: _Sum, rank: RankSizes, row: MicroBatch) -> None:
         leaves, gradients_of_leaves = leaves + 1, gradients_of_leaves + 1
     if rank.is_last:
         enters, gradients_of_enters = enters + 1, gradients_of_enters + 1
-        total.add("tensor", "all_reduce", 12 * rank.tokens + split * size * model.hidden_size)
+        total.add("tensor", "all_reduce", split * size * model.hidden_size)
+        total.add("tensor", "all_gather", 8 * rank.tokens)  # two figures of each token's loss
     if split:
         total.add("tensor", "all_gather", hidden // rank.tensor * (enters + gradients_of_leaves))
         total.add("tensor", "reduce_scatter", hidden * (leaves + gradients_of_enters))

@@ -155,3 +155,12 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 1),
         "passed": outcome.is_well,
     }
+
+
+def from_record(record: dict[str, Any], case: Case) -> Outcome:
+    """The outcome that `as_record` made a record of.
+
+    Raises:
+        KeyError: it is no such record.
+    """
+    return Outcome(case, Ending(record["found"], record["misses"]), record["seconds"])

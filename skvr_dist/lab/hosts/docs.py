@@ -12,7 +12,7 @@ from skvr_dist.lab.hosts.slurm import PROGRAMS, start_slurm
 from skvr_dist.lab.hosts.starts import SECONDS, last_words
 
 PAGE = ROOT / "docs" / "launch.md"
-_STEPS = 4
+_STEPS = 40
 _EVERY_HOST = re.compile(r"# on every host|# on host number \$N")
 
 

@@ -57,10 +57,23 @@ POLICIES: dict[str, dict[str, Any]] = {
     "cla": {"group_size": 2},
     "rd_cla": {"group_size": 3, "cross_layer_prob": 0.5},
 }
+DISTILLATIONS: dict[str, dict[str, Any]] = {
+    "self": {"teacher": "self", "weight": 0.4, "temperature": 2.0},
+    # The target runs forwards only, and half of the micro-batches are not distilled.
+    "forwards only": {
+        "teacher": "self",
+        "weight": 0.7,
+        "share": 0.5,
+        "full_weight": 0.0,
+        "passes": ["routed", "prefix:1"],
+    },
+}
+"""Sections that a case may distil with."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "policy": tuple(POLICIES),
     "family": tuple(FAMILIES),
     "attention": get_args(AttentionName),
+    "compile": ("off", "aot_eager", "inductor"),
 }
 """What a whole matrix may be trained with instead (`tools/verify.py layouts --set`), by the field of `Case`."""
 CHECKPOINTING: dict[str, dict[str, Any]] = {
@@ -151,6 +164,7 @@ class Case:
     family: str = "qwen3"
     precision: str = "fp32"
     attention: str = "sdpa"
+    compile: str = "off"
     ragged: bool = False
     """Whether sequences have labels at their beginning only, from all to none of them (`RAGGED`)."""
     documents: str = "joined"
@@ -165,6 +179,8 @@ class Case:
     rising: bool = False
     """Whether the probability of cross-layer reads rises from step to step, with some micro-batches at full retention,
     under a policy that draws anything."""
+    distillation: str = ""
+    """The name of one of `DISTILLATIONS`."""
     adam_eps: float = OPTIMIZER["eps"]
     clip: float = CLIP
     steps: int = 3
@@ -186,7 +202,7 @@ class Case:
     @property
     def on_one_rank(self) -> Case:
         """The case reduced to what changes the training: equal for all layouts and all ways to compute it."""
-        return dataclasses.replace(self, layout="single", checkpointing="none", attention="sdpa")
+        return dataclasses.replace(self, layout="single", checkpointing="none", attention="sdpa", compile="off")
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -216,7 +232,11 @@ class Case:
             {
                 "model": self.shape,
                 "routing": self.routing,
-                "parallel": {**layout.parallel, "activation_checkpointing": CHECKPOINTING[self.checkpointing]},
+                "parallel": {
+                    **layout.parallel,
+                    "activation_checkpointing": CHECKPOINTING[self.checkpointing],
+                    "compile": self.compile,
+                },
                 "data": {
                     "train": "",
                     "validation": "",
@@ -243,8 +263,20 @@ class Case:
                     "gradient_clipping": self.clip,
                 },
                 "deepspeed": layout.deepspeed,
+                "distillation": DISTILLATIONS[self.distillation] if self.distillation else None,
             }
         )
+
+    def distilled(self) -> list[list[bool]]:
+        """Which micro-batches of every step are distilled, [steps][Q]: all, or the halves of the batch in turn."""
+        halves = "share" in DISTILLATIONS.get(self.distillation, {})
+        return [
+            [
+                bool(self.distillation) and (not halves or (q < MICRO_BATCHES // 2) == (step % 2 == 0))
+                for q in range(MICRO_BATCHES)
+            ]
+            for step in range(self.steps)
+        ]
 
     def batches(self) -> list[Tensor]:
         """The global batch of every step, int [Q, B, S + 1]; with ends of documents where they are separate."""
@@ -319,7 +351,8 @@ def varied(case: Case, variation: str) -> Case:
 def full_matrix() -> list[Case]:
     """Every layout, with policies, kinds of checkpointing and kinds of embedding combined.
 
-    Each layout also trains once over 20 steps, and once a Qwen2, which has biases on queries, keys and values alone.
+    Each layout also trains once over 20 steps, once a Qwen2, which has biases on queries, keys and values alone, and
+    twice with distillation.
     Each case with checkpointing has another variation, which meets another policy and kind in each layout.
     """
     policies, tied = ("none", "uniform", "strategy"), itertools.cycle((True, False))
@@ -332,6 +365,8 @@ def full_matrix() -> list[Case]:
             cases.append(varied(Case(layout, policy, kind, next(tied)), next(names)))
         cases.append(Case(layout, steps=20))
         cases.append(Case(layout, family="qwen2", tied=number % 2 == 1))
+        cases.append(Case(layout, "strategy", ragged=True, tied=number % 2 == 0, distillation="self"))
+        cases.append(Case(layout, "uniform", "layer", documents="separate", distillation="forwards only"))
     for layout in (layout for layout in LAYOUTS if LAYOUTS[layout].brief):
         cases += [Case(layout), Case(layout, "strategy", "layer", tied=True, ragged=True)]
         cases += [varied(Case(layout, tied=True), variation) for variation in ("bf16", "all at once")]
@@ -341,7 +376,7 @@ def full_matrix() -> list[Case]:
 def quick_matrix() -> list[Case]:
     """Every layout twice, so that all policies, kinds of checkpointing and both kinds of embedding take their turns.
 
-    The second case has a variation. Brief layouts are there once, and only if two ranks are enough.
+    The second case has a variation. Brief layouts are there once, and only if two ranks are enough. Four cases distil.
     """
     policies = itertools.cycle(("uniform", "strategy", "uniform", "none"))
     kinds = itertools.cycle(("none", "layer", "attention", "every 2nd layer"))
@@ -354,4 +389,9 @@ def quick_matrix() -> list[Case]:
             cases += [plain[0], varied(plain[1], next(names))]
         elif layout.ranks == 2:
             cases.append(dataclasses.replace(plain[0], ragged=True))
+    cases += [Case(layout, "strategy", ragged=True, distillation="self") for layout in ("DP2 ZeRO-2", "TP2xPP2")]
+    cases += [
+        Case(layout, documents="separate", tied=True, distillation="forwards only")
+        for layout in ("PP4 uneven", "TP2xPP2xDP2 SP ZeRO-3")
+    ]
     return cases

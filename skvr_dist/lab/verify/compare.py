@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skvr_dist.lab.verify import draws, reference
-from skvr_dist.lab.verify.cases import BATCH, MICRO_BATCHES, OPTIMIZER, SEED, Case
+from skvr_dist.lab.verify.cases import BATCH, DISTILLATIONS, MICRO_BATCHES, OPTIMIZER, SEED, Case
 from skvr_dist.lab.verify.measure import Held, RankResult
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.routing import crossing_elements
@@ -133,6 +133,33 @@ def how_to_train(case: Case) -> dict[str, Any]:
     return {"clip": case.clip, "optimizer": {**OPTIMIZER, "eps": case.adam_eps}, "learning_rates": rates}
 
 
+def how_to_distil(case: Case) -> reference.Distillation | None:
+    """What a case's distilled micro-batches learn, as the reference takes it."""
+    if not case.distillation:
+        return None
+    section = {"temperature": 1.0, "full_weight": 1.0, "passes": ["routed"], **DISTILLATIONS[case.distillation]}
+    donors = {"routed": None, "prefix:1": [0] * case.shape["num_hidden_layers"]}
+    return reference.Distillation(
+        section["weight"],
+        section["temperature"],
+        section["full_weight"],
+        [donors[name] for name in section["passes"]],
+    )
+
+
+def passes(case: Case, plans: list[list[list[int]]]) -> list[tuple[list[int], bool]]:
+    """Donors of every pass of a case, and whether it runs back."""
+    how, found = how_to_distil(case), []
+    for plan, marks in zip(plans, case.distilled(), strict=True):
+        for donors, mark in zip(plan, marks, strict=True):
+            if how and mark:
+                found.append((list(range(len(donors))), how.full_weight > 0))
+                found += [(each or donors, True) for each in how.passes]
+            else:
+                found.append((donors, True))
+    return found
+
+
 @functools.cache
 def expected(case: Case) -> dict[str, Any]:
     """What the reference gets on one rank: initial weights, donors, losses, norms, gradients and final weights."""
@@ -154,6 +181,8 @@ def expected(case: Case) -> dict[str, Any]:
         labelled=case.labelled(),
         separate_at=case.separate_at,
         dtype=dtype,
+        distillation=how_to_distil(case),
+        distilled=case.distilled(),
         **how_to_train(case),
     )
     torch.set_num_threads(threads)
@@ -190,7 +219,7 @@ def compare(case: Case, results: Sequence[RankResult]) -> Outcome:
             for kind in ("parameters", "gradients", "optimizer")
         },
         crossing_ratio=_crossing_ratio(case, results),
-        backward_ratio=sum(r.backward_passes for r in results) / _backward_passes(case),
+        backward_ratio=sum(r.backward_passes for r in results) / _backward_passes(case, results[0].donors),
     )
 
 
@@ -267,14 +296,14 @@ def _crossing_ratio(case: Case, results: Sequence[RankResult]) -> float:
     model, kv_copies = config.model, max(config.parallel.tensor // config.model.num_key_value_heads, 1)
     size = {"tokens": BATCH * case.sequence, "hidden_size": model.hidden_size, "kv_size": model.kv_size * kv_copies}
     cuts = [stop for _, stop in stage_bounds(model, config.parallel)[:-1]]
-    rows = [donors for step in results[0].donors for donors in step]
+    rows = [donors for donors, _ in passes(case, results[0].donors)]
     bound = sum(crossing_elements(donors, cut, **size) for cut in cuts for donors in rows)
     bytes_per_element = 2 if case.precision == "bf16" else 4
     sent = sum(result.sent_bytes for result in results)
     return sent / (bound * bytes_per_element) if bound else 1.0 + sent
 
 
-def _backward_passes(case: Case) -> int:
-    """Backward passes over all ranks: one per micro-batch, stage and tensor-parallel rank."""
+def _backward_passes(case: Case, plans: list[list[list[int]]]) -> int:
+    """Backward passes over all ranks: one per pass that has any, stage and tensor-parallel rank."""
     parallel = case.config().parallel
-    return case.steps * MICRO_BATCHES * parallel.pipeline * parallel.tensor
+    return sum(back for _, back in passes(case, plans)) * parallel.pipeline * parallel.tensor

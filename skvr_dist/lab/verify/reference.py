@@ -11,6 +11,7 @@ Shapes: Q micro-batches of B sequences of S + 1 tokens, L layers, E head_dim, V 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -123,9 +124,46 @@ def logits(w: Weights, shape: dict, tokens: Tensor, donors: list[int], separate_
 
 def token_losses(w: Weights, shape: dict, tokens: Tensor, donors: list[int], separate_at: int | None = None) -> Tensor:
     """Cross entropy [B, S] of every token but the first of sequences [B, S + 1]."""
-    predicted = logits(w, shape, tokens[:, :-1], donors, separate_at)
+    return cross_entropy(logits(w, shape, tokens[:, :-1], donors, separate_at), tokens)
+
+
+def cross_entropy(predicted: Tensor, tokens: Tensor) -> Tensor:
+    """Cross entropy [B, S] of logits [B, S, V] against every token but the first of sequences [B, S + 1]."""
     log_probability = predicted - predicted.logsumexp(-1, keepdim=True)
     return -log_probability.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a distilled micro-batch learns."""
+
+    weight: float
+    """Share of the divergence."""
+    temperature: float
+    full_weight: float
+    """Of the cross entropy at full retention, where each of `passes` has 1."""
+    passes: list[list[int] | None]
+    """Donors of each pass that learns; None: those that were drawn."""
+    teacher: tuple[Weights, dict] | None = None
+    """Another model's weights and shape; None: the model itself, at full retention."""
+
+
+def distilled_losses(
+    w: Weights, shape: dict, tokens: Tensor, donors: list[int], how: Distillation, separate_at: int | None = None
+) -> Tensor:
+    """Loss [B, S] of every token but the first of sequences [B, S + 1], averaged over the passes by their weights."""
+    inputs = tokens[:, :-1]
+    teacher, teacher_shape = how.teacher or (w, shape)
+    full = logits(teacher, teacher_shape, inputs, list(range(teacher_shape["num_hidden_layers"])), separate_at)
+    log_target = (full.detach() / how.temperature).log_softmax(-1)
+    total = how.full_weight * cross_entropy(full, tokens)
+    for each in how.passes:
+        student = logits(w, shape, inputs, donors if each is None else each, separate_at)
+        log_student = (student / how.temperature).log_softmax(-1)
+        divergence = (log_target.exp() * (log_target - log_student)).sum(-1)
+        total = total + (1 - how.weight) * cross_entropy(student, tokens)
+        total = total + how.weight * how.temperature**2 * divergence
+    return total / (how.full_weight + len(how.passes))
 
 
 def loss(w: Weights, shape: dict, tokens: Tensor, donors: list[int]) -> Tensor:
@@ -198,12 +236,16 @@ def train(
     labelled: list[Tensor] | None = None,
     separate_at: int | None = None,
     dtype: torch.dtype = torch.float32,
+    distillation: Distillation | None = None,
+    distilled: list[list[bool]] | None = None,
 ) -> dict:
     """AdamW (with the parameters in `optimizer`) over steps.
 
     `batches[t]` is [Q, B, S + 1] and `plans[t]` the donors [Q][L] of step t. Its loss is the mean over all tokens of
     the batch that are predicted: those that `labelled[t]`, bool [Q, B, S], marks, or else all but each sequence's
     first; but never what follows the token `separate_at`, which ends documents.
+
+    Micro-batch q of step t is distilled where `distilled[t][q]` says so.
 
     With a `dtype` of fewer bits the gradients are those at the weights rounded to it, computed in fp32.
 
@@ -213,9 +255,15 @@ def train(
     rates = learning_rates or [adamw.lr] * len(batches)
     masks = labelled or [torch.ones_like(batch[..., 1:], dtype=torch.bool) for batch in batches]
     result: dict = {"losses": [], "norms": [], "gradients": []}
-    for batch, mask, plan, rate in zip(batches, masks, plans, rates, strict=True):
+    which = distilled or [[False] * len(batch) for batch in batches]
+    for batch, mask, plan, rate, marks in zip(batches, masks, plans, rates, which, strict=True):
         w = {name: value.to(dtype).float().clone().requires_grad_() for name, value in adamw.weights.items()}
-        losses = [token_losses(w, shape, tokens, row, separate_at) for tokens, row in zip(batch, plan, strict=True)]
+        losses = [
+            distilled_losses(w, shape, tokens, row, distillation, separate_at)
+            if distillation and mark
+            else token_losses(w, shape, tokens, row, separate_at)
+            for tokens, row, mark in zip(batch, plan, marks, strict=True)
+        ]
         if separate_at is not None:
             mask = mask & (batch[..., :-1] != separate_at)
         total = torch.stack(losses)[mask].mean()

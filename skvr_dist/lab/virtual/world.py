@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.tree import Config
+from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.ranks import run_alone
 from skvr_dist.lab.virtual.rank import Trace, trace_rank
 
@@ -48,7 +49,16 @@ def shrunk(config: Config) -> Config:
 
 
 def trace_world(config: Config, world_size: int, steps: int) -> Iterator[Trace]:
-    """The trace of each of `distinct_ranks`, every one from a process of its own, one after the other."""
+    """The trace of each of `distinct_ranks`, every one from a process of its own, one after the other.
+
+    Raises:
+        UserError: there is a frozen teacher, which is of a size of its own.
+    """
+    if config.distillation and not config.distillation.is_own:
+        raise UserError(
+            f"distillation.teacher {config.distillation.teacher} cannot be tried on made-up ranks, whose model is as "
+            f"small as can be; set distillation.teacher to self, or distillation to null"
+        )
     small = shrunk(config)
     for rank in distinct_ranks(config, world_size):
         yield run_alone(trace_rank, small, rank, world_size, steps)

@@ -18,9 +18,10 @@ def deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of this run."""
     replicas = data_parallel_size(config, world_size)
     generated: dict[str, Any] = {
-        "train_batch_size": config.train.global_batch_size,
+        # DeepSpeed counts passes: a micro-batch that is distilled has several.
+        "train_batch_size": config.num_passes * config.train.micro_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.num_micro_batches // replicas,
+        "gradient_accumulation_steps": config.num_passes // replicas,
         "gradient_clipping": config.train.gradient_clipping,
         "zero_optimization": {"stage": config.parallel.zero_stage},
         "bf16": {"enabled": config.train.precision == "bf16"},

@@ -6,10 +6,15 @@ Sizes come from the routing plan, so there is no handshake; a stage's backward r
 crosses. The loss and its gradient are means over the labels of the global batch, not over its micro-batches: DeepSpeed
 averages the micro-batches' sums over equally many positions, and before the optimizer step everything is
 multiplied by positions / labels, which is 1 if no label is ignored.
+
+A micro-batch may have several passes (`skvr_dist.parallel.pipeline.passes`), which DeepSpeed's schedule takes for as
+many micro-batches. Their labels count once, so that the same factor makes the mean of their weighted losses of it. What
+runs forwards only is left out of the schedule on its way back, on every stage alike.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
@@ -24,16 +29,17 @@ from torch import Tensor
 
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.model.modules import count_labels
+from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.gradients import clip_by_global_norm, drop_gradients, gradient_tensors, scale_gradients
 from skvr_dist.parallel.engine.schedule import sends_first
-from skvr_dist.parallel.engine.stage import StageModule
+from skvr_dist.parallel.engine.stage import Prediction, StageModule
 from skvr_dist.parallel.engine.stopwatch import Stopwatch
 from skvr_dist.parallel.engine.zero import ZeroPipelineEngine, compare_module_order_within, reduce_layer_by_layer
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.boundary import Handover, HandoverFormat, MicroBatchShape, connect
-from skvr_dist.parallel.pipeline.step_plan import MicroBatchPlan, plan_for_stage
+from skvr_dist.parallel.pipeline.step_plan import PassPlan, plan_for_stage
 from skvr_dist.routing import RoutingPlan, fixed_plan
 
 
@@ -49,6 +55,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         deepspeed_json: DeepSpeed's configuration.
         optimizer: builds the optimizer from parameter groups.
         lr_scheduler: builds the learning-rate schedule from the optimizer.
+        distillation: what micro-batches learn from besides their labels, if anything.
     """
 
     def __init__(
@@ -62,8 +69,9 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         optimizer: Callable[[Any], torch.optim.Optimizer],
         lr_scheduler: Callable[[torch.optim.Optimizer], Any],
         separate_documents: bool = False,
+        distillation: Distillation | None = None,
     ) -> None:
-        compare_module_order_within(mesh.dp_group)
+        compare_module_order_within(f"{mesh.pp_rank}/{mesh.tp_rank}")
         super().__init__(
             args=None,
             model=module,
@@ -77,6 +85,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         )
         if self.zero_optimization_stage() == 2:
             reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
+        module.compile_layers(torch.device(self.device))
         self.separate_documents = separate_documents
         self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
         self.pipe_buffers["micro_batch"] = [None] * self.num_pipe_buffers  # number of the micro-batch in each buffer
@@ -91,13 +100,22 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         """Backward passes that this stage has run since it started."""
         self.before_update: Callable[[], None] | None = None
         """Called in every step when its gradients are complete and not yet clipped."""
+        self.counts_to_sum: Callable[[], list[float]] = list
+        """Called at the end of every step, before its update: numbers to be summed over all ranks with its loss."""
+        self.summed_counts: list[float] = []
+        """Their sums in the last step."""
         self.predicted_tokens = 0
         """Labels that counted in the last step or evaluation, over the global batch."""
         self._mean_loss = 0.0
         self._labels = 0  # of the micro-batches that this rank has run, on the last stage
         self._update_is_admitted = True
-        self._plans: tuple[MicroBatchPlan, ...] = ()
-        self._arrived = 0  # micro-batches that have come to this stage in the schedule that runs
+        self.losses_by_part: dict[str, float] = {}
+        """Means of the parts of the last step's loss over the labels concerned, if it distilled (`PARTS`)."""
+        self._distillation = distillation or Distillation()
+        self._plans: tuple[PassPlan, ...] = ()
+        self._arrived = 0  # passes that have come to this stage in the schedule that runs
+        self._loaded = 0  # passes whose micro-batch this stage has loaded
+        self._run_back = 0  # backward passes of the step
         self._gradients: Handover | None = None
         self.total_loss: Tensor | None = None
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
@@ -118,16 +136,18 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             the mean loss over the labels of the global batch, in nats per token, on every rank; not a number if all
             are ignored.
         """
-        if plan.num_micro_batches != self.micro_batches * self.mesh.dp_size:
+        passes = self._distillation.of_step(self.global_steps, plan.num_micro_batches)
+        count = sum(map(len, passes))
+        if len(passes) != plan.num_micro_batches or count != self.micro_batches * self.mesh.dp_size:
             raise ValueError(
-                f"the plan has {plan.num_micro_batches} micro-batches, the step {self.micro_batches} on each of "
-                f"{self.mesh.dp_size} replicas"
+                f"the plan has {plan.num_micro_batches} micro-batches with {count} passes, the step "
+                f"{self.micro_batches} passes on each of {self.mesh.dp_size} replicas"
             )
-        self._plans = plan_for_stage(plan, self.mesh, self.stage.start, self.stage.stop)
+        self._plans = plan_for_stage(plan, self.mesh, self.stage.start, self.stage.stop, passes)
         self.stopwatch.clear()  # evaluations run the same instructions
         self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed empties it only when it prints
         with naming_the_operation(self.mesh, "the training step"):
-            return float(self.train_batch(micro_batches))
+            return float(self.train_batch(_repeated(micro_batches, self._plans)))
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], donors: Iterable[int]) -> float:
         """Mean loss over the labels of every replica's micro-batches, with the same donors in all of them.
@@ -148,26 +168,25 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         self.fwd_outputs: list[Tensor] = []
-        self._labels = 0
-        self._arrived = 0
+        self._labels = self._arrived = self._loaded = self._run_back = 0
         self._expect_tensors(training=isinstance(pipe_schedule, schedule.TrainSchedule))
         for instructions in sends_first(pipe_schedule):
             for instruction in instructions:
-                kind = type(instruction)
-                with (
-                    naming_the_operation(self.mesh, kind.__name__, self._micro_batch_of(instruction)),
-                    self.stopwatch.watching(kind),
-                ):
+                kind, number = type(instruction), self._pass_of(instruction)
+                if kind in _ON_THE_WAY_BACK and number is not None and not self._plans[number].run.runs_back:
+                    continue
+                with naming_the_operation(self.mesh, kind.__name__, number), self.stopwatch.watching(kind):
                     MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
+        self._distillation.forget()
         if self.before:
             self.before.gradients.finish_sends()
         if self.after:
             self.after.activations.finish_sends()
 
-    def _micro_batch_of(self, instruction: schedule.PipeInstruction) -> int | None:
-        """The number of the micro-batch that an instruction is for, from 0; None if it is for the whole step.
+    def _pass_of(self, instruction: schedule.PipeInstruction) -> int | None:
+        """The number of the pass that an instruction is for, from 0; None if it is for the whole step.
 
-        A micro-batch gets its number where it comes to this stage: loaded on the first one, received on the others. The
+        A pass gets its number where it comes to this stage: loaded on the first one, received on the others. The
         number then lies beside it in its buffer.
         """
         if not isinstance(instruction, schedule.BufferOpInstruction):
@@ -178,19 +197,27 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self.pipe_buffers["micro_batch"][buffer_id] = self._arrived
             self._arrived += 1
         elif isinstance(instruction, schedule.LoadMicroBatch):
-            return None  # labels of the last stage, which some schedules load before the micro-batch arrives
+            return None  # labels of the last stage, which some schedules load before the pass arrives
         return self.pipe_buffers["micro_batch"][buffer_id]
 
-    def _plan_of(self, buffer_id: int) -> MicroBatchPlan:
-        """The routing of the micro-batch in a buffer."""
+    def _plan_of(self, buffer_id: int) -> PassPlan:
+        """The pass in a buffer."""
         return self._plans[self.pipe_buffers["micro_batch"][buffer_id]]
 
     def _expect_tensors(self, training: bool) -> None:
         """Tell the channels what this schedule will bring; its sizes follow from the plan."""
         if self.before:
-            self.before.activations.expect([self._format.elements(plan.entering) for plan in self._plans])
+            self.before.activations.expect([self._format_of(plan).elements(plan.entering) for plan in self._plans])
         if self.after and training:
-            self.after.gradients.expect([self._format.elements(plan.leaving) for plan in self._plans])
+            back = [plan for plan in self._plans if plan.run.runs_back]
+            sizes = [self._format.elements(plan.leaving) for plan in back]
+            # Where some passes do not come back, the next gradients may be far off: see `sends_first`.
+            self.after.gradients.expect(sizes, ahead=len(back) == len(self._plans))
+
+    def _format_of(self, plan: PassPlan) -> HandoverFormat:
+        if not plan.run.by_teacher or self._distillation.teacher is None:
+            return self._format
+        return dataclasses.replace(self._format, model=self._distillation.teacher.model_config)
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         batch: MicroBatch = self._next_batch()
@@ -199,7 +226,9 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self.pipe_buffers["inputs"][buffer_id] = batch.tokens.to(self.device)
         if self.is_last_stage():
             self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
-            self._labels += int(count_labels(batch.labels))
+            if self._plans[self._loaded].is_first:
+                self._labels += int(count_labels(batch.labels))
+        self._loaded += 1
 
     def set_dataiterator(self, iterator: Iterator[MicroBatch] | None) -> None:
         """Set where micro-batches come from, on every stage; DeepSpeed keeps it on the first and the last one only."""
@@ -215,33 +244,57 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         assert self.before is not None
         if self.separate_documents and not self.is_last_stage():  # the schedule lets only the outer stages load
             self._load_documents(buffer_id, self._next_batch())
-        packed = self.before.activations.receive()
-        handover = self._format.unpack(packed, self._plan_of(buffer_id).entering)
+        packed, plan = self.before.activations.receive(), self._plan_of(buffer_id)
+        handover = self._format_of(plan).unpack(packed, plan.entering)
         for tensor in handover.tensors():
             tensor.requires_grad_()  # leaves of this stage's graph: their gradients are what goes back
         self.pipe_buffers["inputs"][buffer_id] = handover
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         plan = self._plan_of(buffer_id)
-        outputs = DeepSpeedEngine.forward(
-            self,
-            inputs=self.pipe_buffers["inputs"][buffer_id],
-            donors=plan.donors,
-            leaving=plan.leaving,
-            labels=self.pipe_buffers["labels"][buffer_id] if self.is_last_stage() else None,
-            documents=self.pipe_buffers["documents"][buffer_id],
-        )
-        self.pipe_buffers["outputs"][buffer_id] = outputs
+        inputs, documents = (self.pipe_buffers[kind][buffer_id] for kind in ("inputs", "documents"))
+        if plan.run.by_teacher:
+            self.pipe_buffers["outputs"][buffer_id] = self._distillation.run_teacher(inputs, documents)
+            return
+        objective = None
+        if self.is_last_stage() and plan.run.runs_back:
+            objective = self._distillation.objective(plan.run, self.pipe_buffers["labels"][buffer_id])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and plan.run.runs_back):
+            outputs = DeepSpeedEngine.forward(
+                self,
+                inputs=inputs,
+                donors=plan.donors,
+                leaving=plan.leaving,
+                documents=documents,
+                objective=objective,
+            )
         if self.is_last_stage():
-            loss = outputs.detach()
-            self.fwd_outputs.append(loss)
-            self.total_loss = loss if len(self.fwd_outputs) == 1 else self.total_loss + loss
+            outputs = self._take_prediction(outputs, plan, self.pipe_buffers["labels"][buffer_id])
+        self.pipe_buffers["outputs"][buffer_id] = outputs
+
+    def _take_prediction(self, prediction: Prediction, plan: PassPlan, labels: Tensor) -> Tensor | None:
+        """Keep what the last stage has predicted; returns the loss that runs back.
+
+        Not divided by the number of labels: the weight of a token must not depend on its micro-batch. The step corrects
+        for the labels of the whole batch, once they are counted.
+        """
+        self._distillation.take(plan.run, prediction.final, prediction.losses, labels)
+        if prediction.losses is None:
+            return None
+        loss = prediction.losses.total * (plan.run.weight / labels.numel())
+        self.fwd_outputs.append(loss.detach())
+        before = self.total_loss if len(self.fwd_outputs) > 1 else None  # that of an evaluation before is still there
+        self.total_loss = loss.detach() if before is None else before + loss.detach()
+        return loss
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         assert self.after is not None
-        packed = self._format.pack(self.pipe_buffers["outputs"][buffer_id].tensors())
+        plan = self._plan_of(buffer_id)
+        packed = self._format_of(plan).pack(self.pipe_buffers["outputs"][buffer_id].tensors())
         self.sent_bytes += packed.nbytes
         self.after.activations.send(packed)
+        if not plan.run.runs_back:
+            self.pipe_buffers["outputs"][buffer_id] = None
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
         assert self.after is not None
@@ -250,9 +303,10 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         self.backward_passes += 1
-        micro_batch = self.pipe_buffers["micro_batch"][buffer_id]
+        last = self.pipe_buffers["micro_batch"][buffer_id] == self.micro_batches - 1
         outputs = self.pipe_buffers["outputs"][buffer_id]
-        self.begin_backward(micro_batch, last=micro_batch == self.micro_batches - 1)
+        self.begin_backward(self._run_back, last)  # the last pass of a step always runs back
+        self._run_back += 1
         if self.is_last_stage():
             DeepSpeedEngine.backward(self, outputs)
         else:
@@ -294,7 +348,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         super()._exec_optimizer_step(lr_kwargs)
 
     def _sum_over_batch(self, square: float = 0.0) -> tuple[float, float]:
-        """Set the mean loss and the number of labels of what all ranks have just run; collective.
+        """Set the mean loss, the number of labels and the counts of what all ranks have just run; collective.
 
         Args:
             square: anything else to be summed.
@@ -306,8 +360,12 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         mine = [0.0, 0.0, 0.0]
         if self.is_last_stage() and self.total_loss is not None:
             positions = self._shape.batch * self._shape.sequence
-            mine = [float(self.total_loss) * positions, float(self._labels), float(len(self.fwd_outputs) * positions)]
-        square, loss, labels, positions_of_all = self.mesh.sum_over_ranks([square, *mine])
+            mine = [float(self.total_loss) * positions, float(self._labels), float(len(self._plans) * positions)]
+        distilled = self._distillation.sums()
+        sums = self.mesh.host_group.sum([square, *mine, *distilled, *self.counts_to_sum()])
+        square, loss, labels, positions_of_all, *parts = sums
+        self.losses_by_part = self._distillation.means(parts[: len(distilled)])
+        self.summed_counts = parts[len(distilled) :]
         # Tensor-parallel ranks of the last stage hold the same labels; that cancels out but in their number.
         self.predicted_tokens = round(labels) // self.mesh.tp_size
         self._mean_loss = loss / labels if labels else math.nan
@@ -369,10 +427,25 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
     }
 
 
+_ON_THE_WAY_BACK = (schedule.RecvGrad, schedule.BackwardPass, schedule.SendGrad)
+
+
+def _repeated(micro_batches: Iterator[MicroBatch], plans: Sequence[PassPlan]) -> Iterator[MicroBatch]:
+    """Each micro-batch for each of its passes."""
+    batch: MicroBatch | None = None
+    for plan in plans:
+        batch = next(micro_batches) if plan.is_first or batch is None else batch
+        yield batch
+
+
 def parameter_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups: matrices are decayed, norms and biases not (`weight_decay: 0` overrides the optimizer's)."""
+    """Parameter groups: matrices are decayed, norms and biases not (`weight_decay: 0` overrides the optimizer's).
+
+    Of the parameters that are trained; a group without any is left out.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2]},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]

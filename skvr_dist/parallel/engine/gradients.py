@@ -60,7 +60,8 @@ def clip_by_global_norm(module: nn.Module, max_norm: float, group: dist.ProcessG
         the norm before, []: over all stages and shards, what several ranks hold counted once.
     """
     counted = [p.grad for p in module.parameters() if p.grad is not None and not getattr(p, PIPE_REPLICATED)]
-    total = torch.stack([gradient.square().sum() for gradient in counted]).sum()
+    nothing = torch.zeros((), device=get_accelerator().current_device_name())
+    total = torch.stack([nothing, *(gradient.square().sum() for gradient in counted)]).sum()
     dist.all_reduce(total, group=group)
     norm = total.sqrt()
     if max_norm > 0:

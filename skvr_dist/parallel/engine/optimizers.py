@@ -4,6 +4,8 @@
     ZeRO-1, 2   a slice of one flat fp32 tensor per parameter group; also bf16 with ZeRO-1 (BF16_Optimizer)
     ZeRO-3      a slice of a flat fp32 tensor per subgroup, beside the slice of the parameter
 
+A parameter that is not trained has no master and no moments: it is its own, with ZeRO-3 its slice is.
+
 Gradients are in `skvr_dist.parallel.engine.gradients`. In a checkpoint a weight is stored once, in fp32 where a master
 exists, and never as the bf16 copy made from it.
 """
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -59,11 +62,14 @@ def partitions(engine: RoutedPipelineEngine) -> Iterator[Partition]:
     for name, parameter in engine.stage.decoder.named_parameters():
         p: Any = parameter  # with the attributes that DeepSpeed adds
         if hasattr(p, "ds_id"):  # ZeRO-3
-            group, offset, count = optimizer.grad_position[optimizer.get_param_id(p)]
+            offset, flat = 0, p.ds_tensor
+            if p.requires_grad:
+                group, offset, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+                flat = optimizer.fp32_partitioned_groups_flat[group]
             start = p.ds_tensor.ds_numel * engine.mesh.dp_rank
-            count = max(min(count, p.ds_numel - start), 0)  # the last partition may be padded
-            shape, flat = tuple(p.ds_shape), optimizer.fp32_partitioned_groups_flat[group]
-        elif engine.zero_optimization():  # ZeRO-1 and 2
+            count = max(min(p.ds_tensor.ds_numel, p.ds_numel - start), 0)  # the last partition may be padded
+            shape = tuple(p.ds_shape)
+        elif engine.zero_optimization() and p.requires_grad:  # ZeRO-1 and 2
             mapping = p._hp_mapping
             if mapping is None:
                 continue
@@ -84,13 +90,13 @@ def state_to_save(engine: RoutedPipelineEngine) -> Pieces:
 
 
 def state_to_load(engine: RoutedPipelineEngine, adam_steps: int) -> Pieces:
-    """The memory of all weights and moments that this rank holds, to be filled.
+    """The memory of all weights and moments that this rank holds, to be filled; moments are zero until then.
 
     Args:
         adam_steps: optimizer steps that the moments have seen.
     """
     held = list(partitions(engine))
-    for flat in {id(p.flat): p.flat for p in held}.values():
+    for flat in {id(p.flat): p.flat for p in held if p.parameter.requires_grad}.values():
         engine.basic_optimizer.state[flat] = {
             "step": torch.tensor(float(adam_steps)),
             **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
@@ -113,23 +119,35 @@ def adam_steps(engine: RoutedPipelineEngine) -> int:
     return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), default=0)
 
 
-def whole_parameters(engine: RoutedPipelineEngine) -> Pieces:
-    """fp32 memory for this rank's whole shards, where parameters are copies of masters kept elsewhere.
+def state_to_read(engine: RoutedPipelineEngine, state: Pieces) -> Pieces:
+    """What this rank reads of a state that it holds: of what all replicas hold, the first one alone reads."""
+    if engine.mesh.dp_rank == 0:
+        return state
+    shared = _held_by_all_replicas(engine, state)
+    return {name: pieces for name, pieces in state.items() if name not in shared}
 
-    Empty for ZeRO-0, whose parameters are the masters, and for ZeRO-3, which holds no more than its partitions.
-    """
-    if not engine.zero_optimization() or engine.zero_optimization_partition_weights():
+
+def _held_by_all_replicas(engine: RoutedPipelineEngine, state: Pieces) -> Pieces:
+    """All with ZeRO-0, nothing with ZeRO-3; with ZeRO-1 and 2 the parameters that are not trained."""
+    if not engine.zero_optimization():
+        return state
+    if engine.zero_optimization_partition_weights():
         return {}
-    shards = engine.stage.shards
-    return {
-        WEIGHTS + name: pieces_of(shards[name], tuple(p.shape), torch.zeros(p.numel(), device=p.device))
-        for name, p in engine.stage.decoder.named_parameters()
-    }
+    parameters = engine.stage.decoder.named_parameters()
+    frozen = {WEIGHTS + name for name, parameter in parameters if not parameter.requires_grad}
+    return {name: pieces for name, pieces in state.items() if name in frozen}
 
 
 @torch.no_grad()
-def take_parameters(engine: RoutedPipelineEngine, whole: Pieces) -> None:
-    """Set the parameters from their masters, after those were loaded."""
+def complete_state(engine: RoutedPipelineEngine, state: Pieces) -> None:
+    """Set all parameters, after `state_to_read` was read; collective over the replicas.
+
+    No replica reads what another one has read: each gets the others' parts of the weights from them, as after an
+    optimizer step.
+
+    Args:
+        state: what was loaded of `state_to_load`.
+    """
     optimizer = engine.optimizer
     if engine.zero_optimization_partition_weights():
         for partition in partitions(engine):
@@ -138,13 +156,14 @@ def take_parameters(engine: RoutedPipelineEngine, whole: Pieces) -> None:
         if optimizer.persistent_parameters:  # small ones, which every rank keeps whole
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        return
-    shards = engine.stage.shards
-    for name, parameter in engine.stage.decoder.named_parameters():
-        for piece in whole.get(WEIGHTS + name, []):
-            shards[name].unpadded(parameter).copy_(piece.tensor.view(shards[name].unpadded(parameter).shape))
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
-        optimizer._lazy_init_hp_params_optimizer_state()
+    elif engine.zero_optimization():
+        optimizer.update_lp_params()
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
+            optimizer._lazy_init_hp_params_optimizer_state()
+    if engine.mesh.dp_size > 1:
+        for pieces in _held_by_all_replicas(engine, state).values():
+            for piece in pieces:
+                dist.broadcast(piece.tensor.detach(), group=engine.mesh.devices.get_group("dp"), group_src=0)
 
 
 def gather_parameter(parameter: nn.Parameter) -> Tensor:

@@ -31,6 +31,7 @@ def sends_first(steps: Iterable[list[PipeInstruction]]) -> Iterator[list[PipeIns
     # `Channel.expect`) while the neighbour continues. Take one posted in step t of a training schedule, for step t + 2:
     # the neighbour computes its tensor in step t + 1 and until then needs what this stage sends it in steps up to
     # t + 1. This stage sends to it in every other step only, like step t, and in step t before the receive was posted.
-    # An evaluation's tensors only come from earlier stages.
+    # An evaluation's tensors only come from earlier stages. Where some passes have no gradients, nothing is received
+    # ahead: the next ones may be several steps off, and until then the neighbour needs more of what this stage sends.
     for step in steps:
         yield sorted(step, key=lambda instruction: not isinstance(instruction, SendActivation | SendGrad))

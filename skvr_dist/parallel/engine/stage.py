@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.constants import PIPE_REPLICATED
@@ -17,13 +17,25 @@ from torch import Tensor, nn
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
+from skvr_dist.model.compiled import compile_layers, resolve_compile
 from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize
+from skvr_dist.model.loss import Losses, Objective
 from skvr_dist.model.modules import TensorShard, shards_of
+from skvr_dist.model.trained import train_only
 from skvr_dist.parallel.engine.zero import TiedWeights
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.boundary import Handover
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.parallel.tensor import TensorParallelModules
+
+
+class Prediction(NamedTuple):
+    """What the last stage makes of a micro-batch."""
+
+    final: Tensor
+    """[B, S, D], what the head saw; without a gradient."""
+    losses: Losses | None
+    """None if there was nothing to predict."""
 
 
 class StageModule(PipelineModule):
@@ -37,13 +49,26 @@ class StageModule(PipelineModule):
     shards: dict[str, TensorShard]
     """The shard that each parameter of the decoder holds, by canonical name."""
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, seed: int) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        mesh: Mesh,
+        seed: int,
+        only: Collection[str] | None = None,
+    ) -> None:
+        """Build the slice.
+
+        Args:
+            only: modules whose parameters are trained, by their names; None: all.
+        """
         self.model_config = model
         self.sequence_parallel = parallel.sequence_parallel
         self._parallel = parallel
         self._mesh = mesh
         self._bounds = stage_bounds(model, parallel)
         self._seed = seed
+        self._only = only
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds and the topology
             topology = PipeModelDataParallelTopology(num_pp=mesh.pp_size, num_dp=mesh.dp_size, num_mp=mesh.tp_size)
             super().__init__(layers=[], topology=topology)
@@ -69,32 +94,39 @@ class StageModule(PipelineModule):
         inputs: Tensor | Handover,
         donors: Sequence[int],
         leaving: Sequence[int],
-        labels: Tensor | None,
         documents: Tensor | None,
-    ) -> Handover | Tensor:
+        objective: Objective | None = None,
+    ) -> Handover | Prediction:
         """Run the slice.
 
         Args:
             inputs: on the first stage tokens, int [B, S]; else what the stage before hands over.
             donors: int [L], the donors of this micro-batch.
             leaving: layers whose keys and values go out, received ones among them.
-            labels: int [B, S], on the last stage.
             documents: int [B, S], if attention stays within documents.
+            objective: on the last stage, what is to be predicted; None: nothing.
 
         Returns:
-            on the last stage the sum of the labels' cross entropy divided by B x S (the mean, if no label is ignored);
-            on the others what the next stage gets.
+            on the last stage the losses, on the others what the next stage gets.
         """
         if isinstance(inputs, Handover):
             hidden, received = inputs.hidden, inputs.kv
         else:
             hidden, received = self.decoder.embed(inputs), {}
+        if torch.is_grad_enabled():
+            # Where the embedding is not trained: with a gradient for their inputs, all layers look alike to autograd,
+            # and ZeRO-3 does not take the first one for finished before its weights have their gradients.
+            hidden.requires_grad_()
         hidden, known = self.decoder.run_layers(hidden, donors, received, documents=documents)
-        if labels is not None:
-            # Not divided by the number of labels: the weight of a token must not depend on its micro-batch. The step
-            # corrects for the labels of the whole batch, once they are counted (`RoutedPipelineEngine`).
-            return self.decoder.summed_loss(hidden, labels) / labels.numel()
+        if self.decoder.has_head:
+            final = self.decoder.final(hidden)
+            return Prediction(final.detach(), self.decoder.head(final, objective=objective) if objective else None)
         return Handover(hidden, {layer: known[layer] for layer in leaving})
+
+    def compile_layers(self, device: torch.device) -> None:
+        """Compile the layers for a device, as the configuration says."""
+        if backend := resolve_compile(self._parallel.compile, device):
+            compile_layers(self.decoder, backend)
 
     # What PipelineModule calls while it is built.
 
@@ -111,6 +143,7 @@ class StageModule(PipelineModule):
             decoder = Decoder(self.model_config, self.start, self.stop, modules=modules, checkpointing=checkpointing)
         self.decoder = decoder.to_empty(device="cpu")
         initialize(self.decoder, self._seed)
+        train_only(self.decoder, self._only)
         self.shards = shards_of(self.decoder)
         for name, parameter in self.decoder.named_parameters():
             _count_in_norm(parameter, self.shards[name].primary)
@@ -138,8 +171,9 @@ class StageModule(PipelineModule):
         """Nothing to send: both stages draw or load the same weights by name."""
 
     def get_tied_weights_and_groups(self) -> TiedWeights:
-        """The tied embedding, on the first and the last stage, with the group of both."""
-        return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+        """The tied embedding, on the first and the last stage, with the group of both; nothing if it is not trained."""
+        tied = [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+        return [(weight, group) for weight, group in tied if weight.requires_grad]
 
 
 def _count_in_norm(parameter: nn.Parameter, counted: bool) -> None:

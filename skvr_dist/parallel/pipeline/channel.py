@@ -36,6 +36,7 @@ class Channel:
         self._dtype, self._device = dtype, device
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
         self._sizes: Iterator[int] = iter(())
+        self._ahead = True
         self._posted: tuple[dist.Work, Tensor] | None = None
         self._connect()
 
@@ -59,8 +60,8 @@ class Channel:
             work, _ = self._sends.popleft()
             work.wait()
 
-    def expect(self, sizes: Iterable[int]) -> None:
-        """Say how many elements each of the next tensors has.
+    def expect(self, sizes: Iterable[int], ahead: bool = True) -> None:
+        """Say how many elements each of the next tensors has, and whether each is received ahead of its turn.
 
         Nothing is posted yet. On NCCL a posted receive occupies the device until its tensor has come, and holds up
         whatever synchronises the device: an allocation that must free memory first, a kernel that is loaded when it is
@@ -68,14 +69,15 @@ class Channel:
         """
         assert self._posted is None, "tensors that were expected before have not been received"
         self._sizes = iter(sizes)
+        self._ahead = ahead
 
     def receive(self) -> Tensor:
-        """The next tensor [N]; the one after it is being received when this returns."""
+        """The next tensor [N]; the one after it is being received when this returns, if it is to be ahead."""
         posted = self._posted or self._post()
         assert posted is not None, "more tensors received than expected"
         work, tensor = posted
         work.wait()
-        self._posted = self._post()
+        self._posted = self._post() if self._ahead else None
         return tensor
 
     def _post(self) -> tuple[dist.Work, Tensor] | None:

@@ -1,0 +1,157 @@
+"""Chats as text and tokens, by the chat template that a tokenizer brings.
+
+A template writes a whole conversation as one text. Which parts of it are the assistant's is told by the template itself
+(`{% generation %}`), or found from what it writes for the conversation's beginnings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skvr_dist.data.finetune.examples import Chat
+from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.hugging_face import HuggingFaceTokenizer, read_chat_template
+from skvr_dist.errors import UserError
+
+_FIXED_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro %}"
+"""Before a template that writes today's date, so that a chat has the same tokens tomorrow: the day that Llama 3.1's
+falls back to."""
+_MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
+"""Characters of a text: from the first to before the second."""
+Tokens = tuple[NDArray[np.uint32], NDArray[np.bool_]]
+"""Token ids [n], and which of them have loss [n]."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        text: the template.
+        special_tokens: what it may name, such as `bos_token`.
+        tokenizer: of the run.
+        name: where it came from, for messages.
+    """
+
+    text: str
+    special_tokens: dict[str, str]
+    tokenizer: HuggingFaceTokenizer
+    name: str
+
+    @classmethod
+    def of(cls, path: str, tokenizer: Tokenizer) -> ChatTemplate:
+        """The template beside a tokenizer (`data.tokenizer`).
+
+        Raises:
+            UserError: there is none.
+        """
+        found = read_chat_template(Path(path)) if isinstance(tokenizer, HuggingFaceTokenizer) else None
+        if found is None or not isinstance(tokenizer, HuggingFaceTokenizer):
+            raise UserError(
+                f"data.tokenizer {path} has no chat template, which chats are written with; give the folder of a "
+                f"Hugging Face tokenizer with chat_template.jinja, or with a chat_template in tokenizer_config.json"
+            )
+        text, special_tokens = found
+        return cls(_FIXED_DATE * ("strftime_now" in text) + text, special_tokens, tokenizer, path)
+
+    def fit(self, chat: Chat, longest: int) -> Iterator[tuple[Tokens, bool]]:
+        """A chat as tokens, and whether its last turns were left out to fit.
+
+        One example, unless the template writes an earlier turn otherwise once a later one follows (as those do that
+        drop thoughts): then one for each of the assistant's turns.
+
+        Args:
+            longest: tokens that an example may have.
+
+        Raises:
+            UserError: the template refuses the chat, or not even the assistant's first turn fits.
+        """
+        said = enumerate(chat.messages, start=1)
+        ends = [number for number, message in said if message["role"] == "assistant" and message["content"]]
+        size = 0
+        for kept in range(len(ends), 0, -1):
+            found = self._whole(chat, ends[:kept])
+            if found is None:
+                break
+            if (size := len(found[0])) <= longest:
+                yield found, kept < len(ends)
+                return
+        else:
+            self._refuse(chat, size, longest)
+        for end in ends[:kept]:
+            turn = self._tokens(*self._last_turn(chat, end))
+            if len(turn[0]) > longest:
+                self._refuse(chat, len(turn[0]), longest)
+            yield turn, kept < len(ends)
+
+    def _refuse(self, chat: Chat, size: int, longest: int) -> NoReturn:
+        raise UserError(
+            f"{chat.place}: the chat up to one of the assistant's turns has {size - 1} tokens, more than "
+            f"data.sequence_length {longest - 1}; raise the sequence length, or remove the chat"
+        )
+
+    def _whole(self, chat: Chat, ends: list[int]) -> Tokens | None:
+        """The chat up to its last turn of the assistant, with loss on all its turns; None if it is not one text."""
+        if _MARKS_TURNS.search(self.text):
+            text, spans = self._render(chat, ends[-1], marked=True)
+            return self._tokens(text, spans)
+        turns = [self._last_turn(chat, end) for end in ends]
+        text = turns[-1][0]
+        for written, [(_, stop)] in turns[:-1]:
+            if not text.startswith(written[:stop]):
+                return None
+        return self._tokens(text, [span for _, spans in turns for span in spans])
+
+    def _last_turn(self, chat: Chat, end: int) -> tuple[str, list[Span]]:
+        """The first `end` messages as a text, and where in it the last one of them is, as a model would write it."""
+        text, marked = self._render(chat, end, marked=bool(_MARKS_TURNS.search(self.text)))
+        if marked:
+            return text, marked[-1:]
+        before, _ = self._render(chat, end - 1, ask=True)
+        if not text.startswith(before):
+            raise UserError(
+                f"{chat.place}: the chat template of {self.name} begins the assistant's message {end} otherwise when "
+                f"it asks for it, so it cannot be told which part to learn; give a template that marks the "
+                f"assistant's turns with {{% generation %}}"
+            )
+        return text, [(len(before), len(text.rstrip()))]
+
+    def _render(self, chat: Chat, end: int, *, ask: bool = False, marked: bool = False) -> tuple[str, list[Span]]:
+        """The first `end` messages as the template writes them, and the assistant's parts if it marks them.
+
+        Args:
+            ask: end with what asks the assistant for its turn.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                [list(chat.messages[:end])],
+                chat_template=self.text,
+                add_generation_prompt=ask,
+                return_assistant_tokens_mask=marked,
+                **self.special_tokens,
+            )
+        except Exception as error:  # a template may raise what it likes, with a sentence of its own
+            raise UserError(
+                f"{chat.place}: the chat template of {self.name} refuses the chat ({' '.join(str(error).split())})"
+            ) from None
+        return texts[0], [tuple(span) for span in spans[0]] if marked else []
+
+    def _tokens(self, text: str, spans: list[Span]) -> Tokens:
+        """Tokens of a text; those that end within a span have loss."""
+        ids, offsets = self.tokenizer.encode_with_offsets(text)
+        ends: Any = np.array([stop for _, stop in offsets])
+        predicted = np.zeros(len(ids), dtype=np.bool_)
+        for start, stop in spans:
+            predicted |= (start < ends) & (ends <= stop)
+        predicted[:1] = False
+        return np.array(ids, dtype=np.uint32), predicted

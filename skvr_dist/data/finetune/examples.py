@@ -1,0 +1,40 @@
+"""What fine-tuning examples are, and the errors of the files that they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skvr_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class QuestionAnswer:
+    """A question about a context, and the answer to be learned."""
+
+    passages: tuple[str, ...]
+    """The parts of the context, in the order of the file."""
+    question: str
+    answer: str
+    place: str
+    """Where it is from, for messages."""
+    others: tuple[str, ...] = ()
+    """Other answers that are as right."""
+    group: str = ""
+    """What it is counted with when answers are measured."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, of which the assistant's turns are to be learned."""
+
+    messages: tuple[dict[str, str], ...]
+    """Each with the keys `role` and `content`."""
+    place: str
+    """Where it is from, for messages."""
+
+
+class ExampleError(UserError):
+    """A record is no example; the message names it, what is wrong and what was expected."""
+
+    def __init__(self, place: str, kind: str, why: str, expected: str) -> None:
+        super().__init__(f"{place} is no {kind} ({why}); expected {expected}")

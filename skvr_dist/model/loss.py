@@ -1,0 +1,256 @@
+"""The loss of hidden states under an output head, without all of their logits at once.
+
+Logits are made for a chunk of tokens at a time, turned into their own gradient in place, and used up: for the gradient
+of the hidden states and for that of the head, both in the forward pass. The backward pass multiplies these by one
+number. So what is held besides the two gradients is a few tensors of `CHUNK_ELEMENTS` numbers, however many tokens
+there are.
+
+The head's rows may be split over tensor-parallel ranks. Each takes the softmax over its own rows, and one small gather
+per chunk makes those of all rows of it: no rank ever holds the logits of the whole vocabulary.
+
+Why not `torch.nn.functional.linear_cross_entropy` with its chunked path (torch 2.13): it knows one rank, no divergence
+from a teacher, no soft-cap and no z-loss, does not give the losses of single tokens beside their sum's gradient, and
+torch 2.11 does not have it. What it is good at, memory, this is too (`tools/bench.py loss`), so there is one path.
+
+Shapes: N tokens, D hidden, R rows of the head that this rank holds, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""A label that is not to be predicted (PyTorch's own mark)."""
+CHUNK_ELEMENTS = 2**26
+"""Logits that are held at once, in float32: 256 MiB."""
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A distribution that the model's is drawn to."""
+
+    hidden: Tensor
+    """[B, S, D'], what the teacher's head sees of the same tokens."""
+    head: Tensor | None = None
+    """This rank's rows of the teacher's head, [R, D']; None: the model's own head."""
+    weight: float = 1.0
+    """Share of the divergence in a token's loss; the cross entropy has the rest."""
+    temperature: float = 1.0
+    """What both models' logits are divided by; the divergence is multiplied by its square (arXiv 1503.02531)."""
+    soft_cap: float | None = None
+    """The teacher's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What is to be predicted, and what the loss of a token is made of.
+
+    (1 - teacher.weight) * cross entropy + teacher.weight * temperature^2 * KL(teacher || model) + z_loss * log(Z)^2,
+    with Z the sum of the exponentials of the token's logits (arXiv 2204.02311, section 5).
+    """
+
+    labels: Tensor
+    """int [B, S]; tokens with an `IGNORED` one have no loss."""
+    weights: Tensor | None = None
+    """float [B, S], what each token's loss is multiplied by in the sum; None: 1."""
+    teacher: Teacher | None = None
+    z_loss: float = 0.0
+    soft_cap: float | None = None
+    """Logits become soft_cap * tanh(logits / soft_cap) (arXiv 2408.00118)."""
+
+
+class Losses(NamedTuple):
+    """Losses in nats, in float32 (in float64 if the hidden states are)."""
+
+    total: Tensor
+    """[], the weighted sum over tokens; the only one with a gradient."""
+    cross_entropy: Tensor
+    """[B, S], of each token, unweighted; 0 where the label is `IGNORED`."""
+    divergence: Tensor
+    """[B, S], KL(teacher || model) of each token in the same way; all 0 without a teacher."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a head that this rank holds: those of the tokens in `held`; others may follow as padding."""
+
+    held: range
+    group: dist.ProcessGroup | None = None
+    """The ranks that hold the other rows; None if there are none."""
+
+    def local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of each label among those held here, 0 for the others; and, as bool, which the others are."""
+        local = labels - self.held.start
+        elsewhere = (local < 0) | (local >= len(self.held))
+        return local.masked_fill(elsewhere, 0), elsewhere
+
+    def gather(self, figures: list[Tensor]) -> Tensor:
+        """Some figures [N] of every rank, [ranks, figures, N]; collective."""
+        mine = torch.stack(figures)
+        if self.group is None:
+            return mine[None]
+        ranks = self.group.size()
+        everyone = mine.new_empty((ranks * mine.shape[0], mine.shape[1]))
+        dist.all_gather_into_tensor(everyone, mine, group=self.group)
+        return everyone.view(ranks, *mine.shape)
+
+
+def linear_loss(hidden: Tensor, head: Tensor, objective: Objective, rows: Rows | None = None) -> Losses:
+    """The losses of hidden states [B, S, D] under a head [R, D]; collective over the ranks that share it.
+
+    With gradients enabled, those that are needed are made here, in the precision of `hidden` and `head`; chunks of the
+    head's gradient are added up in its own precision. Each rank's gradient of the hidden states is the part that comes
+    from its rows. One backward pass can follow.
+
+    Args:
+        rows: which rows of the vocabulary the head's are; None: all of them.
+    """
+    rows = rows or Rows(range(head.shape[0]))
+    needed = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and head.requires_grad
+    total, cross_entropy, divergence = _LinearLoss.apply(hidden, head, objective, rows, needed)
+    return Losses(total, cross_entropy, divergence)
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, objective: Objective, rows: Rows, needed: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flat, own_rows = hidden.flatten(0, -2), head[: len(rows.held)]
+        d_hidden = torch.empty_like(flat) if needed[0] else None
+        d_head = head.new_zeros(head.shape) if needed[1] else None
+        found = []
+        # Of the head's rows, not of those that are held: every rank must make the same chunks.
+        for chunk in chunks(flat.shape[0], head.shape[0], _tensors_of(objective)):
+            logits, *losses = _of_chunk(flat, own_rows, objective, rows, chunk, with_gradients=any(needed))
+            found.append(losses)
+            if any(needed):
+                logits = logits.to(head.dtype)
+            if d_hidden is not None:
+                torch.mm(logits, own_rows, out=d_hidden[chunk])
+            if d_head is not None:
+                d_head[: len(rows.held)].addmm_(logits.t(), flat[chunk])
+            del logits  # before those of the next chunk are made
+        total, cross_entropy, divergence = (torch.cat(parts) for parts in zip(*found, strict=True))
+        ctx.gradients = d_hidden, d_head
+        shape = hidden.shape[:-1]
+        cross_entropy, divergence = cross_entropy.view(shape), divergence.view(shape)
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        return total.sum(), cross_entropy, divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.gradients is not None, "the gradients of this loss are used up: run its backward pass once"
+        d_hidden, d_head = (None if each is None else each.mul_(grads[0]) for each in ctx.gradients)
+        ctx.gradients = None
+        d_hidden = None if d_hidden is None else d_hidden.view(*grads[1].shape, -1)
+        return d_hidden, d_head, None, None, None
+
+
+def _tensors_of(objective: Objective) -> int:
+    """Tensors as large as a chunk's logits that are held at once."""
+    return 1 + 2 * (objective.teacher is not None) + (objective.soft_cap is not None)
+
+
+def chunks(tokens: int, rows: int, tensors: int = 1) -> list[slice]:
+    """Equal parts of the tokens whose logits fit into `CHUNK_ELEMENTS`, with all tensors of their size."""
+    count = -(-tokens * rows * tensors // CHUNK_ELEMENTS)
+    size = -(-tokens // max(count, 1))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _of_chunk(
+    hidden: Tensor, head: Tensor, objective: Objective, rows: Rows, chunk: slice, with_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of the sum of losses in the logits [n, R]; each token's weighted loss, entropy and divergence."""
+    labels, teacher = objective.labels.flatten()[chunk], objective.teacher
+    ignored = labels == IGNORED
+    logits, slope = _logits(hidden[chunk], head, objective.soft_cap, with_gradients)
+    weight = (~ignored).to(logits.dtype)
+    if objective.weights is not None:
+        weight = weight * objective.weights.flatten()[chunk].to(logits.dtype)
+    local, elsewhere = rows.local(labels)
+    label_logit = logits.gather(-1, local[:, None]).squeeze(-1).masked_fill(elsewhere, 0.0)
+    taught = _divergence(logits, head, teacher, chunk) if teacher else None
+    log_own_rows = _softmax(logits)
+    figures = rows.gather([log_own_rows, label_logit, *(taught.figures if taught else ())])
+    log_z, label_logit = figures[:, 0].logsumexp(0), figures[:, 1].sum(0)
+    cross_entropy = (log_z - label_logit).masked_fill(ignored, 0.0)
+    divergence = torch.zeros_like(cross_entropy)
+    share = 0.0
+    if teacher and taught:
+        share = teacher.weight
+        divergence = taught.over_all_rows(*figures[:, 2:].unbind(1)).masked_fill(ignored, 0.0)
+    loss = (1 - share) * cross_entropy + objective.z_loss * log_z.square()
+    if teacher:
+        loss += share * teacher.temperature**2 * divergence
+    if with_gradients:
+        logits.mul_(((log_own_rows - log_z).exp() * (1 - share + 2 * objective.z_loss * log_z))[:, None])
+        at_label = (elsewhere.to(logits.dtype) - 1) * (1 - share)
+        logits.scatter_add_(-1, local[:, None], at_label[:, None])
+        if taught:
+            taught.add_gradient(logits, share)
+        if slope is not None:
+            logits.mul_(slope)
+        logits.mul_(weight[:, None])
+    return logits, loss * weight, cross_entropy, divergence
+
+
+def _logits(hidden: Tensor, head: Tensor, soft_cap: float | None, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits [n, R] in float32 (float64 if they are), and the slope of the soft-cap at each, if there is one."""
+    logits = hidden @ head.t()
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if soft_cap is None:
+        return logits, None
+    logits.div_(soft_cap).tanh_()
+    slope = logits.square().neg_().add_(1.0) if with_slope else None
+    return logits.mul_(soft_cap), slope
+
+
+def _divergence(logits: Tensor, head: Tensor, teacher: Teacher, chunk: slice) -> _Divergence:
+    rows = head if teacher.head is None else teacher.head[: head.shape[0]]
+    taught, _ = _logits(teacher.hidden.flatten(0, -2)[chunk], rows, teacher.soft_cap, with_slope=False)
+    return _Divergence(logits, taught, teacher.temperature)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Turn logits [n, R] into their softmax over R in place; returns the logarithm [n] of their exponentials' sum."""
+    highest = logits.amax(-1, keepdim=True)
+    total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+    logits.div_(total)
+    return (highest + total.log()).squeeze(-1)
+
+
+class _Divergence:
+    """A chunk's divergence from a teacher: over this rank's rows alone, until `over_all_rows` has seen everyone's."""
+
+    def __init__(self, logits: Tensor, taught: Tensor, temperature: float) -> None:
+        """Of the student's and the teacher's logits [n, R]; the latter are used up."""
+        self._temperature = temperature
+        difference = taught.div_(temperature)
+        self._teacher = difference.clone()
+        self._log_teacher = _softmax(self._teacher)
+        difference.sub_(logits, alpha=1 / temperature)
+        mean_difference = difference.mul_(self._teacher).sum(-1)
+        self._student = torch.div(logits, temperature, out=difference)
+        self._log_student = _softmax(self._student)
+        self.figures = [self._log_teacher, mean_difference, self._log_student]
+
+    def over_all_rows(self, of_teacher: Tensor, mean_difference: Tensor, of_student: Tensor) -> Tensor:
+        """KL(teacher || student) [n] at the temperature, from the `figures` of every rank, each [ranks, n]."""
+        log_teacher, log_student = of_teacher.logsumexp(0), of_student.logsumexp(0)
+        self._teacher.mul_((self._log_teacher - log_teacher).exp()[:, None])
+        self._student.mul_((self._log_student - log_student).exp()[:, None])
+        return (mean_difference * (of_teacher - log_teacher).exp()).sum(0) - log_teacher + log_student
+
+    def add_gradient(self, gradient: Tensor, share: float) -> None:
+        """Add that of share * temperature^2 * the divergence in the student's logits."""
+        gradient.add_(self._student.sub_(self._teacher), alpha=share * self._temperature)

@@ -1,0 +1,97 @@
+"""Chats: the tokenizer's own template, loss on the assistant's turns only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.tokenizers import train_hugging_face
+from transformers import AutoTokenizer
+
+from skvr_dist.data.finetune.chat import ChatTemplate
+from skvr_dist.data.finetune.examples import Chat
+from skvr_dist.data.tokenizers.load import load_tokenizer
+from skvr_dist.errors import UserError
+
+PLAIN = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+)
+FORGETFUL = PLAIN.replace("m.content }}", "m.content if loop.last else m.content.split('!')[-1] }}")
+TURNS = [("user", "one?"), ("assistant", "hmm!One."), ("user", "two?"), ("assistant", "hmm!Two.")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("chat")
+    train_hugging_face(place / "tokenizer.model")
+    return place / "hf"
+
+
+def template_of(folder: Path, text: str) -> ChatTemplate:
+    (folder / "chat_template.jinja").write_text(text)
+    return ChatTemplate.of(str(folder), load_tokenizer(folder))
+
+
+def chat(*turns: tuple[str, str]) -> Chat:
+    return Chat(tuple({"role": role, "content": content} for role, content in turns), "chats.jsonl, line 3")
+
+
+def learned(template: ChatTemplate, given: Chat, longest: int = 1000) -> list[tuple[str, bool]]:
+    """What has loss in each example, and whether it was cut; special tokens as they are written."""
+    decode = template.tokenizer.for_export().decode
+    return [
+        (decode(tokens[predicted].tolist(), skip_special_tokens=False), is_cut)
+        for (tokens, predicted), is_cut in template.fit(given, longest)
+    ]
+
+
+def test_ids_are_those_of_transformers(folder: Path) -> None:
+    template = template_of(folder, PLAIN)
+    [((tokens, _), _)] = template.fit(chat(*TURNS), 1000)
+    conversation = [{"role": role, "content": content} for role, content in TURNS]
+    assert tokens.tolist() == AutoTokenizer.from_pretrained(folder).apply_chat_template(conversation)["input_ids"]
+
+
+def test_the_loss_is_on_the_turns_of_the_assistant(folder: Path) -> None:
+    wanted = [("hmm!One.</s>hmm!Two.</s>", False)]
+    assert learned(template_of(folder, PLAIN), chat(*TURNS, ("user", "bye"))) == wanted
+    assert learned(template_of(folder, MARKED), chat(*TURNS)) == wanted
+
+
+def test_a_template_that_drops_thoughts_gives_an_example_per_turn(folder: Path) -> None:
+    found = learned(template_of(folder, FORGETFUL), chat(*TURNS))
+    assert found == [("hmm!One.</s>", False), ("hmm!Two.</s>", False)]
+
+
+def test_last_turns_are_left_out_to_fit_and_the_first_never(folder: Path) -> None:
+    template = template_of(folder, PLAIN)
+    assert learned(template, chat(*TURNS[:2], ("user", "more " * 50), ("assistant", "x")), 60) == [
+        ("hmm!One.</s>", True)
+    ]
+    with pytest.raises(UserError, match=r"line 3: the chat up to one of .* has \d+ tokens, more than data.seq.* 59; "):
+        learned(template, chat(("user", "more " * 80), ("assistant", "x")), 60)
+
+
+def test_the_date_is_always_the_same(folder: Path) -> None:
+    template = template_of(folder, "{{ strftime_now('%d %b %Y') }}" + PLAIN)
+    [((tokens, _), _)] = template.fit(chat(*TURNS), 1000)
+    assert template.tokenizer.decode(tokens.tolist()).startswith("26 Jul 2024")
+
+
+def test_bad_templates_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"line 3: the chat template of .* refuses the chat \(roles must alternate\)"):
+        learned(template_of(folder, "{{ raise_exception('roles must alternate') }}"), chat(*TURNS))
+    with pytest.raises(UserError, match=r"begins the assistant's message 2 otherwise when it asks for it"):
+        learned(template_of(folder, PLAIN.replace("<s>assistant", "<s>robot")), chat(*TURNS))
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"data.tokenizer .*hf has no chat template, .*; give the folder of a Hugging"):
+        ChatTemplate.of(str(folder), load_tokenizer(folder))
+    named = {"chat_template": [{"name": "default", "template": PLAIN}], "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    assert ChatTemplate.of(str(folder), load_tokenizer(folder)).text == PLAIN

@@ -1,0 +1,207 @@
+"""The loss in chunks against torch's cross entropy and autograd in fp64, on one rank and over several."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from skvr_dist.lab.bench.loss import Sizes, in_chunks, memory_of
+from skvr_dist.lab.verify.ranks import run_ranks
+from skvr_dist.model import loss as module
+from skvr_dist.model.loss import IGNORED, Objective, Rows, Teacher, chunks, linear_loss
+
+
+@dataclass(frozen=True)
+class Example:
+    """A loss on random numbers."""
+
+    seed: int
+    tokens: int = 7
+    hidden: int = 5
+    vocabulary: int = 11
+    labelled: float = 0.7
+    weighted: bool = False
+    z_loss: float = 0.0
+    soft_cap: float | None = None
+    taught: float | None = None
+    temperature: float = 1.0
+    own_head: bool = False
+    chunk_elements: int = 2**26
+
+    def made(self) -> tuple[Tensor, Tensor, Objective]:
+        """Hidden states [2, N, D], head [V, D] and the objective, in fp64; labels that mostly are to be predicted."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(*shape: int) -> Tensor:
+            return 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        hidden, head = draw(2, self.tokens, self.hidden), draw(self.vocabulary, self.hidden)
+        labels = torch.randint(0, self.vocabulary, (2, self.tokens), generator=generator)
+        labels[torch.rand(labels.shape, generator=generator) > self.labelled] = IGNORED
+        teacher = None
+        if self.taught is not None:
+            size = self.hidden if self.own_head else self.hidden + 2
+            own = None if self.own_head else draw(self.vocabulary, size)
+            cap = None if self.soft_cap is None else 2 * self.soft_cap
+            teacher = Teacher(draw(2, self.tokens, size), own, self.taught, self.temperature, cap)
+        weights = draw(2, self.tokens).abs() if self.weighted else None
+        return hidden, head, Objective(labels, weights, teacher, self.z_loss, self.soft_cap)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def literal(hidden: Tensor, head: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """The same losses from all logits, as the formula has them."""
+    logits = capped(hidden @ head.T, objective.soft_cap)
+    labels, teacher = objective.labels, objective.teacher
+    kept = labels != IGNORED
+    entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    entropy, divergence, share = entropy.view(labels.shape), torch.zeros_like(logits[..., 0]), 0.0
+    if teacher:
+        taught = capped(teacher.hidden @ (head.detach() if teacher.head is None else teacher.head).T, teacher.soft_cap)
+        target = (taught / teacher.temperature).softmax(-1)
+        student = (logits / teacher.temperature).log_softmax(-1)
+        divergence = F.kl_div(student, target, reduction="none").sum(-1) * kept
+        share = teacher.weight * teacher.temperature**2
+    mixed = (1 - (teacher.weight if teacher else 0)) * entropy + share * divergence
+    mixed = (mixed + objective.z_loss * logits.logsumexp(-1) ** 2) * kept
+    return (mixed if objective.weights is None else mixed * objective.weights).sum(), entropy, divergence
+
+
+def wanted(example: Example) -> list[Tensor]:
+    """Total, cross entropy, divergence, and the gradients of hidden states and head of 3 times the total."""
+    hidden, head, objective = example.made()
+    found = literal(hidden.requires_grad_(), head.requires_grad_(), objective)
+    (3 * found[0]).backward()
+    assert hidden.grad is not None and head.grad is not None
+    return [*(each.detach() for each in found), hidden.grad, head.grad]
+
+
+def in_parts(example: Example) -> list[Tensor]:
+    """The same from the loss in chunks, of this rank's rows of the head where there are several ranks."""
+    hidden, head, objective = example.made()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    count = -(-example.vocabulary // ranks)
+    held = range(rank * count, min((rank + 1) * count, example.vocabulary))
+    rows = Rows(held, dist.group.WORLD if ranks > 1 else None)
+
+    def mine(whole: Tensor) -> Tensor:
+        padding = torch.full((count - len(held), whole.shape[1]), 1e9, dtype=whole.dtype)  # never looked at
+        return torch.cat((whole[held.start : held.stop], padding)) if len(padding) else whole[held.start : held.stop]
+
+    if objective.teacher and objective.teacher.head is not None:
+        teacher = dataclasses.replace(objective.teacher, head=mine(objective.teacher.head))
+        objective = dataclasses.replace(objective, teacher=teacher)
+    own = mine(head).clone().requires_grad_()
+    before, module.CHUNK_ELEMENTS = module.CHUNK_ELEMENTS, example.chunk_elements
+    try:
+        losses = linear_loss(hidden.requires_grad_(), own, objective, rows)
+    finally:
+        module.CHUNK_ELEMENTS = before
+    (3 * losses.total).backward()
+    assert hidden.grad is not None and own.grad is not None
+    assert not own.grad[len(held) :].any()
+    return [*(each.detach() for each in losses), hidden.grad, own.grad[: len(held)]]
+
+
+examples = st.builds(
+    Example,
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(1, 9),
+    vocabulary=st.integers(1, 13),
+    labelled=st.sampled_from([0.0, 0.5, 1.0]),
+    weighted=st.booleans(),
+    z_loss=st.sampled_from([0.0, 0.3]),
+    soft_cap=st.sampled_from([None, 3.0]),
+    taught=st.sampled_from([None, 0.0, 0.4, 1.0]),
+    temperature=st.sampled_from([1.0, 2.5]),
+    own_head=st.booleans(),
+    chunk_elements=st.sampled_from([1, 40, 2**26]),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(example=examples)
+def test_on_one_rank(example: Example) -> None:
+    for found, right in zip(in_parts(example), wanted(example), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-11, atol=1e-11)
+
+
+SOME = [
+    Example(1),
+    Example(2, weighted=True, z_loss=0.2, soft_cap=2.0, chunk_elements=12),
+    Example(3, taught=0.4, temperature=2.0, chunk_elements=20),
+    Example(4, taught=1.0, own_head=True, soft_cap=4.0, weighted=True),
+    Example(5, labelled=0.0, taught=0.5, z_loss=0.1),
+]
+
+
+def parts_of_all(some: list[Example]) -> list[list[Tensor]]:
+    return [in_parts(example) for example in some]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_over_tensor_parallel_ranks(ranks: int) -> None:
+    """The last rank's rows are padded; losses are whole on each, gradients the parts of each."""
+    by_rank = run_ranks(ranks, parts_of_all, SOME)
+    for example, *parts in zip(SOME, *by_rank, strict=True):
+        right = wanted(example)
+        for *losses, _, _ in parts:
+            for found, each in zip(losses, right, strict=False):
+                torch.testing.assert_close(found, each, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(sum(each[3] for each in parts), right[3], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(torch.cat([each[4] for each in parts]), right[4], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_precisions(dtype: torch.dtype, error: float) -> None:
+    """Losses are in fp32; in bf16 the logits are rounded, and gradients as often as there are chunks."""
+    hidden, head, objective = Example(6, tokens=64, hidden=32, vocabulary=300, labelled=1.0).made()
+    hidden, head = hidden.to(dtype) / 2, head.to(dtype) / 2
+    right_hidden, right_head = hidden.double().requires_grad_(), head.double().requires_grad_()
+    right = literal(right_hidden, right_head, objective)[0]
+    right.backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK_ELEMENTS", 300 * 16)
+        losses = linear_loss(hidden.requires_grad_(), head.requires_grad_(), objective)
+    losses.total.backward()
+    assert losses.total.dtype == losses.cross_entropy.dtype == torch.float32
+    assert losses.total.item() == pytest.approx(right.item(), rel=error)
+    pairs: list[tuple[Any, Any]] = [(hidden.grad, right_hidden.grad), (head.grad, right_head.grad)]
+    for found, exact in pairs:
+        assert found.dtype == dtype
+        assert float((found.double() - exact).norm() / exact.norm()) < error
+
+
+def test_without_gradients_there_are_none() -> None:
+    hidden, head, objective = Example(7).made()
+    with torch.no_grad():
+        losses = linear_loss(hidden.requires_grad_(), head.requires_grad_(), objective)
+    assert not losses.total.requires_grad
+    torch.testing.assert_close(losses.total, literal(hidden, head, objective)[0].detach())
+
+
+def test_chunks_are_equal_and_cover_every_token() -> None:
+    found = chunks(4096, 151_936)
+    assert len(found) == 10 and max(part.stop - part.start for part in found) == 410
+    assert [i for part in found for i in range(part.start, part.stop)] == list(range(4096))
+    assert chunks(512, 4096) == [slice(0, 512)]
+
+
+def test_the_memory_is_bounded_and_no_number_is_waited_for() -> None:
+    """6,513 MiB with all logits at once; tensors without contents have no numbers to give."""
+    taken = memory_of(in_chunks, Sizes(4096, 2048, 151_936, torch.bfloat16))
+    assert taken.extra < 400 * 2**20
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        memory_of(lambda h, w, _: h.sum() * float(w.sum().item()), Sizes(4, 4, 4, torch.float32))
