@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from skvr_dist.lab.hosts.case import CPU, Ending, Lab, losses, write_hostfile
 from skvr_dist.lab.hosts.hosts import ROOT, Hosts
 
@@ -152,8 +154,9 @@ class KeptRun:
         return max(losses(self.folder), default=0) >= step
 
     def rank_processes(self, host: int) -> list[int]:
-        """Processes of the ranks of a host."""
-        return list(self.hosts.ranks(host))
+        """Processes of the ranks of a host, without those that read for them."""
+        found = self.hosts.ranks(host)
+        return [pid for pid in found if _parent(pid) not in found]
 
     def kill(self, host: int, number: int, *containing: str) -> None:
         """Send a signal to the processes of a host in whose line one of these texts is found."""
@@ -187,6 +190,13 @@ class KeptRun:
 
     def _log(self, host: int) -> Path:
         return self.hosts.folder / f"console-{host}.txt"
+
+
+def _parent(pid: int) -> int:
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _steps(console: str) -> list[int]:

@@ -94,8 +94,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.stage = module
         self.sent_bytes = 0
         """Bytes of activations that this rank has sent to the next stage since it started."""
-        self.stopwatch = Stopwatch()
-        """Times this rank's own part of each step."""
+        self.stopwatch = Stopwatch()  # of this rank's own part of each step
         self.backward_passes = 0
         """Backward passes that this stage has run since it started."""
         self.before_update: Callable[[], None] | None = None
