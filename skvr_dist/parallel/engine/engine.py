@@ -110,8 +110,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.mesh = mesh
         self.guard = guard
         self.stage = module
-        self.stopwatch = Stopwatch()
-        """Times this rank's own part of each step."""
+        self.stopwatch = Stopwatch()  # of this rank's own part of each step
         self.counts_to_sum: Callable[[], list[float]] = list
         """Called at the end of every step, before its update: numbers to be summed over all ranks with its loss."""
         self.summed_counts: list[float] = []
