@@ -14,6 +14,7 @@ ROOMS = [
     "section",
     "schedule",
     "files",
+    "host_group",
     "routing",
     "config",
     "model",

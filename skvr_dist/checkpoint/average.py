@@ -80,7 +80,7 @@ def write_average(checkpoints: Sequence[Checkpoint], decay: float | None, output
         partial, final = folder / partial_folder(newest.step), folder / step_folder(newest.step)
         partial.mkdir(parents=True)
         copy_small_files(newest, partial, facts)
-        publish(partial, final, write_pieces(partial, pieces, alone=True))
+        publish(partial, final, write_pieces(partial, pieces))
     return RunFolder(output).checkpoints / step_folder(newest.step)
 
 

@@ -27,39 +27,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
 from skvr_dist.checkpoint.facts import FORMAT, Facts
+from skvr_dist.checkpoint.names import candidates as candidates
+from skvr_dist.checkpoint.names import partial_folder as partial_folder
+from skvr_dist.checkpoint.names import step_folder as step_folder
 from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
-from skvr_dist.checkpoint.storage import INDEX_FILE, Index
+from skvr_dist.checkpoint.storage import INDEX_FILE, TENSORS_SUFFIX, Index
 from skvr_dist.config.stored import StoredConfig
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, sha256_of, write_whole
+from skvr_dist.host_group import HostGroup
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.section import in_words
 
 CONFIG_FILE, FACTS_FILE, TOKENIZER_FILE, LATEST_FILE = "config.yaml", "checkpoint.json", "tokenizer.model", "latest"
 IMPORTED_TOKENIZER_FILE = "tokenizer.json"
-TENSORS_SUFFIX = ".distcp"
 ASIDE_FOLDER = "set-aside"
 """Folder among a run's checkpoints for those of a branch that the run has left."""
 MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
 # What files raise that are not what they were: a ValidationError and a JSONDecodeError are ValueErrors.
 _WRONG_CONTENT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-
-
-def step_folder(step: int) -> str:
-    """Name of the checkpoint of a step."""
-    return f"step-{step:08d}"
-
-
-def partial_folder(step: int) -> str:
-    """Name of that checkpoint while it is being written."""
-    return f"{step_folder(step)}.partial"
 
 
 def write_facts(partial: Path, *, config_text: str, facts: Facts, files: Mapping[str, bytes]) -> None:
@@ -127,12 +119,6 @@ def set_aside(checkpoint: Path) -> Path:
     return checkpoint.rename(target)
 
 
-def candidates(checkpoints: Path) -> list[Path]:
-    """The finished checkpoints of a run, the newest first."""
-    pattern = "step-" + "[0-9]" * 8
-    return sorted((path for path in checkpoints.glob(pattern) if path.is_dir()), reverse=True)
-
-
 def forget_old(checkpoints: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
     """Delete all but the newest `keep_last` checkpoints and those of every n-th step; returns what was deleted."""
     old = candidates(checkpoints)[keep_last:]
@@ -142,8 +128,11 @@ def forget_old(checkpoints: Path, *, keep_last: int, keep_every_steps: int | Non
     return deleted
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(folder: Path, *, check_sizes: bool = True) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of a checkpoint, by name, after a check of the manifest itself and of the sizes.
+
+    Args:
+        check_sizes: look at every file; a checkpoint of a thousand ranks has a thousand.
 
     Raises:
         UserError: a file is missing or has another size, or the manifest is damaged.
@@ -163,7 +152,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise UserError(
             f"checkpoint {folder} is damaged: {MANIFEST_FILE} holds no files ({error}); use another"
         ) from None
-    for name, size in sizes.items():
+    for name, size in sizes.items() if check_sizes else ():
         file = folder / name
         found = f"has {file.stat().st_size} bytes" if file.exists() else "is missing"
         if found != f"has {size} bytes":
@@ -177,12 +166,13 @@ class Checkpoint:
     Args:
         path: the checkpoint's folder, or that of its run, which stands for the run's newest checkpoint.
         verify: compare the tensors now, too, and not only as they are read.
+        looked_at: another process has opened it already; only what every reader needs is read.
 
     Raises:
         UserError: nothing complete is there, or it is damaged; this names the file.
     """
 
-    def __init__(self, path: str | Path, *, verify: bool = False) -> None:
+    def __init__(self, path: str | Path, *, verify: bool = False, looked_at: bool = False) -> None:
         folder = local_path(path)
         if not any((folder / name).exists() for name in (FACTS_FILE, MANIFEST_FILE)):
             found = candidates(RunFolder(folder).checkpoints)
@@ -192,10 +182,12 @@ class Checkpoint:
                 )
             folder = found[0]
         self.folder = folder
-        self.files = read_manifest(folder)
+        self.files = read_manifest(folder, check_sizes=not looked_at)
         self._tensors_are_whole = False
         try:
-            content = {name: self.small_file(name) for name in self.files if not name.endswith(TENSORS_SUFFIX)}
+            small = {name for name in self.files if not name.endswith(TENSORS_SUFFIX)}
+            needed = {CONFIG_FILE, FACTS_FILE, INDEX_FILE} if looked_at else small
+            content = {name: self.small_file(name) for name in needed}
             config_text = content[CONFIG_FILE].decode()
             facts = json.loads(content[FACTS_FILE])
             if (written := int(facts["format"])) != FORMAT:
@@ -220,7 +212,7 @@ class Checkpoint:
                 raise UserError(self._damage(damaged))
             self._tensors_are_whole = True
 
-    def read(self, pieces: Pieces, group: dist.ProcessGroup) -> None:
+    def read(self, pieces: Pieces, group: HostGroup) -> None:
         """Fill pieces, whatever layout they were written by; collective over `group`.
 
         All tensors are compared with their digests: those that any rank reads by the ranks that read
@@ -229,16 +221,19 @@ class Checkpoint:
         Raises:
             UserError: on all ranks: a tensor is missing or has another shape, or a file is damaged.
         """
-        ranks = dist.get_world_size(group)
-        wanted: list[set[str]] = [set()] * ranks
-        dist.all_gather_object(wanted, set(pieces), group=group)
-        parts = self._comparisons(set().union(*wanted))
+        parts = self._comparisons(self._wanted_anywhere(pieces, group))
 
         def compare_my_share() -> None:
-            for compare in parts[dist.get_rank(group) :: ranks]:
+            for compare in parts[group.rank :: group.size]:
                 compare()
 
         self.index.read_pieces(pieces, group, before=compare_my_share)
+
+    def _wanted_anywhere(self, pieces: Pieces, group: HostGroup) -> set[str]:
+        """The tensors of this checkpoint that any rank has pieces of; collective."""
+        names = self.index.names()
+        wanted = group.sum([float(name in pieces) for name in names])
+        return {name for name, ranks in zip(names, wanted, strict=True) if ranks}
 
     def _comparisons(self, wanted: set[str]) -> list[Callable[[], object]]:
         """Calls that compare everything but the tensors in `wanted`, which are compared as they are read."""

@@ -2,8 +2,7 @@
 
 A rank holds a shard of a weight (`skvr_dist.model.modules.TensorShard`), and of that shard's master weight and moments
 only a flat slice when ZeRO shares them out. A flat slice of a matrix is at most three rectangles: the end of a row,
-whole rows, the beginning of a row. Rectangles are what torch.distributed.checkpoint stores and reads, whatever cut
-them.
+whole rows, the beginning of a row. Rectangles are what a checkpoint stores, and any others can be read from them.
 """
 
 from __future__ import annotations
@@ -39,13 +38,6 @@ class Piece:
     def copy(self) -> Piece:
         """A copy of the rectangle in host memory."""
         return Piece(self.shape, self.offsets, self.tensor.detach().to("cpu", copy=True))
-
-    def fill_from(self, larger: Piece) -> None:
-        """Take the elements from a rectangle of the same tensor that this one lies in."""
-        found = larger.tensor
-        for dim, (start, origin) in enumerate(zip(self.offsets, larger.offsets, strict=True)):
-            found = found.narrow(dim, start - origin, self.tensor.shape[dim])
-        self.tensor.copy_(found)
 
 
 @dataclass(frozen=True, eq=False)

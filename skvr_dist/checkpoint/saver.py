@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from skvr_dist.checkpoint.facts import Facts
 from skvr_dist.checkpoint.folder import (
     forget_old,
@@ -23,6 +21,7 @@ from skvr_dist.checkpoint.folder import (
 from skvr_dist.checkpoint.pieces import Pieces
 from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.errors import RunInterrupted, UserError
+from skvr_dist.host_group import HostGroup
 
 
 class Saver:
@@ -30,7 +29,7 @@ class Saver:
 
     Args:
         checkpoints: the run's folder of checkpoints.
-        group: all ranks, for tensors on the host; nobody else's, because the ranks' threads talk to each other over it
+        group: all ranks; nobody else's, because the ranks' threads talk to each other over it
             while the ranks themselves train.
         config_text: the resolved configuration.
         files: content of the tokenizer's files by name, which go into each checkpoint.
@@ -42,7 +41,7 @@ class Saver:
     def __init__(
         self,
         checkpoints: Path,
-        group: dist.ProcessGroup,
+        group: HostGroup,
         *,
         config_text: str,
         files: Mapping[str, bytes],
@@ -142,32 +141,30 @@ class Saver:
 
         self._on_first_rank(begin, partial)
         mine = write_pieces(partial, state, self._group, pause=self._pause)
-        gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine, group=self._group)
+        digests = self._group.gather_to_first(mine)
 
         def complete() -> None:
-            publish(partial, final, {name: digest for part in gathered for name, digest in part.items()})
+            publish(partial, final, {name: digest for part in digests or [] for name, digest in part.items()})
             forget_old(self._checkpoints, **self._keep)
 
         self._on_first_rank(complete, partial)
-        if dist.get_rank() == 0:
+        if self._group.rank == 0:
             done(final)
 
     def _on_first_rank(self, work: Callable[[], None], partial: Path) -> None:
         """Do work on rank 0 while the others wait; if it fails, raise on all of them."""
         failed = None
-        if dist.get_rank() == 0:
+        if self._group.rank == 0:
             try:
                 work()
             except OSError as error:
                 failed = f"{error.strerror}: {error.filename}"
             except UserError as error:
                 failed = str(error)
-        said: list[str | None] = [failed]
-        dist.broadcast_object_list(said, src=0, group=self._group)
-        if said[0]:
+        said = self._group.from_first(failed)
+        if said:
             raise UserError(
-                f"checkpoint {partial} could not be written ({said[0]}); give train.output_dir space, rights and "
+                f"checkpoint {partial} could not be written ({said}); give train.output_dir space, rights and "
                 f"a file system that all hosts share"
             )
 

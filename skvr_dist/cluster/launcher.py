@@ -20,6 +20,8 @@ LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRA
 HOSTS_VARIABLE = "SKVR_HOSTS"
 """Names of the hosts, with commas between, in the order of their ranks: `launch/deepspeed.sh` sets it."""
 _LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+_OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_SCHEDULERS = ("OMPI_COMM_WORLD_", "PMI_", "MPI_LOCAL", "SLURM_STEP_NUM_TASKS")
 # Above the ports of common services, below those that Linux hands out (ip_local_port_range begins at 32768).
 _PORTS = range(10_000, 32_768)
 
@@ -140,3 +142,8 @@ def _first_number(variables: tuple[str, ...], otherwise: int) -> int:
                     f"{name} in the environment is {os.environ[name]!r}, no number; unset it or let a launcher set it"
                 ) from None
     return otherwise
+
+
+def is_of_a_launcher(variable: str) -> bool:
+    """Whether a launcher may have told this process so of its own rank."""
+    return variable in _OF_LAUNCHERS or variable.startswith(_OF_SCHEDULERS)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from skvr_dist.errors import UserError
 
 _PORTS = range(10_000, 32_768)  # as `skvr_dist.cluster.launcher.free_port`
+_STEPS = 101  # of a job, more than most have; a prime, so that jobs' ports do not coincide in rows
 _SETTLED = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
@@ -42,13 +43,35 @@ def tasks_as_ranks(environment: Mapping[str, str] = os.environ) -> dict[str, str
             f"Slurm announces {tasks} tasks, but not what belongs to them ({type(error).__name__}: {error}); start "
             f"them with srun, or unset its variables if they are left over"
         ) from None
-    meeting = {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(_PORTS[(job * 101 + step) % len(_PORTS)])}
+    meeting = {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(port_of(job, step))}
     return ranks | {name: environment.get(name, value) for name, value in meeting.items()}
 
 
-def hosts_of_allocation(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Names of the hosts that Slurm gave to the job that this process belongs to; empty outside of one."""
-    return expand(environment.get("SLURM_JOB_NODELIST", ""))
+def port_of(job: int, step: int) -> int:
+    """Where the ranks of a step meet."""
+    return _PORTS[(job * _STEPS + step) % len(_PORTS)]
+
+
+def allocation(environment: Mapping[str, str] = os.environ) -> tuple[list[str], int, int] | None:
+    """The hosts that Slurm gave to the job that this process belongs to; None outside of one.
+
+    Returns:
+        their names, the tasks of the host that has most, and a port that no step of the job meets at soon.
+
+    Raises:
+        UserError: Slurm's variables make no sense.
+    """
+    if "SLURM_JOB_NODELIST" not in environment:
+        return None
+    try:
+        tasks = max(tasks_per_host(environment.get("SLURM_TASKS_PER_NODE", "1")))
+        port = port_of(int(environment["SLURM_JOB_ID"]), _STEPS - 1)
+        return expand(environment["SLURM_JOB_NODELIST"]), tasks, port
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"Slurm's variables are not those of an allocation ({type(error).__name__}: {error}); unset them if they "
+            f"are left over"
+        ) from None
 
 
 def expand(names: str) -> list[str]:

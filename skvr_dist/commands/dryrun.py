@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from skvr_dist.lab.virtual.rank import Trace
 
 
+# A rank may open 1,024 files on most systems, and many small waits for all ranks add up.
+_WORLD_COLLECTIVES, _SOCKETS = 2, 100
+
+
 def main() -> None:
     """Entry point."""
     run_command(run)
@@ -50,8 +54,10 @@ def run() -> int:
 
     from skvr_dist.config.layouts import data_parallel_size
     from skvr_dist.config.load import load_config
+    from skvr_dist.lab.estimate.layout import require_usable
 
     config = load_config(options.config, options.overrides)
+    require_usable(config, options.gpus)
     replicas = data_parallel_size(config, options.gpus)
 
     from tqdm import tqdm
@@ -66,7 +72,7 @@ def run() -> int:
     )
     records = {trace.rank: [*trace.start, *trace.steps] for trace in traces}
     wrong = play(records, first_use=False) or play(records, first_use=True)
-    rows = [_row(trace, options.steps) for trace in traces]
+    rows = [_row(trace, options.steps, options.gpus if replicas > 1 else None) for trace in traces]
     seconds = time.monotonic() - started
     layout = f"{config.parallel.pipeline} stages x {replicas} replicas x {config.parallel.tensor} tensor-parallel"
     figure = Figure(
@@ -75,12 +81,22 @@ def run() -> int:
         "nothing that does not match",
         not wrong,
     )
+    worst = {name: max(row[name] for row in rows) for name in ("world collectives a step", "sockets")}
+    figures = [
+        figure,
+        Figure(
+            f"{worst['world collectives a step']:g} collectives of all ranks a step",
+            str(_WORLD_COLLECTIVES),
+            worst["world collectives a step"] <= _WORLD_COLLECTIVES,
+        ),
+        Figure(f"{worst['sockets']} sockets of a rank over gloo", str(_SOCKETS), worst["sockets"] <= _SOCKETS),
+    ]
     record = {"gpus": options.gpus, "steps": options.steps, "seconds": seconds, "wrong": wrong, "ranks": rows}
     table = tabulate([row.values() for row in rows], headers=list(rows[0]), tablefmt="github")
-    return conclude([figure], table=table, record=record, json_file=options.json)
+    return conclude(figures, table=table, record=record, json_file=options.json)
 
 
-def _row(trace: Trace, steps: int) -> dict[str, Any]:
+def _row(trace: Trace, steps: int, world_size: int | None) -> dict[str, Any]:
     """What a rank asks of others in a step, on average, and how many it talks to."""
     from skvr_dist.lab.virtual.record import Operation
 
@@ -95,7 +111,9 @@ def _row(trace: Trace, steps: int) -> dict[str, Any]:
         "tensor": trace.tensor,
         "groups": len({operation.group for operation in talks}),
         "largest group": most,
+        "sockets": trace.sockets,
         "collectives a step": len(collectives) / steps,
+        "world collectives a step": trace.world_operations(world_size) / steps,
         "messages sent": sum(operation.name == "send" for operation in asked) / steps,
         "messages received": sum(operation.name == "receive" for operation in asked) / steps,
     }

@@ -25,6 +25,8 @@ from skvr_dist.files import prove_folder, write_whole
 if TYPE_CHECKING:
     from skvr_dist.cluster.preflight.checks import Findings
 
+_PORT = 29500  # DeepSpeed's
+
 
 def main() -> None:
     """Entry point."""
@@ -38,7 +40,7 @@ def run() -> None:
         UserError: something has to be put right.
     """
     options = parse(_parser())
-    hosts, slots, over = _hosts(options)
+    hosts, slots, over, port = _hosts(options)
     words, folder = _configuration(options)
     settled = prove_folder(options.settle) if options.settle else None
 
@@ -49,7 +51,7 @@ def run() -> None:
 
     variables = passed_variables(also=options.passed)
     with Remotes(hosts, variables, over) as remotes:
-        found = examine(remotes, hosts, words, folder, options.port, slots)
+        found = examine(remotes, hosts, words, folder, port, slots)
     _print(found)
     print(f"variables that all ranks get: {in_words(variables)}")
     if options.json:
@@ -58,7 +60,10 @@ def run() -> None:
         raise UserError("; ".join(found.problems))
     if settled:
         _settle(settled, found, {**variables, HOSTS_VARIABLE: ",".join(hosts)}, options)
-    print(f"{len(hosts)} hosts of {slots} ranks can run together; they meet at {found.address}:{options.port}")
+    print(
+        f"{len(hosts)} hosts of {slots} ranks can run together; they meet at {found.address}"
+        + (f":{port}" if over == "ssh" else ", each step at a port of its own")
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", action="append", metavar="FILE", help="as of the run; without, hosts alone")
     parser.set_defaults(default_config=None)
     parser.add_argument(
-        "--port", type=at_least(1, 2**16 - 1), default=29500, metavar="N", help="where ranks meet (default: 29500)"
+        "--port",
+        type=at_least(1, 2**16 - 1),
+        metavar="N",
+        help="where ranks meet (default: 29500, or Slurm's job has its own)",
     )
     parser.add_argument(
         "--pass", dest="passed", action="append", default=[], metavar="NAME", help="pass this variable too"
@@ -78,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _hosts(options: argparse.Namespace) -> tuple[list[str], int, str]:
-    """The hosts, the ranks of each, and what reaches them."""
+def _hosts(options: argparse.Namespace) -> tuple[list[str], int, str, int]:
+    """The hosts, the ranks of each, what reaches them, and the port where ranks meet."""
     from skvr_dist.cluster.hostfile import read_hostfile
-    from skvr_dist.cluster.slurm import hosts_of_allocation
+    from skvr_dist.cluster.slurm import allocation
 
     if options.hostfile:
         hosts, slots = read_hostfile(options.hostfile)
@@ -89,10 +97,11 @@ def _hosts(options: argparse.Namespace) -> tuple[list[str], int, str]:
             raise UserError(
                 "pdsh is not installed here, with which deepspeed starts hosts; install Debian's package pdsh"
             )
-        return hosts, slots, "ssh"
-    if not (hosts := hosts_of_allocation()):
+        return hosts, slots, "ssh", options.port or _PORT
+    if (given := allocation()) is None:
         raise UserError("no --hostfile is given, and this is no allocation of Slurm; give one of them")
-    return hosts, 1, "srun"
+    hosts, slots, port = given
+    return hosts, slots, "srun", options.port or port
 
 
 def _configuration(options: argparse.Namespace) -> tuple[list[str], str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from skvr_dist.section import Section
+
+# Every rank compares every plan with its own draw by now.
+_RETIRED = ("verify_plan_every_steps",)
 
 
 class ActivationCheckpointing(Section):
@@ -36,7 +39,14 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What data-parallel replicas share: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    compile: Literal["auto", "inductor", "aot_eager", "off"] = "auto"
+    """Whether layers are compiled (`skvr_dist.model.compiled`): `auto` takes `inductor` on GPUs and `off` on CPUs;
+    `aot_eager` makes the same graphs and runs them with PyTorch's own kernels, to find out where a fault is from."""
     timeout_seconds: float = Field(default=600.0, ge=1, le=10**7)
     """Longest wait for another rank; then the run ends and names it."""
-    verify_plan_every_steps: int = Field(default=100, gt=0, le=10**9)
-    """Of no effect, kept so that older configurations load: every rank compares every plan with its own draw."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired_keys(cls, raw: Any) -> Any:
+        """Configurations that were written before a key went still load."""
+        return {key: value for key, value in raw.items() if key not in _RETIRED} if isinstance(raw, dict) else raw

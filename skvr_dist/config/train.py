@@ -68,6 +68,8 @@ class TrainConfig(Section):
     """Steps between console lines; TensorBoard and metrics.jsonl get every step."""
     only: list[str] | None = Field(default=None, min_length=1)
     """Modules whose parameters are trained, such as k_proj, mlp or lm_head; the others stay as they are. null: all."""
+    watch_ranks_every_steps: int = Field(default=100, gt=0, le=10**9)
+    """Steps between two comparisons of all ranks and links, which name those that make the others wait."""
     resume: str = Field(default="auto", min_length=1)
     """`auto` resumes from the run's newest whole checkpoint if it has one, `never` starts afresh; else a checkpoint.
 

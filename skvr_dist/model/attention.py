@@ -39,40 +39,33 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 class DocumentMask:
-    """Attention that stays within documents; what a backend needs is computed once for all layers.
+    """Attention that stays within documents: what a backend needs, computed once for all layers.
+
+    All of it is there when the first layer runs, so that layers that are compiled only read it.
 
     Args:
         numbers: int [B, S], the document of each position, never falling within a sequence.
+        backend: one of `BACKENDS`.
     """
 
-    def __init__(self, numbers: Tensor) -> None:
-        self.numbers = numbers
+    mask: Tensor | None = None
+    """bool [B, 1, S, S]: which keys each query sees; for backends that take a mask."""
+    flash_bounds: tuple[Tensor, int] | None = None
+    """int32 [documents + 1], where each begins among all B x S positions; and the longest's length."""
 
-    @functools.cached_property
-    def starts(self) -> Tensor:
-        """bool [B, S]: where a document, or a sequence, begins."""
-        starts = torch.ones_like(self.numbers, dtype=torch.bool)
-        starts[:, 1:] = self.numbers[:, 1:] != self.numbers[:, :-1]
-        return starts
-
-    @functools.cached_property
-    def positions(self) -> Tensor:
+    def __init__(self, numbers: Tensor, backend: str) -> None:
+        starts = torch.ones_like(numbers, dtype=torch.bool)
+        starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+        place = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
+        self.positions = place - torch.where(starts, place, 0).cummax(dim=1).values
         """int64 [B, S]: the place of each token within its document."""
-        place = torch.arange(self.numbers.shape[1], device=self.numbers.device).expand_as(self.numbers)
-        return place - torch.where(self.starts, place, 0).cummax(dim=1).values
-
-    @functools.cached_property
-    def mask(self) -> Tensor:
-        """bool [B, 1, S, S]: which keys each query sees."""
-        same = self.numbers[:, :, None] == self.numbers[:, None, :]
-        return (same & _causal_mask(same.shape[1], same.shape[2], same.device))[:, None]
-
-    @functools.cached_property
-    def flash_bounds(self) -> tuple[Tensor, int]:
-        """int32 [documents + 1], where each begins among all B x S positions; and the longest's length."""
-        flat = self.starts.flatten()
-        bounds = F.pad(flat.nonzero().flatten(), (0, 1), value=len(flat)).int()
-        return bounds, int(bounds.diff().max())
+        if backend == "flash":
+            flat = starts.flatten()
+            bounds = F.pad(flat.nonzero().flatten(), (0, 1), value=len(flat)).int()
+            self.flash_bounds = bounds, int(bounds.diff().max())
+        else:
+            same = numbers[:, :, None] == numbers[:, None, :]
+            self.mask = (same & _causal_mask(same.shape[1], same.shape[2], same.device))[:, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, document_mask: DocumentMask | None = None) -> Tensor:
@@ -97,6 +90,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, document_mask: DocumentMask | None) 
 
     if document_mask is None:
         return flash_attn_func(q, k, v, causal=True)
+    assert document_mask.flash_bounds is not None
     bounds, longest = document_mask.flash_bounds
     flat = (x.flatten(0, 1) for x in (q, k, v))
     out = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
@@ -123,6 +117,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, document_mask: DocumentMask | None) 
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bshe,bthe->bhst", q.float(), k.float()) / math.sqrt(q.shape[-1])
     mask = _causal_mask(q.shape[1], k.shape[1], q.device) if document_mask is None else document_mask.mask
+    assert mask is not None
     scores = scores.masked_fill(~mask, float("-inf"))
     return torch.einsum("bhst,bthe->bshe", scores.softmax(dim=-1), v.float()).to(q.dtype)
 

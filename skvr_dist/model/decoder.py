@@ -277,7 +277,8 @@ class Decoder(nn.Module):
             documents: as for `forward`.
             past: positions before these.
         """
-        document_mask = None if documents is None else DocumentMask(documents)
+        backend = resolve_backend(self.config.attention, hidden.device, hidden.dtype)
+        document_mask = None if documents is None else DocumentMask(documents, backend)
         new = hidden.shape[1] * self.module_set.sequence_shards
         positions = torch.arange(past, past + new, device=hidden.device)
         return rope_tables(self.config, positions if document_mask is None else document_mask.positions), document_mask

@@ -3,7 +3,7 @@
 A collective that fails or times out knows neither which rank is missing nor what it was for. The engine and the loop
 name the operation (`naming_the_operation`). The rank that notices hangs up on all others, so that they notice too, and
 so on through the whole run within moments. Then every rank that is still there leaves a sign of life in the store of
-the process group, and the ranks without one are named.
+the process group, and the ranks without one are named, host by host.
 
 A rank that meets something of its own, such as a full disk, hangs up too, and its sign of life is its sentence
 (`ending_together`): so all ranks say why, and end as that one does.
@@ -12,20 +12,19 @@ A rank that meets something of its own, such as a full disk, hangs up too, and i
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
-import time
+import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 
 import psutil
 import torch.distributed as dist
-from torch.distributed import Store, distributed_c10d
+from torch.distributed import distributed_c10d
 
 from skvr_dist.errors import RunInterrupted, UserError
 from skvr_dist.parallel.mesh import Mesh
+from skvr_dist.parallel.roll_call import Sign, call_the_roll, name_the_silent
 
 # Time from hanging up to naming the ranks that gave no sign. Launchers kill the ranks that are left 30 s after the
 # first has ended.
@@ -33,22 +32,13 @@ _ROLL_CALL_SECONDS = 5.0
 # The same for a rank that hangs up for something of its own: the others may be computing and not look at a connection
 # before their next collective.
 _LAST_WORDS_SECONDS = 20.0
-# Rank 0 holds the store, so it stays until the others have read it.
-_READING_SECONDS = 2.0
+
+# Beyond that time, for a store that is busy with many ranks.
+_SECONDS_FOR_THE_STORE = 4.0
 
 
 class EndedByAnotherRankError(UserError):
     """Another rank has met something that a user can put in order; the message holds that rank's sentence."""
-
-
-@dataclass(frozen=True)
-class _Sign:
-    """What a rank leaves in the store when a run fails."""
-
-    sentence: str = ""
-    """What it met itself; empty if it only noticed that another one was gone."""
-    is_for_user: bool = False
-    """Whether a user can put that in order, rather than start the run again as it is."""
 
 
 @contextlib.contextmanager
@@ -66,20 +56,20 @@ def naming_the_operation(mesh: Mesh, operation: str, micro_batch: int | None = N
             raise
         of = "" if micro_batch is None else f" of micro-batch {micro_batch}"
         _hang_up()
-        signs = _call_the_roll(mesh, _Sign(), _ROLL_CALL_SECONDS)
+        signs = _call_the_roll(mesh, Sign(), _ROLL_CALL_SECONDS)
         ending = _ending(mesh, f"{operation}{of}", " ".join(str(error).split())[:200], signs)
         logging.getLogger("skvr_dist").error(ending)
         raise ending from error
 
 
-def _ending(mesh: Mesh, operation: str, reason: str, signs: dict[int, _Sign]) -> UserError:
+def _ending(mesh: Mesh, operation: str, reason: str, signs: dict[int, Sign]) -> UserError:
     """What a rank ends with whose operation has failed, told by the signs of all."""
     for rank, sign in sorted(signs.items()):
         if sign.sentence:
             kind = EndedByAnotherRankError if sign.is_for_user else RunInterrupted
             return kind(f"{mesh.name} ends in {operation}, because rank {rank} has ended: {sign.sentence}")
     missing = sorted(set(range(mesh.world_size)) - signs.keys())
-    silent = f"no sign of life from rank {', '.join(map(str, missing))}" if missing else "all ranks are alive"
+    silent = name_the_silent(missing, mesh.hosts) if missing else "all ranks are alive"
     return RunInterrupted(
         f"{mesh.name} failed in {operation}: {silent} ({reason}); start the run again, it resumes from the latest "
         f"checkpoint"
@@ -122,7 +112,7 @@ def ending_together(mesh: Mesh) -> Iterator[None]:
             is_for_user = isinstance(error, UserError)
             sentence = text if is_for_user else f"{type(error).__name__}: {text}"
             _hang_up()
-            _call_the_roll(mesh, _Sign(sentence, is_for_user), _LAST_WORDS_SECONDS)
+            _call_the_roll(mesh, Sign(sentence, is_for_user), _LAST_WORDS_SECONDS)
         raise
 
 
@@ -145,34 +135,21 @@ def _hang_up() -> None:
                 connected.shutdown(socket.SHUT_RDWR)
 
 
-def _call_the_roll(mesh: Mesh, mine: _Sign, seconds: float) -> dict[int, _Sign]:
+def _call_the_roll(mesh: Mesh, mine: Sign, seconds: float) -> dict[int, Sign]:
     """The signs of the ranks that leave one within `seconds`, this one's among them.
 
-    The store lives on rank 0, which may be the one that died: then all others are taken to be there.
+    The store lives on rank 0, which may be the one that died: then all others are taken to be there. So they are when
+    it does not answer, stopped or behind a link that is cut: a call to the store then waits for ever, so it is made on
+    a thread that nobody waits for any longer than that.
     """
-    ranks = range(mesh.world_size)
-    try:
-        store = distributed_c10d._get_default_store()
-        store.set(_key("sign", mesh.rank), json.dumps(asdict(mine)))
-        there = _wait_for(store, "sign", set(ranks), seconds)
-        signs = {rank: _Sign(**json.loads(store.get(_key("sign", rank)))) for rank in there}
-        store.set(_key("read", mesh.rank), "yes")
-        if mesh.rank == 0:
-            _wait_for(store, "read", there, _READING_SECONDS)
-        return signs
-    except (RuntimeError, ValueError):  # the latter once the process group is destroyed
-        return {rank: _Sign() for rank in ranks if rank}
+    found: list[dict[int, Sign]] = []
 
+    def call() -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # the latter once the process group is destroyed
+            store = distributed_c10d._get_default_store()
+            found.append(call_the_roll(store, mesh.rank, mesh.world_size, mine, seconds))
 
-def _wait_for(store: Store, kind: str, ranks: set[int], seconds: float) -> set[int]:
-    """Those of some ranks that leave a key of that kind within `seconds`; returns as soon as all have."""
-    there: set[int] = set()
-    deadline = time.monotonic() + seconds
-    while there != ranks and time.monotonic() < deadline:
-        there |= {rank for rank in ranks - there if store.check([_key(kind, rank)])}
-        time.sleep(0.1)
-    return there
-
-
-def _key(kind: str, rank: int) -> str:
-    return f"skvr/{kind}/{rank}"
+    caller = threading.Thread(target=call, name="roll call", daemon=True)
+    caller.start()
+    caller.join(seconds + _SECONDS_FOR_THE_STORE)
+    return found[0] if found else {rank: Sign() for rank in range(1, mesh.world_size)}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.errors import UserError
+from skvr_dist.host_group import HostGroup
+from skvr_dist.parallel.roll_call import announce_host, announced_hosts
 
 AXES = ("pp", "dp", "tp")
 """Pipeline stages, data-parallel replicas, tensor-parallel ranks: from the slowest to the fastest in rank numbers."""
@@ -39,24 +41,27 @@ class Mesh:
     """This rank's number among those that share its layers."""
     tp_size: int
     tp_group: dist.ProcessGroup
+    tp_group_on_host: dist.ProcessGroup | None
+    """The same over gloo, for what lies on the host; None for one rank."""
     kv_group: dist.ProcessGroup | None
     """The tensor-parallel ranks that hold the same key/value head, where there are fewer heads than ranks."""
-    dp_group: dist.ProcessGroup
-    """The ranks that hold the same layers and shards in the other replicas, over gloo."""
-    host_group: dist.ProcessGroup
-    """All ranks over gloo, for small tensors on the host: routing plans and counters never wait for a device."""
+    host_group: HostGroup
+    """All ranks, for small things on the host: routing plans and counters never wait for a device."""
+    hosts: tuple[str, ...]
+    """The name of each rank's host."""
 
     @classmethod
     def build(cls, parallel: ParallelConfig, model: ModelConfig) -> Mesh:
         """Lay the ranks of the default process group out; collective over all of them."""
         pp_size, tp_size = parallel.pipeline, parallel.tensor
+        _announce_this_host()
         dp_size = dist.get_world_size() // (pp_size * tp_size)
         devices = init_device_mesh(
             "cuda" if dist.get_backend() == "nccl" else "cpu",
             (pp_size, dp_size, tp_size),
             mesh_dim_names=AXES,
-            backend_override={"dp": _host_backend()},
         )
+        neighbours = devices.mesh.view(-1, tp_size).tolist()
         copies = tp_size // model.num_key_value_heads  # ranks of one key/value head
         return cls(
             devices=devices,
@@ -68,15 +73,27 @@ class Mesh:
             tp_rank=devices.get_local_rank("tp"),
             tp_size=tp_size,
             tp_group=devices.get_group("tp"),
+            tp_group_on_host=own_group(neighbours, _host_backend()) if tp_size > 1 else None,
             kv_group=own_group(devices.mesh.view(-1, copies).tolist()) if copies > 1 else None,
-            dp_group=devices.get_group("dp"),
             host_group=new_host_group(),
+            hosts=_hosts(),
         )
 
     @property
     def world_size(self) -> int:
         """Ranks of all stages, replicas and tensor-parallel groups."""
         return self.pp_size * self.dp_size * self.tp_size
+
+    @property
+    def is_first_of_host(self) -> bool:
+        """Whether this rank has the lowest number of those on its host."""
+        return self.hosts.index(self.hosts[self.rank]) == self.rank
+
+    @property
+    def sockets(self) -> int:
+        """Connections of this rank over gloo where devices talk over NCCL: the host groups of training and of saving,
+        that of the tensor-parallel ranks, and the store."""
+        return 2 * self.host_group.sockets + self.tp_size - 1 + 1
 
     @property
     def name(self) -> str:
@@ -97,8 +114,9 @@ class Mesh:
         Raises:
             UserError: on every rank, if any differs; unnoticed, ranks would train different things or hang.
         """
-        gathered: list[dict[str, Any]] = [{}] * self.world_size
-        dist.all_gather_object(gathered, facts, group=self.host_group)
+        if self.host_group.is_same(repr(facts).encode()):
+            return
+        gathered = self.host_group.gather(facts)
         for rank, theirs in enumerate(gathered):
             for name, value in gathered[0].items():
                 if theirs[name] != value:
@@ -107,35 +125,32 @@ class Mesh:
                         f"the same configuration, data and output folder?"
                     )
 
-    def from_first_rank(self, value: str) -> str:
-        """Rank 0's value; collective."""
-        said = [value]
-        dist.broadcast_object_list(said, src=0, group=self.host_group)
-        return said[0]
 
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Element-wise sum over all ranks, of a list of equal length on each."""
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.host_group)
-        return total.tolist()
-
-
-def agree(data: bytes, group: dist.ProcessGroup) -> bool:
-    """Whether all ranks of a gloo group hold the same bytes, found by comparing 7 bytes of a hash; collective."""
-    number = int.from_bytes(hashlib.sha256(data).digest()[:7], "little")
-    extremes = torch.tensor([number, -number])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    return bool(extremes[0] == -extremes[1])
-
-
-def new_host_group() -> dist.ProcessGroup:
-    """A group of all ranks for tensors on the host; collective."""
-    return dist.new_group(backend=_host_backend())
+def new_host_group() -> HostGroup:
+    """A group of all ranks for small things on the host; collective."""
+    return HostGroup(_host_backend())
 
 
 def _host_backend() -> str:
-    """gloo, but for a process group that is none of this world's (`skvr_dist.lab.virtual`): its groups are like it."""
-    return "gloo" if dist.get_backend() in ("gloo", "nccl") else dist.get_backend()
+    return dist.get_backend() if _is_made_up() else "gloo"
+
+
+def _is_made_up() -> bool:
+    """Whether the process group is none of this world's (`skvr_dist.lab.virtual`)."""
+    return dist.get_backend() not in ("gloo", "nccl")
+
+
+def _announce_this_host() -> None:
+    """Leave the name of this host for the other ranks."""
+    if not _is_made_up():
+        announce_host(distributed_c10d._get_default_store(), dist.get_rank(), socket.gethostname())
+
+
+def _hosts() -> tuple[str, ...]:
+    """The host of each rank; once a group was made since all announced theirs, which waits for every rank."""
+    if _is_made_up():
+        return (socket.gethostname(),) * dist.get_world_size()
+    return announced_hosts(distributed_c10d._get_default_store(), dist.get_world_size())
 
 
 def own_group(rank_lists: Iterable[list[int]], backend: str | None = None) -> dist.ProcessGroup:

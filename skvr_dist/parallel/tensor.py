@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -241,20 +242,18 @@ class _ScatterSequence(torch.autograd.Function):
 
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.contiguous().clone()  # what autograd hands in may be used elsewhere
-    dist.all_reduce(total, group=group)
-    return total
+    return _arrived(collectives.all_reduce(x.contiguous(), "sum", group))
 
 
 def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """Every rank's x, concatenated along `dim` in the order of the ranks."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, dim=dim)
+    return _arrived(collectives.all_gather_tensor(x.contiguous(), dim, group))
 
 
 def _reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = [part.contiguous() for part in x.chunk(group.size(), dim=1)]
-    mine = torch.empty_like(parts[0])
-    dist.reduce_scatter(mine, parts, group=group)
-    return mine
+    return _arrived(collectives.reduce_scatter_tensor(x, "sum", 1, group))
+
+
+def _arrived(x: Tensor) -> Tensor:
+    """What a functional collective returns, once it is there: such collectives can be compiled."""
+    return collectives.wait_tensor(x)

@@ -2,6 +2,7 @@
 
 run.json          the run's id, and what it was last told to resume from
 lock/             the process that writes here (`skvr_dist.run.lock`)
+supervisor.json   what keeps it running on its hosts (`skvr_dist.cluster.supervisor`), while that lives
 config.yaml       the resolved configuration
 versions.json     the software, the command and the layout
 metrics.jsonl     one record per logged step or evaluation
@@ -39,6 +40,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.logs = self.path / "logs"
         self.lock = self.path / "lock"
+        self.supervisor = self.path / "supervisor.json"
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.console = self.path / "console.txt"

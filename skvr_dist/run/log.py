@@ -34,10 +34,13 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
 
 
-def start_log(file: Path) -> logging.Logger:
+def start_log(file: Path, level: int = logging.INFO) -> logging.Logger:
     """This rank's log file, in a folder that is made; what DeepSpeed logs and Python warns of goes there too.
 
     Only DeepSpeed's warnings still reach the console.
+
+    Args:
+        level: the least that is noted.
 
     Raises:
         UserError: it cannot be written.
@@ -45,6 +48,7 @@ def start_log(file: Path) -> logging.Logger:
     with naming_failure(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         handler = _LogFile(file, encoding="utf-8", errors="backslashreplace")
+        handler.setLevel(level)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("skvr_dist")
     logger.setLevel(logging.INFO)

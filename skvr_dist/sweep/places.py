@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from skvr_dist.cluster.keep_running import end_marked_processes
+from skvr_dist.cluster.processes import end_marked_processes
 from skvr_dist.errors import UserError
 from skvr_dist.sweep.experiment import Place
 from skvr_dist.sweep.plan import PlannedRun

@@ -14,16 +14,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from skvr_dist.cluster.keep_running import SECONDS_TO_END
-from skvr_dist.cluster.launcher import free_port
+from skvr_dist.cluster.launcher import free_port, is_of_a_launcher
+from skvr_dist.cluster.processes import SECONDS_TO_END
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE
 from skvr_dist.files import append_line, naming_failure
 from skvr_dist.run.folder import RunFolder
 
 SECONDS_TO_SPEAK = 3.0
 """After the end of one rank, in which the others may say what they have met, before they are told to end."""
-_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SCHEDULERS = ("OMPI_COMM_WORLD_", "PMI_", "MPI_LOCAL", "SLURM_STEP_NUM_TASKS")
 
 
 class Ranks:
@@ -39,7 +37,7 @@ class Ranks:
     """
 
     def __init__(self, folder: RunFolder, ranks: int, variables: Mapping[str, str]) -> None:
-        own = {key: value for key, value in os.environ.items() if not _is_of_a_launcher(key)}
+        own = {key: value for key, value in os.environ.items() if not is_of_a_launcher(key)}
         port, command = str(free_port()), pretrain_command(folder.config)
         with naming_failure(folder.console), folder.console.open("ab") as console:
             self._processes = [
@@ -102,11 +100,6 @@ def _announced(rank: int, ranks: int, port: str) -> dict[str, str]:
     number, size = str(rank), str(ranks)
     of_rank = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     return {**of_rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-
-
-def _is_of_a_launcher(variable: str) -> bool:
-    """Whether a launcher may have told this process so of its own rank."""
-    return variable in _LAUNCHERS or variable.startswith(_SCHEDULERS)
 
 
 def _code_of_all(codes: Sequence[int]) -> int:

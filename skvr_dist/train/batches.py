@@ -1,4 +1,7 @@
-"""The micro-batches that a replica trains on, with the time they took and the damage they met."""
+"""The micro-batches that a replica trains on, with the time they took and the damage they met.
+
+One rank of those that share a stage's layers reads them and gives them to the others.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,16 @@ import logging
 import time
 from collections.abc import Iterator
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
+from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
+from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.mesh import Mesh
 
 
@@ -19,16 +28,62 @@ def training_batches(
     """This replica's micro-batches from step `first_step` on; nothing on stages that read no tokens."""
     if not (engine.is_first_stage() or engine.is_last_stage() or engine.separate_documents):
         return iter(())
-    return MicroBatchReader(
-        sequences,
-        micro_batch_size=config.train.micro_batch_size,
-        micro_batches_per_step=config.num_micro_batches,
-        replica=mesh.dp_rank,
-        replicas=mesh.dp_size,
-        start_step=first_step,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-    )
+    reader = None
+    if mesh.tp_rank == 0:
+        reader = MicroBatchReader(
+            sequences,
+            micro_batch_size=config.train.micro_batch_size,
+            micro_batches_per_step=config.num_micro_batches,
+            replica=mesh.dp_rank,
+            replicas=mesh.dp_size,
+            start_step=first_step,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+        )
+    if mesh.tp_group_on_host is None:
+        assert reader is not None
+        return reader
+    shape = config.train.micro_batch_size, config.data.sequence_length
+    return SharedBatches(reader, mesh, shape, separate_documents=engine.separate_documents)
+
+
+class SharedBatches(Iterator[MicroBatch]):
+    """Micro-batches that the first of the tensor-parallel ranks reads, on all of them; `next` is collective.
+
+    What the reader meets is raised on all of them. Damage is known to the reader alone, which reports it.
+
+    Args:
+        reader: where they come from; None on the others.
+        shape: B, S of every micro-batch.
+        separate_documents: the micro-batches have documents.
+    """
+
+    def __init__(
+        self, reader: Iterator[MicroBatch] | None, mesh: Mesh, shape: tuple[int, int], *, separate_documents: bool
+    ) -> None:
+        assert mesh.tp_group_on_host is not None
+        self._reader, self._mesh, self._group = reader, mesh, mesh.tp_group_on_host
+        self._shape = (2 + separate_documents, *shape)  # tokens, labels, documents
+
+    def __next__(self) -> MicroBatch:
+        said, batch = b"", None
+        if self._reader is not None:
+            try:
+                batch = next(self._reader)
+            except UserError as error:
+                said = str(error).encode()
+        with naming_the_operation(self._mesh, "the hand-out of a micro-batch"):
+            length = int(self._from_reader(torch.tensor(len(said))))
+            if length:
+                text = torch.tensor(list(said)) if said else torch.zeros(length, dtype=torch.long)
+                raise UserError(bytes(self._from_reader(text).tolist()).decode())
+            parts = [part for part in batch[:3] if part is not None] if batch else []
+            handed = self._from_reader(torch.stack(parts) if parts else torch.zeros(self._shape, dtype=torch.long))
+        return batch or MicroBatch(*handed)
+
+    def _from_reader(self, tensor: Tensor) -> Tensor:
+        dist.broadcast(tensor, group=self._group, group_src=0)
+        return tensor
 
 
 class WatchedBatches(Iterator[MicroBatch]):

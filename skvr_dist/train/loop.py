@@ -18,7 +18,12 @@ from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.cluster.arguments import unpack
 from skvr_dist.cluster.interrupt import InterruptListener
-from skvr_dist.cluster.launcher import announced_local_size, announced_rank, announced_world_size
+from skvr_dist.cluster.launcher import (
+    announced_local_size,
+    announced_rank,
+    announced_world_size,
+    is_other_rank,
+)
 from skvr_dist.cluster.variables import in_words, passed_variables
 from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
@@ -39,6 +44,7 @@ from skvr_dist.run.lock import RunLock
 from skvr_dist.run.log import prints_to, software_versions, start_log, write_versions
 from skvr_dist.train.batches import WatchedBatches, training_batches
 from skvr_dist.train.build import build_engine, build_saver, layout_of
+from skvr_dist.train.counts import StepCounts
 from skvr_dist.train.inputs import Inputs, open_inputs
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.plans import plan_stream
@@ -46,6 +52,7 @@ from skvr_dist.train.resume import preview_resume, resume, settle_resume
 from skvr_dist.train.same_schedule import schedule_jumps
 from skvr_dist.train.schedules import data_weights, routing_rates
 from skvr_dist.train.shared_folder import require_shared_folder
+from skvr_dist.train.slow_ranks import RankWatch
 from skvr_dist.train.state import load_weights, progress_facts
 
 
@@ -83,8 +90,7 @@ def train(run: Run) -> tuple[int, str | None]:
     while step < run.config.train.steps and not interrupted:
         step += 1
         train_step(run, step)
-        with naming_the_operation(run.mesh, f"the check for signals after step {step}"):
-            interrupted = run.interrupts.received()
+        interrupted = run.counts.interrupted()
         after_step(run, step, interrupted is not None)
     return step, interrupted
 
@@ -105,7 +111,8 @@ class Run:
     """This replica's held-out micro-batches."""
     strategies: dict[str, CacheStrategy]
     """The strategies to evaluate, by the names that the user gave."""
-    interrupts: InterruptListener
+    counts: StepCounts
+    watch: RankWatch
     first_step: int
     """Steps that are done already."""
     evaluation_due: bool
@@ -123,7 +130,8 @@ def join_run(config: Config, inputs: Inputs) -> Mesh:
     folder, seconds = RunFolder(config.train.output_dir), config.parallel.timeout_seconds
     if announced_rank() == 0:
         folder.prove_writable()
-    preview_resume(config, inputs.sequences.fingerprint())
+    if not is_other_rank():  # one per host looks at the checkpoints
+        preview_resume(config, inputs.sequences.fingerprint())
     if announced_rank() == 0:
         run = folder.notes().get("id") or uuid.uuid4().hex
         RunLock(folder.path, run)
@@ -142,7 +150,8 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     versions = {f"version of {name}": version for name, version in software_versions().items()}
     mesh.require_same({**versions, "code of skvr_dist": code_digest(), "data": fingerprint, **sections})
     require_shared_folder(folder, mesh.rank, mesh.world_size)
-    log = start_log(folder.log(mesh.rank))
+    # A thousand files that say the same line of every step would help nobody.
+    log = start_log(folder.log(mesh.rank), logging.INFO if mesh.rank == 0 else logging.WARNING)
     if mesh.rank == 0:
         write_whole(folder.config, dump_config(config))
         write_versions(folder.versions, layout_of(config, mesh.world_size).model_dump())
@@ -153,6 +162,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         brought, lost = to_travel_on(origin, load_tokenizer(config.data.tokenizer))
     first_step = resumed.step if resumed else 0
     aside = settle_resume(config, resumed) if mesh.rank == 0 else []
+    watched = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
     run = Run(
         config,
         mesh,
@@ -161,12 +171,13 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         Reporter(mesh.rank, folder, first_step=first_step, steps=config.train.steps),
         saver=build_saver(config, brought),
         plans=plan_stream(config, mesh, first_step),
-        batches=WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log),
+        batches=watched,
         held_out=inputs.held_out[mesh.dp_rank :: mesh.dp_size],
         strategies=CacheStrategy.parse_all(
             config.evaluate.strategies, config.model.num_hidden_layers, config.evaluate.profiles
         ),
-        interrupts=InterruptListener(mesh.sum_over_ranks),
+        counts=StepCounts(engine, watched, InterruptListener()),
+        watch=RankWatch(mesh, config.train.watch_ranks_every_steps),
         first_step=first_step,
         evaluation_due=bool(resumed and resumed.facts.evaluation_due),
         facts={
@@ -203,11 +214,13 @@ def train_step(run: Run, step: int) -> None:
         UserError: too many updates in a row were refused.
     """
     engine, batches = run.engine, run.batches
-    started, sent_before, waited_before = time.perf_counter(), engine.sent_bytes, batches.seconds
+    started, waited_before = time.perf_counter(), batches.seconds
+    run.counts.begin_step()
     plan = run.plans.next()
     learning_rate = engine.get_lr()[0]
     loss = engine.train_step(batches, plan)
     seconds = time.perf_counter() - started
+    run.watch.add(seconds, *engine.stopwatch.read())
     values: Values = {
         "train/loss": loss,
         "train/learning_rate": learning_rate,
@@ -220,17 +233,19 @@ def train_step(run: Run, step: int) -> None:
         **routing_values(plan),
         **{f"routing/{name}": value for name, value in routing_rates(run.config, step - 1).items()},
         **{f"data/weight/{name}": value for name, value in data_weights(run.config, step - 1).items()},
+        **run.counts.values(skips_damage=run.config.data.damage == "skip"),
     }
-    with naming_the_operation(run.mesh, f"the counts of step {step}"):
-        values |= boundary_bytes(run.mesh, engine.sent_bytes - sent_before)
-        if run.config.data.damage == "skip":
-            lost_tokens = batches.lost_tokens if engine.is_first_stage() and run.mesh.tp_rank == 0 else 0
-            values["data/skipped_tokens"] = run.mesh.sum_over_ranks([float(lost_tokens)])[0]
+    with naming_the_operation(run.mesh, f"the times of the ranks up to step {step}"):
+        measured, slow = run.watch.report(step)
+    values |= measured
     last = step == run.config.train.steps
     run.reporter.step(step, values, show=last or step % run.config.train.log_every_steps == 0)
     run.log.info(
         "step %d loss %.6f over %d tokens gradient norm %.6f", step, loss, engine.predicted_tokens, engine.gradient_norm
     )
+    for sentence in slow:
+        run.reporter.say(f"step {step}  {sentence}")
+        run.log.warning("step %d %s", step, sentence)
     if engine.guard.reason:
         report_skipped(run, step)
 
@@ -290,15 +305,6 @@ def routing_values(plan: RoutingPlan) -> Values:
         "routing/cross_layer_share": plan.cross_layer_share,
         "routing/skipped_kv_share": plan.skipped_kv_share,
     }
-
-
-def boundary_bytes(mesh: Mesh, sent_bytes: int) -> Values:
-    """Bytes of activations that crossed each boundary in this step, over all replicas; collective."""
-    if mesh.pp_size == 1:
-        return {}
-    mine = [float(sent_bytes) if mesh.pp_rank == boundary else 0.0 for boundary in range(mesh.pp_size - 1)]
-    total = mesh.sum_over_ranks(mine)
-    return {f"pipeline/crossing_bytes/boundary_{boundary}": value for boundary, value in enumerate(total)}
 
 
 def report_start(run: Run, resumed: Checkpoint | None, notices: list[str]) -> None:

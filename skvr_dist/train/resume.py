@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from skvr_dist.checkpoint.folder import Checkpoint, candidates, point_latest, set_aside
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
@@ -131,15 +129,16 @@ def resume(
 
 
 def _opened(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
-    """A checkpoint, or what is wrong with it on any rank; collective."""
+    """A checkpoint, or what is wrong with it on any rank; collective.
+
+    One rank of each host looks at all of its files.
+    """
     checkpoint, problem = None, None
     try:
-        checkpoint = Checkpoint(path)
+        checkpoint = Checkpoint(path, looked_at=not mesh.is_first_of_host)
     except UserError as error:
         problem = str(error)
-    seen: list[str | None] = [None] * mesh.world_size
-    dist.all_gather_object(seen, problem, group=mesh.host_group)
-    return checkpoint, next((found for found in seen if found is not None), None)
+    return checkpoint, mesh.host_group.first_problem(problem)
 
 
 def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerprint: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.model.trained import is_trained
 from skvr_dist.parallel.engine import optimizers
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
-from skvr_dist.parallel.engine.optimizers import state_to_load, take_parameters, whole_parameters
+from skvr_dist.parallel.engine.optimizers import complete_state, state_to_load, state_to_read
 from skvr_dist.train.optimizer import set_step
 
 _WEIGHTS_DEPEND_ON = (
@@ -87,9 +87,5 @@ def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
 
 
 def _load(engine: RoutedPipelineEngine, checkpoint: Checkpoint, state: Pieces) -> None:
-    whole = whole_parameters(engine)
-    checkpoint.read({**state, **whole}, engine.mesh.host_group)
-    for name, parameters in whole.items():  # the masters lie in them, and need not be read again
-        for master in state.get(name, []):
-            master.fill_from(parameters[0])
-    take_parameters(engine, whole)
+    checkpoint.read(state_to_read(engine, state), engine.mesh.host_group)
+    complete_state(engine, state)

@@ -49,7 +49,7 @@ def run(tmp_path: Path) -> Path:
         tensors = {WEIGHTS + name: weight for name, weight in weights_of(step).items()}
         tensors |= {f"first.{name}": weight for name, weight in weights_of(step).items()}
         pieces = {name: [Piece(tuple(t.shape), (0,) * t.dim(), t)] for name, t in tensors.items()}
-        digests = write_pieces(partial, pieces, alone=True)
+        digests = write_pieces(partial, pieces)
         publish(partial, partial.with_name(step_folder(step)), digests)
     return tmp_path / "run"
 

@@ -84,6 +84,19 @@ def go_on(case: Case, saved: str, folder: str) -> list[float]:
     return trainer.train(range(2, 4))
 
 
+def read_again(layout: str, folder: str) -> float:
+    trainer = Trainer(Case(layout), folder)
+    trainer.train(range(1))
+    trainer.save(1)
+    return Trainer(Case(layout), folder).load(Path(folder) / "checkpoints" / step_folder(1))
+
+
+@pytest.mark.parametrize("layout", ["DP2 ZeRO-0", "PP2xDP2 ZeRO-1", "DP2 ZeRO-3"])
+def test_a_resume_reads_every_byte_once(tmp_path: Path, layout: str) -> None:
+    """Over all ranks; what replicas share comes from the one that read it. What two shards hold is read by both."""
+    assert run_ranks(LAYOUTS[layout].ranks, read_again, layout, str(tmp_path))[0] == pytest.approx(1.0, abs=0.01)
+
+
 def test_bf16_goes_on_exactly(tmp_path: Path) -> None:
     """On the same layout bit for bit; on another as close as bf16 gradients are."""
     case = Case("PP2xDP2 ZeRO-1", tied=True, precision="bf16")

@@ -20,7 +20,7 @@ from skvr_dist.cluster.launcher import (
     is_other_rank,
     was_launched,
 )
-from skvr_dist.cluster.slurm import expand, tasks_as_ranks
+from skvr_dist.cluster.slurm import allocation, expand, port_of, tasks_as_ranks
 from skvr_dist.errors import OneRankError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +155,15 @@ def test_tasks_of_slurm_are_ranks(variables: pytest.MonkeyPatch) -> None:
 )
 def test_another_launcher_in_a_step_of_slurm_announces_its_own(words: dict[str, str]) -> None:
     assert tasks_as_ranks(words) == {}
+
+
+def test_an_allocation_of_slurm() -> None:
+    words = {"SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_TASKS_PER_NODE": "2,1", "SLURM_JOB_ID": "71"}
+    found = allocation(words)
+    assert found is not None and found[:2] == (["gpu1", "gpu2"], 2) and found[2] != port_of(71, 0)
+    assert allocation({}) is None
+    with pytest.raises(UserError, match="not those of an allocation"):
+        allocation({**words, "SLURM_TASKS_PER_NODE": "x"})
 
 
 def test_half_of_slurm_is_refused() -> None:

@@ -28,15 +28,19 @@ def one_rank_is_told() -> list[str | None]:
     from skvr_dist.config.model import ModelConfig
 
     mesh = Mesh.build(ParallelConfig(), ModelConfig.model_validate(SHAPE))
-    listener = InterruptListener(mesh.sum_over_ranks)
-    heard = [listener.received()]
+    listener = InterruptListener()
+
+    def received() -> str | None:
+        return listener.in_words(mesh.host_group.sum(listener.flags()))
+
+    heard = [received()]
     if mesh.rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
-    heard.append(listener.received())
+    heard.append(received())
     if mesh.rank == 0:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-    return [*heard, listener.received()]
+    return [*heard, received()]
 
 
 def test_all_ranks_hear_of_a_signal_to_one() -> None:

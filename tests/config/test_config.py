@@ -206,6 +206,7 @@ PUBLISHED = {
     "qwen3-8b": 8191,
     "qwen2.5-0.5b": 494,
     "llama-3.1-8b": 8030,
+    "llama-3.1-70b": 70554,
     "mistral-7b": 7248,
 }
 
@@ -221,6 +222,10 @@ def test_presets_have_the_published_sizes(preset: str) -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(model).parameters())
     assert round(parameters / 1e6) == PUBLISHED[preset]
+
+
+def test_a_configuration_with_a_retired_key_still_loads() -> None:
+    assert quickstart("parallel.verify_plan_every_steps=7") == quickstart()
 
 
 def test_the_published_settings_fit_every_model() -> None:

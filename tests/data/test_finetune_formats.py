@@ -133,7 +133,7 @@ def test_triviaqa_with_its_evidence(tmp_path: Path) -> None:
         (tmp_path / "evidence" / name).write_text(text)
     file = tmp_path / "qa/web-train.json"
     place = f"{file}, Data[0]"
-    wanted = QuestionAnswer(("The Sun is a star.", "Sol is near."), "Which star is nearest?", "Sun", place)
+    wanted = QuestionAnswer(("The Sun is a star.", "Sol is near."), "Which star is nearest?", "Sun", place, ("Sol",))
     assert read(file, "triviaqa", TRIVIAQA) == [wanted, None]
     (tmp_path / "evidence/web/8/8_1.txt").unlink()
     with pytest.raises(UserError, match=r"Data\[0\] names the document .*web/8/8_1.txt, which is not there; unpack"):

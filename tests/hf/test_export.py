@@ -359,7 +359,7 @@ def run(tokenizer_file: Path, tmp_path: Path) -> Path:
     weights = random_weights(config)
     partial = tmp_path / "run/checkpoints" / partial_folder(40)
     whole = {WEIGHTS + name: [Piece(tuple(w.shape), (0,) * w.dim(), w)] for name, w in weights.items()}
-    write_pieces(partial, whole, alone=True)
+    write_pieces(partial, whole)
     tree = {
         "model": config.model_dump(),
         "routing": {"policy": "strategy", "cross_layer_prob": 0.25},

@@ -20,6 +20,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.lab.estimate import check
 from skvr_dist.lab.estimate.check import CASES, Case, Comparison, compare
 from skvr_dist.lab.estimate.layout import estimate
+from skvr_dist.lab.estimate.page import command, section
 from skvr_dist.lab.estimate.propose import propose, require_any
 from skvr_dist.lab.estimate.speed import PRESETS
 from skvr_dist.lab.virtual.memory import LiveMemory
@@ -127,3 +128,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert "worst rank: stage " in done.stdout and "predicted, not measured: step " in done.stdout
     record = json.loads((tmp_path / "estimate.json").read_text())
     assert [stage["stage"] for stage in record["stages"]] == [0, 1]
+
+
+def test_the_page_of_layouts_is_made_by_its_commands() -> None:
+    """One model and size; the others are made alike, by `make docs`."""
+    page = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    lines = section("qwen3-1.7b", (8,)).splitlines()
+    row, keys = (next(line for line in lines if line.startswith(start)) for start in ("|      8 |", "* 8 GPUs"))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells in [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    assert keys in page and f"    {command('qwen3-1.7b', 8)}" in page

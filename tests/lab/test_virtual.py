@@ -142,6 +142,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert "64 ranks (4 stages x 8 replicas x 2 tensor-parallel), 11 of them traced over 2 steps" in done.stdout
     record = json.loads((tmp_path / "dryrun.json").read_text())
     assert record["wrong"] == [] and len(record["ranks"]) == 11
+    # The plan, and everything that is summed; a grid of 8 x 8, twice, the other tensor-parallel rank and the store.
+    assert {row["world collectives a step"] for row in record["ranks"]} == {2}
+    assert {row["sockets"] for row in record["ranks"]} == {2 * (7 + 7) + 1 + 1}
     refused = subprocess.run([*command, "--gpus", "60"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "error: 60 ranks cannot hold parallel.pipeline 4 stages x parallel.tensor 2 ranks" in refused.stderr
+    assert "error: --gpus 60 cannot be laid out as parallel.pipeline 4 x parallel.tensor 2" in refused.stderr
+    assert refused.stderr.strip().endswith("the nearest that can: 32 and 64")

@@ -34,8 +34,9 @@ def micro_batches(count: int) -> list[MicroBatch]:
 
 
 def test_positions_begin_anew_with_each_document() -> None:
-    documents = DocumentMask(torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]]))
+    documents = DocumentMask(torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]]), "flash")
     assert documents.positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
+    assert documents.flash_bounds is not None
     bounds, longest = documents.flash_bounds
     assert bounds.tolist() == [0, 3, 4, 6, 7, 12] and longest == 5
 

@@ -53,7 +53,7 @@ def write_teacher(folder: Path) -> Path:
     )
     weights = draws.initial_weights(TEACHER, SEED + 1)
     pieces = {WEIGHTS + name: [Piece(tuple(t.shape), (0,) * t.dim(), t)] for name, t in weights.items()}
-    publish(partial, folder / step_folder(1), write_pieces(partial, pieces, alone=True))
+    publish(partial, folder / step_folder(1), write_pieces(partial, pieces))
     return folder / step_folder(1)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import time
 from datetime import timedelta
 
@@ -15,6 +17,7 @@ from skvr_dist.data.batch import MicroBatch
 from skvr_dist.errors import RunInterrupted, UserError
 from skvr_dist.lab.verify.cases import SHAPE, Case, batches
 from skvr_dist.lab.verify.ranks import RankError, run_ranks
+from skvr_dist.parallel import failure
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.train.plans import plan_of_step
 
@@ -42,11 +45,11 @@ def receive_another_plan() -> str:
     mesh = mesh_of_replicas()
     plans = plan_stream(Case("DP2 ZeRO-1", "none").config(), mesh, first_step=0)
     plans.next()
-    plans._work.wait()
+    plans._under_way[0].arrive()
     if mesh.rank == 0:
         plans.next()
         return ""
-    plans._received[3, 4] = 2
+    plans._under_way[0].received[3, 4] = 2
     with pytest.raises(UserError) as raised:
         plans.next()
     return str(raised.value)
@@ -74,20 +77,25 @@ def train_until(rank: int, fate: str) -> tuple[str, float]:
     if mesh.rank == rank:
         if fate == "dies":
             os._exit(0)
+        if fate == "is stopped":  # its store, which the others ask, does not answer either
+            subprocess.Popen(["sh", "-c", f"sleep {4 * TIMEOUT}; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return "", 0.0
         time.sleep(5 * TIMEOUT)
         return "", 0.0
+    failure._ROLL_CALL_SECONDS, failure._SECONDS_FOR_THE_STORE = 2.0, 2.0
     started = time.monotonic()
     with pytest.raises(RunInterrupted) as raised:
         engine.train_step(map(MicroBatch.of, second[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, 1))
     return str(raised.value), time.monotonic() - started
 
 
-@pytest.mark.parametrize(("rank", "fate"), [(2, "is stuck"), (1, "dies")])
+@pytest.mark.parametrize(("rank", "fate"), [(2, "is stuck"), (1, "dies"), (0, "is stopped")])
 def test_a_missing_rank_is_named(rank: int, fate: str) -> None:
     results = run_ranks(4, train_until, rank, fate, may_die=fate == "dies")
     survivors = [result for other, result in enumerate(results) if other != rank]
     for other, (message, seconds) in zip([r for r in range(4) if r != rank], survivors, strict=True):
         assert message.startswith(f"rank {other} (stage ")
         assert f"no sign of life from rank {rank}" in message
-        assert seconds < 4 * TIMEOUT
+        assert seconds < 3 * TIMEOUT
     assert any(" of micro-batch " in message for message, _ in survivors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 from pathlib import Path
 
@@ -69,3 +70,14 @@ def test_a_rank_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch
     shared_folder.require_shared_folder(shared, 1, 2)
     with pytest.raises(UserError, match=r"/other on host .* \(rank 1\) is not the folder that rank 0 writes to"):
         shared_folder.require_shared_folder(other, 1, 2)
+
+
+def test_what_listens_but_is_no_store_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_group, "_LOOK_SECONDS", 0.05)
+    for name, value in {**TWO_HOSTS, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=f"what listens at port {port} of 127.0.0.1, .* is not rank 0 of a run"):
+            process_group._open_store(1, 2, timedelta(seconds=1))

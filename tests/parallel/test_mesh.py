@@ -21,11 +21,10 @@ from skvr_dist.routing import RoutingPlan, fixed_plan
 def look_around(pp_size: int, tp_size: int) -> tuple[tuple[list[int], ...], str]:
     """This rank among stages, replicas and tensor-parallel ranks; and its name."""
     mesh = Mesh.build(ParallelConfig(pipeline=pp_size, tensor=tp_size), ModelConfig.model_validate(SHAPE))
-    assert dist.get_backend(mesh.dp_group) == "gloo"
     assert mesh.rank == dist.get_rank()
     stages = [mesh.stage_rank(stage) for stage in range(mesh.pp_size)]
     assert stages in mesh.pipelines()
-    groups = dist.get_process_group_ranks(mesh.dp_group), dist.get_process_group_ranks(mesh.tp_group)
+    groups = dist.get_process_group_ranks(mesh.devices.get_group("dp")), dist.get_process_group_ranks(mesh.tp_group)
     for ranks, place in zip((stages, *groups), (mesh.pp_rank, mesh.dp_rank, mesh.tp_rank), strict=True):
         assert ranks[place] == mesh.rank
     return (stages, *groups), mesh.name

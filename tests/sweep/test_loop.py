@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from skvr_dist.cluster.keep_running import marked_processes
+from skvr_dist.cluster.processes import marked_processes
 from skvr_dist.config.load import load_config
 from skvr_dist.config.presets import find_config
 from skvr_dist.errors import UserError

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from support.datasets import TOKENIZER, write_dataset
 
-from skvr_dist.cluster.keep_running import marked_processes
+from skvr_dist.cluster.processes import marked_processes
 from skvr_dist.commands import sweep
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.sweep.places import MARK

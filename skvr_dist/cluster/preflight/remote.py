@@ -30,7 +30,7 @@ _SENTENCES = {
     "Could not resolve hostname": "there is no host of that name; correct it in the hostfile, or name it in /etc/hosts",
     "Invalid node name": "Slurm knows no host of that name; correct it in the hostfile",
     "Connection timed out": "it does not answer ssh; is it up, and in this network?",
-    "No route to host": "there is no way to it; is it up, and in this network?",
+    "No route to host": "it does not answer ssh; is it up, and in this network?",
     "Connection refused": "it runs no ssh server, or at another port",
     "No module named": "its environment lacks this project or a package ({said}); install the same environment there, "
     "at the same path",

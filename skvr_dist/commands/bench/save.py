@@ -70,9 +70,9 @@ def run(options: Namespace) -> int:
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
     with tempfile.TemporaryDirectory(dir=options.folder) as own:
-        folder = Path(mesh.from_first_rank(own))
+        folder = Path(mesh.host_group.from_first(own))
         cost = saving_cost(config, engine, mesh, folder, options.saves)
-        mesh.sum_over_ranks([0.0])  # nobody removes the folder while another rank still reads
+        mesh.host_group.sum([0.0])  # nobody removes the folder while another rank still reads
     figure = Figure(
         f"step while a save writes / step without: {cost.ratio.median:.3f} (quartiles "
         f"{cost.ratio.lower_quartile:.3f} to {cost.ratio.upper_quartile:.3f}, {cost.saves} saves)",

@@ -2,6 +2,7 @@
 
     skvr-verify hosts --json hosts.json
     skvr-verify hosts --only power_off
+    skvr-verify hosts --json hosts.json --resume --output hosts.md
 
 Needs root's rights and Debian's packages iproute2, openssh-server, pdsh, openmpi-bin, slurmctld, slurmd, slurm-client
 and munge. Exits 1 when a case does not end as it must.
@@ -10,6 +11,7 @@ and munge. Exits 1 when a case does not end as it must.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import tempfile
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from skvr_dist.command import Figure, add_json, conclude
+from skvr_dist.command import Figure, add_json, conclude, write_json
 from skvr_dist.errors import UserError
 from skvr_dist.files import prove_writable, write_whole
 
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="PATTERN", help="cases in whose name a regular expression is found")
     parser.add_argument("--quick", action="store_true", help="the few cases that the tests play")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument("--resume", action="store_true", help="keep the cases in --json FILE that ended well")
     parser.add_argument("--output", metavar="FILE", help="write the tables there, as a page in Markdown")
     add_json(parser)
 
@@ -64,12 +67,15 @@ def run(options: argparse.Namespace) -> int:
     output = prove_writable(options.output) if options.output else None
     if reason := why_not(*(program for case in cases for program in case.programs)):
         raise UserError(f"skvr-verify hosts cannot run here: {reason}; run it as root on a machine that has them")
+    known = _known(options, cases)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="skvr-hosts-") as folder:
         lab = Lab(Path(folder) / "lab")
         for case in tqdm(cases, unit="case", leave=False, disable=None):
-            outcomes.append(play(case, lab))
+            outcomes.append(known.get(case.name) or play(case, lab))
             tqdm.write(_line(outcomes[-1]))
+            if options.json:
+                write_json(options.json, [as_record(outcome) for outcome in outcomes])
     tables = _tables(outcomes)
     figure = _figure(outcomes)
     if output:
@@ -97,6 +103,34 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
     if not chosen:
         raise UserError(f"--only {options.only!r} is in no name of: {'; '.join(case.name for case in cases)}")
     return chosen
+
+
+def _known(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Outcome]:
+    """With --resume, the outcomes of an earlier call that were well, by the names of their cases.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    from skvr_dist.lab.hosts.case import from_record
+
+    if not options.resume:
+        return {}
+    if options.json is None:
+        raise UserError("--resume needs --json FILE, where the outcomes of the earlier call are")
+    if not options.json.exists():
+        return {}
+    by_name = {case.name: case for case in cases}
+    try:
+        records = json.loads(options.json.read_text(encoding="utf-8"))
+        return {
+            record["case"]: from_record(record, by_name[record["case"]])
+            for record in records
+            if record["passed"] and record["case"] in by_name
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{options.json} does not hold outcomes of this command ({error}); leave --resume out"
+        ) from None
 
 
 def _line(outcome: Outcome) -> str:

@@ -86,6 +86,17 @@ class Encoder:
     passage_orders: int = 0
     template: ChatTemplate | None = None
 
+    def facts(self) -> dict[str, str | int | float]:
+        """Everything that decides the tokens of a record."""
+        return {
+            "tokenizer": self.tokenizer.sha256,
+            "longest": self.longest,
+            "seed": self.seed,
+            "question_first_prob": self.question_first_prob,
+            "passage_orders": self.passage_orders,
+            "template": self.template.text if self.template else "",
+        }
+
     def encode_all(self, examples: Iterable[QuestionAnswer | Chat | None], counts: Counts) -> Iterator[Encoded]:
         """All examples in their order; what became of them is added to `counts`.
 
@@ -95,13 +106,19 @@ class Encoder:
         for number, example in enumerate(examples):
             if example is None:
                 counts.without_answer += 1
-                continue
-            encoded = (
-                self._chat(example, counts) if isinstance(example, Chat) else self._answer(example, number, counts)
-            )
-            for each in encoded:
-                counts.examples += 1
-                yield each
+            else:
+                yield from self.encode(example, number, counts)
+
+    def encode(self, example: QuestionAnswer | Chat, number: int, counts: Counts) -> Iterator[Encoded]:
+        """An example as documents, one or several; raises as `encode_all` does.
+
+        Args:
+            number: of the record in its file, which decides what is drawn.
+        """
+        encoded = self._chat(example, counts) if isinstance(example, Chat) else self._answer(example, number, counts)
+        for each in encoded:
+            counts.examples += 1
+            yield each
 
     def _chat(self, chat: Chat, counts: Counts) -> Iterator[Encoded]:
         assert self.template is not None

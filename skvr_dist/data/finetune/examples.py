@@ -17,6 +17,10 @@ class QuestionAnswer:
     answer: str
     place: str
     """Where it is from, for messages."""
+    others: tuple[str, ...] = ()
+    """Other answers that are as right."""
+    group: str = ""
+    """What it is counted with when answers are measured."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class _Example(_Part):
     context: str
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)
+    group: str = ""
 
 
 def _read_examples(path: Path) -> Examples:
@@ -46,7 +47,8 @@ def _read_examples(path: Path) -> Examples:
     expected = "the keys context, question and answer, each a text, the last two not empty"
     for place, record in _json_lines(path, "examples", expected):
         found = _parsed(_Example, record, place, "examples", expected)
-        yield QuestionAnswer((found.context,) if found.context else (), found.question, found.answer, place)
+        passages = (found.context,) if found.context else ()
+        yield QuestionAnswer(passages, found.question, found.answer, place, group=found.group)
 
 
 class _SquadAnswer(_Part):
@@ -82,8 +84,8 @@ def _read_squad(path: Path) -> Examples:
         place = f"{path}, data[{number}]"
         for paragraph in _parsed(_SquadArticle, record, place, kind, expected).paragraphs:
             for asked in paragraph.qas:
-                answer = NO_ANSWER if asked.is_impossible else asked.answers[0].text
-                yield QuestionAnswer((paragraph.context,), asked.question.strip(), answer, place)
+                answer, *others = [NO_ANSWER] if asked.is_impossible else [answer.text for answer in asked.answers]
+                yield QuestionAnswer((paragraph.context,), asked.question.strip(), answer, place, tuple(others))
 
 
 class _HotpotRecord(_Part):
@@ -120,9 +122,9 @@ def _read_ms_marco(path: Path) -> Examples:
     lines = _json_lines(path, kind, expected) if _is_jsonl(path) else _columns(path, kind, expected)
     for place, record in lines:
         found = _parsed(_MarcoRecord, record, place, kind, expected)
-        answer = next((answer for answer in found.answers if answer.strip()), None)
+        answers = [answer for answer in found.answers if answer.strip()]
         passages = tuple(passage.passage_text for passage in found.passages)
-        yield QuestionAnswer(passages, found.query.strip(), answer, place) if answer else None
+        yield QuestionAnswer(passages, found.query.strip(), answers[0], place, tuple(answers[1:])) if answers else None
 
 
 def _columns(path: Path, kind: str, expected: str) -> Iterator[tuple[str, Any]]:
@@ -137,6 +139,7 @@ def _columns(path: Path, kind: str, expected: str) -> Iterator[tuple[str, Any]]:
 
 class _TriviaAnswer(_Part):
     value: str = Field(alias="Value")
+    aliases: list[str] = Field(alias="Aliases", default=[])
 
 
 class _TriviaDocument(_Part):
@@ -161,8 +164,8 @@ def _read_triviaqa(path: Path) -> Examples:
         files = [evidence / "wikipedia" / page.file for page in found.pages]
         files += [evidence / "web" / page.file for page in found.results]
         texts = tuple(_text(file, place) for file in files)
-        usable = texts and found.answer.value.strip()
-        yield QuestionAnswer(texts, found.question, found.answer.value, place) if usable else None
+        answer, others = found.answer.value, tuple(found.answer.aliases)
+        yield QuestionAnswer(texts, found.question, answer, place, others) if texts and answer.strip() else None
 
 
 def _text(file: Path, place: str) -> str:

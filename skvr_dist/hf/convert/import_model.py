@@ -204,7 +204,7 @@ def _write(
         for name, shape in shapes.items():
             like = torch.empty(shape, dtype=dtypes[name], device="meta")
             pieces[WEIGHTS + name] = [LazyPiece(tuple(shape), (0,) * len(shape), like, functools.partial(read, name))]
-        return write_pieces(folder, pieces, alone=True)
+        return write_pieces(folder, pieces)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
 
     def step() -> float:
         nonlocal number
-        mesh.sum_over_ranks([0.0])  # all ranks start together
+        mesh.host_group.sum([0.0])  # all ranks start together
         started = time.perf_counter()
         engine.train_step(batches, plan_of_step(config, number))
         number += 1
@@ -75,12 +75,12 @@ def saving_cost(config: Config, engine: RoutedPipelineEngine, mesh: Mesh, folder
         before = step()
         copies.append(save())
         beside = [step()]
-        while mesh.sum_over_ranks([float(saver.is_writing)])[0]:
+        while mesh.host_group.sum([float(saver.is_writing)])[0]:
             beside.append(step())
         saver.finish()
         ratios.append(statistics.fmean(beside) / ((before + step()) / 2))
         touched.append(len(beside))
-    mesh.sum_over_ranks([0.0])
+    mesh.host_group.sum([0.0])
     started = time.perf_counter()
     save()
     saver.finish()

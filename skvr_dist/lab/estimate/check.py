@@ -26,7 +26,7 @@ MEMORY_BOUND = 0.05
 _STEP = 1
 """The step that is measured, from 0: the first one makes the optimizer's state."""
 
-_FEW_NUMBERS = ("plan_stream", "sum_over_ranks", "norm", "has_overflow", "model_parallel_all_reduce", ":agree")
+_FEW_NUMBERS = ("host_group", "norm", "has_overflow", "model_parallel_all_reduce")
 """In whose operations only norms, flags, counters or the plan travel."""
 
 _SHAPE: dict[str, Any] = {

@@ -81,6 +81,11 @@ def require_estimable(config: Config, gpus: int) -> None:
         raise UserError("train.only has no estimate yet; set it to null")
     if config.model.attention == "eager":
         raise UserError("model.attention eager keeps all scores, which has no estimate; use sdpa, flash or auto")
+    require_usable(config, gpus)
+
+
+def require_usable(config: Config, gpus: int) -> None:
+    """Raises `UserError` if the layout of a configuration cannot use that many GPUs, with the nearest number it can."""
     cell = config.parallel.pipeline * config.parallel.tensor
     usable = [n * cell for n in range(1, config.num_micro_batches + 1) if _divides(config, n)]
     if not usable:

@@ -180,19 +180,25 @@ def peak_memory(rank: RankSizes, rows: Sequence[MicroBatch], kernels: Kernels = 
         rows: the step's micro-batches of this rank's replica.
         kernels: whose kernels run.
     """
-    moments = [_at_backward(rank, rows, number, kernels) for number in range(len(rows))]
+    activations = _Activations(rank, kernels)
+    kept = [activations.micro_batch(row) for row in rows]
+    moments = [_at_backward(activations, kept, rows, number) for number in range(len(rows))]
     if rank.config.parallel.zero_stage == 3:
-        moments += [_while_reducing(rank, rows, number, kernels) for number in range(len(rows))]
+        moments += [_while_reducing(activations, kept, rows, number) for number in range(len(rows))]
     moments += [_at_reduction(rank), _at_update(rank)]
     return max(moments, key=lambda memory: memory.total)
 
 
-def _at_backward(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kernels: Kernels) -> Memory:
-    """While micro-batch `number` runs back."""
-    activations = _Activations(rank, kernels)
+def _at_backward(activations: _Activations, kept: Sequence[int], rows: Sequence[MicroBatch], number: int) -> Memory:
+    """While micro-batch `number` runs back.
+
+    Args:
+        kept: what each micro-batch of the step keeps between its passes.
+    """
+    rank = activations.rank
     last = min(number + rank.in_flight, len(rows))
-    others = sum(activations.micro_batch(row) for row in rows[number + 1 : last])
-    held = activations.micro_batch(rows[number])
+    others = sum(kept[number + 1 : last])
+    held = kept[number]
     running = activations.while_running_back(rows[number])
     loss = _loss(rank)
     if held + loss < running:
@@ -213,11 +219,11 @@ def _at_backward(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kerne
     )
 
 
-def _while_reducing(rank: RankSizes, rows: Sequence[MicroBatch], number: int, kernels: Kernels) -> Memory:
+def _while_reducing(activations: _Activations, kept: Sequence[int], rows: Sequence[MicroBatch], number: int) -> Memory:
     """While ZeRO-3 reduces the first bucket of micro-batch `number`: a padded copy of it, and the next gradients."""
-    activations = _Activations(rank, kernels)
+    rank = activations.rank
     last = min(number + rank.in_flight, len(rows))
-    others = sum(activations.micro_batch(row) for row in rows[number + 1 : last])
+    others = sum(kept[number + 1 : last])
     parameters, optimizer, gradients = state_bytes(rank)
     on_their_way = 8 * min(rank.parameters, rank.zero_option("reduce_bucket_size", _BUCKET))
     return Memory(

@@ -41,7 +41,7 @@ class RankSizes:
     gpus: int
     stage: int
 
-    @property
+    @cached_property
     def model(self) -> ModelConfig:
         """The decoder's shape."""
         return self.config.model
@@ -51,12 +51,12 @@ class RankSizes:
         """Data-parallel replicas."""
         return data_parallel_size(self.config, self.gpus)
 
-    @property
+    @cached_property
     def stages(self) -> int:
         """Pipeline stages."""
         return self.config.parallel.pipeline
 
-    @property
+    @cached_property
     def tensor(self) -> int:
         """T."""
         return self.config.parallel.tensor
@@ -66,7 +66,7 @@ class RankSizes:
         """The stage's first layer, and the first one after it."""
         return stage_bounds(self.model, self.config.parallel)[self.stage]
 
-    @property
+    @cached_property
     def layers(self) -> range:
         """The stage's layers."""
         return range(*self.bounds)
@@ -81,47 +81,47 @@ class RankSizes:
         """Whether the stage holds the head and the loss."""
         return self.stage == self.stages - 1
 
-    @property
+    @cached_property
     def micro_batches(self) -> int:
         """Of one step on this rank."""
         return self.config.num_micro_batches // self.replicas
 
-    @property
+    @cached_property
     def in_flight(self) -> int:
         """Micro-batches whose activations 1F1B keeps at once on this stage."""
         return min(self.stages - self.stage, self.micro_batches)
 
-    @property
+    @cached_property
     def element(self) -> int:
         """Bytes of an element of weights and activations."""
         return 2 if self.config.train.precision == "bf16" else 4
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """B x S: of one micro-batch."""
         return self.config.train.micro_batch_size * self.config.data.sequence_length
 
-    @property
+    @cached_property
     def split_tokens(self) -> int:
         """Tokens whose hidden states between regions this rank holds."""
         return self.tokens // (self.tensor if self.config.parallel.sequence_parallel else 1)
 
-    @property
+    @cached_property
     def queries(self) -> int:
         """Elements of this rank's queries for one token."""
         return self.model.num_attention_heads * self.model.head_dim // self.tensor
 
-    @property
+    @cached_property
     def kv(self) -> int:
         """Elements of this rank's keys (or values) of one layer for one token."""
         return max(self.model.num_key_value_heads // self.tensor, 1) * self.model.head_dim
 
-    @property
+    @cached_property
     def inner(self) -> int:
         """This rank's elements inside the MLP for one token."""
         return self.model.intermediate_size // self.tensor
 
-    @property
+    @cached_property
     def vocabulary(self) -> int:
         """Rows of this rank's vocabulary matrices; its logits of one token."""
         return -(-self.model.vocab_size // self.tensor)

@@ -17,7 +17,7 @@ from skvr_dist.lab.hosts.hosts import ROOT, Hosts, Setup, shell_variables
 from skvr_dist.run.folder import RunFolder
 
 STEPS = 4
-_SECONDS = 300.0
+_SECONDS = 600.0
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 """What users of hosts without GPUs have in their shell: one thread a rank, since all hosts share few cores."""
 
@@ -115,11 +115,11 @@ class Lab:
         few = {"train__steps": STEPS, "train__log_every_steps": 1, "evaluate__every_steps": 1000}
         return small_run.arguments(run, self.data, **few | {"parallel__timeout_seconds": 30.0} | keys)
 
-    def _reference(self, ranks: int, steps: int = STEPS) -> dict[int, float]:
+    def _reference(self, ranks: int, steps: int = STEPS, **keys: Any) -> dict[int, float]:
         """Losses of the undisturbed run on this machine."""
-        run = self.run_folder(f"reference-{ranks}-{steps}")
+        run = self.run_folder("reference")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*launcher, "launch/pretrain.py", *self.arguments(run, train__steps=steps)]
+        command = [*launcher, "launch/pretrain.py", *self.arguments(run, **{"train__steps": steps, **keys})]
         env = {**shell_variables(), **CPU, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=_SECONDS)
         if done.returncode:
@@ -155,3 +155,12 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 1),
         "passed": outcome.is_well,
     }
+
+
+def from_record(record: dict[str, Any], case: Case) -> Outcome:
+    """The outcome that `as_record` made a record of.
+
+    Raises:
+        KeyError: it is no such record.
+    """
+    return Outcome(case, Ending(record["found"], record["misses"]), record["seconds"])

@@ -314,7 +314,7 @@ class Hosts:
             for host in self.all
             if self.is_up(host)
             for line in self.processes(host).values()
-            if any(word in line for word in ("pretrain", "preflight", "keep_running", *_LAUNCHERS))
+            if any(word in line for word in ("pretrain", "preflight", "keep_running", "cluster.agent", *_LAUNCHERS))
         ]
 
     # What happens to them

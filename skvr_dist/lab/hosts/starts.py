@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from skvr_dist.lab.hosts.case import CPU, STEPS, Case, Ending, Lab, losses, write_hostfile
-from skvr_dist.lab.hosts.hosts import ROOT, Hosts, shell_variables
+from skvr_dist.lab.hosts.hosts import Hosts, shell_variables
 from skvr_dist.lab.hosts.slurm import PROGRAMS as SLURM
 from skvr_dist.lab.hosts.slurm import start_slurm
 from skvr_dist.run.folder import RunFolder
@@ -55,6 +56,7 @@ def start(
     command: Command,
     *,
     ranks: int = 2,
+    number: int = 2,
     setup: Mapping[str, Any] | None = None,
     says: str = "",
     slurm: bool = False,
@@ -63,6 +65,7 @@ def start(
     """A case in which one command on the first host starts the run.
 
     Args:
+        number: of hosts.
         setup: fields of the hosts' setup.
         says: must be on the console.
         slurm: whether the hosts are a cluster of Slurm.
@@ -71,7 +74,7 @@ def start(
 
     def play(lab: Lab) -> Ending:
         run = lab.run_folder(name)
-        with lab.hosts(2, **(setup or {})) as hosts:
+        with lab.hosts(number, **(setup or {})) as hosts:
             if slurm:
                 start_slurm(hosts)
             done = hosts.run(1, command(lab, hosts, run), env=CPU if env is None else env, seconds=SECONDS)
@@ -102,11 +105,12 @@ def mpirun(program: str, *before: str) -> Command:
     return command
 
 
-def script(file: str, *overrides: str, **env: str) -> Command:
-    """One of the scripts of `launch/`, with a hostfile of one slot a host."""
+def script(file: str, *overrides: str, names: Sequence[str] | None = None, **env: str) -> Command:
+    """One of the scripts of `launch/`, with a hostfile of one slot for each host, or for those of these names."""
 
     def command(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
-        variables = [f"{name}={value}" for name, value in {"HOSTFILE": write_hostfile(hosts), **env}.items()]
+        hostfile = write_hostfile(hosts, names=names)
+        variables = [f"{name}={value}" for name, value in {"HOSTFILE": hostfile, **env}.items()]
         return ["env", *variables, f"launch/{file}", *lab.arguments(run), *overrides]
 
     return command
@@ -175,13 +179,43 @@ def _no_ssh(hosts: Hosts, number: int) -> Sequence[str]:
 
 
 def sbatch(lab: Lab, hosts: Hosts, run: Path) -> Sequence[str]:
-    """The job of `launch/slurm.sbatch`, edited for hosts with one rank and no GPU, from submitting it to its end."""
-    text = (ROOT / "launch/slurm.sbatch").read_text()
-    job = hosts.folder / "slurm.sbatch"
-    job.write_text(re.sub(r"(--ntasks-per-node)=8", r"\1=1", text).replace("#SBATCH --gpus-per-node=8\n", ""))
+    """The job of `launch/slurm.sbatch`, for hosts with one rank and no GPU, from submitting it to its end."""
     log = hosts.folder / "job.log"
-    words = shlex.join(["sbatch", "--wait", f"--output={log}", str(job), *lab.arguments(run)])
-    return ["sh", "-c", f"{words}; code=$?; cat {log}; exit $code"]
+    words = [*_SBATCH, "--wait", f"--output={log}", "launch/slurm.sbatch", *lab.arguments(run)]
+    return ["sh", "-c", f"{shlex.join(words)}; code=$?; cat {log}; exit $code"]
+
+
+_SBATCH = ["sbatch", "--ntasks-per-node=1", "--gpus-per-node=0"]
+
+
+def requeued(lab: Lab) -> Ending:
+    """A job that Slurm asks to end, as it does before the time is up, and that goes on by itself."""
+    run, steps = lab.run_folder("requeued"), 40
+    with lab.hosts(2) as hosts:
+        start_slurm(hosts)
+        log = hosts.folder / "job.log"
+        words = [*_SBATCH, "--parsable", f"--output={log}", "launch/slurm.sbatch"]
+        job = hosts.run(1, [*words, *lab.arguments(run, train__steps=steps)], env=CPU).stdout.strip()
+        deadline = time.monotonic() + SECONDS
+        while max(losses(run), default=0) < 3 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        hosts.run(1, ["scancel", "--signal=USR1", job])
+        while (state := _state_of(hosts, job)) not in ("COMPLETED", "FAILED", "") and time.monotonic() < deadline:
+            time.sleep(1)
+            if state == "PENDING":  # Slurm lets a requeued job wait for two minutes
+                hosts.run(1, ["scontrol", "update", f"JobId={job}", "StartTime=now"])
+        said = log.read_text()
+        ending = Ending("saved, requeued, same losses")
+        ending.expect(state == "COMPLETED", f"the job is {state}: {said[-500:]}")
+        ending.expect("SIGUSR1 ended the run after step" in said and "resumed " in said, f"no new start: {said[-500:]}")
+        ending.expect(losses(run) == lab.reference(2, steps), "other losses than on one machine")
+        ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+        return ending
+
+
+def _state_of(hosts: Hosts, job: str) -> str:
+    shown = hosts.run(1, ["scontrol", "show", "job", job]).stdout
+    return next(iter(re.findall(r"JobState=(\w+)", shown)), "")
 
 
 def _torchrun(hosts: Hosts, number: int) -> Sequence[str]:
@@ -250,8 +284,18 @@ STARTS = [
         setup={"docker0": DOCKER},
         programs=_PDSH,
     ),
+    _trains(
+        "login_node",
+        "`launch/deepspeed.sh`, from a host that trains nothing",
+        script("deepspeed.sh", names=["host2", "host3"]),
+        number=3,
+        programs=_PDSH,
+    ),
     Case("quotes", "start", "`launch/deepspeed.sh`, arguments and variables full of quotes", quoted, programs=_PDSH),
     _trains("mpirun_script", "`launch/mpirun.sh`", script("mpirun.sh", MPIRUN_OPTIONS="--allow-run-as-root")),
     _trains_on_each("torchrun_script", "`launch/torchrun.sh` on each host", _torchrun_script),
     _trains("sbatch", "`sbatch launch/slurm.sbatch`", sbatch, slurm=True, says="can run together"),
+    Case(
+        "sbatch_requeued", "start", "`sbatch launch/slurm.sbatch`, asked to end before it has", requeued, programs=SLURM
+    ),
 ]

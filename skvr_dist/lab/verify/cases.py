@@ -73,6 +73,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "policy": tuple(POLICIES),
     "family": tuple(FAMILIES),
     "attention": get_args(AttentionName),
+    "compile": ("off", "aot_eager", "inductor"),
 }
 """What a whole matrix may be trained with instead (`tools/verify.py layouts --set`), by the field of `Case`."""
 CHECKPOINTING: dict[str, dict[str, Any]] = {
@@ -163,6 +164,7 @@ class Case:
     family: str = "qwen3"
     precision: str = "fp32"
     attention: str = "sdpa"
+    compile: str = "off"
     ragged: bool = False
     """Whether sequences have labels at their beginning only, from all to none of them (`RAGGED`)."""
     documents: str = "joined"
@@ -200,7 +202,7 @@ class Case:
     @property
     def on_one_rank(self) -> Case:
         """The case reduced to what changes the training: equal for all layouts and all ways to compute it."""
-        return dataclasses.replace(self, layout="single", checkpointing="none", attention="sdpa")
+        return dataclasses.replace(self, layout="single", checkpointing="none", attention="sdpa", compile="off")
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -230,7 +232,11 @@ class Case:
             {
                 "model": self.shape,
                 "routing": self.routing,
-                "parallel": {**layout.parallel, "activation_checkpointing": CHECKPOINTING[self.checkpointing]},
+                "parallel": {
+                    **layout.parallel,
+                    "activation_checkpointing": CHECKPOINTING[self.checkpointing],
+                    "compile": self.compile,
+                },
                 "data": {
                     "train": "",
                     "validation": "",

@@ -14,7 +14,7 @@ import psutil
 from tqdm import tqdm
 
 from skvr_dist.checkpoint.folder import Checkpoint
-from skvr_dist.cluster.keep_running import ranks_among
+from skvr_dist.cluster.processes import ranks_among
 from skvr_dist.errors import RunInterrupted
 from skvr_dist.run.folder import RunFolder
 

@@ -50,6 +50,8 @@ class Reshard:
     """Relative error of Adam's moments after the five steps, the larger of the first and the second ones'."""
     tensor: float
     """Largest relative error of any single weight or moment after the five steps."""
+    read: float
+    """Bytes of tensors that all ranks together read to load it, over those that the checkpoint has."""
 
     @property
     def missed(self) -> bool:
@@ -75,7 +77,7 @@ def reshard(layouts: Sequence[str], folder: Path) -> Iterator[Reshard]:
     for target in layouts:
         sources = [(source, str(folder / source), str(folder / f"{source} to {target}")) for source in layouts]
         resumed = run_ranks(LAYOUTS[target].ranks, _resume_each, case_of(target), sources, seconds=300.0)[0]
-        for (source, saved, again), losses in zip(sources, resumed, strict=True):
+        for (source, saved, again), (losses, read) in zip(sources, resumed, strict=True):
             wanted = straight[source]
             moments, tensor = _errors(Path(saved), Path(again), STEPS)
             yield Reshard(
@@ -85,6 +87,7 @@ def reshard(layouts: Sequence[str], folder: Path) -> Iterator[Reshard]:
                 loss=max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True)),
                 moments=moments,
                 tensor=tensor,
+                read=read,
             )
 
 
@@ -98,11 +101,21 @@ def as_table(outcomes: Iterable[Reshard]) -> str:
             f"{outcome.loss:.0e}",
             f"{outcome.moments:.0e}",
             f"{outcome.tensor:.0e}",
+            f"{outcome.read:.2f}",
             "MISSED" if outcome.missed else "ok",
         ]
         for outcome in outcomes
     ]
-    header = ["saved by", "continued by", "loaded bit for bit", "loss", "moments", "worst tensor", "verdict"]
+    header = [
+        "saved by",
+        "continued by",
+        "loaded bit for bit",
+        "loss",
+        "moments",
+        "worst tensor",
+        "bytes read",
+        "verdict",
+    ]
     return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
 
 
@@ -116,18 +129,18 @@ def _train_through(case: Case, folder: str) -> list[float]:
     return losses
 
 
-def _resume_each(case: Case, sources: list[tuple[str, str, str]]) -> list[list[float]]:
+def _resume_each(case: Case, sources: list[tuple[str, str, str]]) -> list[tuple[list[float], float]]:
     """On the target layout, load each source's checkpoint, save it again at once, and train to the end."""
-    losses = []
+    found = []
     for _, saved, again in sources:
         trainer = Trainer(case, again)
-        load_state(trainer.engine, Checkpoint(checkpoint_of(saved, SAVED_AT)))
+        read = trainer.load(checkpoint_of(saved, SAVED_AT))
         trainer.save(SAVED_AT)
-        losses.append(trainer.train(range(SAVED_AT, STEPS)))
+        found.append((trainer.train(range(SAVED_AT, STEPS)), read))
         trainer.save(STEPS)
         trainer.engine.destroy()
         gc.collect()
-    return losses
+    return found
 
 
 class Trainer:
@@ -146,6 +159,13 @@ class Trainer:
         mesh, tokens = self.mesh, batches(STEPS)
         mine = [map(MicroBatch.of, tokens[step][mesh.dp_rank :: mesh.dp_size]) for step in steps]
         return [self.engine.train_step(b, plan_of_step(self.config, step)) for b, step in zip(mine, steps, strict=True)]
+
+    def load(self, folder: Path) -> float:
+        """Load a checkpoint; returns the bytes of tensors that all ranks read for it, over those that it has."""
+        checkpoint = Checkpoint(folder)
+        load_state(self.engine, checkpoint)
+        (read,) = self.mesh.host_group.sum([float(checkpoint.index.bytes_read)])
+        return read / sum(stored.length for stored in checkpoint.index.stored.values())
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step and wait until it is published; collective."""

@@ -7,6 +7,7 @@ the whole run would.
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from skvr_dist.config.tree import Config
-from skvr_dist.lab.virtual.record import Event, Recorder
+from skvr_dist.lab.virtual.record import Event, Operation, Recorder
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,19 @@ class Trace:
     """Before the first step: groups, engine, first plan."""
     steps: list[Event]
     """In all steps; numbers of operations go on from those of the start."""
+    sockets: int
+    """Connections to other ranks over gloo, where devices talk over NCCL (`Mesh.sockets`)."""
+    host_line: str
+    """Name of the group that everything goes through that all ranks take part in."""
+
+    def world_operations(self, world_size: int | None) -> int:
+        """What all ranks take part in, in all steps: over the grid of the host group, or one group of all.
+
+        Args:
+            world_size: ranks; None if a group of all of them is that of the only replica.
+        """
+        asked = [event for event in self.steps if isinstance(event, Operation) and event.peer is None]
+        return sum(event.group == self.host_line or len(event.ranks) == world_size for event in asked)
 
 
 def trace_rank(config: Config, rank: int, world_size: int, steps: int = 1) -> Trace:
@@ -58,17 +72,17 @@ def train_recorded(config: Config, recorder: Recorder, steps: int) -> Trace:
     for _ in range(steps):
         engine.train_step(map(MicroBatch.of, tokens), plans.next())
     events = recorder.events
-    return Trace(mesh.rank, mesh.pp_rank, mesh.dp_rank, mesh.tp_rank, events[:started], events[started:])
+    place = mesh.rank, mesh.pp_rank, mesh.dp_rank, mesh.tp_rank
+    return Trace(*place, events[:started], events[started:], mesh.sockets, mesh.host_group.line.group_name)
 
 
 def join_made_up_world(rank: int, world_size: int) -> None:
     """Make this process a rank of a world that answers every operation at once with nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     from skvr_dist.parallel.engine.process_group import start_process_group
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", LOCAL_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # nobody goes there
     torch.set_num_threads(1)
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers the backend
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=dist.HashStore())
     start_process_group()

@@ -77,9 +77,9 @@ class Recorder:
 
     Args:
         make_up: fill in what other ranks would have sent, for a fake process group, on which nothing arrives: what is
-            gathered is this rank's own for every member, what is scattered this rank's own share, what is received
-            zeros; broadcasts and sums stay what they were, but for counters (float64) that are zero here, since other
-            ranks add something to them.
+            gathered is this rank's own for every member, but for counters (float64) that are zero here, since other
+            ranks have something of them; what is scattered this rank's own share, what is received zeros; broadcasts
+            and sums stay what they were.
     """
 
     def __init__(self, make_up: bool) -> None:
@@ -146,10 +146,6 @@ def _fill(name: str, results: list[Tensor], put_in: list[Tensor], ranks: tuple[i
     if name == "receive":
         for tensor in results:
             tensor.zero_()
-    elif name == "all_reduce":
-        for tensor in results:
-            if tensor.dtype == torch.float64:
-                tensor.masked_fill_(tensor == 0, len(ranks))
     elif name == "all_gather" and len(results) == len(put_in):  # one tensor for all members
         for whole, mine in zip(results, put_in, strict=True):
             for part in whole.view(-1).chunk(len(ranks)):
@@ -157,6 +153,8 @@ def _fill(name: str, results: list[Tensor], put_in: list[Tensor], ranks: tuple[i
     elif name == "all_gather":
         for part in results:
             part.copy_(put_in[0])
+            if part.dtype == torch.float64 and len(ranks) > 1:
+                part.masked_fill_(part == 0, 1.0)
     elif name == "reduce_scatter":
         place = ranks.index(dist.get_rank())
         if len(results) == len(put_in):

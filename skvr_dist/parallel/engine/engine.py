@@ -33,6 +33,7 @@ from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.gradients import clip_by_global_norm, drop_gradients, gradient_tensors, scale_gradients
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import Prediction, StageModule
+from skvr_dist.parallel.engine.stopwatch import Stopwatch
 from skvr_dist.parallel.engine.zero import ZeroPipelineEngine, compare_module_order_within, reduce_layer_by_layer
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.guard import UpdateGuard
@@ -57,6 +58,24 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         distillation: what micro-batches learn from besides their labels, if anything.
     """
 
+    sent_bytes = 0
+    """Bytes of activations that this rank has sent to the next stage since it started."""
+    backward_passes = 0
+    """Backward passes that this stage has run since it started."""
+    predicted_tokens = 0
+    """Labels that counted in the last step or evaluation, over the global batch."""
+    before_update: Callable[[], None] | None = None
+    """Called in every step when its gradients are complete and not yet clipped."""
+    _mean_loss = 0.0
+    _labels = 0  # of the micro-batches that this rank has run, on the last stage
+    _update_is_admitted = True
+    _plans: tuple[PassPlan, ...] = ()
+    _arrived = 0  # passes that have come to this stage in the schedule that runs
+    _loaded = 0  # passes whose micro-batch this stage has loaded
+    _run_back = 0  # backward passes of the step
+    _gradients: Handover | None = None
+    total_loss: Tensor | None = None
+
     def __init__(
         self,
         module: StageModule,
@@ -70,7 +89,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         separate_documents: bool = False,
         distillation: Distillation | None = None,
     ) -> None:
-        compare_module_order_within(mesh.dp_group)
+        compare_module_order_within(f"{mesh.pp_rank}/{mesh.tp_rank}")
         super().__init__(
             args=None,
             model=module,
@@ -84,32 +103,21 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         )
         if self.zero_optimization_stage() == 2:
             reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
+        module.compile_layers(torch.device(self.device))
         self.separate_documents = separate_documents
         self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
         self.pipe_buffers["micro_batch"] = [None] * self.num_pipe_buffers  # number of the micro-batch in each buffer
         self.mesh = mesh
         self.guard = guard
         self.stage = module
-        self.sent_bytes = 0
-        """Bytes of activations that this rank has sent to the next stage since it started."""
-        self.backward_passes = 0
-        """Backward passes that this stage has run since it started."""
-        self.before_update: Callable[[], None] | None = None
-        """Called in every step when its gradients are complete and not yet clipped."""
-        self.predicted_tokens = 0
-        """Labels that counted in the last step or evaluation, over the global batch."""
-        self._mean_loss = 0.0
-        self._labels = 0  # of the micro-batches that this rank has run, on the last stage
-        self._update_is_admitted = True
+        self.stopwatch = Stopwatch()  # of this rank's own part of each step
+        self.counts_to_sum: Callable[[], list[float]] = list
+        """Called at the end of every step, before its update: numbers to be summed over all ranks with its loss."""
+        self.summed_counts: list[float] = []
+        """Their sums in the last step."""
         self.losses_by_part: dict[str, float] = {}
         """Means of the parts of the last step's loss over the labels concerned, if it distilled (`PARTS`)."""
         self._distillation = distillation or Distillation()
-        self._plans: tuple[PassPlan, ...] = ()
-        self._arrived = 0  # passes that have come to this stage in the schedule that runs
-        self._loaded = 0  # passes whose micro-batch this stage has loaded
-        self._run_back = 0  # backward passes of the step
-        self._gradients: Handover | None = None
-        self.total_loss: Tensor | None = None
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         self._shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
         self._format = HandoverFormat(module.model_config, mesh, self._shape)
@@ -136,6 +144,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
                 f"{self.micro_batches} passes on each of {self.mesh.dp_size} replicas"
             )
         self._plans = plan_for_stage(plan, self.mesh, self.stage.start, self.stage.stop, passes)
+        self.stopwatch.clear()  # evaluations run the same instructions
         self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed empties it only when it prints
         with naming_the_operation(self.mesh, "the training step"):
             return float(self.train_batch(_repeated(micro_batches, self._plans)))
@@ -166,7 +175,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
                 kind, number = type(instruction), self._pass_of(instruction)
                 if kind in _ON_THE_WAY_BACK and number is not None and not self._plans[number].run.runs_back:
                     continue
-                with naming_the_operation(self.mesh, kind.__name__, number):
+                with naming_the_operation(self.mesh, kind.__name__, number), self.stopwatch.watching(kind):
                     MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
         self._distillation.forget()
         if self.before:
@@ -339,7 +348,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         super()._exec_optimizer_step(lr_kwargs)
 
     def _sum_over_batch(self, square: float = 0.0) -> tuple[float, float]:
-        """Set the mean loss and the number of labels of what all ranks have just run; collective.
+        """Set the mean loss, the number of labels and the counts of what all ranks have just run; collective.
 
         Args:
             square: anything else to be summed.
@@ -352,9 +361,11 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         if self.is_last_stage() and self.total_loss is not None:
             positions = self._shape.batch * self._shape.sequence
             mine = [float(self.total_loss) * positions, float(self._labels), float(len(self._plans) * positions)]
-        sums = self.mesh.sum_over_ranks([square, *mine, *self._distillation.sums()])
+        distilled = self._distillation.sums()
+        sums = self.mesh.host_group.sum([square, *mine, *distilled, *self.counts_to_sum()])
         square, loss, labels, positions_of_all, *parts = sums
-        self.losses_by_part = self._distillation.means(parts)
+        self.losses_by_part = self._distillation.means(parts[: len(distilled)])
+        self.summed_counts = parts[len(distilled) :]
         # Tensor-parallel ranks of the last stage hold the same labels; that cancels out but in their number.
         self.predicted_tokens = round(labels) // self.mesh.tp_size
         self._mean_loss = loss / labels if labels else math.nan

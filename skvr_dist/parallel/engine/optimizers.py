@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -118,23 +119,35 @@ def adam_steps(engine: RoutedPipelineEngine) -> int:
     return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), default=0)
 
 
-def whole_parameters(engine: RoutedPipelineEngine) -> Pieces:
-    """fp32 memory for this rank's whole shards, where parameters are copies of masters kept elsewhere.
+def state_to_read(engine: RoutedPipelineEngine, state: Pieces) -> Pieces:
+    """What this rank reads of a state that it holds: of what all replicas hold, the first one alone reads."""
+    if engine.mesh.dp_rank == 0:
+        return state
+    shared = _held_by_all_replicas(engine, state)
+    return {name: pieces for name, pieces in state.items() if name not in shared}
 
-    Empty for ZeRO-0, whose parameters are the masters, and for ZeRO-3, which holds no more than its partitions.
-    """
-    if not engine.zero_optimization() or engine.zero_optimization_partition_weights():
+
+def _held_by_all_replicas(engine: RoutedPipelineEngine, state: Pieces) -> Pieces:
+    """All with ZeRO-0, nothing with ZeRO-3; with ZeRO-1 and 2 the parameters that are not trained."""
+    if not engine.zero_optimization():
+        return state
+    if engine.zero_optimization_partition_weights():
         return {}
-    shards = engine.stage.shards
-    return {
-        WEIGHTS + name: pieces_of(shards[name], tuple(p.shape), torch.zeros(p.numel(), device=p.device))
-        for name, p in engine.stage.decoder.named_parameters()
-    }
+    parameters = engine.stage.decoder.named_parameters()
+    frozen = {WEIGHTS + name for name, parameter in parameters if not parameter.requires_grad}
+    return {name: pieces for name, pieces in state.items() if name in frozen}
 
 
 @torch.no_grad()
-def take_parameters(engine: RoutedPipelineEngine, whole: Pieces) -> None:
-    """Set the parameters from their masters, after those were loaded."""
+def complete_state(engine: RoutedPipelineEngine, state: Pieces) -> None:
+    """Set all parameters, after `state_to_read` was read; collective over the replicas.
+
+    No replica reads what another one has read: each gets the others' parts of the weights from them, as after an
+    optimizer step.
+
+    Args:
+        state: what was loaded of `state_to_load`.
+    """
     optimizer = engine.optimizer
     if engine.zero_optimization_partition_weights():
         for partition in partitions(engine):
@@ -143,13 +156,14 @@ def take_parameters(engine: RoutedPipelineEngine, whole: Pieces) -> None:
         if optimizer.persistent_parameters:  # small ones, which every rank keeps whole
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        return
-    shards = engine.stage.shards
-    for name, parameter in engine.stage.decoder.named_parameters():
-        for piece in whole.get(WEIGHTS + name, []):
-            shards[name].unpadded(parameter).copy_(piece.tensor.view(shards[name].unpadded(parameter).shape))
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
-        optimizer._lazy_init_hp_params_optimizer_state()
+    elif engine.zero_optimization():
+        optimizer.update_lp_params()
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
+            optimizer._lazy_init_hp_params_optimizer_state()
+    if engine.mesh.dp_size > 1:
+        for pieces in _held_by_all_replicas(engine, state).values():
+            for piece in pieces:
+                dist.broadcast(piece.tensor.detach(), group=engine.mesh.devices.get_group("dp"), group_src=0)
 
 
 def gather_parameter(parameter: nn.Parameter) -> Tensor:

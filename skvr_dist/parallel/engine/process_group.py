@@ -6,11 +6,13 @@ import contextlib
 import importlib
 import io
 import os
+import queue
 import socket
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,6 +49,8 @@ from skvr_dist.errors import OneRankError, RunInterrupted, UserError
 
 _DEFAULT_PORT = 29500  # DeepSpeed's
 _RUN_SCHEME = "skvr-run"
+_LOOK_SECONDS = 1.0
+_SECONDS_TO_ANSWER = 60.0  # of a store that listens
 _MOST_NAMED = 8  # ranks in a sentence
 _SECONDS_TO_NOTICE = 20.0  # ranks start within seconds of each other
 
@@ -165,7 +169,48 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(rendezvous("env://", timeout=timeout))[0]
     host, port = os.environ["MASTER_ADDR"], announced_port(_DEFAULT_PORT)
-    return TCPStore(host, port, world_size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True)
+
+    def connect() -> Store:
+        return TCPStore(host, port, world_size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True)
+
+    return connect() if rank == 0 else _connected(connect, host, port, timeout)
+
+
+def _connected(connect: Callable[[], Store], host: str, port: int, timeout: timedelta) -> Store:
+    """What `connect` returns. Where something else listens, torch would wait for its answer without end.
+
+    Raises:
+        OneRankError: something else does.
+    """
+    ended: queue.SimpleQueue[Store | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            ended.put(connect())
+        except Exception as error:
+            ended.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    deadline = None
+    while True:
+        with contextlib.suppress(queue.Empty):
+            result = ended.get(timeout=_LOOK_SECONDS)
+            if isinstance(result, Exception):
+                raise result
+            return result
+        if deadline is None and _listens(host, port):
+            deadline = time.monotonic() + min(_SECONDS_TO_ANSWER, timeout.total_seconds())
+        elif deadline is not None and time.monotonic() > deadline:
+            raise OneRankError(
+                f"what listens at port {port} of {host}, where the ranks are to meet, is not rank 0 of a run: it does "
+                f"not answer; end it, or give the launcher another --master_port"
+            )
+
+
+def _listens(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), _LOOK_SECONDS):
+        return True
+    return False
 
 
 def _await_all(store: Store, rank: int, world_size: int, timeout: timedelta) -> None:

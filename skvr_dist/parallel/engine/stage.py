@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
+from skvr_dist.model.compiled import compile_layers, resolve_compile
 from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize
 from skvr_dist.model.loss import Losses, Objective
 from skvr_dist.model.modules import TensorShard, shards_of
@@ -121,6 +122,11 @@ class StageModule(PipelineModule):
             final = self.decoder.final(hidden)
             return Prediction(final.detach(), self.decoder.head(final, objective=objective) if objective else None)
         return Handover(hidden, {layer: known[layer] for layer in leaving})
+
+    def compile_layers(self, device: torch.device) -> None:
+        """Compile the layers for a device, as the configuration says."""
+        if backend := resolve_compile(self._parallel.compile, device):
+            compile_layers(self.decoder, backend)
 
     # What PipelineModule calls while it is built.
 

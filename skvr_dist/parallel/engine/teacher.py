@@ -8,6 +8,7 @@ boundaries.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
@@ -82,9 +83,12 @@ class FrozenTeacher:
         for name, parameter in decoder.named_parameters():
             parameter.zero_()  # what pads a shard
             pieces[WEIGHTS + name] = pieces_of(shards[name], tuple(parameter.shape), parameter.detach().view(-1))
-        checkpoint.read(pieces, mesh.host_group)
+        checkpoint.read(pieces if mesh.dp_rank == 0 else {}, mesh.host_group)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self._decoder = decoder.to(get_accelerator().current_device_name(), dtype).eval()
+        if mesh.dp_size > 1:  # the other replicas get what the first one has read
+            for parameter in self._decoder.parameters():
+                dist.broadcast(parameter.detach(), group=mesh.devices.get_group("dp"), group_src=0)
 
     @torch.no_grad()
     def run(self, inputs: Tensor | Handover, documents: Tensor | None) -> Tensor | Handover:

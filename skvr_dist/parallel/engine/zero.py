@@ -17,6 +17,8 @@ rank, and that ZeRO-3 fetches a layer as one.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -26,8 +28,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import engine as pipe_engine
 from deepspeed.runtime.zero import partitioned_param_coordinator
+from torch.distributed import distributed_c10d
 
-from skvr_dist.parallel.mesh import agree
+# Of those that this process has made: all ranks make them in the same order, so it tells those of one apart.
+_ENGINES = itertools.count()
 
 TiedWeights = list[tuple[torch.nn.Parameter, dist.ProcessGroup]]
 """Weights that the first and the last stage share, each with the group of its two ranks."""
@@ -105,14 +109,21 @@ class ZeroPipelineEngine(pipe_engine.PipelineEngine):
                     dist.broadcast(held, group=group, group_src=0)
 
 
-def compare_module_order_within(group: dist.ProcessGroup) -> None:
-    """Let ZeRO-3 compare its order of modules with the replicas of this stage only.
+def compare_module_order_within(stage: str) -> None:
+    """Let ZeRO-3 compare its order of modules with the replicas of this stage and shard only.
 
-    DeepSpeed broadcasts it from rank 0 to all ranks; over a pipeline that would compare different stages.
+    DeepSpeed broadcasts it from rank 0 to all ranks; over a pipeline that would compare different stages. Here the
+    first of the replicas leaves its order in the store of the process group, which needs no connections between them.
+
+    Args:
+        stage: a name for what the replicas share, and nobody else.
     """
+    place = f"module order/engine {next(_ENGINES)}/{stage}"
+    store, number = dist.PrefixStore(place, distributed_c10d._get_default_store()), itertools.count()
 
     def require_same(numbers: list[int]) -> None:
-        if not agree(repr(numbers).encode(), group):
+        mine = hashlib.sha256(repr(numbers).encode()).hexdigest()
+        if store.compare_set(str(next(number)), "", mine).decode() != mine:
             raise RuntimeError(f"the replicas of this stage run their modules in different orders: {numbers}")
 
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = require_same

@@ -1,0 +1,117 @@
+"""How many answers a checkpoint gets right at each cache strategy, as a table and JSON.
+
+    skvr-answers runs/finetune data/finetune/dev-v2.0.json --format squad --count 200
+    skvr-answers runs/finetune data/finetune/dev-v2.0.json --format squad --count 200 --decode 32
+    skvr-answers runs/retrieval/rise_seed-0 data/retrieval/held-out.jsonl
+
+CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. `exact` is the share of the
+answers that greedy decoding gives to the last token, `loss` is in nats per token of the answers, and `F1`, with
+--decode, that of what is decoded with the smaller cache, as SQuAD counts it. Examples that name a `group` are counted
+by it too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from skvr_dist.command import a_path, add_json, at_least, new_parser, parse, run_command, write_json
+from skvr_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from skvr_dist.evaluate.answers import AnswerPoint
+
+_FORMATS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", "chat")
+_STRATEGIES = ("full", "every:2", "every:4")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(run)
+
+
+def run() -> None:
+    """Ask, and print and write what came of it.
+
+    Raises:
+        UserError: checkpoint or file cannot be used.
+    """
+    options = _options()
+
+    from skvr_dist.checkpoint.folder import Checkpoint
+    from skvr_dist.data.finetune.chat import ChatTemplate
+    from skvr_dist.data.finetune.encode import Encoder
+    from skvr_dist.data.finetune.formats import read_examples
+    from skvr_dist.data.tokenizers.load import load_tokenizer
+    from skvr_dist.evaluate.answers import Asked, Decoding, measure_answers
+    from skvr_dist.routing import CacheStrategy
+
+    checkpoint = Checkpoint(options.checkpoint)
+    file, longest = checkpoint.tokenizer_file, checkpoint.model_config.max_position_embeddings
+    if file is None:
+        raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to read questions with; give another one")
+    tokenizer = load_tokenizer(file)
+    length = options.sequence_length or checkpoint.config.data.sequence_length or longest
+    if length > longest:
+        raise UserError(
+            f"--sequence-length {length} is longer than max_position_embeddings {longest}; give at most that"
+        )
+    strategies = CacheStrategy.parse_all(
+        options.strategies, checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
+    )
+    template = ChatTemplate.of(str(checkpoint.folder), tokenizer) if options.format == "chat" else None
+    encoder = Encoder(tokenizer, longest=length + 1, seed=0, template=template)
+    asked = Asked.of(read_examples(options.file, options.format), encoder, options.count)
+    points = measure_answers(
+        checkpoint.load_decoder(),
+        asked,
+        strategies,
+        eos_id=tokenizer.eos_id,
+        sequence_length=length,
+        batch_size=options.batch_size,
+        decode=Decoding(encoder, options.decode) if options.decode else None,
+    )
+    print(_table(points))
+    print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
+    if options.json:
+        record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "file": str(options.file)}
+        write_json(options.json, {**record, "points": [asdict(point) for point in points]})
+
+
+def _options() -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    parser.add_argument("checkpoint", type=a_path, metavar="CHECKPOINT")
+    parser.add_argument("file", type=a_path, metavar="FILE", help="of examples (docs/finetuning.md)")
+    parser.add_argument("--format", default="examples", choices=_FORMATS, help="of the file (default: examples)")
+    parser.add_argument("--strategies", nargs="+", default=_STRATEGIES, metavar="S", help="cache strategies")
+    parser.add_argument("--count", type=at_least(1), default=500, metavar="N", help="examples (default: the first 500)")
+    parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode N tokens at most, for F1")
+    parser.add_argument(
+        "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens of an example (default: the run's)"
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
+    add_json(parser)
+    options = parse(parser)
+    if options.decode and options.format == "chat":
+        raise UserError("--decode needs one answer per example, but chats have several; leave it out")
+    return options
+
+
+def _table(points: Sequence[AnswerPoint]) -> str:
+    from tabulate import tabulate
+
+    with_f1 = any(point.f1 is not None for point in points)
+    header = ["strategy", "retention", "group", "answers", "exact", "loss", *(["F1"] if with_f1 else [])]
+    rows = []
+    for point in points:
+        row = [point.strategy, f"{100 * point.retention:.3g}%", point.group, str(point.answers)]
+        row += [f"{100 * point.exact:.1f}%", f"{point.loss:.4f}"]
+        rows.append([*row, *([f"{point.f1:.3f}"] if point.f1 is not None else [])])
+    return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    main()

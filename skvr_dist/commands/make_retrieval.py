@@ -1,0 +1,91 @@
+"""Make up questions that can only be answered from their contexts, to train on and to measure retrieval with.
+
+    skvr-make-retrieval recall --count 20000 --output data/retrieval/recall.jsonl
+    skvr-make-retrieval recall --count 400 --seed 1 --output data/retrieval/held-out.jsonl
+    skvr-make-retrieval needle --filler stdlib --characters 2000 --count 500 --output data/retrieval/needle.jsonl
+
+`recall` lists pairs `name = value` and asks for one value; `needle` hides a sentence with a number among lines of other
+text (--filler, what tools/prepare_data.py takes as --input), at depths from its beginning (0) to its end (1). Each line
+of the output is an example with a `group`, by which tools/answers.py counts. Another --seed gives other examples.
+"""
+
+from __future__ import annotations
+
+import json
+
+from skvr_dist.command import a_path, at_least, new_parser, parse, run_command
+from skvr_dist.errors import UserError
+from skvr_dist.files import prove_writable, write_whole
+
+_LONGEST_FILLER = 2_000_000
+"""Characters of documents that are enough."""
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(run)
+
+
+def run() -> None:
+    """Make the examples and write them.
+
+    Raises:
+        UserError: a depth or a number of pairs is impossible, or the filler too short.
+    """
+    parser = new_parser(__doc__)
+    parser.add_argument("task", choices=("recall", "needle"))
+    parser.add_argument("--output", required=True, type=a_path, metavar="FILE", help="jsonl of examples")
+    parser.add_argument("--count", type=at_least(1), default=1000, metavar="N", help="examples (default: 1000)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of what is drawn (default: 0)")
+    parser.add_argument(
+        "--pairs",
+        type=at_least(1),
+        nargs="+",
+        default=[4, 8, 16],
+        metavar="N",
+        help="recall: in turn (default: 4 8 16)",
+    )
+    parser.add_argument("--filler", metavar="CORPUS", help="needle: the other text")
+    parser.add_argument("--characters", type=at_least(1), default=2000, metavar="N", help="needle: of a context")
+    parser.add_argument(
+        "--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="X", help="needle: in turn"
+    )
+    options = parse(parser)
+
+    from skvr_dist.data.finetune.retrieval import needles, recall
+
+    file = prove_writable(options.output, make_folder=True)
+    if wrong := [depth for depth in options.depths if not 0 <= depth <= 1]:
+        raise UserError(f"--depths {wrong[0]} is no share of a context; give numbers from 0 to 1")
+    if options.task == "recall":
+        records = recall(options.count, pairs=options.pairs, seed=options.seed)
+    elif options.filler is None:
+        raise UserError("needles need other text to be hidden in; give --filler CORPUS")
+    else:
+        records = needles(
+            options.count,
+            filler=_beginning(options.filler),
+            characters=options.characters,
+            depths=options.depths,
+            seed=options.seed,
+        )
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, lines)
+    print(f"written: {file}, {options.count} examples")
+
+
+def _beginning(corpus: str) -> str:
+    """The first documents of a corpus, one after another."""
+    from skvr_dist.data.prepare.corpus import open_corpus
+
+    texts: list[str] = []
+    for document in open_corpus(corpus):
+        texts.append(document.text)
+        if sum(map(len, texts)) > _LONGEST_FILLER:
+            break
+    return "\n".join(texts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Made-up examples that can only be answered from their contexts: associative recall, and needles by depth.
+
+Names and values are drawn anew for each example, so nothing of them can be learned by heart. Every record is a line of
+the format `examples`, whose `group` says what decides how hard it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from skvr_dist.errors import UserError
+
+Record = dict[str, str]
+_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+_SYLLABLES = [consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS]
+_BANDS = 4
+"""Parts of a context that the places of pairs are told apart by."""
+
+
+def recall(count: int, *, pairs: Sequence[int], seed: int) -> Iterator[Record]:
+    """Associative recall: lists of `name = value`, asked for the value of one name.
+
+    Args:
+        count: examples.
+        pairs: lengths of the lists, which the examples take in turn.
+        seed: of everything that is drawn.
+
+    Raises:
+        UserError: a list is longer than there are names.
+    """
+    most = len(_SYLLABLES) ** 2
+    if max(pairs) > most:
+        raise UserError(f"{max(pairs)} pairs are more than there are names; at most {most}")
+    for number in range(count):
+        size = pairs[number % len(pairs)]
+        generator = np.random.Generator(np.random.Philox(key=[seed, number]))
+        names = [_name(code) for code in generator.choice(most, size, replace=False)]
+        values = [_SYLLABLES[code] for code in generator.integers(len(_SYLLABLES), size=size)]
+        asked = int(generator.integers(size))
+        band = asked * _BANDS // size
+        yield {
+            "context": "\n".join(f"{name} = {value}" for name, value in zip(names, values, strict=True)),
+            "question": names[asked],
+            "answer": values[asked],
+            "group": f"{size:3} pairs, part {band + 1} of {_BANDS}",
+        }
+
+
+def needles(count: int, *, filler: str, characters: int, depths: Sequence[float], seed: int) -> Iterator[Record]:
+    """Needles: a sentence with a number among lines of other text, asked for the number.
+
+    Args:
+        count: examples.
+        filler: the other text, of which each example takes a stretch of whole lines.
+        characters: of a context, about.
+        depths: shares of the context before the needle, which the examples take in turn.
+        seed: of everything that is drawn.
+
+    Raises:
+        UserError: the filler is too short.
+    """
+    if len(filler) < 2 * characters:
+        raise UserError(
+            f"the filler has {len(filler)} characters, too few for contexts of {characters}; give twice as many"
+        )
+    for number in range(count):
+        depth = depths[number % len(depths)]
+        generator = np.random.Generator(np.random.Philox(key=[seed, number]))
+        start = int(generator.integers(len(filler) - characters))
+        lines = filler[start : start + characters].split("\n")[1:] or [""]
+        name, value = _name(int(generator.integers(len(_SYLLABLES) ** 2))), str(generator.integers(1000, 10_000))
+        at = round(depth * len(lines))
+        yield {
+            "context": "\n".join([*lines[:at], f"The number of {name} is {value}.", *lines[at:]]),
+            "question": f"What is the number of {name}?",
+            "answer": value,
+            "group": f"depth {100 * depth:3.0f} %",
+        }
+
+
+def _name(code: int) -> str:
+    return _SYLLABLES[code // len(_SYLLABLES)] + _SYLLABLES[code % len(_SYLLABLES)]

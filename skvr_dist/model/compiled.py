@@ -1,0 +1,43 @@
+"""Compiled layers: one graph for each way a layer can be routed, and none for each donor.
+
+A layer sees its routing as arguments: a donor's keys and values or none, and whether its own are read. So however
+donors are drawn there are three graphs (its own read by itself; its own computed and a donor's read; a donor's alone),
+and all layers share them. What surrounds the layers, engine, hooks of ZeRO and recomputation, stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from skvr_dist.model.decoder import Decoder
+
+Backend = Literal["inductor", "aot_eager"]
+# Three graphs for each of: with gradients and without, with documents and without; and for a teacher of another shape.
+_MOST_GRAPHS = 32
+
+
+def resolve_compile(wanted: str, device: torch.device) -> Backend | None:
+    """The backend of torch.compile that `parallel.compile` means on a device; None leaves layers as they are.
+
+    On CPUs compiled layers are left out by themselves: a start takes a minute longer, and products of matrices, which
+    nothing here speeds up, take nearly all of a step.
+    """
+    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
+        return None
+    return "aot_eager" if wanted == "aot_eager" else "inductor"
+
+
+def compile_layers(decoder: Decoder, backend: Backend) -> None:
+    """Compile the layers of a decoder, in place; a graph is made when its way of routing is first met.
+
+    Anything that a graph cannot hold, and more graphs than these layers have ways, end the run with torch's message.
+    """
+    # Past its limit torch would go on without the compiler, and say nothing.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
+    for layer in decoder.layers.values():
+        compiled = torch.compile(layer.forward, backend=backend, fullgraph=True, dynamic=False)
+        # mypy takes an assignment to a method for a mistake.
+        setattr(layer, "forward", compiled)  # noqa: B010

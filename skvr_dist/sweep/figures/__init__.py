@@ -1,0 +1,1 @@
+"""Figures and tables of experiments, from their results.jsonl alone."""

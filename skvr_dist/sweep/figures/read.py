@@ -1,0 +1,164 @@
+"""The finished runs in results.jsonl, as figures need them: several seeds of a run are one method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from skvr_dist.errors import UserError
+from skvr_dist.files import require_file
+
+_NEEDED = ("name", "seed", "state", "tokens", "held_out", "held_out_by_step", "retention", "config")
+CACHE_BYTES_PER_ELEMENT = 2
+"""Caches are counted in bf16, as they are served."""
+# What may differ between sizes of one recipe, and between runs that are told apart by their names alone.
+_NOT_RECIPE = ("model", "data", "parallel", "checkpoint", "evaluate", "deepspeed")
+_NOT_RECIPE_OF_TRAIN = ("output_dir", "seed", "learning_rate", "resume", "initial_weights", "precision")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Runs that differ in their seeds alone."""
+
+    label: str
+    runs: tuple[Mapping[str, Any], ...]
+    """Their lines of results.jsonl."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the first one."""
+        found: Mapping[str, Any] = self.runs[0]["config"]
+        return found
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return int(self.config["model"]["num_hidden_layers"])
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether it was trained without routing."""
+        return bool(self.config["routing"]["policy"] == "none")
+
+    @property
+    def strategies(self) -> list[str]:
+        """The cache strategies that were measured, in the order of the configuration."""
+        return list(self.runs[0]["retention"])
+
+    def retention(self, strategy: str) -> float:
+        """Share of the layers that keep a cache."""
+        return float(self.runs[0]["retention"][strategy])
+
+    def cache_bytes(self, strategy: str) -> int:
+        """Of a token, in bf16."""
+        model = self.config["model"]
+        elements = 2 * model["num_key_value_heads"] * model["head_dim"]
+        return round(self.retention(strategy) * self.layers) * elements * CACHE_BYTES_PER_ELEMENT
+
+    def losses(self, strategy: str) -> list[float]:
+        """At the end, one of each seed."""
+        return [float(run["held_out"][strategy]) for run in self.runs]
+
+    def losses_by_step(self, strategy: str) -> dict[int, list[float]]:
+        """At every evaluation that all seeds had, by step."""
+        found: dict[int, list[float]] = {}
+        for run in self.runs:
+            for step, losses in run["held_out_by_step"]:
+                found.setdefault(int(step), []).append(float(losses[strategy]))
+        return {step: losses for step, losses in sorted(found.items()) if len(losses) == len(self.runs)}
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the global batch."""
+        return int(self.config["train"]["global_batch_size"]) * int(self.config["data"]["sequence_length"])
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the model, embeddings included."""
+        import torch
+
+        from skvr_dist.config.model import ModelConfig
+        from skvr_dist.model.decoder import Decoder
+
+        model = ModelConfig.model_validate(self.config["model"])
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in Decoder(model, 0, self.layers).parameters())
+
+    @property
+    def recipe(self) -> str:
+        """Equal for methods that differ in the size of the model, in its learning rate and in names alone."""
+        kept = {name: section for name, section in self.config.items() if name not in _NOT_RECIPE}
+        train = {key: value for key, value in kept["train"].items() if key not in _NOT_RECIPE_OF_TRAIN}
+        return json.dumps({**kept, "train": train}, sort_keys=True)
+
+
+def read_methods(files: Sequence[Path]) -> tuple[list[Method], list[str]]:
+    """The methods in some results, in their order, and the names of the runs that are not finished.
+
+    Methods of different files with one name are told apart by the folder of the file, unless they are the same runs, as
+    where two experiments have a run in common: then those of the first file are taken.
+
+    Raises:
+        UserError: a file cannot be read or is of another kind, or no run has finished.
+    """
+    named: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    unfinished = []
+    for file in files:
+        for line in _lines(file):
+            if line["state"] != "finished" or not line["held_out"]:
+                unfinished.append(str(line["name"]))
+                continue
+            title = str(line["name"]).removesuffix(f"_seed-{line['seed']}")
+            named.setdefault(title, {}).setdefault(file.absolute().parent.name, []).append(line)
+    methods = []
+    for title, by_folder in named.items():
+        kept: dict[str, list[Mapping[str, Any]]] = {}
+        for folder, lines in by_folder.items():
+            if not any(_same_training(lines[0], others[0]) for others in kept.values()):
+                kept[folder] = lines
+        for folder, lines in kept.items():
+            methods.append(Method(title if len(kept) == 1 else f"{folder}/{title}", tuple(lines)))
+    if not methods:
+        raise UserError(
+            f"{', '.join(map(str, files))} holds no finished run that was evaluated; wait for one, or start the sweep "
+            f"again"
+        )
+    return methods, unfinished
+
+
+def _same_training(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs differ in seed, folder and evaluation at most."""
+
+    def kept(line: Mapping[str, Any]) -> dict[str, Any]:
+        sections = {name: dict(line["config"][name]) for name in ("model", "routing", "data", "train")}
+        for key in ("output_dir", "seed"):
+            sections["train"].pop(key, None)
+        return {**sections, "strategies": list(line["retention"])}
+
+    return kept(one) == kept(other)
+
+
+def _lines(file: Path) -> list[Mapping[str, Any]]:
+    try:
+        require_file(file)
+        texts = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            missing = [key for key in _NEEDED if key not in line]
+        except (ValueError, TypeError):
+            missing = ["JSON"]
+        if missing:
+            raise UserError(
+                f"{file}, line {number} is no result of a sweep (it has no {', '.join(missing)}); give the "
+                f"results.jsonl of an experiment"
+            )
+        lines.append(line)
+    return lines

@@ -1,0 +1,51 @@
+"""What every rank counts in a step and the run reports as a whole: summed in one vector, with the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skvr_dist.cluster.interrupt import InterruptListener
+from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
+from skvr_dist.train.batches import WatchedBatches
+from skvr_dist.train.metrics import Values
+
+
+@dataclass
+class StepCounts:
+    """Counts of one rank's steps; the engine asks for `mine` at the end of each, and sums it over all ranks."""
+
+    engine: RoutedPipelineEngine
+    batches: WatchedBatches
+    interrupts: InterruptListener
+    _sent_before: int = 0
+
+    def __post_init__(self) -> None:
+        self.engine.counts_to_sum = self.mine
+
+    def begin_step(self) -> None:
+        """Count from here on."""
+        self._sent_before = self.engine.sent_bytes
+
+    def mine(self) -> list[float]:
+        """Bytes sent over each boundary in this step, labels lost to damage since the start, signals received."""
+        mesh = self.engine.mesh
+        sent = [0.0] * (mesh.pp_size - 1)
+        if mesh.pp_rank < mesh.pp_size - 1:
+            sent[mesh.pp_rank] = float(self.engine.sent_bytes - self._sent_before)
+        lost = self.batches.lost_tokens if self.engine.is_first_stage() and mesh.tp_rank == 0 else 0
+        return [*sent, float(lost), *self.interrupts.flags()]
+
+    def values(self, *, skips_damage: bool) -> Values:
+        """What the last step's sums are reported as.
+
+        Args:
+            skips_damage: whether damaged data is left out, so that labels can be lost.
+        """
+        boundaries = self.engine.mesh.pp_size - 1
+        *sent, lost = self.engine.summed_counts[: boundaries + 1]
+        found = {f"pipeline/crossing_bytes/boundary_{boundary}": count for boundary, count in enumerate(sent)}
+        return found | ({"data/skipped_tokens": lost} if skips_damage else {})
+
+    def interrupted(self) -> str | None:
+        """The signals that any rank had received at the end of the last step, in words."""
+        return self.interrupts.in_words(self.engine.summed_counts[self.engine.mesh.pp_size :])

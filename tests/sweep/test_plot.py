@@ -1,0 +1,180 @@
+"""Figures of experiments: what their tables say of results that were made up, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from skvr_dist.commands.plot import run
+from skvr_dist.errors import UserError
+from skvr_dist.routing import CacheStrategy
+from skvr_dist.sweep.experiment import read_experiment
+from skvr_dist.sweep.figures.build import FIGURES
+from skvr_dist.sweep.figures.draw import Figure
+from skvr_dist.sweep.figures.read import read_methods
+from skvr_dist.sweep.figures.statistics import Mean, fit_sizes, paired
+from skvr_dist.sweep.plan import PlannedRun, plan_runs
+
+ROOT = Path(__file__).parents[2]
+SWEEPS = ROOT / "configs/experiment/sweeps"
+Loss = Callable[[PlannedRun, float], float]
+
+
+def made_up(run: PlannedRun, retention: float) -> float:
+    """A loss: standard models suffer from thin caches, routed ones at full retention, shallow ones in any case."""
+    model = run.config.model
+    base = 2.0 + 4.0 / model.num_hidden_layers**0.5 + 20.0 * model.hidden_size**-1.0
+    price = 1.2 * (1 - retention) if run.config.routing.policy == "none" else 0.1 + 0.2 * (1 - retention)
+    return base + price + 0.02 * (run.config.train.seed - 1)
+
+
+def results(folder: Path, experiment: str, loss: Loss = made_up) -> Path:
+    """results.jsonl of an experiment of the project whose runs have all finished."""
+    lines = []
+    for planned in plan_runs(read_experiment(SWEEPS / f"{experiment}.yaml")):
+        config, layers = planned.config, planned.config.model.num_hidden_layers
+        strategies = CacheStrategy.parse_all(config.evaluate.strategies, layers)
+        held_out = {name: loss(planned, strategy.retention) for name, strategy in strategies.items()}
+        steps = [config.train.steps // 2, config.train.steps]
+        line = {
+            "name": planned.name,
+            "seed": config.train.seed,
+            "state": "finished",
+            "tokens": config.train.steps * config.train.global_batch_size * config.data.sequence_length,
+            "held_out": held_out,
+            "held_out_by_step": [[step, {k: v * (2 - step / steps[1]) for k, v in held_out.items()}] for step in steps],
+            "retention": {name: strategy.retention for name, strategy in strategies.items()},
+            "config": config.model_dump(),
+        }
+        lines.append(json.dumps(line))
+    folder.mkdir(exist_ok=True)
+    (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "results.jsonl"
+
+
+def figure_of(name: str, *files: Path) -> Figure:
+    figure = FIGURES[name](read_methods(files)[0])
+    assert figure is not None
+    return figure
+
+
+def rows_of(figure: Figure, *first: str) -> list[list[str]]:
+    return [row for row in figure.rows if tuple(row[: len(first)]) == first]
+
+
+def test_deep_and_shared_against_shallow(tmp_path: Path) -> None:
+    figure = figure_of("cache", results(tmp_path / "shallow", "shallow"))
+    shared, prefixes = figure.panels
+    assert [series.label for series in shared.series] == ["rise-8", "standard models of fewer layers"]
+    assert [series.label for series in prefixes.series] == ["rise-8", "standard models of fewer layers"]
+    deep, shallow = shared.series
+    assert deep.x == [256, 512, 768, 1024, 2048] and shallow.x == [2048, 1536, 1024, 768, 512, 256]
+    assert rows_of(figure, "standard-4") == [["standard-4", "4", "full", "1,024", "4.1562 ± 0.0497", "3"]]
+
+
+def test_the_price_of_retention_is_taken_seed_by_seed(tmp_path: Path) -> None:
+    figure = figure_of("retention", results(tmp_path / "baselines", "baselines"))
+    assert [panel.title.split()[-4] for panel in figure.panels] == ["layer", "layers"]
+    [half] = rows_of(figure, "rise", "every:2")
+    standard = [2 + 4 / 8**0.5 + 20 / 128 + 0.02 * (seed - 1) for seed in range(3)]
+    own = Mean.of([100 * ((loss + 0.2) / (loss + 0.1) - 1) for loss in standard])
+    assert half[2:5] == [
+        "50 %",
+        str(Mean.of([loss + 0.2 for loss in standard])),
+        f"{own.value:+.2f} ± {own.half:.2f} %",
+    ]
+    assert [row[1] for row in rows_of(figure, "cla-2")] == ["every:2", "every:4", "every:8"]
+    assert rows_of(figure, "cla-2", "every:2")[0][4] == ""  # it has no full retention of its own
+    assert rows_of(figure, "standard", "full")[0][5] == "+0.00 ± 0.00 %"
+
+
+def test_curves_are_over_tokens(tmp_path: Path) -> None:
+    figure = figure_of("curves", results(tmp_path / "recipes", "recipes"))
+    assert [panel.title for panel in figure.panels] == [
+        f"cache strategy {s}" for s in ("full", "every:2", "every:3", "every:4")
+    ]
+    assert [row[2:4] for row in rows_of(figure, "constant-16", "full")] == [["137", "561,152"], ["275", "1,126,400"]]
+
+
+def test_sizes_are_fitted_with_intervals(tmp_path: Path) -> None:
+    figure = figure_of("scaling", results(tmp_path / "scaling", "scaling"))
+    labels = {series.label for panel in figure.panels for series in panel.series}
+    assert labels == {"standard", "rise"} and len(figure.panels) == 5
+    assert [row[2] for row in rows_of(figure, "rise", "full")] == ["329,280", "1,247,872", "4,854,528", "fit"]
+    assert "ln N" in rows_of(figure, "rise", "full")[-1][3] and "fewer than 4 sizes" in figure.notes[1]
+    assert rows_of(figure, "standard", "full")[0][4] == "+0.00 ± 0.00 %"
+    assert FIGURES["scaling"](read_methods([results(tmp_path / "recipes", "recipes")])[0]) is None
+
+
+def test_fits_find_what_was_put_in() -> None:
+    generator = np.random.default_rng(0)
+    sizes = [10**5, 10**6, 10**7, 10**8]
+    fit = fit_sizes({n: (1.5 + 30 * n**-0.25 + generator.normal(0, 1e-3, 5)).tolist() for n in sizes})
+    assert fit.form == "power" and fit.intervals is not None
+    for value, (low, high), true in zip(fit.parameters, fit.intervals, (1.5, 30, 0.25), strict=True):
+        assert low - 1e-9 <= true <= high + 1e-9 and value == pytest.approx(true, rel=0.1)
+    line = fit_sizes({n: [5 - 0.2 * np.log(n)] for n in sizes[:3]})
+    assert line.form == "log" and line.parameters == pytest.approx((5, -0.2)) and line.intervals is None
+
+
+def test_means_and_intervals() -> None:
+    mean = Mean.of([1.0, 2.0, 3.0])
+    assert mean.value == 2 and mean.half == pytest.approx(4.303 / 3**0.5)
+    assert str(Mean.of([2.5])) == "2.5000"
+    price = paired({0: 2.2, 1: 9.0}, {0: 2.0, 2: 1.0})
+    assert price is not None and price.value == pytest.approx(10.0) and price.count == 1
+    assert paired({0: 1.0}, {}) is None
+
+
+def test_the_same_run_in_two_experiments_is_one_method(tmp_path: Path) -> None:
+    files = [results(tmp_path / "recipes", "recipes"), results(tmp_path / "longer", "longer")]
+    labels = [method.label for method in read_methods(files)[0]]
+    assert "recipes/standard" in labels and "longer/standard" in labels and "constant-4" in labels
+    again = results(tmp_path / "again", "recipes")
+    assert len(read_methods([files[0], again])[0]) == 6
+
+
+def test_the_command_writes_pictures_pages_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = results(tmp_path / "shallow", "shallow")
+    with file.open("a") as more:
+        more.write(
+            json.dumps({**json.loads(file.read_text().splitlines()[0]), "name": "late", "state": "failed"}) + "\n"
+        )
+
+    def plot(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["skvr-plot", *words, "--output", f"{tmp_path}/figures"])
+        run()
+        return capsys.readouterr().out
+
+    assert "Not finished, and left out: late." in plot(str(file), "--figure", "cache", "--format", "svg")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"cache.svg", "cache.md", "cache.json"}
+    assert "standard models of fewer layers" in (tmp_path / "figures/cache.svg").read_text()
+    record: Any = json.loads((tmp_path / "figures/cache.json").read_text())
+    assert record["panels"][0]["series"][0]["x"] == [256, 512, 768, 1024, 2048]
+    for words, sentence in (
+        ([f"{tmp_path}/none.jsonl"], "cannot read .*none.jsonl"),
+        (
+            [str(ROOT / "pyproject.toml")],
+            r"pyproject.toml, line 1 is no result of a sweep \(it has no JSON\); give the",
+        ),
+        ([str(file), "--method", "rize"], "--method rize has no finished run; there are rise-8, standard-8"),
+        (
+            [str(results(tmp_path / "r", "recipes")), "--figure", "scaling"],
+            "--figure scaling needs a recipe with models",
+        ),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            plot(*words)
+    (tmp_path / "begun.jsonl").write_text(
+        json.dumps({**json.loads(file.read_text().splitlines()[0]), "state": "failed"})
+    )
+    with pytest.raises(UserError, match=r"begun.jsonl holds no finished run that was evaluated"):
+        plot(f"{tmp_path}/begun.jsonl")
