@@ -12,6 +12,7 @@ by it too.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ from skvr_dist.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from skvr_dist.evaluate.answers import AnswerPoint
+    from skvr_dist.checkpoint.folder import Checkpoint
+    from skvr_dist.evaluate.answers import AnswerPoint, Asked
 
 _FORMATS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", "chat")
 _STRATEGIES = ("full", "every:2", "every:4")
@@ -33,10 +35,21 @@ def main() -> None:
 
 
 def run() -> None:
-    """Ask, and print and write what came of it.
+    """Ask, and print and write what came of it."""
+    options = _options()
+    checkpoint, asked, points = _measured(options)
+    print(_table(points))
+    print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
+    if options.json:
+        record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "file": str(options.file)}
+        write_json(options.json, {**record, "points": [asdict(point) for point in points]})
+
+
+def _options() -> Namespace:
+    """Read and check the arguments.
 
     Raises:
-        UserError: checkpoint or file cannot be used.
+        UserError: chats are to be decoded.
     """
     parser = new_parser(__doc__)
     parser.add_argument("checkpoint", type=a_path, metavar="CHECKPOINT")
@@ -53,7 +66,15 @@ def run() -> None:
     options = parse(parser)
     if options.decode and options.format == "chat":
         raise UserError("--decode needs one answer per example, but chats have several; leave it out")
+    return options
 
+
+def _measured(options: Namespace) -> tuple[Checkpoint, Asked, list[AnswerPoint]]:
+    """The checkpoint, the examples and how it answers them.
+
+    Raises:
+        UserError: checkpoint or file cannot be used.
+    """
     from skvr_dist.checkpoint.folder import Checkpoint
     from skvr_dist.data.finetune.chat import ChatTemplate
     from skvr_dist.data.finetune.encode import Encoder
@@ -89,11 +110,7 @@ def run() -> None:
         batch_size=options.batch_size,
         decode=Decoding(encoder, options.decode) if options.decode else None,
     )
-    print(_table(points))
-    print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
-    if options.json:
-        record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "file": str(options.file)}
-        write_json(options.json, {**record, "points": [asdict(point) for point in points]})
+    return checkpoint, asked, points
 
 
 def _table(points: Sequence[AnswerPoint]) -> str:
