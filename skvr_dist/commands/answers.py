@@ -12,7 +12,7 @@ by it too.
 
 from __future__ import annotations
 
-from argparse import Namespace
+import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,7 @@ from skvr_dist.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from skvr_dist.checkpoint.folder import Checkpoint
-    from skvr_dist.evaluate.answers import AnswerPoint, Asked
+    from skvr_dist.evaluate.answers import AnswerPoint
 
 _FORMATS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", "chat")
 _STRATEGIES = ("full", "every:2", "every:4")
@@ -35,46 +34,13 @@ def main() -> None:
 
 
 def run() -> None:
-    """Ask, and print and write what came of it."""
-    options = _options()
-    checkpoint, asked, points = _measured(options)
-    print(_table(points))
-    print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
-    if options.json:
-        record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "file": str(options.file)}
-        write_json(options.json, {**record, "points": [asdict(point) for point in points]})
-
-
-def _options() -> Namespace:
-    """Read and check the arguments.
-
-    Raises:
-        UserError: chats are to be decoded.
-    """
-    parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", type=a_path, metavar="CHECKPOINT")
-    parser.add_argument("file", type=a_path, metavar="FILE", help="of examples (docs/finetuning.md)")
-    parser.add_argument("--format", default="examples", choices=_FORMATS, help="of the file (default: examples)")
-    parser.add_argument("--strategies", nargs="+", default=_STRATEGIES, metavar="S", help="cache strategies")
-    parser.add_argument("--count", type=at_least(1), default=500, metavar="N", help="examples (default: the first 500)")
-    parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode N tokens at most, for F1")
-    parser.add_argument(
-        "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens of an example (default: the run's)"
-    )
-    parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
-    add_json(parser)
-    options = parse(parser)
-    if options.decode and options.format == "chat":
-        raise UserError("--decode needs one answer per example, but chats have several; leave it out")
-    return options
-
-
-def _measured(options: Namespace) -> tuple[Checkpoint, Asked, list[AnswerPoint]]:
-    """The checkpoint, the examples and how it answers them.
+    """Ask, and print and write what came of it.
 
     Raises:
         UserError: checkpoint or file cannot be used.
     """
+    options = _options()
+
     from skvr_dist.checkpoint.folder import Checkpoint
     from skvr_dist.data.finetune.chat import ChatTemplate
     from skvr_dist.data.finetune.encode import Encoder
@@ -87,10 +53,8 @@ def _measured(options: Namespace) -> tuple[Checkpoint, Asked, list[AnswerPoint]]
     file, longest = checkpoint.tokenizer_file, checkpoint.model_config.max_position_embeddings
     if file is None:
         raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to read questions with; give another one")
-    tokenizer, length = (
-        load_tokenizer(file),
-        options.sequence_length or checkpoint.config.data.sequence_length or longest,
-    )
+    tokenizer = load_tokenizer(file)
+    length = options.sequence_length or checkpoint.config.data.sequence_length or longest
     if length > longest:
         raise UserError(
             f"--sequence-length {length} is longer than max_position_embeddings {longest}; give at most that"
@@ -110,7 +74,30 @@ def _measured(options: Namespace) -> tuple[Checkpoint, Asked, list[AnswerPoint]]
         batch_size=options.batch_size,
         decode=Decoding(encoder, options.decode) if options.decode else None,
     )
-    return checkpoint, asked, points
+    print(_table(points))
+    print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
+    if options.json:
+        record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "file": str(options.file)}
+        write_json(options.json, {**record, "points": [asdict(point) for point in points]})
+
+
+def _options() -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    parser.add_argument("checkpoint", type=a_path, metavar="CHECKPOINT")
+    parser.add_argument("file", type=a_path, metavar="FILE", help="of examples (docs/finetuning.md)")
+    parser.add_argument("--format", default="examples", choices=_FORMATS, help="of the file (default: examples)")
+    parser.add_argument("--strategies", nargs="+", default=_STRATEGIES, metavar="S", help="cache strategies")
+    parser.add_argument("--count", type=at_least(1), default=500, metavar="N", help="examples (default: the first 500)")
+    parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode N tokens at most, for F1")
+    parser.add_argument(
+        "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens of an example (default: the run's)"
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
+    add_json(parser)
+    options = parse(parser)
+    if options.decode and options.format == "chat":
+        raise UserError("--decode needs one answer per example, but chats have several; leave it out")
+    return options
 
 
 def _table(points: Sequence[AnswerPoint]) -> str:
