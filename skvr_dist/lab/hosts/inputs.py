@@ -254,7 +254,12 @@ INPUTS = [
         "but not all 2 ranks of this run came; start rank 1 (host number 2)",
         spoil=lambda hosts, run: hosts.do(2, f"mount -t tmpfs none {_ENVIRONMENT}"),
     ),
-    _ends("other_version_bare", "a host has another PyTorch", "version of torch", spoil=lambda h, run: _other_torch(h)),
+    _ends(
+        "other_version_bare",
+        "a host has another PyTorch",
+        "and '2.12.0' on host2",
+        spoil=lambda h, run: _other_torch(h),
+    ),
     _ends("other_code_bare", "a host has other code", "code of skvr_dist", spoil=lambda h, run: _other_code(h)),
     _ends(
         "not_shared_bare",
