@@ -17,7 +17,7 @@ from skvr_dist.lab.hosts.case import CPU, Case, Ending, Lab, write_hostfile
 from skvr_dist.lab.hosts.hosts import NETWORK, ROOT, Hosts
 from skvr_dist.lab.hosts.starts import DOCKER, PRETRAIN, SECONDS, deepspeed, last_words
 
-_SECONDS_TO_REFUSE = 60.0
+_SECONDS_TO_START = 120.0  # Python, PyTorch and DeepSpeed on a busy machine
 _TIMEOUT_SECONDS = 30.0  # of the runs
 _LONG = 10.0  # after the time-out, until everything must have ended
 _ENVIRONMENT = Path(sys.prefix)
@@ -86,8 +86,7 @@ def ends(
             ending = Ending(f"code {done.returncode}, named: {says}")
             ending.expect(done.returncode in (2, 75), f"code {done.returncode}: {last_words(done)}")
             ending.expect(says in done.stdout + done.stderr, f"does not say «{says}»: {last_words(done)}")
-            # Starting Python takes its time where hosts share few cores.
-            latest = _TIMEOUT_SECONDS + _LONG + _SECONDS_TO_REFUSE
+            latest = _TIMEOUT_SECONDS + _LONG + _SECONDS_TO_START
             ending.expect(seconds < latest, f"took {seconds:.0f} s of at most {latest:.0f}")
             ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
             return ending
