@@ -72,9 +72,14 @@ def ends(
     says: str,
     *options: str,
     spoil: Callable[[Hosts, Path], None] = lambda hosts, run: None,
+    codes: Sequence[int] = (2, 75),
     **setup: Any,
 ) -> Callable[[Lab], Ending]:
-    """A case in which a bare `deepspeed --hostfile` is typed and its ranks say what is wrong, and end in time."""
+    """A case in which a bare `deepspeed --hostfile` is typed and its ranks say what is wrong, and end in time.
+
+    Args:
+        codes: one of which it ends with: pdsh hands the largest of all hosts on.
+    """
 
     def play(lab: Lab) -> Ending:
         run = lab.run_folder(name)
@@ -84,7 +89,7 @@ def ends(
             done = hosts.run(1, deepspeed(*options)(lab, hosts, run), env=CPU, seconds=SECONDS)
             seconds = time.monotonic() - started
             ending = Ending(f"code {done.returncode}, named: {says}")
-            ending.expect(done.returncode in (2, 75), f"code {done.returncode}: {last_words(done)}")
+            ending.expect(done.returncode in codes, f"code {done.returncode}: {last_words(done)}")
             ending.expect(says in done.stdout + done.stderr, f"does not say «{says}»: {last_words(done)}")
             latest = _TIMEOUT_SECONDS + _LONG + _SECONDS_TO_START
             ending.expect(seconds < latest, f"took {seconds:.0f} s of at most {latest:.0f}")
@@ -252,6 +257,7 @@ INPUTS = [
         "a host lacks the environment",
         "but not all 2 ranks of this run came; start rank 1 (host number 2)",
         spoil=lambda hosts, run: hosts.do(2, f"mount -t tmpfs none {_ENVIRONMENT}"),
+        codes=[127],  # the shell's, where there is no such program
     ),
     _ends(
         "other_version_bare",
