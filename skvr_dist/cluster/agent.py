@@ -36,8 +36,8 @@ MARK = "SKVR_AGENT"
 """Variable in the environment of an agent that the supervisor starts, and of every rank: `mark_of` their host."""
 _LOOK_SECONDS = 0.1
 _SECONDS_TO_DIE = 5.0
-# The supervisor that starts an agent is there before it, as soon as the file system shows that.
-_SECONDS_TO_FIND = 10.0
+# The supervisor that starts an agent is there before it, but NFS shows a host what it has seen for up to a minute.
+_SECONDS_TO_FIND = 90.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -143,7 +143,7 @@ class Agent:
 
 def _connect(folder: RunFolder, supervisor: str, seconds: float) -> tuple[Connection, dict[str, Any]]:
     """A connection to the supervisor that the run's folder names, and what is written there about it."""
-    deadline, why, parent = time.monotonic() + seconds, "it is not there", os.getppid()
+    deadline, why = time.monotonic() + seconds, "it is not there"
     while True:
         try:
             facts = json.loads(folder.supervisor.read_bytes())
@@ -157,7 +157,8 @@ def _connect(folder: RunFolder, supervisor: str, seconds: float) -> tuple[Connec
             why = f"{facts['host']}, port {facts['port']}: {error.strerror or error}"
         except ValueError:
             why = "it is damaged"
-        if time.monotonic() > deadline or os.getppid() != parent:  # an ssh that was ended has no use for an agent
+        is_orphan = supervisor and os.getppid() == 1  # the supervisor has given up, and ended the ssh
+        if is_orphan or time.monotonic() > deadline:
             raise RunInterrupted(
                 f"host {socket.gethostname()} found no supervisor in {folder.supervisor} within {seconds:.0f} s "
                 f"({why}); give an --output-dir that all hosts share, and start the first host"

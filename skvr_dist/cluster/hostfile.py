@@ -55,7 +55,7 @@ def require_hostfile_of_launcher() -> None:
     """
     for parent in psutil.Process().parents():
         try:
-            given, folder = _hostfile_among(parent.cmdline()), Path(parent.cwd())
+            given, folder = hostfile_among(parent.cmdline()), Path(parent.cwd())
         except (psutil.Error, OSError):  # another user's, or gone
             continue
         if given and not (folder / given).is_file():
@@ -65,7 +65,7 @@ def require_hostfile_of_launcher() -> None:
             )
 
 
-def _hostfile_among(words: Sequence[str]) -> str | None:
+def hostfile_among(words: Sequence[str]) -> str | None:
     """The hostfile on a command line of the deepspeed launcher; what follows the script is the script's."""
     launcher = next((n for n, word in enumerate(words[:3]) if Path(word).name in ("deepspeed", "ds")), len(words))
     options = iter(words[launcher + 1 :])

@@ -66,8 +66,28 @@ def run() -> int:
     if options.hostfile is None and options.ranks is None:
         from skvr_dist.cluster.keep_running import KeptRun
 
+        _refuse_other_hosts(options.command)
         return KeptRun(options.command, options.output_dir, options.restarts).run()
     return _supervise(options)
+
+
+def _refuse_other_hosts(command: Sequence[str]) -> None:
+    """Refuse a launcher of several hosts.
+
+    Raises:
+        UserError: it is one; its ranks on other hosts would get no signal, and be left when it dies.
+    """
+    from skvr_dist.cluster.hostfile import hostfile_among, read_hostfile
+
+    given = hostfile_among(command)
+    if given is None or not Path(given).exists():
+        return
+    names, _ = read_hostfile(Path(given))
+    if len(names) > 1:
+        raise UserError(
+            f"{command[0]} --hostfile {given} starts ranks on {len(names)} hosts, of which only those of this one "
+            f"would be kept; give --hostfile {given} before the --, and launch/pretrain.py after it"
+        )
 
 
 def _supervise(options: argparse.Namespace) -> int:

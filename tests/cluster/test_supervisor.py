@@ -225,6 +225,16 @@ def test_mistakes_end_it_at_once(played: Played) -> None:
     assert wait_until(lambda: not played.ranks()) < 5
 
 
+def test_a_launcher_of_several_hosts_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    launcher = ["deepspeed", "--hostfile", str(tmp_path / "hosts"), "launch/pretrain.py"]
+    keep = [sys.executable, "launch/keep_running.py", "--output-dir", str(tmp_path), "--", *launcher]
+    done = subprocess.run(keep, cwd=ROOT, capture_output=True, text=True)
+    assert (
+        done.returncode == 2 and "starts ranks on 2 hosts, of which only those of this one would be kept" in done.stderr
+    )
+
+
 def test_the_first_host_is_this_one(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("192.0.2.1 slots=1\n")
     with pytest.raises(UserError, match=r"hosts names 192.0.2.1 first, which is not this host \(.*\); start it there"):

@@ -13,6 +13,8 @@ from typing import Any
 from skvr_dist.lab.hosts.case import Case, Ending, Lab, losses
 from skvr_dist.lab.hosts.kept_run import FAULT_STEP, KEYS, SHELL, TIMEOUT_SECONDS, KeptRun
 from skvr_dist.lab.hosts.random_faults import RANDOM_FAULTS
+from skvr_dist.lab.hosts.slurm import PROGRAMS as SLURM_PROGRAMS
+from skvr_dist.lab.hosts.slurm import start_slurm
 from skvr_dist.run.folder import RunFolder
 
 SECONDS_TO_NAME = TIMEOUT_SECONDS + 10
@@ -96,7 +98,7 @@ def power_off_of_stand_ins(lab: Lab) -> Ending:
 def first_vanishes(lab: Lab) -> Ending:
     """The others end in time, with code 75 and its name; started again, as a batch system does, the run goes on."""
     with lab.hosts(3) as hosts:
-        run = KeptRun(lab, hosts, "first_vanishes", started_on_each=True)
+        run = KeptRun(lab, hosts, "first_vanishes", started_by="batch")
         run.wait_for_step(FAULT_STEP)
         run.mark()
         hosts.power_off(1)
@@ -113,12 +115,16 @@ def first_vanishes(lab: Lab) -> Ending:
         return ending
 
 
-def sigterm(name: str, send: Callable[[KeptRun], None]) -> Callable[[Lab], Ending]:
+def told_to_end(
+    name: str, send: Callable[[KeptRun], None], signal_name: str = "SIGTERM", *, by_srun: bool = False
+) -> Callable[[Lab], Ending]:
     """A case: somebody is told to end; all save first, the code is 75, and the same command goes on."""
 
     def play(lab: Lab) -> Ending:
         with lab.hosts(2) as hosts:
-            run = KeptRun(lab, hosts, name)
+            if by_srun:
+                start_slurm(hosts)
+            run = KeptRun(lab, hosts, name, started_by="srun" if by_srun else "user")
             run.wait_for_step(FAULT_STEP)
             run.mark()
             send(run)
@@ -126,7 +132,7 @@ def sigterm(name: str, send: Callable[[KeptRun], None]) -> Callable[[Lab], Endin
             ending = Ending(f"saved, code {code}")
             ending.expect(code == 75, f"code {code}: {run.console()[-1500:]}")
             ending.expect("which is saved" in run.console(), "nobody says that it is saved")
-            ending.expect("not started again after SIGTERM" in run.console(), "does not say why it ended")
+            ending.expect(f"not started again after {signal_name}" in run.console(), "does not say why it ended")
             quiet = run.seconds_until_quiet(1, 2, limit=5)
             ending.expect(quiet is not None, f"left running: {hosts.left_over()}")
             run.start()
@@ -301,12 +307,23 @@ FAULTS: list[Case] = [
     _fault(
         "sigterm_host",
         "SIGTERM to every process of a host (preemption)",
-        sigterm("sigterm_host", lambda run: run.kill(2, signal.SIGTERM, "cluster.agent", "pretrain.py")),
+        told_to_end("sigterm_host", lambda run: run.kill(2, signal.SIGTERM, "cluster.agent", "pretrain.py")),
     ),
     _fault(
         "sigterm_supervisor",
         "SIGTERM to keep_running",
-        sigterm("sigterm_supervisor", lambda run: run.kill(1, signal.SIGTERM, "keep_running.py")),
+        told_to_end("sigterm_supervisor", lambda run: run.kill(1, signal.SIGTERM, "keep_running.py")),
+    ),
+    _fault(
+        "slurm_signal",
+        "`srun keep_running`, a task per host, and Slurm's signal before the time is up",
+        told_to_end(
+            "slurm_signal",
+            lambda run: run.hosts.do(1, "scancel --signal=USR1 $(squeue -h -o %A)"),
+            "SIGUSR1",
+            by_srun=True,
+        ),
+        programs=SLURM_PROGRAMS,
     ),
     _fault("launcher_dies", "SIGKILL of keep_running, the console quiet", launcher_dies),
     _fault(

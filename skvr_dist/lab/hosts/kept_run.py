@@ -8,7 +8,9 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import psutil
 
 from skvr_dist.lab.hosts.case import CPU, Ending, Lab, losses, write_hostfile
 from skvr_dist.lab.hosts.hosts import ROOT, Hosts
@@ -44,7 +46,7 @@ class KeptRun:
         hosts: with power.
         keys: of the configuration, beside `KEYS`.
         stand_in: a script that plays a rank, given the run's folder; None trains.
-        started_on_each: by a batch system, on every host; else by a user, on the first.
+        started_by: `user` on the first host; `batch`, on every one; or `srun`, with a task on every one.
     """
 
     def __init__(
@@ -55,10 +57,10 @@ class KeptRun:
         keys: Mapping[str, Any] | None = None,
         *,
         stand_in: Path | None = None,
-        started_on_each: bool = False,
+        started_by: Literal["user", "batch", "srun"] = "user",
     ) -> None:
         self.hosts, self.folder = hosts, lab.run_folder(name)
-        self._keys, self._started_on_each = {**KEYS, **(keys or {})}, started_on_each
+        self._keys, self._started_by = {**KEYS, **(keys or {})}, started_by
         self._rank = ["launch/pretrain.py", *lab.arguments(self.folder, **self._keys)] if stand_in is None else []
         if stand_in is not None:
             self._rank = [str(stand_in), str(self.folder)]
@@ -69,17 +71,25 @@ class KeptRun:
 
     def command(self) -> list[str]:
         """What a user types on the first host, or a batch system starts on each."""
-        keep = ["--ranks", "1"] if self._started_on_each else ["--hostfile", str(self._hostfile)]
+        keep = ["--hostfile", str(self._hostfile)] if self._started_by == "user" else ["--ranks", "1"]
         keep += ["--output-dir", str(self.folder), "--patience", str(PATIENCE_SECONDS)]
-        return ["python", "launch/keep_running.py", *keep, "--", *self._rank]
+        srun = ["srun", f"-N{self.hosts.number}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--unbuffered"]
+        return [
+            *(srun if self._started_by == "srun" else []),
+            "python",
+            "launch/keep_running.py",
+            *keep,
+            "--",
+            *self._rank,
+        ]
 
     def start(self) -> None:
         """Start it; also again."""
         self._read = len(self._whole())
-        for host in self.hosts.all if self._started_on_each else [1]:
+        for host in self.hosts.all if self._started_by == "batch" else [1]:
             announced = {"RANK": str(host - 1), "LOCAL_RANK": "0", "WORLD_SIZE": str(self.hosts.number)}
             announced |= {"MASTER_ADDR": "host1", "MASTER_PORT": "29500"}
-            env = {**SHELL, **(announced if self._started_on_each else {})}
+            env = {**SHELL, **(announced if self._started_by == "batch" else {})}
             self.processes[host] = self.hosts.start(host, self.command(), log=self._log(host), env=env)
         self.process = self.processes[1]
 
@@ -144,8 +154,9 @@ class KeptRun:
         return max(losses(self.folder), default=0) >= step
 
     def rank_processes(self, host: int) -> list[int]:
-        """Processes of the ranks of a host."""
-        return list(self.hosts.ranks(host))
+        """Processes of the ranks of a host, without those that read for them."""
+        found = self.hosts.ranks(host)
+        return [pid for pid in found if _parent(pid) not in found]
 
     def kill(self, host: int, number: int, *containing: str) -> None:
         """Send a signal to the processes of a host in whose line one of these texts is found."""
@@ -179,6 +190,13 @@ class KeptRun:
 
     def _log(self, host: int) -> Path:
         return self.hosts.folder / f"console-{host}.txt"
+
+
+def _parent(pid: int) -> int:
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _steps(console: str) -> list[int]:
