@@ -109,6 +109,9 @@ def test_sizes_are_fitted_with_intervals(tmp_path: Path) -> None:
     assert [row[2] for row in rows_of(figure, "rise", "full")] == ["329,280", "1,247,872", "4,854,528", "fit"]
     assert "ln N" in rows_of(figure, "rise", "full")[-1][3] and "fewer than 4 sizes" in figure.notes[1]
     assert rows_of(figure, "standard", "full")[0][4] == "+0.00 ± 0.00 %"
+    twice = figure_of("scaling", tmp_path / "scaling/results.jsonl", results(tmp_path / "baselines", "baselines"))
+    sizes = {row[2] for row in twice.rows if row[1] == "full"}
+    assert sizes == {"329,280", "1,247,872", "4,854,528", "fit"}
     assert FIGURES["scaling"](read_methods([results(tmp_path / "recipes", "recipes")])[0]) is None
 
 

@@ -130,8 +130,10 @@ def scaling_figure(methods: Sequence[Method]) -> Figure | None:
     for strategy in strategies:
         panel = Panel(f"cache strategy {strategy}", "parameters", LOSS, sizes_x=True)
         for style, (label, group) in enumerate(grown.items()):
-            having = sorted((m for m in group if strategy in m.strategies), key=lambda method: method.parameters)
-            if len({method.parameters for method in having}) < 2:
+            # Of methods of one size, such as the same run in two experiments, the first.
+            by_size = {method.parameters: method for method in reversed(group) if strategy in method.strategies}
+            having = [by_size[size] for size in sorted(by_size)]
+            if len(having) < 2:
                 continue
             losses = {method.parameters: method.losses(strategy) for method in having}
             fit = fit_sizes(losses)
