@@ -115,8 +115,8 @@ docs: env
 	$(BIN)/python -m skvr_dist.config.page > docs/configuration.md
 	$(BIN)/python -m skvr_dist.lab.estimate.page > docs/scale.md
 
-# Every experiment, with a tiny model for a few steps on the code of the project: one seed of each run. 16 lanes are
-# for recipes with micro-batches of 16, a width of 36 for models of 4 and of 9 heads.
+# Every experiment, with a tiny model for a few steps on the code of the project: one seed of each run; then the figures
+# of all of them. 16 lanes are for recipes with micro-batches of 16, a width of 36 for models of 4 and of 9 heads.
 SMOKE := runs/smoke
 SMOKE_KEYS := $(addprefix model.,vocab_size=512 hidden_size=36 intermediate_size=48 head_dim=16) \
     $(addprefix data.,train=$(SMOKE)/data/train validation=$(SMOKE)/data/validation \
@@ -132,6 +132,7 @@ experiments-smoke: env
 	    $(BIN)/python tools/sweep.py $$experiment --place local --seed 0 \
 	        --output-dir $(SMOKE)/$$(basename $$experiment .yaml) $(SMOKE_KEYS) || exit; \
 	done
+	$(BIN)/python tools/plot.py $(SMOKE)/*/results.jsonl --output $(SMOKE)/figures
 
 # `tools/bench.py serve` needs the environment of serve-env, and an export.
 BENCHMARKS := step save data generate

@@ -12,6 +12,7 @@ by it too.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -38,21 +39,7 @@ def run() -> None:
     Raises:
         UserError: checkpoint or file cannot be used.
     """
-    parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", type=a_path, metavar="CHECKPOINT")
-    parser.add_argument("file", type=a_path, metavar="FILE", help="of examples (docs/finetuning.md)")
-    parser.add_argument("--format", default="examples", choices=_FORMATS, help="of the file (default: examples)")
-    parser.add_argument("--strategies", nargs="+", default=_STRATEGIES, metavar="S", help="cache strategies")
-    parser.add_argument("--count", type=at_least(1), default=500, metavar="N", help="examples (default: the first 500)")
-    parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode N tokens at most, for F1")
-    parser.add_argument(
-        "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens of an example (default: the run's)"
-    )
-    parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
-    add_json(parser)
-    options = parse(parser)
-    if options.decode and options.format == "chat":
-        raise UserError("--decode needs one answer per example, but chats have several; leave it out")
+    options = _options()
 
     from skvr_dist.checkpoint.folder import Checkpoint
     from skvr_dist.data.finetune.chat import ChatTemplate
@@ -66,10 +53,8 @@ def run() -> None:
     file, longest = checkpoint.tokenizer_file, checkpoint.model_config.max_position_embeddings
     if file is None:
         raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to read questions with; give another one")
-    tokenizer, length = (
-        load_tokenizer(file),
-        options.sequence_length or checkpoint.config.data.sequence_length or longest,
-    )
+    tokenizer = load_tokenizer(file)
+    length = options.sequence_length or checkpoint.config.data.sequence_length or longest
     if length > longest:
         raise UserError(
             f"--sequence-length {length} is longer than max_position_embeddings {longest}; give at most that"
@@ -94,6 +79,25 @@ def run() -> None:
     if options.json:
         record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "file": str(options.file)}
         write_json(options.json, {**record, "points": [asdict(point) for point in points]})
+
+
+def _options() -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    parser.add_argument("checkpoint", type=a_path, metavar="CHECKPOINT")
+    parser.add_argument("file", type=a_path, metavar="FILE", help="of examples (docs/finetuning.md)")
+    parser.add_argument("--format", default="examples", choices=_FORMATS, help="of the file (default: examples)")
+    parser.add_argument("--strategies", nargs="+", default=_STRATEGIES, metavar="S", help="cache strategies")
+    parser.add_argument("--count", type=at_least(1), default=500, metavar="N", help="examples (default: the first 500)")
+    parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode N tokens at most, for F1")
+    parser.add_argument(
+        "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens of an example (default: the run's)"
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
+    add_json(parser)
+    options = parse(parser)
+    if options.decode and options.format == "chat":
+        raise UserError("--decode needs one answer per example, but chats have several; leave it out")
+    return options
 
 
 def _table(points: Sequence[AnswerPoint]) -> str:

@@ -2,17 +2,30 @@
 
     skvr-retention runs/quickstart/routed --strategies full every:2 every:4
     skvr-retention runs/quickstart/routed --families even prefix suffix sandwich
+    skvr-retention runs/quickstart/routed --gate every:2=0.05 --gate every:4=0.2
 
 CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. One that was imported has no
-held-out data of its own: give it with --data, and sequences of another length than 1024 with --sequence-length.
+held-out data of its own: give it with --data, and sequences of another length than 1024 with --sequence-length. With
+--gate STRATEGY=NATS the exit code is 1 if that strategy costs more than so many nats per token over full retention.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
-from skvr_dist.command import a_path, add_json, at_least, new_parser, parse, run_command, write_json
+from skvr_dist.command import (
+    Figure,
+    a_path,
+    add_json,
+    at_least,
+    exit_code_of,
+    new_parser,
+    parse,
+    run_command,
+    write_json,
+)
 from skvr_dist.errors import UserError
 from skvr_dist.files import prove_writable
 
@@ -45,13 +58,21 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
     parser.add_argument("--device", help="where to compute (default: a GPU if there is one)")
+    parser.add_argument(
+        "--gate",
+        action="append",
+        type=_gate,
+        default=[],
+        metavar="S=NATS",
+        help="most that a strategy or profile may cost",
+    )
     add_json(parser, "default: retention.json in the checkpoint")
     parser.add_argument("--png", type=a_path, metavar="FILE", help="default: beside the JSON")
     return parse(parser)
 
 
-def run() -> None:
-    """Measure the curve, write and print it."""
+def run() -> int:
+    """Measure the curve, write and print it; returns the exit code."""
     options = _options()
 
     import torch
@@ -72,10 +93,14 @@ def run() -> None:
         )
     json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)
     png_file = prove_writable(options.png or json_file.with_suffix(".png"))
+    strategies = options.strategies or _of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
+    gates = dict(options.gate)
+    if gates:  # rises are over the first one
+        strategies = list(dict.fromkeys(["full", *strategies, *gates]))
     measurement = evaluate_checkpoint(
         checkpoint,
         HeldOutData.of(checkpoint, options.data, options.sequence_length),
-        options.strategies or _of_families(options.families or (), checkpoint.model_config.num_hidden_layers),
+        strategies,
         sequences=options.sequences,
         batch_size=options.batch_size,
         device=device,
@@ -90,6 +115,26 @@ def run() -> None:
         f"{measurement.data} ({measurement.data_fingerprint}), documents {measurement.documents}"
     )
     print(f"written: {json_file}, {png_file}")
+    rises = {point.strategy: point.loss - measurement.points[0].loss for point in measurement.points}
+    figures = [
+        Figure(f"{name} costs {rises[name]:+.4f} nats per token", f"<= {most:+.4f}", rises[name] <= most)
+        for name, most in gates.items()
+    ]
+    for figure in figures:
+        print(figure)
+    return exit_code_of(figures)
+
+
+def _gate(text: str) -> tuple[str, float]:
+    """An argparse type: a strategy or profile and the most that it may cost."""
+    name, _, most = text.rpartition("=")
+    try:
+        bound = float(most)
+    except ValueError:
+        bound = math.nan
+    if not name or not math.isfinite(bound):
+        raise argparse.ArgumentTypeError(f"{text!r} is no gate; write STRATEGY=NATS, such as every:2=0.05")
+    return name, bound
 
 
 def _of_families(families: Sequence[str], num_layers: int) -> Sequence[str]:

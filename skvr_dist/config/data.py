@@ -76,6 +76,9 @@ class DataConfig(Section):
     Where documents are separate, the end of one does not predict the beginning of the next. Fine-tuning examples need
     them separate.
     """
+    examples_cache: str | None = None
+    """Folder that keeps the tokens of fine-tuning examples, for all ranks of a host and for later runs; null: each rank
+    makes its own and holds them in memory."""
     damage: Literal["stop", "skip"] = "stop"
     """A damaged piece of a shard stops the run, or is left out: its tokens get no loss, and are counted and logged."""
     on_resume: Literal["same_data", "other_data"] = "same_data"

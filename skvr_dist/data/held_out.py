@@ -25,13 +25,19 @@ HeldOutSet = Dataset | FinetuneSequences
 
 
 def open_held_out(
-    sources: Mapping[str, HeldOutConfig], tokenizer: Tokenizer | None, *, tokenizer_path: str, sequence_length: int
+    sources: Mapping[str, HeldOutConfig],
+    tokenizer: Tokenizer | None,
+    *,
+    tokenizer_path: str,
+    sequence_length: int,
+    cache: str | None = None,
 ) -> list[HeldOutSet]:
     """Open the held-out data sets of a configuration.
 
     Args:
         tokenizer: of the run; only examples need one.
         tokenizer_path: its path, beside which chats have their template.
+        cache: folder that keeps the tokens of examples, as for `FinetuneSequences.open`.
 
     Raises:
         UserError: one is missing or damaged, or cannot be read.
@@ -45,7 +51,12 @@ def open_held_out(
         else:
             sets.append(
                 FinetuneSequences.open(
-                    source, tokenizer, tokenizer_path=tokenizer_path, sequence_length=sequence_length, seed=None
+                    source,
+                    tokenizer,
+                    tokenizer_path=tokenizer_path,
+                    sequence_length=sequence_length,
+                    seed=None,
+                    cache=cache,
                 )
             )
     return sets

@@ -17,6 +17,7 @@ from skvr_dist.data.batch import IGNORED
 from skvr_dist.data.finetune.encode import Counts, Encoded, Encoder
 from skvr_dist.data.finetune.examples import Chat, QuestionAnswer
 from skvr_dist.data.finetune.sequences import FinetuneSequences
+from skvr_dist.data.finetune.store import EncodedSet
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.generate import generate
 from skvr_dist.model.decoder import Decoder
@@ -99,7 +100,11 @@ def measure_answers(
         decode: how to decode answers for F1; None decodes none.
     """
     sequences = FinetuneSequences(
-        asked.encoded, location="examples", sequence_length=sequence_length, eos_id=eos_id, seed=None
+        EncodedSet.of(asked.encoded, asked.counts),
+        location="examples",
+        sequence_length=sequence_length,
+        eos_id=eos_id,
+        seed=None,
     )
     points = []
     for name, strategy in strategies.items():

@@ -27,13 +27,17 @@ KEYS = {
 }
 
 
-def make_data(folder: Path) -> None:
-    """Write a tokenizer and a small data set of the running Python's own source into a new folder."""
-    corpus = open_corpus(str(Path(os.__file__).parent / "email"), suffixes=(".py",))
+def make_data(folder: Path, package: str = "email", shards: int = 12) -> None:
+    """Write a tokenizer and a small data set of the running Python's own source into a new folder.
+
+    Args:
+        package: of the standard library.
+    """
+    corpus = open_corpus(str(Path(os.__file__).parent / package), suffixes=(".py",))
     tokenizer = train_tokenizer(corpus, vocab_size=512, model_type="bpe")
     folder.mkdir()
     tokenizer.save(folder / "tokenizer.model")
-    prepare(corpus, tokenizer, folder, num_shards=12, validation_share=0.25, workers=1)
+    prepare(corpus, tokenizer, folder, num_shards=shards, validation_share=0.25, workers=1)
 
 
 def arguments(output: Path, data: Path, **keys: Any) -> list[str]:

@@ -124,7 +124,7 @@ class _LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         flat, own_rows = hidden.flatten(0, -2), head[: len(rows.held)]
         d_hidden = torch.empty_like(flat) if needed[0] else None
-        d_head = head.new_zeros(head.shape) if needed[1] else None
+        d_head = torch.empty_like(head) if needed[1] else None
         found = []
         # Of the head's rows, not of those that are held: every rank must make the same chunks.
         for chunk in chunks(flat.shape[0], head.shape[0], _tensors_of(objective)):
@@ -134,7 +134,10 @@ class _LinearLoss(torch.autograd.Function):
                 logits = logits.to(head.dtype)
             if d_hidden is not None:
                 torch.mm(logits, own_rows, out=d_hidden[chunk])
-            if d_head is not None:
+            if d_head is not None and chunk.start == 0:
+                torch.mm(logits.t(), flat[chunk], out=d_head[: len(rows.held)])
+                d_head[len(rows.held) :].zero_()
+            elif d_head is not None:
                 d_head[: len(rows.held)].addmm_(logits.t(), flat[chunk])
             del logits  # before those of the next chunk are made
         total, cross_entropy, divergence = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -179,8 +182,8 @@ def _of_chunk(
     local, elsewhere = rows.local(labels)
     label_logit = logits.gather(-1, local[:, None]).squeeze(-1).masked_fill(elsewhere, 0.0)
     taught = _divergence(logits, head, teacher, chunk) if teacher else None
-    log_own_rows = _softmax(logits)
-    figures = rows.gather([log_own_rows, label_logit, *(taught.figures if taught else ())])
+    own = _exponentials(logits)
+    figures = rows.gather([own.log_sum, label_logit, *(taught.figures if taught else ())])
     log_z, label_logit = figures[:, 0].logsumexp(0), figures[:, 1].sum(0)
     cross_entropy = (log_z - label_logit).masked_fill(ignored, 0.0)
     divergence = torch.zeros_like(cross_entropy)
@@ -192,14 +195,15 @@ def _of_chunk(
     if teacher:
         loss += share * teacher.temperature**2 * divergence
     if with_gradients:
-        logits.mul_(((log_own_rows - log_z).exp() * (1 - share + 2 * objective.z_loss * log_z))[:, None])
+        # Each pass over the logits counts: what multiplies a token's row is multiplied first.
+        factor = (own.highest - log_z).exp() * (1 - share + 2 * objective.z_loss * log_z)
         at_label = (elsewhere.to(logits.dtype) - 1) * (1 - share)
-        logits.scatter_add_(-1, local[:, None], at_label[:, None])
+        logits.mul_((factor * weight)[:, None])
+        logits.scatter_add_(-1, local[:, None], (at_label * weight)[:, None])
         if taught:
-            taught.add_gradient(logits, share)
+            taught.add_gradient(logits, share * weight)
         if slope is not None:
             logits.mul_(slope)
-        logits.mul_(weight[:, None])
     return logits, loss * weight, cross_entropy, divergence
 
 
@@ -221,12 +225,25 @@ def _divergence(logits: Tensor, head: Tensor, teacher: Teacher, chunk: slice) ->
     return _Divergence(logits, taught, teacher.temperature)
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    """Turn logits [n, R] into their softmax over R in place; returns the logarithm [n] of their exponentials' sum."""
+class _Exponentials(NamedTuple):
+    """What rows of logits were, that are exponentials of their distance from the highest now."""
+
+    highest: Tensor
+    """[n]"""
+    sum: Tensor
+    """[n], of the exponentials."""
+
+    @property
+    def log_sum(self) -> Tensor:
+        """[n], the logarithm of the sum of exponentials of the logits."""
+        return self.highest + self.sum.log()
+
+
+def _exponentials(logits: Tensor) -> _Exponentials:
+    """Turn logits [n, R] into the exponentials of their distance from the highest of each token, in place."""
     highest = logits.amax(-1, keepdim=True)
-    total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
-    logits.div_(total)
-    return (highest + total.log()).squeeze(-1)
+    total = logits.sub_(highest).exp_().sum(-1)
+    return _Exponentials(highest.squeeze(-1), total)
 
 
 class _Divergence:
@@ -237,20 +254,20 @@ class _Divergence:
         self._temperature = temperature
         difference = taught.div_(temperature)
         self._teacher = difference.clone()
-        self._log_teacher = _softmax(self._teacher)
+        self._of_teacher = _exponentials(self._teacher)
         difference.sub_(logits, alpha=1 / temperature)
-        mean_difference = difference.mul_(self._teacher).sum(-1)
+        mean_difference = difference.mul_(self._teacher).sum(-1) / self._of_teacher.sum
         self._student = torch.div(logits, temperature, out=difference)
-        self._log_student = _softmax(self._student)
-        self.figures = [self._log_teacher, mean_difference, self._log_student]
+        self._of_student = _exponentials(self._student)
+        self.figures = [self._of_teacher.log_sum, mean_difference, self._of_student.log_sum]
 
     def over_all_rows(self, of_teacher: Tensor, mean_difference: Tensor, of_student: Tensor) -> Tensor:
         """KL(teacher || student) [n] at the temperature, from the `figures` of every rank, each [ranks, n]."""
         log_teacher, log_student = of_teacher.logsumexp(0), of_student.logsumexp(0)
-        self._teacher.mul_((self._log_teacher - log_teacher).exp()[:, None])
-        self._student.mul_((self._log_student - log_student).exp()[:, None])
+        self._teacher.mul_((self._of_teacher.highest - log_teacher).exp()[:, None])
+        self._student.mul_((self._of_student.highest - log_student).exp()[:, None])
         return (mean_difference * (of_teacher - log_teacher).exp()).sum(0) - log_teacher + log_student
 
-    def add_gradient(self, gradient: Tensor, share: float) -> None:
-        """Add that of share * temperature^2 * the divergence in the student's logits."""
-        gradient.add_(self._student.sub_(self._teacher), alpha=share * self._temperature)
+    def add_gradient(self, gradient: Tensor, share: Tensor) -> None:
+        """Add that of share [n] * temperature^2 * the divergence in the student's logits."""
+        gradient.addcmul_(self._student.sub_(self._teacher), (share * self._temperature)[:, None])

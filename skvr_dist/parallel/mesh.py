@@ -120,9 +120,11 @@ class Mesh:
         for rank, theirs in enumerate(gathered):
             for name, value in gathered[0].items():
                 if theirs[name] != value:
+                    apart = self.hosts[rank] != self.hosts[0]
+                    here, there = (f" on {self.hosts[each]}" if apart else "" for each in (0, rank))
                     raise UserError(
-                        f"ranks 0 and {rank} disagree on the {name}: {value!r} and {theirs[name]!r}; do all hosts see "
-                        f"the same configuration, data and output folder?"
+                        f"ranks 0 and {rank} disagree on the {name}: {value!r}{here} and {theirs[name]!r}{there}; do "
+                        f"all hosts see the same environment, code, configuration, data and output folder?"
                     )
 
 

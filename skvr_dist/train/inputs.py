@@ -57,7 +57,11 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
             f"{config.model.vocab_size}; it must be at least as large"
         )
     held_out = open_held_out(
-        data.validation, tokenizer, tokenizer_path=data.tokenizer, sequence_length=data.sequence_length
+        data.validation,
+        tokenizer,
+        tokenizer_path=data.tokenizer,
+        sequence_length=data.sequence_length,
+        cache=data.examples_cache,
     )
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     held_out_shards = [each for each in held_out if isinstance(each, Dataset)]
@@ -144,6 +148,7 @@ def training_sequences(data: DataConfig, seed: int, train: TrainConfig | None) -
                 tokenizer_path=data.tokenizer,
                 sequence_length=data.sequence_length,
                 seed=seed,
+                cache=data.examples_cache,
             )
         else:
             dataset = Dataset.open(source.path, check_sizes=not skip)

@@ -219,6 +219,7 @@ def test_a_full_disk_and_no_memory_are_told(tmp_path: Path) -> None:
         ["inspect_checkpoint.py", "absent"],
         ["average.py", "absent", "out"],
         ["retention.py", "absent"],
+        ["answers.py", "absent", "absent"],
     ],
     ids=lambda tool: tool[0],
 )

@@ -145,6 +145,9 @@ def test_the_documented_journey(workspace: Path, capsys: pytest.CaptureFixture[s
     assert f"Its training began with weights dequantized from {imported.facts.dequantized_from}" in card
     assert "Over 16 held-out sequences of 32 tokens" in card
 
+    gate = ["python", "tools/retention.py", "runs/trained-on", "--sequences", "9", "--gate", "every:2=-9"]
+    assert start(gate) == 1 and "bound <= -9.0000: missed" in capsys.readouterr().out
+
     scope: dict[str, Any] = {}
     exec(code, scope)
     assert scope["model"].retained_layers == (0, 2)

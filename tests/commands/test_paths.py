@@ -29,6 +29,11 @@ COMMANDS = [
     "tools/report.py --standard a --routed b --output PATH",
     "tools/retention.py PATH",
     "tools/retention.py run --png PATH",
+    "tools/answers.py PATH examples.jsonl",
+    "tools/answers.py run PATH",
+    "tools/make_retrieval.py recall --output PATH",
+    "tools/plot.py PATH --output figures",
+    "tools/plot.py results.jsonl --output PATH",
     "tools/show_data.py --config PATH",
     f"tools/show_data.py --config quickstart {KEYS} data.tokenizer=PATH",
     "tools/train_tokenizer.py --input PATH --vocab-size 300 --output t.model",
@@ -40,6 +45,7 @@ COMMANDS = [
     "tools/verify.py kills --json PATH",
     "launch/keep_running.py --output-dir PATH -- true",
     f"launch/pretrain.py --config quickstart {KEYS} data.validation=PATH",
+    f"launch/finetune.py --config quickstart --from PATH {KEYS}",
 ]
 
 

@@ -20,6 +20,7 @@ from skvr_dist.data.finetune.encode import Counts, Encoder, prompt
 from skvr_dist.data.finetune.examples import QuestionAnswer
 from skvr_dist.data.finetune.formats import read_examples
 from skvr_dist.data.finetune.sequences import FinetuneSequences, pack
+from skvr_dist.data.finetune.store import EncodedSet, kept_set
 from skvr_dist.data.prepare.corpus import open_corpus
 from skvr_dist.data.reader import MicroBatchReader
 from skvr_dist.data.tokenizers.train import train_tokenizer
@@ -47,9 +48,8 @@ def encoder(longest: int = LENGTH + 1, seed: int = 3, **options: Any) -> Encoder
 
 def sequences_of(examples: list[QuestionAnswer] = EXAMPLES, length: int = LENGTH, seed: int = 3) -> FinetuneSequences:
     encoded = encoder(length + 1, seed).encode_all(examples, counts := Counts())
-    return FinetuneSequences(
-        encoded, location="examples.jsonl", sequence_length=length, eos_id=EOS, seed=seed, counts=counts
-    )
+    kept = EncodedSet.of(encoded, counts)
+    return FinetuneSequences(kept, location="examples.jsonl", sequence_length=length, eos_id=EOS, seed=seed)
 
 
 def test_the_loss_is_on_the_answer_and_its_end() -> None:
@@ -169,3 +169,31 @@ def test_examples_come_from_a_file_or_a_pipe(tmp_path: Path) -> None:
     place = f"{tmp_path}/pipe.jsonl, line 1"
     assert list(read_examples(tmp_path / "pipe.jsonl", "examples")) == [QuestionAnswer((), "a", "b", place)]
     writer.join()
+
+
+def test_tokens_are_kept_for_other_processes(tmp_path: Path) -> None:
+    """Made once, the same as without a folder; and anew for another file, or other facts."""
+    made: list[str] = []
+    file = tmp_path / "examples.jsonl"
+
+    def kept(**facts: Any) -> EncodedSet:
+        def make() -> EncodedSet:
+            made.append("")
+            return EncodedSet.of(encoder().encode_all(EXAMPLES, counts := Counts()), counts)
+
+        return kept_set(tmp_path / "kept", facts, file, make)
+
+    file.write_text("a")
+    first, again = kept(seed=1), kept(seed=1)
+    assert len(made) == 1 and isinstance(again.tokens, np.memmap)
+    plain = sequences_of().examples
+    assert again.fingerprint == first.fingerprint == plain.fingerprint and again.counts == plain.counts
+    options: dict[str, Any] = {"location": "", "sequence_length": LENGTH, "eos_id": EOS, "seed": 3}
+    from_disk, from_memory = (FinetuneSequences(each, **options).read(0, 20) for each in (again, plain))
+    assert (from_disk.tokens == from_memory.tokens).all() and (from_disk.labels == from_memory.labels).all()
+    kept(seed=2)
+    file.write_text("another")
+    kept(seed=1)
+    assert len(made) == 3
+    with pytest.raises(UserError, match=r"absent.jsonl"):
+        kept_set(tmp_path / "kept", {}, tmp_path / "absent.jsonl", lambda: first)

@@ -14,6 +14,7 @@ from skvr_dist.data.batch import IGNORED
 from skvr_dist.data.finetune.encode import Counts, Encoder
 from skvr_dist.data.finetune.examples import QuestionAnswer
 from skvr_dist.data.finetune.sequences import FinetuneSequences
+from skvr_dist.data.finetune.store import EncodedSet
 from skvr_dist.data.prepare.corpus import Corpus, open_corpus
 from skvr_dist.data.prepare.prepare import prepare
 from skvr_dist.data.reader import Rows
@@ -47,8 +48,8 @@ def test_documents_and_what_is_not_predicted_are_marked() -> None:
 
 def test_fine_tuning_shows_answers_bare_and_prompts_in_brackets() -> None:
     examples = [QuestionAnswer((), question, answer, "") for question, answer in (("a?", "yes"), ("b?", "no"))]
-    encoded = Encoder(TOKENIZER, longest=61, seed=0, question_first_prob=0.0).encode_all(examples, Counts())
-    sequences = FinetuneSequences(encoded, location="", sequence_length=60, eos_id=EOS, seed=0)
+    encoded = Encoder(TOKENIZER, longest=61, seed=0, question_first_prob=0.0).encode_all(examples, counts := Counts())
+    sequences = FinetuneSequences(EncodedSet.of(encoded, counts), location="", sequence_length=60, eos_id=EOS, seed=0)
     text = render(passages(sequences.read(0, 1), 0, TOKENIZER))
     prompts = {each.question: f"[[Question: {each.question}\nAnswer:]] {each.answer}</s>" for each in examples}
     assert all(prompt in text for prompt in prompts.values())

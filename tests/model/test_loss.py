@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from skvr_dist.commands.bench import loss as command
 from skvr_dist.lab.bench.loss import Sizes, in_chunks, memory_of
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.model import loss as module
@@ -197,6 +201,17 @@ def test_chunks_are_equal_and_cover_every_token() -> None:
     assert len(found) == 10 and max(part.stop - part.start for part in found) == 410
     assert [i for part in found for i in range(part.start, part.stop)] == list(range(4096))
     assert chunks(512, 4096) == [slice(0, 512)]
+
+
+@pytest.mark.parametrize(("bound", "code"), [(4.0, 0), (0.5, 1)])
+def test_the_command(bound: float, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """64 x 3,000 logits, in bf16 and fp32: 1.1 MiB, and more with a teacher's; too few for chunks."""
+    file = tmp_path / "loss.json"
+    options = {"tokens": 64, "hidden": 8, "vocabulary": 3000, "precision": "bf16", "bound": bound, "json": file}
+    assert command.run(argparse.Namespace(**options)) == code
+    shown = capsys.readouterr().out
+    assert "| in chunks, with a divergence" in shown and f"bound {bound:g} MiB" in shown
+    assert json.loads(file.read_text())["mib"]["in chunks"]["gradients"] == pytest.approx(3064 * 16 / 2**20)
 
 
 def test_the_memory_is_bounded_and_no_number_is_waited_for() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def test_a_rank_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch
 
 
 def test_what_listens_but_is_no_store_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch waits for the first word of what it has connected to, without end."""
     monkeypatch.setattr(process_group, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(process_group, "TCPStore", lambda *words, **options: time.sleep(5))
     for name, value in {**TWO_HOSTS, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -114,7 +114,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_every_experiment_of_the_project_can_be_planned() -> None:
     files = sorted((ROOT / "configs/experiment/sweeps").glob("*.yaml"))
     runs = {file.stem: plan_runs(read_experiment(file)) for file in files}
-    assert len(runs["recipes"]) == 18
+    assert len(runs["recipes"]) == 24
     for planned_runs in runs.values():
         for run in planned_runs:
             if run.config.routing.policy == "cla":  # other layers have learned no keys and values

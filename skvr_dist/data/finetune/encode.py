@@ -86,6 +86,17 @@ class Encoder:
     passage_orders: int = 0
     template: ChatTemplate | None = None
 
+    def facts(self) -> dict[str, str | int | float]:
+        """Everything that decides the tokens of a record."""
+        return {
+            "tokenizer": self.tokenizer.sha256,
+            "longest": self.longest,
+            "seed": self.seed,
+            "question_first_prob": self.question_first_prob,
+            "passage_orders": self.passage_orders,
+            "template": self.template.text if self.template else "",
+        }
+
     def encode_all(self, examples: Iterable[QuestionAnswer | Chat | None], counts: Counts) -> Iterator[Encoded]:
         """All examples in their order; what became of them is added to `counts`.
 

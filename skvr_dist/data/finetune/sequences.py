@@ -13,22 +13,22 @@ Shapes: S sequence length.
 from __future__ import annotations
 
 import bisect
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from skvr_dist.config.data import HeldOutConfig
 from skvr_dist.data.batch import IGNORED
 from skvr_dist.data.finetune.chat import ChatTemplate
-from skvr_dist.data.finetune.encode import Counts, Encoded, Encoder
+from skvr_dist.data.finetune.encode import Counts, Encoder
 from skvr_dist.data.finetune.formats import read_examples
+from skvr_dist.data.finetune.store import EncodedSet, kept_set
 from skvr_dist.data.order import ROW_ORDER, permutation
 from skvr_dist.data.reader import Rows
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
+from skvr_dist.files import local_path
 
 PASSAGE_ORDERS = 3
 """Orders of its passages in which an example of HotpotQA is trained on (arXiv 2604.22782, section 4.2)."""
@@ -40,16 +40,24 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Best fit decreasing needs at most 11/9 of the fewest bins possible (Johnson et al., SIAM J. Comput. 3, 1974).
     """
     bins: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room, bin), sorted
+    with_room: dict[int, list[int]] = {}  # bins by the room that they have left
+    rooms: list[int] = []  # those that some bin has, sorted
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        at = bisect.bisect_left(free, (lengths[number], -1))
-        if at < len(free):
-            room, place = free.pop(at)
+        at = bisect.bisect_left(rooms, lengths[number])
+        if at < len(rooms):
+            room = rooms[at]
+            place = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[at], with_room[room]
         else:
             room, place = capacity, len(bins)
             bins.append([])
         bins[place].append(number)
-        bisect.insort(free, (room - lengths[number], place))
+        left = room - lengths[number]
+        if left not in with_room:
+            with_room[left] = []
+            bisect.insort(rooms, left)
+        with_room[left].append(place)
     return bins
 
 
@@ -57,12 +65,11 @@ class FinetuneSequences:
     """Every sequence of a set of examples by its number, epoch after epoch.
 
     Args:
-        examples: all of them, none longer than S + 1 tokens: the last one is only predicted.
+        examples: none longer than S + 1 tokens: the last one is only predicted.
         location: where they are from, for messages.
         sequence_length: S.
         eos_id: fills the rest of a sequence.
         seed: draws the order of each epoch; None keeps the order of packing.
-        counts: what became of the records, complete when all examples are read.
 
     Raises:
         UserError: there is none.
@@ -73,35 +80,33 @@ class FinetuneSequences:
 
     def __init__(
         self,
-        examples: Iterable[Encoded],
+        examples: EncodedSet,
         *,
         location: str,
         sequence_length: int,
         eos_id: int,
         seed: int | None,
-        counts: Counts | None = None,
     ) -> None:
-        self.location, self.sequence_length = location, sequence_length
+        self.location, self.sequence_length, self.examples = location, sequence_length, examples
         self._eos_id, self._seed = eos_id, seed
-        encoded = list(examples)
-        self.counts = counts or Counts(len(encoded))
-        if not encoded:
-            left = f" ({self.counts.without_answer} records in it have no answer)" if self.counts.without_answer else ""
+        if not len(examples.ends):
+            without = examples.counts.without_answer
+            left = f" ({without} records in it have no answer)" if without else ""
             raise UserError(f"{location} holds no examples{left}; give a file with at least one")
-        # One array each, which processes that read ahead share.
-        self._ends = np.cumsum([len(example.tokens) for example in encoded])
-        self._tokens = np.concatenate([example.tokens for example in encoded])
-        self._predicted = np.concatenate([example.predicted for example in encoded])
         # The last token of an example is only predicted, never read.
-        self.rows = pack([len(example.tokens) - 1 for example in encoded], sequence_length)
+        self.rows = pack([length - 1 for length in examples.lengths()], sequence_length)
         self._epoch, self._order = -1, np.arange(len(self.rows))
-        self._fingerprint = hashlib.sha256(
-            b"".join(array.tobytes() for array in (self._ends, self._tokens, self._predicted))
-        ).hexdigest()[:16]
 
     @classmethod
     def open(
-        cls, source: HeldOutConfig, tokenizer: Tokenizer, *, tokenizer_path: str, sequence_length: int, seed: int | None
+        cls,
+        source: HeldOutConfig,
+        tokenizer: Tokenizer,
+        *,
+        tokenizer_path: str,
+        sequence_length: int,
+        seed: int | None,
+        cache: str | None = None,
     ) -> FinetuneSequences:
         """The sequences of a file of examples.
 
@@ -109,6 +114,7 @@ class FinetuneSequences:
             tokenizer_path: `data.tokenizer`, beside which chats have their template.
             seed: of orders, and of what is drawn for the examples; None for held-out data, where examples of several
                 passages come once, as in the file, and what is drawn is the same for every run.
+            cache: folder that keeps the tokens; None keeps none.
 
         Raises:
             UserError: the file cannot be read or is of another format, or an example does not fit.
@@ -121,29 +127,29 @@ class FinetuneSequences:
             passage_orders=PASSAGE_ORDERS if source.format == "hotpotqa" and seed is not None else 0,
             template=ChatTemplate.of(tokenizer_path, tokenizer) if source.format == "chat" else None,
         )
-        counts = Counts()
-        return cls(
-            encoder.encode_all(read_examples(source.path, source.format), counts),
-            location=source.path,
-            sequence_length=sequence_length,
-            eos_id=tokenizer.eos_id,
-            seed=seed,
-            counts=counts,
-        )
+
+        def encoded() -> EncodedSet:
+            counts = Counts()
+            return EncodedSet.of(encoder.encode_all(read_examples(source.path, source.format), counts), counts)
+
+        facts = {"format": source.format, **encoder.facts()}
+        examples = kept_set(cache, facts, local_path(source.path), encoded) if cache else encoded()
+        return cls(examples, location=source.path, sequence_length=sequence_length, eos_id=tokenizer.eos_id, seed=seed)
 
     @property
     def tokens(self) -> int:
         """Tokens of all examples together."""
-        return len(self._tokens)
+        return len(self.examples.tokens)
 
     @property
     def fingerprint(self) -> str:
         """Equal for two sets of the same examples, as they were drawn and cut."""
-        return self._fingerprint
+        return self.examples.fingerprint
 
     def in_words(self) -> str:
         """What became of the file, in words."""
-        return f"{self.counts.in_words()}, packed into {len(self.rows):,} sequences of {self.sequence_length:,} tokens"
+        became = self.examples.counts.in_words()
+        return f"{became}, packed into {len(self.rows):,} sequences of {self.sequence_length:,} tokens"
 
     def read(self, first: int, size: int) -> Rows:
         """Sequences `first` to `first + size - 1`; a document is an example or the rest of a sequence."""
@@ -155,7 +161,7 @@ class FinetuneSequences:
             packed = self.rows[self._row_at(first + row)]
             start = 0
             for document, number in enumerate(packed):
-                example, predicted = self._example(number)
+                example, predicted = self.examples.example(number)
                 stop = start + len(example) - 1
                 tokens[row, start:stop] = example[:-1]
                 labels[row, start:stop] = np.where(predicted[1:], example[1:].astype(np.int64), IGNORED)
@@ -172,10 +178,6 @@ class FinetuneSequences:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, permutation(self._seed, ROW_ORDER, epoch, 0, len(self.rows))
         return int(self._order[place])
-
-    def _example(self, number: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        place = slice(int(self._ends[number - 1]) if number else 0, int(self._ends[number]))
-        return self._tokens[place], self._predicted[place]
 
 
 def sources_in_words(sources: dict[str, Any]) -> list[str]:

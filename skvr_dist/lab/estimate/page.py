@@ -78,7 +78,11 @@ def section(model: str, sizes: tuple[int, ...] = tuple(SEQUENCES)) -> str:
 
 def command(model: str, gpus: int) -> str:
     """The command that ranks layouts of a model."""
-    words = ["tools/estimate.py train --propose --config quickstart --config", model, f"--gpus {gpus} --gpu {_GPU}"]
+    words = [
+        "python tools/estimate.py train --propose --config quickstart --config",
+        model,
+        f"--gpus {gpus} --gpu {_GPU}",
+    ]
     return " ".join([*words, *_overrides(gpus)])
 
 

@@ -7,8 +7,10 @@ T tensor-parallel ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
+
+import numpy as np
 
 from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.model import ModelConfig
@@ -177,12 +179,12 @@ class RankSizes:
         start, stop = self.bounds
         return [
             MicroBatch(
-                donors=tuple(int(donor) for donor in donors),
-                read=frozenset(int(layer) for layer in read_layers(donors).nonzero()[0]),
-                entering=len(crossing_layers(donors, start)) if start else 0,
-                leaving=frozenset(crossing_layers(donors, stop)),
+                donors=donors,
+                read=_read(donors),
+                entering=len(_crossing(donors, start)) if start else 0,
+                leaving=_crossing(donors, stop),
             )
-            for donors in plan.donors[replica :: self.replicas]
+            for donors in map(tuple, plan.donors[replica :: self.replicas].tolist())
         ]
 
     def packed_elements(self, crossing: int) -> int:
@@ -193,6 +195,22 @@ class RankSizes:
         """
         hidden = self.tokens * self.model.hidden_size // self.tensor
         return hidden + 2 * crossing * self.tokens * self.kv
+
+
+# Proposals ask the same of the same plans for hundreds of layouts.
+@lru_cache(maxsize=1 << 14)
+def _read(donors: tuple[int, ...]) -> frozenset[int]:
+    return frozenset(read_layers(np.array(donors)).nonzero()[0].tolist())
+
+
+@lru_cache(maxsize=1 << 14)
+def _read_by_others(donors: tuple[int, ...]) -> frozenset[int]:
+    return frozenset(donor for reader, donor in enumerate(donors) if reader != donor)
+
+
+@lru_cache(maxsize=1 << 18)
+def _crossing(donors: tuple[int, ...], boundary: int) -> frozenset[int]:
+    return frozenset(crossing_layers(np.array(donors), boundary))
 
 
 @dataclass(frozen=True)
@@ -209,4 +227,4 @@ class MicroBatch:
 
     def is_read_later(self, layer: int) -> bool:
         """Whether another layer reads that one's keys and values."""
-        return any(donor == layer for reader, donor in enumerate(self.donors) if reader != layer)
+        return layer in _read_by_others(self.donors)

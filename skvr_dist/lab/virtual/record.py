@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
+from torch.distributed import _functional_collectives
 
 # What the methods of a process group begin with (`allgather`, `_allgather_base`, `all_gather_single`: versions differ),
 # and the functions of torch.distributed that call them. The first that fits counts.
@@ -38,6 +39,9 @@ def _name_of(method: str) -> str | None:
 
 
 _METHODS = {method: name for method in vars(dist.ProcessGroup) if (name := _name_of(method))}
+
+
+_FUNCTIONS = {"all_reduce": "all_reduce", "all_gather_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,13 @@ class Recorder:
         self._make_up = make_up
         self._operations = 0
         self._asked: dict[int, tuple[Any, int]] = {}  # by id of the handle, which is kept so that its id stays its own
-        self._originals: list[tuple[type, str, Any]] = []
+        self._originals: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> Recorder:
         for method, name in _METHODS.items():
             self._replace(dist.ProcessGroup, method, functools.partial(self._asking, name))
+        for function, name in _FUNCTIONS.items():
+            self._replace(_functional_collectives, function, functools.partial(self._calling, name))
         for kind in (dist.Work, FakeWork):
             self._replace(kind, "wait", self._waiting)
         return self
@@ -101,7 +107,7 @@ class Recorder:
             setattr(kind, method, original)
         self._originals = []
 
-    def _replace(self, kind: type, method: str, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def _replace(self, kind: Any, method: str, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         self._originals.append((kind, method, kind.__dict__[method]))
         setattr(kind, method, by(getattr(kind, method)))
 
@@ -113,6 +119,19 @@ class Recorder:
             return handle
 
         return ask
+
+    def _calling(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A functional collective, which no method of a process group is called for, and whose result is waited for."""
+
+        def call(x: Tensor, *args: Any) -> Tensor:
+            group = args[-1]
+            ranks = tuple(dist.get_process_group_ranks(group))
+            self.events.append(Operation(name, group.group_name, ranks, x.nbytes, None, _caller()))
+            self.events.append(Wait(self._operations))
+            self._operations += 1
+            return _made_up(name, x, args, ranks) if self._make_up else original(x, *args)
+
+        return call
 
     def _waiting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def wait(handle: dist.Work, *args: Any, **kwargs: Any) -> Any:
@@ -132,6 +151,15 @@ class Recorder:
         size = sum(tensor.nbytes for tensor in put_in)
         self.events.append(Operation(name, group.group_name, ranks, size, peer, _caller()))
         self._operations += 1
+
+
+def _made_up(name: str, x: Tensor, args: tuple[Any, ...], ranks: tuple[int, ...]) -> Tensor:
+    """What a functional collective would return if all ranks had given this one's tensor; of sums, this rank's part."""
+    if name == "all_gather":
+        return torch.cat([x] * len(ranks), dim=args[0])
+    if name == "reduce_scatter":
+        return x.chunk(len(ranks), dim=args[1])[ranks.index(dist.get_rank())].contiguous()
+    return x.clone()
 
 
 def _tensors(arg: Any) -> Iterator[Tensor]:

@@ -58,6 +58,24 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         distillation: what micro-batches learn from besides their labels, if anything.
     """
 
+    sent_bytes = 0
+    """Bytes of activations that this rank has sent to the next stage since it started."""
+    backward_passes = 0
+    """Backward passes that this stage has run since it started."""
+    predicted_tokens = 0
+    """Labels that counted in the last step or evaluation, over the global batch."""
+    before_update: Callable[[], None] | None = None
+    """Called in every step when its gradients are complete and not yet clipped."""
+    _mean_loss = 0.0
+    _labels = 0  # of the micro-batches that this rank has run, on the last stage
+    _update_is_admitted = True
+    _plans: tuple[PassPlan, ...] = ()
+    _arrived = 0  # passes that have come to this stage in the schedule that runs
+    _loaded = 0  # passes whose micro-batch this stage has loaded
+    _run_back = 0  # backward passes of the step
+    _gradients: Handover | None = None
+    total_loss: Tensor | None = None
+
     def __init__(
         self,
         module: StageModule,
@@ -92,31 +110,14 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.mesh = mesh
         self.guard = guard
         self.stage = module
-        self.sent_bytes = 0
-        """Bytes of activations that this rank has sent to the next stage since it started."""
         self.stopwatch = Stopwatch()  # of this rank's own part of each step
-        self.backward_passes = 0
-        """Backward passes that this stage has run since it started."""
-        self.before_update: Callable[[], None] | None = None
-        """Called in every step when its gradients are complete and not yet clipped."""
         self.counts_to_sum: Callable[[], list[float]] = list
         """Called at the end of every step, before its update: numbers to be summed over all ranks with its loss."""
         self.summed_counts: list[float] = []
         """Their sums in the last step."""
-        self.predicted_tokens = 0
-        """Labels that counted in the last step or evaluation, over the global batch."""
-        self._mean_loss = 0.0
-        self._labels = 0  # of the micro-batches that this rank has run, on the last stage
-        self._update_is_admitted = True
         self.losses_by_part: dict[str, float] = {}
         """Means of the parts of the last step's loss over the labels concerned, if it distilled (`PARTS`)."""
         self._distillation = distillation or Distillation()
-        self._plans: tuple[PassPlan, ...] = ()
-        self._arrived = 0  # passes that have come to this stage in the schedule that runs
-        self._loaded = 0  # passes whose micro-batch this stage has loaded
-        self._run_back = 0  # backward passes of the step
-        self._gradients: Handover | None = None
-        self.total_loss: Tensor | None = None
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         self._shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
         self._format = HandoverFormat(module.model_config, mesh, self._shape)
