@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from skvr_dist.lab.hosts.case import Case, Ending, Lab, losses
-from skvr_dist.lab.hosts.kept_run import FAULT_STEP, KEYS, SHELL, TIMEOUT_SECONDS, KeptRun
+from skvr_dist.lab.hosts.kept_run import FAULT_STEP, KEYS, SHELL, STEPS, TIMEOUT_SECONDS, KeptRun
 from skvr_dist.lab.hosts.random_faults import RANDOM_FAULTS
 from skvr_dist.lab.hosts.slurm import PROGRAMS as SLURM_PROGRAMS
 from skvr_dist.lab.hosts.slurm import start_slurm
@@ -19,7 +19,8 @@ from skvr_dist.run.folder import RunFolder
 
 SECONDS_TO_NAME = TIMEOUT_SECONDS + 10
 """The longest time until host and rank are named."""
-_SECONDS_TO_EXIT = 15.0  # for Python to take down what it has built, on a busy machine
+_MANY_STEPS = 400  # of the small model, some 20 a second
+_SECONDS_TO_EXIT = 60.0  # for Python to take down what it has built, on a busy machine
 SECONDS_TO_TRAIN = 60.0
 """The longest time until a step is done again."""
 
@@ -32,6 +33,7 @@ def survives(
     lost: bool,
     number: int = 3,
     same_ranks: bool | None = None,
+    steps: int = STEPS,
 ) -> Callable[[Lab], Ending]:
     """A case: a fault on the last host, which must be named and survived.
 
@@ -40,11 +42,12 @@ def survives(
         named: what the console must say, as a regular expression.
         lost: whether the host is gone then, so that the run goes on with one replica less.
         same_ranks: whether all steps are done by as many; None: if the host is not lost.
+        steps: of the run, more where it goes on until the fault is noticed.
     """
 
     def play(lab: Lab) -> Ending:
         with lab.hosts(number) as hosts:
-            run = KeptRun(lab, hosts, name)
+            run = KeptRun(lab, hosts, name, {"train__steps": steps})
             run.wait_for_step(FAULT_STEP)
             run.mark()
             fault(run)
@@ -161,7 +164,7 @@ def launcher_dies(lab: Lab) -> Ending:
 def second_start(lab: Lab) -> Ending:
     """The same command, and the ranks of the run by hand, beside a run that lives: refused, and it goes on."""
     with lab.hosts(2) as hosts:
-        run = KeptRun(lab, hosts, "second_start")
+        run = KeptRun(lab, hosts, "second_start", {"train__steps": _MANY_STEPS})
         run.wait_for_step(FAULT_STEP)
         second = hosts.run(1, run.command(), env=SHELL)
         ending = Ending(f"refused with code {second.returncode}")
@@ -202,19 +205,22 @@ def cut_link_of_bare_ranks(lab: Lab) -> Ending:
         while max(losses(run), default=0) < FAULT_STEP and time.monotonic() < deadline:
             time.sleep(0.1)
         started = time.monotonic()
-        latest = started + SECONDS_TO_NAME + _SECONDS_TO_EXIT
         hosts.link(2, up=False)
-        ending = Ending("")
+        silent = {host: f"no sign of life from rank {2 - host} on host host{3 - host}" for host in hosts.all}
+        named: dict[int, float] = {}
+        while len(named) < 2 and time.monotonic() < started + SECONDS_TO_NAME + 5:
+            time.sleep(0.1)
+            now = time.monotonic() - started
+            named = {host: now for host in hosts.all if silent[host] in logs[host].read_text()} | named
+        ending = Ending(f"each names the other after {_in_seconds(max(named.values(), default=None))}, and ends")
         for host, process in ranks.items():
+            took = named.get(host)
+            ending.expect(took is not None and took <= SECONDS_TO_NAME, f"host{host} names after {_in_seconds(took)}")
             try:
-                code: int | None = process.wait(max(1.0, latest - time.monotonic()))
+                code: int | None = process.wait(_SECONDS_TO_EXIT)
             except subprocess.TimeoutExpired:
                 code = None
-            other, said = 3 - host, logs[host].read_text()
-            ending.expect(code == 75, f"rank {host - 1} on host{host}: code {code}: {said[-800:]}")
-            silent = f"no sign of life from rank {other - 1} on host host{other}"
-            ending.expect(silent in said, f"host{host} does not say `{silent}`: {said[-800:]}")
-        ending.found = f"both ended after {_in_seconds(time.monotonic() - started)}, each naming the other"
+            ending.expect(code == 75, f"rank {host - 1} on host{host}: code {code}: {logs[host].read_text()[-800:]}")
         return ending
 
 
@@ -301,7 +307,7 @@ FAULTS: list[Case] = [
     _fault(
         "stop_agent",
         "SIGSTOP of the agent of a host",
-        survives("stop_agent", _stop_agent, _OFF, lost=False, same_ranks=False),
+        survives("stop_agent", _stop_agent, _OFF, lost=False, same_ranks=False, steps=_MANY_STEPS),
     ),
     _fault("first_vanishes", "the first host loses power", first_vanishes),
     _fault(

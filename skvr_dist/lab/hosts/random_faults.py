@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -13,8 +14,9 @@ from skvr_dist.lab.hosts.case import Case, Ending, Lab
 from skvr_dist.lab.hosts.kept_run import KeptRun
 
 FAULTS, SEED = 10, 0
-STEPS = 150
-_LAST_STEPS = 15  # left in peace, so that a fault comes before the end
+STEPS = 1000
+# Left in peace: ranks train on for seconds until it is noticed that their agent stands still, some 20 steps in each.
+_LAST_STEPS = 300
 _SECONDS_AWAY = 25.0
 """Until a host is back: longer than the patience of the supervisor, so that one attempt goes without it."""
 
@@ -84,9 +86,12 @@ def ten_random_faults(lab: Lab) -> Ending:
 
 
 def _later(action: Callable[[], None]) -> None:
-    timer = threading.Timer(_SECONDS_AWAY, action)
-    timer.daemon = True
-    timer.start()
+    def wait_and_act() -> None:
+        time.sleep(_SECONDS_AWAY)
+        action()
+        threading.Event().wait()  # for ever: a host that this thread has started ends with it
+
+    threading.Thread(target=wait_and_act, daemon=True).start()
 
 
 RANDOM_FAULTS = Case(
