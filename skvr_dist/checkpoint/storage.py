@@ -103,6 +103,7 @@ def write_pieces(
     problem, digests = None, {}
     placed: list[tuple[_Rectangle, _Stored]] = []
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         placed, digests[name] = _write_file(folder / name, list(itertools.compress(held, mine)), pause)
     except Exception as error:  # of any kind: the others wait to hear of it
         problem = str(error) if isinstance(error, UserError) else _not_written(folder, error)

@@ -114,8 +114,8 @@ def train_with_channels_that_were_never_used(layout: str) -> float:
     """As if receives were posted as soon as they are known, over groups that are not connected yet."""
     expect = Channel.expect
 
-    def expect_and_post(channel: Channel, sizes: list[int]) -> None:
-        expect(channel, sizes)
+    def expect_and_post(channel: Channel, sizes: list[int], ahead: bool = True) -> None:
+        expect(channel, sizes, ahead)
         channel._posted = channel._post()
 
     Channel._connect = lambda self: None  # type: ignore[method-assign]
@@ -197,7 +197,7 @@ def test_every_instruction_is_for_the_micro_batch_in_its_buffer(
         found: dict[str, list[int | None]] = {}
         for step in order(steps):
             for instruction in step:
-                number = RoutedPipelineEngine._micro_batch_of(engine, instruction)
+                number = RoutedPipelineEngine._pass_of(engine, instruction)
                 found.setdefault(instruction.name, []).append(number)
         for name, numbered in found.items():
             whole_step = name in ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
