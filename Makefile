@@ -56,6 +56,12 @@ test: export OMP_NUM_THREADS := 1
 test: env lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
+# Real launchers over hosts that are namespaces of this machine; skipped, with the reason, where these are not allowed.
+.PHONY: test-hosts
+test-hosts: export OMP_NUM_THREADS := 1
+test-hosts: env
+	$(BIN)/python -m pytest -m hosts -rs tests/lab/test_hosts.py
+
 # The newest versions that pyproject.toml allows, PyTorch held: what they break is known before users meet it.
 NEWEST_VENV ?= .venv-newest
 newest-env:

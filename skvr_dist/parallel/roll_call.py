@@ -16,8 +16,9 @@ from typing import Any
 from torch.distributed import Store
 
 _HOSTS, _SIGNS, _COUNT, _READ = "skvr/hosts", "skvr/signs", "skvr/count", "skvr/read"
-# Rank 0 holds the store, so it stays until the others have read it.
-_READING_SECONDS = 2.0
+# Rank 0 holds the store, so it stays until the others have read it: ranks that find no store take rank 0 for the one
+# that died. Launchers give the rest 30 s after the first has ended.
+_READING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)

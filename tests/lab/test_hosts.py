@@ -22,6 +22,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"))
 
 
+@pytest.mark.hosts
 @pytest.mark.parametrize("case", QUICK, ids=[case.name for case in QUICK])
 def test_a_case_ends_as_it_must(lab: Lab, case: Case) -> None:
     if reason := why_not(*case.programs):

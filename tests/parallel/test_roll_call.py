@@ -32,7 +32,9 @@ def play_a_share() -> tuple[list[Found], tuple[str, ...]]:
         return sorted(set(range(WORLD)) - signs.keys()), signs[7].sentence, time.monotonic() - started
 
     with ThreadPoolExecutor(len(mine)) as threads:
-        return list(threads.map(call, (rank for rank in mine if rank not in SILENT))), announced_hosts(store, WORLD)
+        found = list(threads.map(call, (rank for rank in mine if rank not in SILENT)))
+    dist.barrier()  # the process with the store stays for the others
+    return found, announced_hosts(store, WORLD)
 
 
 def test_three_silent_ranks_of_1024_are_named_in_seconds() -> None:
