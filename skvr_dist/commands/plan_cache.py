@@ -65,6 +65,7 @@ def run() -> int:
         profiles,
         required=options.keep,
         swap_rounds=options.swaps,
+        most_to_exhaust=options.exhaust_up_to,
         seed=options.seed,
     )
     record = {
@@ -105,6 +106,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=at_least(1, 10**8), metavar="N", help="default: the run's")
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
     parser.add_argument("--swaps", type=at_least(0), default=3, metavar="N", help="rounds of swaps (default: 3)")
+    parser.add_argument(
+        "--exhaust-up-to", type=at_least(0), default=512, metavar="N", help="try all sets if there are at most so many"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the random sets beside the plan (default: 0)")
     parser.add_argument(
         "--most-rise", type=float, metavar="NATS", help="a profile that costs more on a test text misses its figure"

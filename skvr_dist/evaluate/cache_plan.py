@@ -104,6 +104,7 @@ def plan_caches(
     *,
     required: Retained = (0,),
     swap_rounds: int = 3,
+    most_to_exhaust: int = MOST_SETS_TO_EXHAUST,
     random_sets: int = 8,
     seed: int = 0,
 ) -> CachePlan:
@@ -112,22 +113,17 @@ def plan_caches(
     Args:
         required: layers that keep a cache in any case.
         swap_rounds: exchanges after the elimination, at most.
+        most_to_exhaust: where there are no more sets than that, all are tried instead.
         random_sets: drawn beside each profile.
 
     Raises:
         UserError: a profile is smaller than `required`, or has more layers than may keep a cache.
     """
     layers = decoder.config.num_hidden_layers
-    rooms = {profile: Room(layers, required, profile.last) for profile in profiles}
-    for profile, room in rooms.items():
-        if not len(room.required) <= profile.size <= len(room.largest):
-            raise UserError(
-                f"profile {profile.name} keeps {profile.size} layers, but {len(room.required)} must and "
-                f"{len(room.largest)} may keep a cache; give it another size"
-            )
+    rooms = {profile: _room(profile, layers, required) for profile in profiles}
     searches = {name: Search(decoder, batches) for name, batches in calibrations.items()}
     chosen = {
-        (name, profile): _search(search, room, profile.size, swap_rounds)
+        (name, profile): _search(search, room, profile.size, swap_rounds, most_to_exhaust)
         for name, search in searches.items()
         for profile, room in rooms.items()
     }
@@ -173,8 +169,18 @@ class _Text:
         return self._bootstrap.mean(self._losses[retained] - self._losses[other])
 
 
-def _search(search: Search, room: Room, size: int, swap_rounds: int) -> Retained:
-    if room.count <= MOST_SETS_TO_EXHAUST:
+def _room(profile: Profile, layers: int, required: Retained) -> Room:
+    room = Room(layers, required, profile.last)
+    if not len(room.required) <= profile.size <= len(room.largest):
+        raise UserError(
+            f"profile {profile.name} keeps {profile.size} layers, but {len(room.required)} must and "
+            f"{len(room.largest)} may keep a cache; give it another size"
+        )
+    return room
+
+
+def _search(search: Search, room: Room, size: int, swap_rounds: int, most_to_exhaust: int) -> Retained:
+    if room.count <= most_to_exhaust:
         search.measure([retained for of_size in range(len(room.required), size + 1) for retained in room.sets(of_size)])
         return search.exhaust(room, size)
     return search.swap(room, search.eliminate(room, size)[size], swap_rounds)

@@ -108,10 +108,10 @@ def test_a_room_bounds_what_is_searched(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("most", [0, 512])
-def test_a_plan_is_judged_on_the_test_text(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr("skvr_dist.evaluate.cache_plan.MOST_SETS_TO_EXHAUST", most)
+def test_a_plan_is_judged_on_the_test_text(decoder: Decoder, most: int) -> None:
     profiles = [Profile("half", 3), Profile("fast-prefill", 3, last=2)]
-    plan = plan_caches(decoder, {"a": batches(3), "b": batches(4)}, {"a": batches(5), "b": batches(6)}, profiles)
+    texts = {"a": batches(3), "b": batches(4)}, {"a": batches(5), "b": batches(6)}
+    plan = plan_caches(decoder, *texts, profiles, most_to_exhaust=most)
     assert named_strategies(plan)["fast-prefill-a"] == "0,1,2"
     best = {name: Search(decoder, batches(seed)).exhaust(Room(LAYERS), 3) for name, seed in (("a", 3), ("b", 4))}
     half = {planned.calibration: planned for planned in plan.profiles if planned.profile.name == "half"}
