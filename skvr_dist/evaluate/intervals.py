@@ -29,10 +29,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def excludes_zero(self) -> bool:
-        """Whether all of it lies on one side of 0."""
-        return self.low > 0 or self.high < 0
-
 
 class Bootstrap:
     """The same draws of documents for everything that is measured on the same batches, so that differences are paired.

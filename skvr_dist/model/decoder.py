@@ -297,17 +297,12 @@ class Decoder(nn.Module):
         return self.head(self.final(hidden), predict=True)
 
 
-def summed_next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens of the cross entropy in nats, in float32: whole logits [B, S, V] against labels, int [B, S]."""
-    return token_cross_entropy(logits, labels).sum()
-
-
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy in nats per token, in float32: whole logits [B, S, V] against labels, int [B, S].
 
     0 where all labels are `IGNORED`. Means of several batches are not to be averaged: they may differ in their tokens.
     """
-    return summed_next_token_loss(logits, labels) / count_labels(labels).clamp(min=1)
+    return token_cross_entropy(logits, labels).sum() / count_labels(labels).clamp(min=1)
 
 
 class _ZeroGradients(torch.autograd.Function):
