@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, E head size.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from skvr_kernels import Arena, Documents, arena_token
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from skvr_dist.model.rope import rotate
 
@@ -191,6 +193,33 @@ def test_the_same_bits_every_time() -> None:
     first, second = inputs.leaves(shape.dtype), inputs.leaves(shape.dtype)
     assert torch.equal(routed(shape, first), routed(shape, second))
     assert torch.equal(first.gradients(), second.gradients())
+
+
+def test_micro_batches_under_way_at_once_and_layers_computed_again() -> None:
+    """Two micro-batches share an arena of gradients, and their layers run once more in the backward pass."""
+    shape = Shape(torch.float32, 1, 1, 8, [[0], [0]], [[0] * 5])
+    inputs = [random_tensors(shape), random_tensors(shape)]
+    inputs[1].keys[0].mul_(-1)
+    alone = [each.leaves(shape.dtype) for each in inputs]
+    for each in alone:
+        routed(shape, each)
+    together, gradients, outs = [each.leaves(shape.dtype) for each in inputs], None, []
+    slot, documents = torch.tensor([0]), Documents.joined(1, 5, "cpu")
+    for each in together:
+        arena = Arena(1, 1, 5, 1, 8, dtype=torch.float32, device="cpu", gradients=gradients)
+        gradients = arena.gradients
+
+        def layer(q: Tensor, kv: tuple[Tensor, Tensor] | None, token: Tensor, arena: Arena) -> tuple[Tensor, Tensor]:
+            token = token if kv is None else skvr_kernels.write(arena, slot, *kv, token)
+            return skvr_kernels.attend(arena, slot, q, documents, token)
+
+        again = functools.partial(checkpoint, layer, use_reentrant=False)
+        first, token = again(each.queries[0], (each.keys[0], each.values[0]), arena_token("cpu"), arena)
+        second, _ = again(each.queries[1], None, token, arena)
+        outs.append([first, second])
+    for found, each, wanted in zip(outs, together, alone, strict=True):
+        torch.autograd.backward(found, each.d_outs)
+        assert torch.equal(each.gradients(), wanted.gradients())
 
 
 def test_documents_have_bounds_of_fixed_shapes() -> None:
