@@ -5,14 +5,16 @@
     skvr-answers runs/retrieval/rise_seed-0 data/retrieval/held-out.jsonl
 
 CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. `exact` is the share of the
-answers that greedy decoding gives to the last token, `loss` is in nats per token of the answers, and `F1`, with
---decode, that of what is decoded with the smaller cache, as SQuAD counts it. Examples that name a `group` are counted
-by it too.
+answers that greedy decoding gives to the last token, `loss` is in nats per token of the answers. With --decode, what is
+decoded with the smaller cache is scored as the file's benchmark does: exact match and F1 of SQuAD, HotpotQA and
+TriviaQA, ROUGE-L and BLEU-1 of MS MARCO, ROUGE-L of RepLiQA. The change over the first strategy has an interval of 95
+%, for which contexts are drawn again with their questions. Examples that name a `group` are counted by it too.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from skvr_dist.evaluate.answers import AnswerPoint
+    from skvr_dist.evaluate.intervals import Interval
 
 _FORMATS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", "chat")
 _STRATEGIES = ("full", "every:2", "every:4")
@@ -47,6 +50,7 @@ def run() -> None:
     from skvr_dist.data.finetune.formats import read_examples
     from skvr_dist.data.tokenizers.load import load_tokenizer
     from skvr_dist.evaluate.answers import Asked, Decoding, measure_answers
+    from skvr_dist.evaluate.metrics import METRICS
     from skvr_dist.routing import CacheStrategy
 
     checkpoint = Checkpoint(options.checkpoint)
@@ -65,6 +69,7 @@ def run() -> None:
     template = ChatTemplate.of(str(checkpoint.folder), tokenizer) if options.format == "chat" else None
     encoder = Encoder(tokenizer, longest=length + 1, seed=0, template=template)
     asked = Asked.of(read_examples(options.file, options.format), encoder, options.count)
+    decode = Decoding(tokenizer, options.decode, METRICS[options.format]) if options.decode else None
     points = measure_answers(
         checkpoint.load_decoder(),
         asked,
@@ -72,8 +77,8 @@ def run() -> None:
         eos_id=tokenizer.eos_id,
         sequence_length=length,
         batch_size=options.batch_size,
-        decode=Decoding(encoder, options.decode) if options.decode else None,
-    )
+        decode=decode,
+    ).points
     print(_table(points))
     print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
     if options.json:
@@ -88,7 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--format", default="examples", choices=_FORMATS, help="of the file (default: examples)")
     parser.add_argument("--strategies", nargs="+", default=_STRATEGIES, metavar="S", help="cache strategies")
     parser.add_argument("--count", type=at_least(1), default=500, metavar="N", help="examples (default: the first 500)")
-    parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode N tokens at most, for F1")
+    parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode and score N tokens at most")
     parser.add_argument(
         "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens of an example (default: the run's)"
     )
@@ -103,14 +108,30 @@ def _options() -> argparse.Namespace:
 def _table(points: Sequence[AnswerPoint]) -> str:
     from tabulate import tabulate
 
-    with_f1 = any(point.f1 is not None for point in points)
-    header = ["strategy", "retention", "group", "answers", "exact", "loss", *(["F1"] if with_f1 else [])]
+    first, shown = points[0].strategy, points[0].scores
+    header = ["strategy", "retention", "group", "answers"]
+    for name in shown:
+        header += [name, f"change over {first}"]
     rows = []
     for point in points:
         row = [point.strategy, f"{100 * point.retention:.3g}%", point.group, str(point.answers)]
-        row += [f"{100 * point.exact:.1f}%", f"{point.loss:.4f}"]
-        rows.append([*row, *([f"{point.f1:.3f}"] if point.f1 is not None else [])])
+        for name, score in point.scores.items():
+            row += [_number(name, score.mean), "" if point.strategy == first else _change(name, point.changes[name])]
+        rows.append(row)
     return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)
+
+
+def _number(name: str, value: float) -> str:
+    """A loss in nats, other scores in per cent, as their benchmarks give them."""
+    if math.isnan(value):
+        return "n/a"
+    return f"{value:.4f}" if name == "loss" else f"{100 * value:.1f}"
+
+
+def _change(name: str, change: Interval) -> str:
+    digits, unit = (4, 1) if name == "loss" else (1, 100)
+    mean, low, high = (f"{unit * value:+.{digits}f}" for value in change)
+    return "n/a" if math.isnan(change.mean) else f"{mean} ({low} to {high})"
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.model.decoder import Cache, Decoder
 from skvr_dist.routing import CacheStrategy
 
@@ -48,6 +52,31 @@ def generate(
         new.append(token)
         tokens = token.reshape(1, 1)
     return torch.stack(new) if new else prompt.new_empty(0), cache
+
+
+def decode_all(
+    decoder: Decoder,
+    prompts: Sequence[Tensor],
+    strategy: CacheStrategy,
+    tokenizer: Tokenizer,
+    *,
+    max_new_tokens: int,
+    stop_token: int,
+    name: str,
+) -> list[str]:
+    """What greedy decoding gives after each prompt, up to a token that ends it.
+
+    Args:
+        prompts: int [S] each.
+        name: of the strategy, for the progress bar.
+    """
+    device = next(decoder.parameters()).device
+    texts = []
+    for prompt in tqdm(prompts, desc=f"decoding at {name}", unit="answer", disable=None, leave=False):
+        new, _ = generate(decoder, prompt.to(device), strategy, max_new_tokens=max_new_tokens, stop_token=stop_token)
+        # A vocabulary that was padded has ids that no text stands for.
+        texts.append(tokenizer.decode([token for token in new.tolist() if token < tokenizer.vocab_size]))
+    return texts
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -85,7 +85,10 @@ def _read_squad(path: Path) -> Examples:
         for paragraph in _parsed(_SquadArticle, record, place, kind, expected).paragraphs:
             for asked in paragraph.qas:
                 answer, *others = [NO_ANSWER] if asked.is_impossible else [answer.text for answer in asked.answers]
-                yield QuestionAnswer((paragraph.context,), asked.question.strip(), answer, place, tuple(others))
+                scored = ("",) if asked.is_impossible else None
+                yield QuestionAnswer(
+                    (paragraph.context,), asked.question.strip(), answer, place, tuple(others), scored=scored
+                )
 
 
 class _HotpotRecord(_Part):
@@ -140,6 +143,8 @@ def _columns(path: Path, kind: str, expected: str) -> Iterator[tuple[str, Any]]:
 class _TriviaAnswer(_Part):
     value: str = Field(alias="Value")
     aliases: list[str] = Field(alias="Aliases", default=[])
+    normalized: list[str] = Field(alias="NormalizedAliases", default=[])
+    human: list[str] = Field(alias="HumanAnswers", default=[])
 
 
 class _TriviaDocument(_Part):
@@ -165,7 +170,9 @@ def _read_triviaqa(path: Path) -> Examples:
         files += [evidence / "web" / page.file for page in found.results]
         texts = tuple(_text(file, place) for file in files)
         answer, others = found.answer.value, tuple(found.answer.aliases)
-        yield QuestionAnswer(texts, found.question, answer, place, others) if texts and answer.strip() else None
+        scored = (*found.answer.normalized, *found.answer.human) or None  # as triviaqa_evaluation.py has them
+        has_both = texts and answer.strip()
+        yield QuestionAnswer(texts, found.question, answer, place, others, scored=scored) if has_both else None
 
 
 def _text(file: Path, place: str) -> str:
