@@ -164,7 +164,7 @@ def measure_answers(
                 strategy,
                 decode.tokenizer,
                 max_new_tokens=decode.max_new_tokens,
-                stop_token=eos_id,
+                stop_tokens=[eos_id],
                 name=name,
             )
             counts[name] |= {metric.name: _counts(metric, texts[name], asked) for metric in decode.metrics}

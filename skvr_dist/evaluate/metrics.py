@@ -41,7 +41,8 @@ _NO_ANSWER_PRESENT = "No Answer Present."
 _BETA = 1.2  # weight of recall in the ROUGE-L of MS MARCO
 
 
-def _mean(sums: Floats) -> Floats:
+def mean_of_sums(sums: Floats) -> Floats:
+    """What was counted over how many there were."""
     return sums[..., 0] / sums[..., 1]
 
 
@@ -52,7 +53,7 @@ class Metric:
     name: str
     count: Callable[[str, Sequence[str]], tuple[float, ...]]
     """What an answer adds to the sums, [K], given the answers that are right."""
-    value: Callable[[Floats], Floats] = _mean
+    value: Callable[[Floats], Floats] = mean_of_sums
     """The score, [...], from the sums [..., K]; not a number where nothing was counted."""
 
     def change(self, sums: Floats) -> Floats:
