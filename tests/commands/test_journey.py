@@ -153,7 +153,6 @@ def test_the_documented_journey(workspace: Path, capsys: pytest.CaptureFixture[s
     card = (workspace / "exports/trained-on/README.md").read_text()
     assert f"Its training began with weights dequantized from {imported.facts.dequantized_from}" in card
     assert "Over 16 held-out sequences of 32 tokens" in card
-
     require_measured_alike(workspace / "exports/trained-on", trained)
     gate = ["python", "tools/retention.py", "runs/trained-on", "--sequences", "9", "--gate", "every:2=-9"]
     assert start(gate) == 1 and "bound <= -9.0000: missed" in capsys.readouterr().out
