@@ -154,10 +154,10 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
         )
     _require_same(checkpoint, "model", config.model.model_dump(exclude={"attention"}))  # the kernel may change
     _require_same(checkpoint, "routing", config.routing.model_dump(exclude=set(ROUTING_SCHEDULES)))
-    # They decide which sequences share donors.
-    _require_same(
-        checkpoint, "train", config.train.model_dump(include={"global_batch_size", "micro_batch_size", "seed"})
-    )
+    fixed = {"global_batch_size", "seed"}
+    if config.routing.draws_per == "micro_batch" or config.distillation:
+        fixed.add("micro_batch_size")  # it decides which sequences share donors, and which are distilled
+    _require_same(checkpoint, "train", config.train.model_dump(include=fixed))
     _require_same_distillation(checkpoint, config)
     if checkpoint.step > config.train.steps:
         raise UserError(

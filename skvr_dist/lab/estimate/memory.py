@@ -69,11 +69,12 @@ class _Activations:
         rows = elements // rank.model.head_dim
         return size + self.norm(elements, rows) + size * self.keeps_inputs_of_norms
 
-    def queries(self) -> int:
-        """Queries, what attention keeps of them, and its output."""
+    def queries(self, row: MicroBatch) -> int:
+        """Queries, what attention keeps of them, and its output; where rows attend on their own, theirs too."""
         rank = self.rank
         elements = rank.tokens * rank.queries
-        return self._heads(elements) + rank.element * elements + 4 * elements // rank.model.head_dim
+        outputs = rank.element * elements * (1 + (len(row.donors) > 1))
+        return self._heads(elements) + outputs + 4 * elements // rank.model.head_dim
 
     def kv(self) -> int:
         """Keys and values that are computed here."""
@@ -87,16 +88,15 @@ class _Activations:
         norms = 2 * (self.norm(split, rank.split_tokens) + size * rank.tokens * hidden)
         between = size * split * self.keeps_inputs_of_norms
         mlp = 4 * size * rank.tokens * rank.inner
-        return norms + between + mlp + self.queries() + (self.kv() if layer in row.read else 0)
+        return norms + between + mlp + self.queries(row) + (self.kv() if layer in row.read else 0)
 
     def layer(self, layer: int, row: MicroBatch) -> int:
         """What a layer keeps until its backward pass, without its input."""
         rank, checkpointing = self.rank, self.rank.config.parallel.activation_checkpointing
         if checkpointing.covers("layer", layer):
-            is_kept = layer in row.leaving or row.is_read_later(layer)
-            return 2 * rank.element * rank.tokens * rank.kv * is_kept
+            return 2 * rank.element * rank.tokens * rank.kv * (layer in row.kept)
         whole = self.whole_layer(layer, row)
-        return whole - self.queries() if checkpointing.covers("attention", layer) else whole
+        return whole - self.queries(row) if checkpointing.covers("attention", layer) else whole
 
     def input_of(self, layer: int) -> int:
         """A layer's hidden states, as far as the layer keeps them."""
@@ -151,7 +151,7 @@ class _Activations:
             if checkpointing.covers("layer", layer):
                 again = self.whole_layer(layer, row)
             elif checkpointing.covers("attention", layer):
-                again = self.queries()
+                again = self.queries(row)
             most = max(most, held + again + mlp)
         return most
 
@@ -256,7 +256,7 @@ def _pipeline_buffers(rank: RankSizes, rows: Sequence[MicroBatch], number: int, 
 
     def packed(numbers: range, leaving: bool) -> int:
         inside = [rows[each] for each in numbers if 0 <= each < len(rows)]
-        sizes = [rank.packed_elements(len(row.leaving) if leaving else row.entering) for row in inside]
+        sizes = [rank.packed_elements(row.leaving if leaving else row.entering) for row in inside]
         return rank.element * sum(sizes)
 
     total = 0

@@ -27,6 +27,7 @@ from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.boundary import Handover
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.parallel.tensor import TensorParallelModules
+from skvr_dist.routing import KVPart
 
 
 class Prediction(NamedTuple):
@@ -92,8 +93,8 @@ class StageModule(PipelineModule):
         self,
         *,
         inputs: Tensor | Handover,
-        donors: Sequence[int],
-        leaving: Sequence[int],
+        donors: Sequence[Sequence[int]],
+        leaving: Sequence[KVPart],
         documents: Tensor | None,
         objective: Objective | None = None,
     ) -> Handover | Prediction:
@@ -101,8 +102,8 @@ class StageModule(PipelineModule):
 
         Args:
             inputs: on the first stage tokens, int [B, S]; else what the stage before hands over.
-            donors: int [L], the donors of this micro-batch.
-            leaving: layers whose keys and values go out, received ones among them.
+            donors: int [R][L], the donors of this micro-batch: one row for all of its sequences, or one for each.
+            leaving: keys and values that go out, received ones among them.
             documents: int [B, S], if attention stays within documents.
             objective: on the last stage, what is to be predicted; None: nothing.
 
@@ -121,7 +122,7 @@ class StageModule(PipelineModule):
         if self.decoder.has_head:
             final = self.decoder.final(hidden)
             return Prediction(final.detach(), self.decoder.head(final, objective=objective) if objective else None)
-        return Handover(hidden, {layer: known[layer] for layer in leaving})
+        return Handover(hidden, {part: known[part] for part in leaving})
 
     def compile_layers(self, device: torch.device) -> None:
         """Compile the layers for a device, as the configuration says."""

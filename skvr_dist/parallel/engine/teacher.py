@@ -103,7 +103,7 @@ class FrozenTeacher:
         """
         hidden = inputs.hidden if isinstance(inputs, Handover) else self._decoder.embed(inputs)
         donors = range(self.model_config.num_hidden_layers)
-        hidden, _ = self._decoder.run_layers(hidden, donors, {}, documents=documents)
+        hidden, _ = self._decoder.run_layers(hidden, [donors], {}, documents=documents)
         return self._decoder.final(hidden) if self._decoder.has_head else Handover(hidden, {})
 
     @property
