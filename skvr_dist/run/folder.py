@@ -1,6 +1,6 @@
 """The folder of a run, which holds everything that it writes; only this module knows the paths in it.
 
-run.json          the run's id, and what it was last told to resume from
+run.json          the run's id, what it was last told to resume from, and what last had it save and end
 lock/             the process that writes here (`skvr_dist.run.lock`)
 supervisor.json   what keeps it running on its hosts (`skvr_dist.cluster.supervisor`), while that lives
 config.yaml       the resolved configuration
@@ -83,6 +83,23 @@ class RunFolder:
         known = self.notes()
         if not facts.items() <= known.items():
             write_whole(self._notes, json.dumps({**known, **facts}, indent=2) + "\n")
+
+    def note_interruption(self, signals: str, step: int) -> None:
+        """Note that these signals have ended the run after a step, which is saved; on rank 0.
+
+        No launcher's exit code tells it from the death of a rank, and another must follow it: this one is not mended by
+        starting the run again at once.
+        """
+        self.note(interrupted={"by": signals, "after_step": step, "time": time.time()})
+
+    def interruption(self) -> dict[str, Any] | None:
+        """What `note_interruption` has noted last; None if it never has.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        noted = self.notes().get("interrupted")
+        return noted if isinstance(noted, dict) else None
 
     def wait_for_id(self, seconds: float) -> str:
         """The id that the run keeps, however often it is started; on ranks other than the first, which makes it.

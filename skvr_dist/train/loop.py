@@ -75,6 +75,8 @@ def pretrain(config: Config) -> None:
             f"{interrupted} ended the run after step {step}, which is saved; start it again, it resumes from there"
         )
         run.log.info(sentence)
+        if mesh.rank == 0:
+            RunFolder(config.train.output_dir).note_interruption(interrupted, step)
         raise RunInterrupted(sentence)
 
 
