@@ -15,12 +15,11 @@ checkpoints/      `skvr_dist.checkpoint.folder`
 from __future__ import annotations
 
 import json
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from skvr_dist.errors import OneRankError, UserError
+from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, prove_folder, prove_writable, write_whole
 
 
@@ -100,22 +99,6 @@ class RunFolder:
         """
         noted = self.notes().get("interrupted")
         return noted if isinstance(noted, dict) else None
-
-    def wait_for_id(self, seconds: float) -> str:
-        """The id that the run keeps, however often it is started; on ranks other than the first, which makes it.
-
-        Raises:
-            OneRankError: it does not appear within `seconds`.
-        """
-        deadline = time.monotonic() + seconds
-        while not (known := self.notes().get("id")):
-            if time.monotonic() > deadline:
-                raise OneRankError(
-                    f"host {socket.gethostname()} sees no {self._notes} of rank 0 after {seconds:.0f} s; give a "
-                    f"train.output_dir on a file system that all hosts share"
-                )
-            time.sleep(0.1)
-        return str(known)
 
     def metric_records(self) -> list[dict[str, float]]:
         """The records of metrics.jsonl; without lines that are none, such as one that a full disk or a crash cut short.
