@@ -17,6 +17,7 @@ from skvr_dist.lab.hosts.starts import BIN, SECONDS, Command, deepspeed, last_wo
 from skvr_dist.run.folder import RunFolder
 
 _STEPS = 40
+_SECONDS_TO_LEAVE = 20.0
 
 
 def told_to_end(
@@ -80,11 +81,14 @@ def launcher_told_to_end(
                 found: int | None = process.wait(60)
             except subprocess.TimeoutExpired:
                 found = None
+            ended = time.monotonic()
             said = log.read_text(errors="replace")
             ending = Ending(f"saved, the launcher's code is {found}")
             # On the console it need not be: deepspeed ends pdsh before the ranks.
             ending.expect(RunFolder(run).interruption() is not None, f"it has not ended by saving: {said[-1500:]}")
             ending.expect(found == code, f"code {found}: {said[-1500:]}")
+            while hosts.left_over() and time.monotonic() < ended + _SECONDS_TO_LEAVE:  # each host has its own launcher
+                time.sleep(0.1)
             ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
             if everywhere:
                 hosts.start(2, words, log=hosts.folder / "second.txt", env=CPU)
@@ -194,13 +198,13 @@ PREEMPTIONS = [
         "PyPI's `mpirun`: SIGTERM to it",
         mpirun(f"{BIN}/mpirun"),
         _to(1, "mpirun"),
-        75,
+        1,
     ),
     _bare(
-        "sigterm_srun",
-        "`srun` with a task per rank: SIGTERM to it",
+        "scancel",
+        "`srun` with a task per rank: `scancel`",
         srun(f"{BIN}/python"),
-        _to(1, "srun"),
+        lambda hosts: hosts.do(1, "scancel $(squeue -h -o %A)"),
         75,
         programs=SLURM_PROGRAMS,
     ),
