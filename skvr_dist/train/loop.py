@@ -34,6 +34,7 @@ from skvr_dist.files import write_whole
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.optimizers import state_to_save
 from skvr_dist.parallel.engine.process_group import start_process_group
+from skvr_dist.parallel.engine.refusals import telling_who_waits
 from skvr_dist.parallel.failure import ending_together, naming_the_meeting, naming_the_operation
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.plan_stream import PlanStream
@@ -63,8 +64,13 @@ def pretrain(config: Config) -> None:
         UserError: the configuration does not fit the ranks, the data or the checkpoint.
         RunInterrupted: the run was preempted, and is saved; or another rank died.
     """
-    inputs = open_inputs(config, announced_world_size())
-    mesh = join_run(config, inputs)
+    folder = config.train.output_dir
+    with telling_who_waits(folder):
+        inputs = open_inputs(config, announced_world_size())
+        run_id = prepare(config, inputs)
+    start_process_group(timedelta(seconds=config.parallel.timeout_seconds), folder, run_id)
+    with naming_the_meeting(announced_rank()):
+        mesh = Mesh.build(config.parallel, config.model)
     with ending_together(mesh):
         run = start(config, inputs, mesh)
         with run.saver.finishing():
@@ -75,6 +81,8 @@ def pretrain(config: Config) -> None:
             f"{interrupted} ended the run after step {step}, which is saved; start it again, it resumes from there"
         )
         run.log.info(sentence)
+        if mesh.rank == 0:
+            RunFolder(folder).note_interruption(interrupted, step)
         raise RunInterrupted(sentence)
 
 
@@ -121,26 +129,26 @@ class Run:
     """Facts of every checkpoint: the data's fingerprint, and where the first weights came from."""
 
 
-def join_run(config: Config, inputs: Inputs) -> Mesh:
-    """Prove that the run can begin, lock its folder on rank 0, and join its other ranks.
+def prepare(config: Config, inputs: Inputs) -> str:
+    """Prove that the run can begin, and lock its folder on rank 0.
+
+    Returns:
+        the run's id; empty on the other ranks, which rank 0 tells it.
 
     Raises:
         UserError: the folder cannot be written or another run is in it, or no checkpoint fits.
     """
-    folder, seconds = RunFolder(config.train.output_dir), config.parallel.timeout_seconds
+    folder = RunFolder(config.train.output_dir)
     if announced_rank() == 0:
         folder.prove_writable()
     if not is_other_rank():  # one per host looks at the checkpoints
         preview_resume(config, inputs.sequences.fingerprint())
-    if announced_rank() == 0:
-        run = folder.notes().get("id") or uuid.uuid4().hex
-        RunLock(folder.path, run)
-        folder.note(id=run)
-    else:
-        run = folder.wait_for_id(seconds)
-    start_process_group(timedelta(seconds=seconds), run)
-    with naming_the_meeting(announced_rank()):
-        return Mesh.build(config.parallel, config.model)
+    if announced_rank() > 0:
+        return ""
+    run = str(folder.notes().get("id") or uuid.uuid4().hex)
+    RunLock(folder.path, run)
+    folder.note(id=run)
+    return run
 
 
 def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:

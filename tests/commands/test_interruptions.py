@@ -61,6 +61,11 @@ if saved:
     (run / f"checkpoints/step-{saved:08d}").mkdir(parents=True)
 if ending == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
+if ending == "asked":
+    (run / "run.json").write_text('{"interrupted": {"by": "SIGTERM", "time": 1.0}}')
+    ending = 1
+if ending == "asked itself":
+    os.kill(os.getpid(), signal.SIGTERM)
 if ending == "orphan" and os.fork() == 0:
     (run / "orphan").write_text(str(os.getpid()))
     time.sleep(60)
@@ -112,6 +117,8 @@ def own_signals() -> Any:
         ),
         ([(0, "killed"), (0, 1)], 1, 1, ["SIGKILL (137)", "no checkpoint yet; given up after 2 attempts"]),
         ([(1, 2)], 5, 2, []),  # a mistake of the user's
+        ([(1, 75), (2, "asked")], 5, 75, ["not started again after SIGTERM to a rank"]),  # torchrun's code is 1
+        ([(0, "asked itself")], 5, 75, [f"not started again after SIGTERM to {sys.executable}"]),
         ([(3, 0), (4, 0)], 1, 0, ["ended with code 0 before its last step"]),  # deepspeed, when its launcher was killed
     ],
 )

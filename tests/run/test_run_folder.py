@@ -138,10 +138,7 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_its_id(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"sees no .*run.json of rank 0 after 0 s; give a train.output_dir on a file"):
-        RunFolder(tmp_path).wait_for_id(0.2)
-    threading.Timer(0.3, lambda: RunFolder(tmp_path).note(id="abc")).start()
-    assert RunFolder(tmp_path).wait_for_id(10.0) == "abc"
+    RunFolder(tmp_path).note(id="abc")
     RunFolder(tmp_path).note(resume="auto")
     assert RunFolder(tmp_path).notes() == {"id": "abc", "resume": "auto"}
 
@@ -157,7 +154,7 @@ def meet(port: int, run_of: dict[int, tuple[str, int, int]], folder: str) -> Any
 
     deepspeed_comm.cdb = None
     try:
-        start_process_group(timedelta(seconds=60 if run == "a" else 3), run)
+        start_process_group(timedelta(seconds=60 if run == "a" else 3), f"/runs/{run}", run if rank == 0 else "")
     except (UserError, RuntimeError) as error:
         return str(error)
     finally:
