@@ -42,11 +42,12 @@ from skvr_dist.host_group import HostGroup
 
 INDEX_FILE = "index.json"
 TENSORS_SUFFIX = ".distcp"
-# Hashing and writing blocks of this size releases the GIL, which training needs; and a block fits into a CPU cache.
 _BLOCK_BYTES = 1 << 20
+"""Bytes of a rectangle that are hashed and written at a time, and that share a digest. Work on so many releases the
+GIL, which training needs; they fit into a CPU cache; digests add a 16,000th of the size of the tensors; and ranks that
+share a rectangle read no more than one block each beyond their part."""
+_OLDER_BLOCK_BYTES = 1 << 22  # where the index does not say how many share a digest
 _SYNC_BYTES = 1 << 25
-_DIGEST_BYTES = 1 << 22
-"""Bytes of a rectangle that share a digest; part of the format. Digests add a 60,000th of the size of the tensors."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,17 @@ class _Stored:
     offset: int
     length: int
     sha256: tuple[str, ...]
-    """Digest of each block of `_DIGEST_BYTES`, the last one shorter; empty where an older release wrote it."""
+    """Digest of each block; empty where an older release wrote it."""
+    block: int = _BLOCK_BYTES
+    """Bytes of a block; the last one is shorter."""
+
+    def blocks(self, start: int, stop: int) -> range:
+        """The blocks that some bytes lie in."""
+        return range(start // self.block, -(-stop // self.block))
+
+    def bytes_of(self, number: int) -> slice:
+        """Where a block lies in the rectangle."""
+        return slice(number * self.block, min((number + 1) * self.block, self.length))
 
 
 @dataclass(frozen=True)
@@ -142,9 +153,7 @@ def _write_file(
             offset, blocks = opened.tell(), []
             for start in range(0, len(content), _BLOCK_BYTES):
                 block = content[start : start + _BLOCK_BYTES]
-                if start % _DIGEST_BYTES == 0:
-                    blocks.append(hashlib.sha256())
-                blocks[-1].update(block.data)
+                blocks.append(hashlib.sha256(block.data).hexdigest())
                 digest.update(block.data)
                 opened.write(block.data)
                 unsynced += len(block)
@@ -152,8 +161,7 @@ def _write_file(
                     os.fdatasync(opened.fileno())
                     unsynced = 0
                 pause(len(block))
-            sums = tuple(block.hexdigest() for block in blocks)
-            placed.append((rectangle, _Stored(file.name, offset, len(content), sums)))
+            placed.append((rectangle, _Stored(file.name, offset, len(content), tuple(blocks))))
         opened.flush()
         os.fsync(opened.fileno())
     return placed, digest.hexdigest()
@@ -163,7 +171,8 @@ def _write_index(folder: Path, ranks: list[list[tuple[_Rectangle, _Stored]]]) ->
     """Write where every rectangle of every rank is; returns what went wrong."""
     tensors: dict[str, Any] = {}
     for rectangle, place in itertools.chain.from_iterable(ranks):
-        described = {"shape": list(rectangle.shape), "dtype": rectangle.dtype, "chunks": [], "sha256": []}
+        described = {"shape": list(rectangle.shape), "dtype": rectangle.dtype, "chunks": []}
+        described |= {"sha256": [], "block": _BLOCK_BYTES}
         tensor = tensors.setdefault(rectangle.name, described)
         chunk = [list(rectangle.offsets), list(rectangle.sizes), place.relative_path, place.offset, place.length]
         tensor["chunks"].append(chunk)
@@ -203,9 +212,11 @@ class Index:
         for name, tensor in tensors.items():
             self.has_digests &= "sha256" in tensor
             chunks, digests = [], tensor.get("sha256", [()] * len(tensor["chunks"]))
+            block = tensor.get("block", _OLDER_BLOCK_BYTES)
             for (offsets, sizes, path, offset, length), blocks in zip(tensor["chunks"], digests, strict=True):
                 chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                self.stored[MetadataIndex(name, torch.Size(offsets))] = _Stored(path, offset, length, tuple(blocks))
+                place = _Stored(path, offset, length, tuple(blocks), block)
+                self.stored[MetadataIndex(name, torch.Size(offsets))] = place
             properties = TensorProperties(dtype=getattr(torch, tensor["dtype"]))
             self.described[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
 
@@ -309,8 +320,7 @@ class Index:
 
     def _blocks(self, item: ReadItem) -> range:
         """The blocks of a stored rectangle that an item lies in."""
-        start, stop = self._span(item)
-        return range(start // _DIGEST_BYTES, -(-stop // _DIGEST_BYTES))
+        return self.stored[item.storage_index].blocks(*self._span(item))
 
     def _span(self, item: ReadItem) -> tuple[int, int]:
         """The bytes of a stored rectangle that hold the rows which an item asks for: first, and one past the last."""
@@ -354,7 +364,7 @@ class Index:
         with contextlib.ExitStack() as stack:
             file = None
             for number, reader in readers.items():
-                block = content[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]
+                block = content[stored.bytes_of(number)]
                 if reader == rank or reader is None:
                     try:
                         file = file or stack.enter_context((self.folder / stored.relative_path).open("rb"))
@@ -377,7 +387,7 @@ class Index:
         """
         stored, held = self.stored[index], block.numpy()
         self.bytes_read += len(held)
-        file.seek(stored.offset + number * _DIGEST_BYTES)
+        file.seek(stored.offset + stored.bytes_of(number).start)
         if file.readinto(held.data) != len(held):
             raise OSError(None, f"ends within tensor {index.fqn}", file.name)
         if stored.sha256 and hashlib.sha256(held.data).hexdigest() != stored.sha256[number]:
@@ -397,13 +407,10 @@ class Index:
             index = MetadataIndex(name, chunk.offsets)
             stored = self.stored[index]
             with (self.folder / stored.relative_path).open("rb") as file:
-                for number in range(_block_count(stored.length)):
-                    size = min(_DIGEST_BYTES, stored.length - number * _DIGEST_BYTES)
-                    self._read_block(file, index, number, torch.empty(size, dtype=torch.uint8))
-
-
-def _block_count(length: int) -> int:
-    return -(-length // _DIGEST_BYTES)
+                content = torch.empty(stored.block, dtype=torch.uint8)
+                for number in stored.blocks(0, stored.length):
+                    place = stored.bytes_of(number)
+                    self._read_block(file, index, number, content[: place.stop - place.start])
 
 
 def _reading_plan(

@@ -98,7 +98,7 @@ def read_share(case: Case, folder: str) -> float:
     ],
 )
 def test_a_resume_reads_every_byte_once(tmp_path: Path, saved_by: str, read_by: str) -> None:
-    """Over all ranks: replicas, the stages of a tied embedding and tensor-parallel ranks tell each other what is read."""
+    """Over all ranks: replicas, stages of a tied embedding and tensor-parallel ranks tell each other what is read."""
     saving, reading = (Case(layout, tied=True) for layout in (saved_by, read_by))
     run_ranks(LAYOUTS[saved_by].ranks, train_and_save, saving, str(tmp_path), 1)
     assert run_ranks(LAYOUTS[read_by].ranks, read_share, reading, str(tmp_path))[0] == pytest.approx(1.0, abs=0.01)
