@@ -171,9 +171,16 @@ def _write_index(folder: Path, ranks: list[list[tuple[_Rectangle, _Stored]]]) ->
     """Write where every rectangle of every rank is; returns what went wrong."""
     tensors: dict[str, Any] = {}
     for rectangle, place in itertools.chain.from_iterable(ranks):
-        described = {"shape": list(rectangle.shape), "dtype": rectangle.dtype, "chunks": []}
-        described |= {"sha256": [], "block": _BLOCK_BYTES}
-        tensor = tensors.setdefault(rectangle.name, described)
+        tensor = tensors.setdefault(
+            rectangle.name,
+            {
+                "shape": list(rectangle.shape),
+                "dtype": rectangle.dtype,
+                "chunks": [],
+                "sha256": [],
+                "block": _BLOCK_BYTES,
+            },
+        )
         chunk = [list(rectangle.offsets), list(rectangle.sizes), place.relative_path, place.offset, place.length]
         tensor["chunks"].append(chunk)
         tensor["sha256"].append(place.sha256)

@@ -117,6 +117,9 @@ CASES = (
     Case("TP2 x PP2, attention recomputed", 4, {"tensor": 2, "pipeline": 2, **_ATTENTION}),
     Case("PP4 x DP16, ZeRO-1, bf16", 64, {"pipeline": 4}, "bf16"),
     Case("PP2, every 2nd layer recomputed", 2, {"pipeline": 2, **_EVERY_2ND}),
+    Case("DP2, ZeRO-3, layers recomputed", 2, {"zero_stage": 3, **_LAYER}, zero=_PARTITION_ALL),
+    Case("PP2 x DP2, ZeRO-3, layers recomputed", 4, {"pipeline": 2, "zero_stage": 3, **_LAYER}, zero=_PARTITION_ALL),
+    Case("DP2, ZeRO-3, layers recomputed, fetched twice", 2, {"zero_stage": 3, **_LAYER}, zero=_FETCH_TWICE),
     # So few tokens that weights, buckets and the update decide.
     Case("PP2, ZeRO-0, 8 tokens", 2, {"pipeline": 2, "zero_stage": 0}, sequence=4),
     Case("PP2 x DP2, ZeRO-1, 8 tokens", 4, {"pipeline": 2}, sequence=4),
