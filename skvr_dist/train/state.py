@@ -90,7 +90,6 @@ def _load(
     engine: RoutedPipelineEngine, checkpoint: Checkpoint, state: Pieces, is_wanted: Callable[[str], bool]
 ) -> None:
     """Fill those tensors of a state that are wanted by name; collective."""
-    state = {name: pieces for name, pieces in state.items() if is_wanted(name)}
-    mesh = engine.mesh
-    checkpoint.read(state_to_read(engine, state), mesh.host_group, mesh.tp_group_on_host)
-    complete_state(engine, state, is_wanted)
+    reading, mesh = state_to_read(engine, state, is_wanted), engine.mesh
+    checkpoint.read(reading.pieces, mesh.host_group, mesh.tp_group_on_host)
+    complete_state(engine, state, reading, is_wanted)

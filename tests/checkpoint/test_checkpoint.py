@@ -93,7 +93,7 @@ def read_share(case: Case, folder: str) -> float:
     [
         ("DP2 ZeRO-0", "DP2 ZeRO-0"),
         ("PP2xDP2 ZeRO-1", "PP2xDP2 ZeRO-1"),
-        ("DP2 ZeRO-3", "DP2 ZeRO-3"),
+        ("single", "DP2 ZeRO-3"),
         ("single", "TP2xPP2"),
     ],
 )

@@ -123,15 +123,59 @@ def adam_steps(engine: RoutedPipelineEngine) -> int:
     return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), default=0)
 
 
-def state_to_read(engine: RoutedPipelineEngine, state: Pieces) -> Pieces:
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What one rank reads of a checkpoint, for itself and for others."""
+
+    pieces: Pieces
+    whole: dict[str, Tensor]
+    """With ZeRO-3, tensors of whole shards that this rank hands out to the replicas: flat, padded to equal parts."""
+
+
+def state_to_read(engine: RoutedPipelineEngine, state: Pieces, is_loaded: Callable[[str], bool]) -> Reading:
     """What this rank reads of a state that it holds; the rest it gets from other ranks, in `complete_state`.
 
-    Of what all replicas hold, the first one alone reads; of what first and last stage hold, the first one.
+    Of what all replicas hold, the first one alone reads; of what first and last stage hold, the first one. With ZeRO-3,
+    where each weight is cut into as many parts as there are replicas, the replicas take turns to read whole ones.
+
+    Args:
+        state: of `state_to_load`.
+        is_loaded: whether a tensor of that name is to be loaded; the same on all ranks.
     """
-    left = {name for name in state if _is_tied_copy(engine, name)}
+    if engine.zero_optimization_partition_weights():
+        return _whole_shards(engine, is_loaded)
+    left = {name for name in state if not is_loaded(name) or _is_tied_copy(engine, name)}
     if engine.mesh.dp_rank != 0:
         left |= _held_by_all_replicas(engine, state).keys()
-    return {name: pieces for name, pieces in state.items() if name not in left}
+    return Reading({name: pieces for name, pieces in state.items() if name not in left}, {})
+
+
+def _whole_shards(engine: RoutedPipelineEngine, is_loaded: Callable[[str], bool]) -> Reading:
+    shards, replicas = engine.stage.shards, engine.mesh.dp_size
+    reading = Reading({}, {})
+    for name, parameter, reader in _handed_out(engine, is_loaded):
+        if reader == engine.mesh.dp_rank:
+            ds_tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            dtype = torch.float32 if parameter.requires_grad else ds_tensor.dtype
+            flat = torch.zeros(ds_tensor.ds_numel * replicas, dtype=dtype)
+            shard, count = shards[name.partition(".")[2]], parameter.ds_numel  # type: ignore[attr-defined]
+            shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+            reading.pieces[name] = pieces_of(shard, shape, flat[:count])
+            reading.whole[name] = flat
+    return reading
+
+
+def _handed_out(
+    engine: RoutedPipelineEngine, is_loaded: Callable[[str], bool]
+) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """With ZeRO-3, the tensors of the state that a replica reads for all, in one order on all, and which one does."""
+    number = 0
+    for weight, parameter in engine.stage.decoder.named_parameters():
+        for kind in (WEIGHTS.rstrip("."), *(MOMENTS if parameter.requires_grad else ())):
+            name = f"{kind}.{weight}"
+            if is_loaded(name) and not _is_tied_copy(engine, name):
+                yield name, parameter, number % engine.mesh.dp_size
+                number += 1
 
 
 def _is_tied_copy(engine: RoutedPipelineEngine, name: str) -> bool:
@@ -151,19 +195,22 @@ def _held_by_all_replicas(engine: RoutedPipelineEngine, state: Pieces) -> Pieces
 
 
 @torch.no_grad()
-def complete_state(engine: RoutedPipelineEngine, state: Pieces, is_loaded: Callable[[str], bool]) -> None:
-    """Set all parameters, after `state_to_read` was read; collective.
+def complete_state(
+    engine: RoutedPipelineEngine, state: Pieces, reading: Reading, is_loaded: Callable[[str], bool]
+) -> None:
+    """Set all parameters, after what `state_to_read` names was read; collective.
 
     No rank reads what another one has read: each replica gets the others' parts of the weights from them, as after an
     optimizer step.
 
     Args:
-        state: what was loaded of `state_to_load`.
-        is_loaded: whether a tensor of that name was; the same on all ranks.
+        state, is_loaded: as for `state_to_read`.
     """
     optimizer, of_all = engine.optimizer, _held_by_all_replicas(engine, state)
-    if engine.mesh.dp_size > 1:
-        for pieces in of_all.values():
+    if engine.zero_optimization_partition_weights():
+        _hand_out(engine, reading.whole, is_loaded)
+    elif engine.mesh.dp_size > 1:
+        for pieces in (pieces for name, pieces in of_all.items() if is_loaded(name)):
             for piece in pieces:
                 dist.broadcast(piece.tensor.detach(), group=engine.mesh.devices.get_group("dp"), group_src=0)
     _copy_tied_state(engine, is_loaded, is_shared_out=not of_all.keys() & {WEIGHTS + TIED_WEIGHT})
@@ -178,6 +225,25 @@ def complete_state(engine: RoutedPipelineEngine, state: Pieces, is_loaded: Calla
         optimizer.update_lp_params()
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
             optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _hand_out(engine: RoutedPipelineEngine, whole: dict[str, Tensor], is_loaded: Callable[[str], bool]) -> None:
+    """With ZeRO-3, give each replica its parts of what the replicas have read; collective over them."""
+    held = {partition.name: partition for partition in partitions(engine)}
+    for name, parameter, reader in _handed_out(engine, is_loaded):
+        kind, _, weight = name.partition(".")
+        ds_tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        dtype = torch.float32 if parameter.requires_grad else ds_tensor.dtype
+        mine = torch.empty(ds_tensor.ds_numel, dtype=dtype, device=engine.device)
+        parts = list(whole.pop(name).to(engine.device).split(ds_tensor.ds_numel)) if name in whole else None
+        dist.scatter(mine, parts, group=engine.mesh.devices.get_group("dp"), group_src=reader)
+        if weight in held:  # the last parts of a small weight are padding
+            _held(engine, held[weight], kind).copy_(mine[: held[weight].count])
+
+
+def _held(engine: RoutedPipelineEngine, partition: Partition, kind: str) -> Tensor:
+    """A partition's master weights or moments, flat."""
+    return partition.moment(engine.basic_optimizer, kind) if kind in MOMENTS else partition.master()
 
 
 def _copy_tied_state(engine: RoutedPipelineEngine, is_loaded: Callable[[str], bool], *, is_shared_out: bool) -> None:
@@ -202,7 +268,7 @@ def _copy_tied_state(engine: RoutedPipelineEngine, is_loaded: Callable[[str], bo
         held, start = torch.empty(0, dtype=dtype), 0
         if partition is not None:
             start = partition.start
-            held = partition.master() if kind not in MOMENTS else partition.moment(engine.basic_optimizer, kind)
+            held = _held(engine, partition, kind)
         for begin in range(0, length, _TIED_ELEMENTS):
             count = min(_TIED_ELEMENTS, length - begin)
             sent = torch.zeros(count, dtype=held.dtype, device=engine.device)
