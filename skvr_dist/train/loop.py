@@ -16,6 +16,7 @@ import torch.distributed as dist
 from skvr_dist.checkpoint.brought import to_travel_on
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.checkpoint.together import open_together
 from skvr_dist.cluster.arguments import unpack
 from skvr_dist.cluster.interrupt import InterruptListener
 from skvr_dist.cluster.launcher import (
@@ -213,7 +214,8 @@ def load_initial_weights(engine: RoutedPipelineEngine, config: Config) -> Checkp
     """Load the weights that a new run is told to start from, if any; collective."""
     if not config.train.initial_weights:
         return None
-    checkpoint = Checkpoint(config.train.initial_weights)
+    mesh = engine.mesh
+    checkpoint = open_together(config.train.initial_weights, mesh.host_group, looks=mesh.is_first_of_host)
     load_weights(engine, checkpoint)
     return checkpoint
 
