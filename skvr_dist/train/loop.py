@@ -171,13 +171,20 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         brought, lost = to_travel_on(origin, load_tokenizer(config.data.tokenizer))
     first_step = resumed.step if resumed else 0
     aside = settle_resume(config, resumed) if mesh.rank == 0 else []
+    interrupts = InterruptListener()
     watched = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
     run = Run(
         config,
         mesh,
         engine,
         log,
-        Reporter(mesh.rank, folder, first_step=first_step, steps=config.train.steps),
+        Reporter(
+            mesh.rank,
+            folder,
+            first_step=first_step,
+            steps=config.train.steps,
+            console_lost=interrupts.note_lost_console,
+        ),
         saver=build_saver(config, brought),
         plans=plan_stream(config, mesh, first_step),
         batches=watched,
@@ -185,7 +192,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         strategies=CacheStrategy.parse_all(
             config.evaluate.strategies, config.model.num_hidden_layers, config.evaluate.profiles
         ),
-        counts=StepCounts(engine, watched, InterruptListener()),
+        counts=StepCounts(engine, watched, interrupts),
         watch=RankWatch(mesh, config.train.watch_ranks_every_steps),
         first_step=first_step,
         evaluation_due=bool(resumed and resumed.facts.evaluation_due),

@@ -40,11 +40,15 @@ def one_rank_is_told() -> list[str | None]:
     if mesh.rank == 0:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
+    heard.append(received())
+    if mesh.rank == 2:
+        listener.note_lost_console()
     return [*heard, received()]
 
 
 def test_all_ranks_hear_of_a_signal_to_one() -> None:
-    assert run_ranks(3, one_rank_is_told) == [[None, "SIGUSR1", "SIGTERM and SIGUSR1"]] * 3
+    told = [None, "SIGUSR1", "SIGTERM and SIGUSR1", "SIGTERM and SIGUSR1 and SIGPIPE"]
+    assert run_ranks(3, one_rank_is_told) == [told] * 3
 
 
 # The attempts of a run, played by a script that saves as many steps as it is told and ends as it is told: what

@@ -17,7 +17,7 @@ from skvr_dist.lab.hosts.hosts import ROOT, Hosts, Setup, shell_variables
 from skvr_dist.run.folder import RunFolder
 
 STEPS = 4
-_SECONDS = 600.0
+_SECONDS = 1800.0
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 """What users of hosts without GPUs have in their shell: one thread a rank, since all hosts share few cores."""
 
