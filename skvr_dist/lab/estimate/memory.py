@@ -6,7 +6,7 @@ norm keeps differs: the fused kernel of CUDA its input, the composite one of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,14 +126,24 @@ class _Activations:
         kept = rank.element * split * self.keeps_inputs_of_norms
         return kept + self.norm(split, rank.split_tokens) + rank.element * rank.tokens * rank.model.hidden_size
 
-    def while_running(self, row: MicroBatch, layer: int) -> int:
-        """What a micro-batch holds in its forward pass while the MLP of a layer runs."""
+    def while_running(self, row: MicroBatch, fetched: Mapping[int, int]) -> tuple[int, int]:
+        """What a micro-batch holds in its forward pass while the MLP of that layer runs where it is most.
+
+        Args:
+            fetched: bytes of whole weights while each layer runs, which count when layers are compared.
+
+        Returns:
+            bytes of activations, and of whole weights.
+        """
         rank, size = self.rank, self.rank.element
-        held = self.micro_batch(row, layer) + self.input_of(layer)
-        if not rank.config.parallel.activation_checkpointing.covers("layer", layer):
-            return held + self.layer(layer, row)
-        residual = 3 * rank.tokens * rank.model.hidden_size  # attention's output, the sum with the input, its norm
-        return held + self.layer(layer, row) + size * (residual + 3 * rank.tokens * rank.inner)
+        most, held = (0, 0), self.received(row) + self.tables()
+        # Of attention its output, the sum with the layer's input, and the norm of that.
+        inside = size * 3 * rank.tokens * (rank.model.hidden_size + rank.inner)
+        for layer in rank.layers:
+            held += self.layer(layer, row) + self.input_of(layer)
+            is_computed_again = rank.config.parallel.activation_checkpointing.covers("layer", layer)
+            most = max(most, (held + inside * is_computed_again, fetched[layer]), key=sum)
+        return most
 
     def tables(self) -> int:
         """cos and sin of the rotation."""
@@ -194,11 +204,8 @@ def peak_memory(rank: RankSizes, rows: Sequence[MicroBatch], kernels: Kernels = 
     moments = [_at_backward(activations, kept, rows, number) for number in range(len(rows))]
     if rank.config.parallel.zero_stage == 3:
         moments += [_while_reducing(activations, kept, rows, number) for number in range(len(rows))]
-        moments += [
-            _while_fetching(activations, kept, rows, number, layer)
-            for number in range(len(rows))
-            for layer in rank.layers
-        ]
+        fetched = _fetched(rank)
+        moments += [_while_fetching(activations, kept, rows, number, fetched) for number in range(len(rows))]
     moments += [_at_reduction(rank), _at_update(rank)]
     return max(moments, key=lambda memory: memory.total)
 
@@ -233,33 +240,43 @@ def _at_backward(activations: _Activations, kept: Sequence[int], rows: Sequence[
     )
 
 
-def _while_fetching(
-    activations: _Activations, kept: Sequence[int], rows: Sequence[MicroBatch], number: int, layer: int
-) -> Memory:
-    """While ZeRO-3 fetches weights for a layer in the forward pass of micro-batch `number`.
+def _fetched(rank: RankSizes) -> dict[int, int]:
+    """Bytes of whole weights that ZeRO-3 holds while each layer runs forwards.
 
     DeepSpeed gathers the weights that come next, as many as its prefetch bucket holds, in one flat tensor. When the
     first is needed it copies all of them out, and keeps the flat one until the last was needed.
     """
+    sizes: dict[str, int] = {}
+    for weight in rank.weights:
+        sizes[weight.module] = sizes.get(weight.module, 0) + weight.elements * (not is_persistent(rank, weight))
+    ahead = min(rank.zero_option("stage3_prefetch_bucket_size", _PREFETCH), sum(sizes.values()))
+    released, modules, found = released_modules(rank), list(sizes), {}
+    for layer in rank.layers:
+        place = modules.index(f"layer {layer}")
+        behind = sum(sizes[module] for module in modules[:place] if module not in released)
+        coming = min(sum(sizes[module] for module in modules[place:]), sizes[f"layer {layer}"] + ahead)
+        found[layer] = rank.element * (behind + coming + ahead)
+    return found
+
+
+def _while_fetching(
+    activations: _Activations,
+    kept: Sequence[int],
+    rows: Sequence[MicroBatch],
+    number: int,
+    fetched: Mapping[int, int],
+) -> Memory:
+    """While ZeRO-3 fetches weights in the forward pass of micro-batch `number`."""
     rank = activations.rank
     first = max(number + 1 - rank.in_flight, 0)
     parameters, optimizer, gradients = state_bytes(rank)
-    sizes: dict[str, int] = {}
-    for weight in rank.weights:
-        if not is_persistent(rank, weight):
-            sizes[weight.module] = sizes.get(weight.module, 0) + weight.elements
-    here, everything = f"layer {layer}", sum(sizes.values())
-    ahead = min(rank.zero_option("stage3_prefetch_bucket_size", _PREFETCH), everything)
-    released, modules = released_modules(rank), list(sizes)
-    place = modules.index(here) if here in sizes else 0
-    behind = sum(sizes[module] for module in modules[:place] if module not in released)
-    coming = min(sum(sizes[module] for module in modules[place:]), sizes.get(here, 0) + ahead)
+    running, whole_weights = activations.while_running(rows[number], fetched)
     return Memory(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        zero_buffers=_bucket(rank) + rank.element * (behind + coming + ahead),
-        activations=sum(kept[first:number]) + activations.while_running(rows[number], layer),
+        zero_buffers=_bucket(rank) + whole_weights,
+        activations=sum(kept[first:number]) + running,
         pipeline_buffers=_pipeline_buffers(rank, rows, first, number, forward=True),
         loss=0,
         moment=f"forward pass of micro-batch {number}",
