@@ -3,6 +3,7 @@
     skvr-answers runs/finetune data/finetune/dev-v2.0.json --format squad --count 200
     skvr-answers runs/finetune data/finetune/dev-v2.0.json --format squad --count 200 --decode 32
     skvr-answers runs/retrieval/rise_seed-0 data/retrieval/held-out.jsonl
+    skvr-answers runs/quickstart/routed stdlib --format code --decode 48
     skvr-answers runs/assistant data/tools.jsonl --format prompts --schema data/reply.schema.json --decode 200
 
 MODEL is a checkpoint's folder, or a run's, which stands for its latest checkpoint, or an export. `exact` is the share
@@ -10,6 +11,9 @@ of the answers that greedy decoding gives to the last token, `loss` is in nats p
 what is decoded with the smaller cache is scored as the file's benchmark does: exact match and F1 of SQuAD, HotpotQA and
 TriviaQA, ROUGE-L and BLEU-1 of MS MARCO, ROUGE-L of RepLiQA. Changes over the first strategy have intervals of 95 %,
 for which contexts are drawn again with their questions. Examples that name a `group` are counted by it too.
+
+With --format code, FILE is a corpus (what tools/prepare_data.py takes as --input, such as stdlib), of whose held-out
+documents lines are to be completed: exact match and edit similarity of the next line.
 
 With --format prompts, FILE holds prompts, or chats with the tools that the assistant may call, and what is decoded is
 read as a program would: the share that is JSON and fits --schema (the arguments of a call: the tool's own parameters),
@@ -24,7 +28,7 @@ from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from skvr_dist.command import a_path, add_json, at_least, new_parser, parse, run_command, write_json
+from skvr_dist.command import a_path, add_json, at_least, new_parser, parse, run_command, share, write_json
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,8 +41,8 @@ if TYPE_CHECKING:
     from skvr_dist.evaluate.outputs import OutputPoint
     from skvr_dist.routing import CacheStrategy
 
-PROMPTS = "prompts"
-_FORMATS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", "chat", PROMPTS)
+PROMPTS, CODE = "prompts", "code"
+_FORMATS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", "chat", PROMPTS, CODE)
 _STRATEGIES = ("full", "every:2", "every:4")
 
 
@@ -79,7 +83,10 @@ def _measure_answers(
     from skvr_dist.data.finetune.chat import ChatTemplate
     from skvr_dist.data.finetune.encode import Encoder
     from skvr_dist.data.finetune.formats import read_examples
+    from skvr_dist.data.prepare.corpus import open_corpus
+    from skvr_dist.evaluate import completion
     from skvr_dist.evaluate.answers import Asked, Decoding, measure_answers
+    from skvr_dist.evaluate.completion import asked_lines, ends_of_line, held_out_lines
     from skvr_dist.evaluate.metrics import METRICS
 
     longest = checkpoint.model_config.max_position_embeddings
@@ -88,9 +95,16 @@ def _measure_answers(
         raise UserError(
             f"--sequence-length {length} is longer than max_position_embeddings {longest}; give at most that"
         )
-    template = ChatTemplate.of(str(checkpoint.folder), tokenizer) if options.format == "chat" else None
-    encoder = Encoder(tokenizer, longest=length + 1, seed=0, template=template)
-    asked = Asked.of(read_examples(options.file, options.format), encoder, options.count)
+    decode: Decoding | None
+    if options.format == CODE:
+        lines = held_out_lines(open_corpus(str(options.file)), options.validation_share, options.count)
+        asked = asked_lines(lines, tokenizer, length, options.decode)
+        decode = Decoding(tokenizer, options.decode, completion.METRICS, ends_of_line(tokenizer))
+    else:
+        template = ChatTemplate.of(str(checkpoint.folder), tokenizer) if options.format == "chat" else None
+        encoder = Encoder(tokenizer, longest=length + 1, seed=0, template=template)
+        asked = Asked.of(read_examples(options.file, options.format), encoder, options.count)
+        decode = Decoding(tokenizer, options.decode, METRICS[options.format]) if options.decode else None
     points = measure_answers(
         checkpoint.load_decoder(),
         asked,
@@ -98,7 +112,7 @@ def _measure_answers(
         eos_id=tokenizer.eos_id,
         sequence_length=length,
         batch_size=options.batch_size,
-        decode=Decoding(tokenizer, options.decode, METRICS[options.format]) if options.decode else None,
+        decode=decode,
     ).points
     print(_table(points))
     print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
@@ -143,6 +157,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode and score N tokens at most")
     parser.add_argument("--schema", type=a_path, metavar="FILE", help="JSON schema of what follows prompts")
     parser.add_argument(
+        "--validation-share", type=share, default=0.05, metavar="X", help="code: of the corpus (default: 0.05)"
+    )
+    parser.add_argument(
         "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens of an example (default: the run's)"
     )
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
@@ -150,8 +167,8 @@ def _options() -> argparse.Namespace:
     options = parse(parser)
     if options.schema is not None and options.format != PROMPTS:
         raise UserError(f"--schema judges what is decoded after prompts; leave it out with --format {options.format}")
-    if options.format == PROMPTS and not options.decode:
-        raise UserError("--format prompts has no answers to compare with; give --decode N, the most tokens to decode")
+    if options.format in (PROMPTS, CODE) and not options.decode:
+        raise UserError(f"--format {options.format} judges what is decoded; give --decode N, the most tokens of it")
     if options.decode and options.format == "chat":
         raise UserError("--decode needs one answer per example, but chats have several; leave it out")
     return options
@@ -181,7 +198,7 @@ def _table_of_outputs(points: Sequence[OutputPoint]) -> str:
             point.strategy,
             f"{100 * point.retention:.3g}%",
             str(point.prompts),
-            *(_share(share) for share in (point.valid, point.same_calls, point.same_text)),
+            *(_share(each) for each in (point.valid, point.same_calls, point.same_text)),
         ]
         for point in points
     ]
@@ -189,10 +206,10 @@ def _table_of_outputs(points: Sequence[OutputPoint]) -> str:
     return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)
 
 
-def _share(share: Interval) -> str:
+def _share(found: Interval) -> str:
     """A share in per cent with its interval."""
-    mean, low, high = (f"{100 * value:.1f}" for value in share)
-    return "n/a" if math.isnan(share.mean) else f"{mean} ({low} to {high})"
+    mean, low, high = (f"{100 * value:.1f}" for value in found)
+    return "n/a" if math.isnan(found.mean) else f"{mean} ({low} to {high})"
 
 
 def _number(name: str, value: float) -> str:

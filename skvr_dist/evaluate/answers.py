@@ -5,7 +5,7 @@ Shapes: B rows, S sequence length, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +116,8 @@ class Decoding:
     max_new_tokens: int
     metrics: Sequence[Metric]
     """That score what is decoded."""
+    last_tokens: Collection[int] = ()
+    """After which an answer is over, beside the end-of-sequence token."""
 
 
 _FORCED = (Metric(EXACT, lambda *_: ()), Metric(LOSS, lambda *_: ()))
@@ -165,6 +167,7 @@ def measure_answers(
                 decode.tokenizer,
                 max_new_tokens=decode.max_new_tokens,
                 stop_tokens=[eos_id],
+                last_tokens=decode.last_tokens,
                 name=name,
             )
             counts[name] |= {metric.name: _counts(metric, texts[name], asked) for metric in decode.metrics}

@@ -23,6 +23,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stop_tokens: Collection[int] = (),
+    last_tokens: Collection[int] = (),
 ) -> tuple[Tensor, Cache]:
     """Continue one prompt.
 
@@ -32,6 +33,7 @@ def generate(
         temperature: of the sampling; 0 takes the likeliest token.
         seed: of the sampling.
         stop_tokens: each ends the continuation, and is not part of it.
+        last_tokens: each ends it, and is part of it.
 
     Returns:
         the new tokens, int [at most max_new_tokens], and the cache behind them.
@@ -50,6 +52,8 @@ def generate(
         if int(token) in stop_tokens:
             break
         new.append(token)
+        if int(token) in last_tokens:
+            break
         tokens = token.reshape(1, 1)
     return torch.stack(new) if new else prompt.new_empty(0), cache
 
@@ -62,9 +66,10 @@ def decode_all(
     *,
     max_new_tokens: int,
     stop_tokens: Collection[int],
+    last_tokens: Collection[int] = (),
     name: str,
 ) -> list[str]:
-    """What greedy decoding gives after each prompt, up to a token that ends it.
+    """What greedy decoding gives after each prompt, up to a token that ends it, as `generate` takes them.
 
     Args:
         prompts: int [S] each.
@@ -73,7 +78,14 @@ def decode_all(
     device = next(decoder.parameters()).device
     texts = []
     for prompt in tqdm(prompts, desc=f"decoding at {name}", unit="answer", disable=None, leave=False):
-        new, _ = generate(decoder, prompt.to(device), strategy, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+        new, _ = generate(
+            decoder,
+            prompt.to(device),
+            strategy,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=stop_tokens,
+            last_tokens=last_tokens,
+        )
         # A vocabulary that was padded has ids that no text stands for.
         texts.append(tokenizer.decode([token for token in new.tolist() if token < tokenizer.vocab_size]))
     return texts
