@@ -184,15 +184,11 @@ class KeptRun:
         steps = [step for step in expected if last_step is None or step <= last_step]
         missing = [step for step in steps if step not in found]
         ending.expect(not missing, f"no losses of steps {missing}")
-        worst = largest_difference({s: expected[s] for s in steps}, found)
+        both = [step for step in steps if step in found]
+        worst = max((abs(found[step] - expected[step]) / expected[step] for step in both), default=0.0)
         ending.expect(
             worst <= bound, f"largest relative difference of a loss up to step {max(steps, default=0)} is {worst:.1e}"
         )
-
-    def difference_by_rounding(self, lab: Lab) -> float:
-        """The largest relative difference between losses of two undisturbed runs, on all hosts and on one less."""
-        fewer = lab.reference(self.hosts.number - 1, **self._keys)
-        return largest_difference(lab.reference(self.hosts.number, **self._keys), fewer)
 
     def console_of(self, host: int) -> str:
         """All that was said on a host."""
@@ -203,12 +199,6 @@ class KeptRun:
 
     def _log(self, host: int) -> Path:
         return self.hosts.folder / f"console-{host}.txt"
-
-
-def largest_difference(expected: Mapping[int, float], found: Mapping[int, float]) -> float:
-    """The largest relative difference of the losses of a step that both have."""
-    both = expected.keys() & found.keys()
-    return max((abs(found[step] - expected[step]) / expected[step] for step in both), default=0.0)
 
 
 def _parent(pid: int) -> int:

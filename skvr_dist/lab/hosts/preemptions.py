@@ -17,7 +17,7 @@ from skvr_dist.lab.hosts.starts import BIN, SECONDS, Command, deepspeed, last_wo
 from skvr_dist.run.folder import RunFolder
 
 _STEPS = 40
-_SECONDS_TO_LEAVE = 20.0
+_SECONDS_TO_END, _SECONDS_TO_LEAVE = 120.0, 60.0  # Python takes its time on a busy machine
 
 
 def told_to_end(
@@ -38,7 +38,7 @@ def told_to_end(
             ending.expect(code == 75, f"code {code}: {run.console()[-1500:]}")
             ending.expect("which is saved" in run.console(), "nobody says that it is saved")
             ending.expect(f"not started again after {signal_name}" in run.console(), "does not say why it ended")
-            quiet = run.seconds_until_quiet(1, 2, limit=5)
+            quiet = run.seconds_until_quiet(1, 2, limit=_SECONDS_TO_LEAVE)
             ending.expect(quiet is not None, f"left running: {hosts.left_over()}")
             run.start()
             run.expect_finished(lab, ending)
@@ -78,7 +78,7 @@ def launcher_told_to_end(
                 time.sleep(0.1)
             tell(hosts)
             try:
-                found: int | None = process.wait(60)
+                found: int | None = process.wait(_SECONDS_TO_END)
             except subprocess.TimeoutExpired:
                 found = None
             ended = time.monotonic()
