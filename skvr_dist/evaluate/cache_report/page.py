@@ -24,13 +24,15 @@ svg .grid{stroke:var(--line)}svg .most{stroke:var(--soft);stroke-dasharray:4 3}
 .legend span{margin-right:1rem;white-space:nowrap}
 .legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:.3rem .5rem;border-bottom:1px solid var(--line);overflow-wrap:anywhere}
+th,td{text-align:left;vertical-align:top;padding:.3rem .4rem;border-bottom:1px solid var(--line)}
+td:first-child,td:last-child{overflow-wrap:anywhere}summary{cursor:pointer;margin:1rem 0}
 pre{background:var(--box);padding:.5rem;margin:.2rem 0;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:.5rem}.case{border-bottom:1px solid var(--line);padding:.5rem 0}
 @media(max-width:40rem){.pair{grid-template-columns:1fr}thead{display:none}
 tr{display:block;border-bottom:1px solid var(--line);padding:.4rem 0}
 td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.1rem 0}
-td:first-child{font-weight:600}td:empty{display:none}td::before{content:attr(data-name);color:var(--soft);font-weight:400}}
+td:first-child{font-weight:600}td:empty{display:none}td{overflow-wrap:anywhere;text-align:right}
+td::before{text-align:left;white-space:nowrap;content:attr(data-name);color:var(--soft);font-weight:400}}
 """
 
 
@@ -49,7 +51,7 @@ def as_page(report: CacheReport) -> str:
         legend(list(report.families)),
         '<p class="soft">Up: what the loss rises over full retention, in nats per token, on an axis of square roots; '
         f"bars are intervals of 95 % over documents. Dashed: the {report.most_rise:g} that are allowed.</p>",
-        _table(tables.quality(report)),
+        f"<details><summary>All that was measured, with the layers</summary>{_table(tables.quality(report))}</details>",
         f"<h2>{escape(tables.memory(report).title)}</h2>",
         bar_chart(held, "Sequences held at once"),
         '<p class="soft">Sequences of the whole context that are in the cache at once.</p>',

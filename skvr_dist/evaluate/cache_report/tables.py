@@ -20,15 +20,17 @@ class Table(NamedTuple):
 
 
 def quality(report: CacheReport) -> Table:
-    """What each strategy costs, the largest cache first."""
-    rows = []
+    """What each set of layers costs, the largest cache first, with all the names that it was measured by."""
+    rows, names = [], _names(report)
     for point in sorted(report.measurement.points, key=lambda point: (-point.retained, point.loss)):
+        if point.strategy not in names:
+            continue
         rise = point.rise
         cost = "" if rise is None or point == report.measurement.points[0] else f"{rise.mean:+.4f}"
         interval = "" if not cost or rise is None else f"{rise.low:+.4f} to {rise.high:+.4f}"
         rows.append(
             [
-                point.strategy,
+                names[point.strategy],
                 percent(point.retention),
                 f"{point.cache_bytes_per_token:,}",
                 f"{point.loss:.4f}",
@@ -42,10 +44,18 @@ def quality(report: CacheReport) -> Table:
     return Table("What each cache costs", headers, rows)
 
 
+def _names(report: CacheReport) -> dict[str, str]:
+    """The names of each set of layers, by the first of them."""
+    by_layers: dict[tuple[int, ...], list[str]] = {}
+    for name, layers in report.retained.items():
+        by_layers.setdefault(layers, []).append(name)
+    return {names[0]: ", ".join(names) for names in by_layers.values()}
+
+
 def memory(report: CacheReport) -> Table:
     """What fits on the GPU."""
     rows = [
-        [each.strategy, f"{each.weights / _GIB:.2f}", f"{each.cache_bytes_per_token:,}", f"{each.sequences:,}"]
+        [each.strategy, f"{each.weights / _GIB:.3g}", f"{each.cache_bytes_per_token:,}", f"{each.sequences:,}"]
         for each in report.memory
     ]
     return Table(f"What fits on {report.server}", ["strategy", "weights GiB", "bytes/token", "sequences"], rows)
