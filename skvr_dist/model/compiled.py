@@ -3,18 +3,26 @@
 A layer sees its routing as arguments: a donor's keys and values or none, and whether its own are read. So however
 donors are drawn there are three graphs (its own read by itself; its own computed and a donor's read; a donor's alone),
 and all layers share them. What surrounds the layers, engine, hooks of ZeRO and recomputation, stays as it is.
+
+Where the sequences of a micro-batch have donors each, there would be a graph for every way in which they can differ. So
+attention, which calls a kernel for each of them, is left out there, and what is before and after it is compiled: four
+graphs (with own keys and values and without; queries; the rest of the layer).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from skvr_dist.model.decoder import Decoder
+from skvr_dist.model.decoder import KV, Decoder, DecoderLayer
 
 Backend = Literal["inductor", "aot_eager"]
-# Three graphs for each of: with gradients and without, with documents and without; and for a teacher of another shape.
+# At most three graphs of each part for each of: with gradients and without, with documents and without; and for a
+# teacher of another shape.
 _MOST_GRAPHS = 32
 
 
@@ -38,6 +46,21 @@ def compile_layers(decoder: Decoder, backend: Backend) -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     for layer in decoder.layers.values():
-        compiled = torch.compile(layer.forward, backend=backend, fullgraph=True, dynamic=False)
-        # mypy takes an assignment to a method for a mistake.
-        setattr(layer, "forward", compiled)  # noqa: B010
+        assert isinstance(layer, DecoderLayer)
+        _compile_layer(layer, functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=False))
+
+
+def _compile_layer(layer: DecoderLayer, compiled: Callable[[Any], Any]) -> None:
+    plain, whole = layer.forward, compiled(layer.forward)
+
+    def forward(hidden: Tensor, rope: Any, donors: Sequence[KV | None], *args: Any, **kwargs: Any) -> Any:
+        return (whole if len(donors) == 1 else plain)(hidden, rope, donors, *args, **kwargs)
+
+    # mypy takes an assignment to a method for a mistake.
+    setattr(layer, "forward", forward)  # noqa: B010
+    for module, part in (
+        (layer, "before_attention"),
+        (layer.self_attn, "queries"),
+        (layer, "after_attention"),
+    ):
+        setattr(module, part, compiled(getattr(module, part)))

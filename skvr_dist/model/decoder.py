@@ -10,7 +10,11 @@ and the vocabulary over ranks, and perhaps the sequence between layers; H, K and
 Parameter names are those of transformers without the leading `model.`; they are the canonical names of
 checkpoints, exports and initial draws.
 
-Shapes: B batch, S sequence, D hidden, H heads, K key/value heads, E head_dim, L layers, V vocabulary.
+A micro-batch has R rows of donors: one for all of its sequences, or one for each. Where there are several, attention
+runs once for each on views of queries, keys and values; everything else runs on the whole micro-batch, a layer's own
+keys and values too, which are computed if any row reads them.
+
+Shapes: B batch, R rows of donors, S sequence, D hidden, H heads, K key/value heads, E head_dim, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,11 +34,12 @@ from skvr_dist.model import recompute
 from skvr_dist.model.attention import DocumentMask, attend, resolve_backend
 from skvr_dist.model.modules import Modules, count_labels, shards_of, token_cross_entropy
 from skvr_dist.model.rope import rope_tables, rotate
+from skvr_dist.routing import KVPart
 
 
 @dataclass(frozen=True, eq=False)
 class KV:
-    """Keys (after norm and rotation) and values of one layer, each [B, S, K, E].
+    """Keys (after norm and rotation) and values of one layer, each [B, S, K, E], or of the sequences of a row.
 
     Not a tuple: ZeRO-3 looks for tensors in what a module takes and returns, and counts them to know when to fetch the
     module's parameters. With keys and values among them the count would depend on the routing, and the replicas would
@@ -48,13 +53,19 @@ class KV:
         """These keys and values appended to those of earlier positions."""
         return self if past is None else KV(torch.cat((past.k, self.k), dim=1), torch.cat((past.v, self.v), dim=1))
 
+    def rows(self, count: int) -> tuple[KV, ...]:
+        """These of each row of `count`, as views; themselves if there is but one."""
+        if count == 1:
+            return (self,)
+        return tuple(map(KV, self.k.chunk(count), self.v.chunk(count)))
+
 
 Cache = dict[int, KV]
 """The keys and values of the retained layers, by layer."""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention that reads its own keys and values or a donor's."""
+    """Grouped-query attention that reads its own keys and values or donors'."""
 
     def __init__(self, config: ModelConfig, modules: Modules) -> None:
         super().__init__()
@@ -83,14 +94,31 @@ class Attention(nn.Module):
         modules = [self.k_proj, self.v_proj] + ([self.k_norm] if self.config.qk_norm else [])
         return [parameter for module in modules for parameter in module.parameters()]
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV, document_mask: DocumentMask | None) -> Tensor:
-        """Attend from normed hidden states x [B, S, D] to keys and values of T >= S positions; returns [B, S, D]."""
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries [B, S, H, E] of normed hidden states [B, S, D]."""
         q = self._heads(self.q_proj(x))
         if self.config.qk_norm:
             q = self.q_norm(q)
+        return rotate(q, *rope)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        sources: Sequence[KV],
+        document_masks: Sequence[DocumentMask | None],
+    ) -> Tensor:
+        """Attend from normed hidden states x [B, S, D]; returns [B, S, D].
+
+        Args:
+            sources: the keys and values that each of the R rows reads, of T >= S positions.
+            document_masks: what each row is confined to.
+        """
+        q = self.queries(x, rope)
         backend = resolve_backend(self.config.attention, x.device, x.dtype)
-        out = attend(rotate(q, *rope), kv.k, kv.v, backend=backend, document_mask=document_mask)
-        return self.o_proj(out.flatten(2))
+        rows = zip(q.chunk(len(sources)) if len(sources) > 1 else (q,), sources, document_masks, strict=True)
+        out = [attend(part, kv.k, kv.v, backend=backend, document_mask=mask) for part, kv, mask in rows]
+        return self.o_proj((out[0] if len(out) == 1 else torch.cat(out)).flatten(2))
 
 
 class MLP(nn.Module):
@@ -122,11 +150,11 @@ class DecoderLayer(nn.Module):
         self,
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
-        donor: KV | None,
+        donors: Sequence[KV | None],
         own_is_read: bool,
         past: KV | None = None,
-        document_mask: DocumentMask | None = None,
-    ) -> tuple[Tensor, KV | None]:
+        document_masks: Sequence[DocumentMask | None] = (None,),
+    ) -> tuple[Tensor, tuple[KV, ...]]:
         """One layer.
 
         Donor keys and values come in and own ones go out as explicit tensors: nothing reaches another layer
@@ -135,25 +163,35 @@ class DecoderLayer(nn.Module):
         Args:
             hidden: [B, S, D].
             rope: cos and sin, each [S, E] or [B, S, E].
-            donor: what this layer reads instead of its own keys and values; None reads its own.
-            own_is_read: whether anyone reads this layer's own keys and values; if not, they are not computed.
-            past: this layer's own keys and values of earlier positions, from a cache.
-            document_mask: what each position is confined to; not with a cache.
+            donors: what each of the R rows reads instead of this layer's own keys and values; None reads its own.
+            own_is_read: whether any row reads this layer's own keys and values; if not, they are not computed.
+            past: this layer's own keys and values of earlier positions, from a cache; with one row.
+            document_masks: what each row is confined to; none with a cache.
 
         Returns:
-            hidden states [B, S, D], and this layer's own keys and values if they are read.
+            hidden states [B, S, D], and this layer's own keys and values, by row, if they are read.
         """
+        x, own = self.before_attention(hidden, rope, own_is_read, past)
+        rows = own.rows(len(donors)) if own is not None else ()
+        sources = [rows[row] if donor is None else donor for row, donor in enumerate(donors)]
+        attended = recompute.run(self.self_attn, x, rope, sources, document_masks, again=self.recompute_attention)
+        return self.after_attention(hidden, attended), rows
+
+    def before_attention(
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor], own_is_read: bool, past: KV | None
+    ) -> tuple[Tensor, KV | None]:
+        """What attention sees of hidden states [B, S, D], and this layer's own keys and values if they are read."""
         x = self.module_set.enter(self.input_layernorm(hidden))
-        own: KV | None = None
         if own_is_read:
-            own = self.self_attn.project_kv(x, rope).after(past)
-        elif torch.is_grad_enabled():
+            return x, self.self_attn.project_kv(x, rope).after(past)
+        if torch.is_grad_enabled():
             x = zero_gradients(x, self.self_attn.kv_parameters())
-        source = own if donor is None else donor
-        assert source is not None, "a layer that reads its own keys and values must compute them"
-        attended = recompute.run(self.self_attn, x, rope, source, document_mask, again=self.recompute_attention)
+        return x, None
+
+    def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output of its input and of what attention made of it, each [B, S, D]."""
         hidden = hidden + attended
-        return hidden + self.mlp(self.module_set.enter(self.post_attention_layernorm(hidden))), own
+        return hidden + self.mlp(self.module_set.enter(self.post_attention_layernorm(hidden)))
 
 
 class Decoder(nn.Module):
@@ -219,7 +257,7 @@ class Decoder(nn.Module):
                 a cache.
         """
         hidden = self.embed(tokens)
-        hidden, _ = self.run_layers(hidden, donors, {}, cache, documents)
+        hidden, _ = self.run_layers(hidden, [donors], {}, cache, documents)
         return self.logits(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -229,59 +267,60 @@ class Decoder(nn.Module):
     def run_layers(
         self,
         hidden: Tensor,
-        donors: Sequence[int],
-        crossing: Mapping[int, KV],
+        donors: Sequence[Sequence[int]],
+        crossing: Mapping[KVPart, KV],
         cache: Cache | None = None,
         documents: Tensor | None = None,
-    ) -> tuple[Tensor, dict[int, KV]]:
+    ) -> tuple[Tensor, dict[KVPart, KV]]:
         """Run layers `start` to `stop`.
 
         Args:
             hidden: [B, S, D].
-            donors: int [L], for the whole decoder.
-            crossing: keys and values of earlier layers, received from the stage before, by layer.
-            cache, documents: as for `forward`.
+            donors: int [R][L], for the whole decoder.
+            crossing: keys and values of earlier layers, received from the stage before.
+            cache, documents: as for `forward`; a cache only with one row.
 
         Returns:
-            hidden states [B, S, D], and the keys and values that are known after the last layer, by layer.
+            hidden states [B, S, D], and the keys and values that are known after the last layer.
         """
         cache = {} if cache is None else cache
         past = cache[0].k.shape[1] if cache else 0
-        rope, document_mask = self.surroundings(hidden, documents, past)
-        read = set(donors)
+        rope, document_masks = self.surroundings(hidden, documents, past, rows=len(donors))
+        read = {donor for row in donors for donor in row}
         known = dict(crossing)
         for name, layer in self.layers.items():
             number = int(name)
-            donor = None if donors[number] == number else known[donors[number]]
+            given = [None if each[number] == number else known[each[number], row] for row, each in enumerate(donors)]
             hidden, own = recompute.run(
                 layer,
                 hidden,
                 rope,
-                donor,
+                given,
                 number in read,
                 cache.get(number),
-                document_mask,
+                document_masks,
                 again=self.checkpointing.covers("layer", number),
             )
-            if own is not None:
-                known[number] = own
-        cache.update(known)
+            known.update({(number, row): kv for row, kv in enumerate(own)})
+        cache.update({number: kv for (number, _), kv in known.items()})
         return hidden, known
 
     def surroundings(
-        self, hidden: Tensor, documents: Tensor | None, past: int = 0
-    ) -> tuple[tuple[Tensor, Tensor], DocumentMask | None]:
-        """What all layers take beside the hidden states [B, S, D]: the tables of the rotation and the document mask.
+        self, hidden: Tensor, documents: Tensor | None, past: int = 0, rows: int = 1
+    ) -> tuple[tuple[Tensor, Tensor], list[DocumentMask | None]]:
+        """What all layers take beside the hidden states [B, S, D]: the rotation's tables, each row's document mask.
 
         Args:
             documents: as for `forward`.
             past: positions before these.
+            rows: R.
         """
+        if documents is None:
+            new = hidden.shape[1] * self.module_set.sequence_shards
+            return rope_tables(self.config, torch.arange(past, past + new, device=hidden.device)), [None] * rows
         backend = resolve_backend(self.config.attention, hidden.device, hidden.dtype)
-        document_mask = None if documents is None else DocumentMask(documents, backend)
-        new = hidden.shape[1] * self.module_set.sequence_shards
-        positions = torch.arange(past, past + new, device=hidden.device)
-        return rope_tables(self.config, positions if document_mask is None else document_mask.positions), document_mask
+        masks = [DocumentMask(numbers, backend) for numbers in documents.chunk(rows)]
+        return rope_tables(self.config, torch.cat([mask.positions for mask in masks])), [*masks]
 
     @property
     def head(self) -> nn.Module:

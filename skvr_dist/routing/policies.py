@@ -6,7 +6,7 @@ a pure function of its random bits. Layer 0 always reads its own keys and values
 A new policy is a rule here, its row in `POLICIES` and its name in `PolicyName`. To be proven it also needs the
 reference's own draw (`skvr_dist.lab.verify.draws`) and parameters in the matrix (`skvr_dist.lab.verify.cases`).
 
-Shapes: Q micro-batches, L layers.
+Shapes: N rows of a plan (one for each micro-batch, or for each sequence), L layers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Policy:
     parameters: tuple[str, ...]
     """The fields of `RoutingConfig` that it takes; every one of them is required, and no other is accepted."""
     rule: Callable[[Flags, Uniforms, int], Donors]
-    """Donors, int64 [Q, L], of which layers read one, bool [Q, L]; of where in its reach each donor lies, float [Q, L]
+    """Donors, int64 [N, L], of which layers read one, bool [N, L]; of where in its reach each donor lies, float [N, L]
     in [0, 1); and of the `window` or `group_size`, 0 for a policy that takes neither. Layer 0's are not used."""
     words: str = ""
     """What a layer reads instead of its own keys and values, for the model card."""
@@ -42,7 +42,7 @@ class Policy:
 
     @property
     def is_random(self) -> bool:
-        """Whether donors are drawn anew for each micro-batch."""
+        """Whether donors are drawn anew for each micro-batch (or sequence)."""
         return "cross_layer_prob" in self.parameters
 
 

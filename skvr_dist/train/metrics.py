@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 import time
+from collections.abc import Callable
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -25,10 +29,18 @@ _CONSOLE = {
 
 
 class Reporter:
-    """Writes records of values by tag. On ranks other than 0 it does nothing."""
+    """Writes records of values by tag. On ranks other than 0 it does nothing.
 
-    def __init__(self, rank: int, folder: RunFolder, *, first_step: int, steps: int) -> None:
-        self._enabled = rank == 0
+    Args:
+        first_step: done before.
+        steps: of the whole run.
+        console_lost: called when the console takes nothing any longer; from then on it is not written to.
+    """
+
+    def __init__(
+        self, rank: int, folder: RunFolder, *, first_step: int, steps: int, console_lost: Callable[[], None]
+    ) -> None:
+        self._enabled, self._console_lost = rank == 0, console_lost
         self._first_step, self._steps = first_step, steps
         self._started = time.perf_counter()
         if self._enabled:
@@ -45,7 +57,13 @@ class Reporter:
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar."""
         if self._enabled:
-            self._bar.write(text)
+            try:
+                self._bar.write(text)
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.EIO):  # the launcher that read it died; a terminal was closed
+                    raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                self._console_lost()
 
     def step(self, step: int, values: Values, *, show: bool) -> None:
         """Record a finished step (counted from 1); `show` prints it."""

@@ -19,6 +19,7 @@ def plan_of_step(config: Config, step: int, routing: RoutingConfig | None = None
         seed=config.train.seed,
         step=step,
         schedule_steps=config.train.horizon,
+        micro_batch_size=config.train.micro_batch_size,
     )
 
 

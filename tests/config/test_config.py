@@ -97,6 +97,8 @@ def test_later_files_win(tmp_path: Path) -> None:
             r"prob\.unit is 'day'; allowed are 'share' or 'steps'",
         ),
         ("routing={policy: cla, cross_layer_prob: null, group_size: 2, full_retention_share: 0.5}", "set it to 0"),
+        ("routing={policy: cla, group_size: 2, cross_layer_prob: null, draws_per: sequence}", "set it to micro_batch"),
+        ("routing.draws_per=token", r"routing\.draws_per is 'token'; allowed are 'micro_batch' or 'sequence'"),
         ("routing.full_retention_share=1.5", "routing.full_retention_share is 1.5; .* less than or equal to 1"),
         ("routing.policy=none", "policy none takes no parameters, but cross_layer_prob is 0.5"),
         ("routing.policy=window", "policy window needs window"),

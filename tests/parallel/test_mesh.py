@@ -47,7 +47,9 @@ def test_what_enters_and_leaves_a_stage() -> None:
     donors = fixed_plan((0, 1, 2, 3, 4), 4).donors
     donors[1] = 0, 0, 0, 1, 2
     plan = RoutingPlan(donors)
-    assert plan_for_stage(plan, replica, 0, 2)[0] == PassPlan((0, 0, 0, 1, 2), entering=(), leaving=(0, 1))
-    assert plan_for_stage(plan, replica, 2, 4)[0] == PassPlan((0, 0, 0, 1, 2), entering=(0, 1), leaving=(2,))
-    assert plan_for_stage(plan, replica, 4, 5)[0] == PassPlan((0, 0, 0, 1, 2), entering=(2,), leaving=())
-    assert plan_for_stage(plan, replica, 2, 4)[1] == PassPlan((0, 1, 2, 3, 4), entering=(), leaving=())
+    assert plan_for_stage(plan, replica, 0, 2)[0] == PassPlan(((0, 0, 0, 1, 2),), entering=(), leaving=((0, 0), (1, 0)))
+    assert plan_for_stage(plan, replica, 2, 4)[0] == PassPlan(
+        ((0, 0, 0, 1, 2),), entering=((0, 0), (1, 0)), leaving=((2, 0),)
+    )
+    assert plan_for_stage(plan, replica, 4, 5)[0] == PassPlan(((0, 0, 0, 1, 2),), entering=((2, 0),), leaving=())
+    assert plan_for_stage(plan, replica, 2, 4)[1] == PassPlan(((0, 1, 2, 3, 4),), entering=(), leaving=())

@@ -19,6 +19,7 @@ from skvr_dist.routing import (
     RoutingPlan,
     crossing_elements,
     crossing_layers,
+    crossing_parts,
     draw_plan,
     fixed_plan,
     read_layers,
@@ -144,6 +145,26 @@ def test_impossible_strategies_are_refused(spec: str, message: str) -> None:
 def test_a_donor_later_than_its_reader_is_refused() -> None:
     with pytest.raises(UserError, match="micro-batch 1: layer 2 cannot read layer 3"):
         RoutingPlan(np.array([[0, 1, 2, 3], [0, 1, 3, 3]]))
+
+
+def test_each_sequence_draws_what_a_micro_batch_of_one_would() -> None:
+    routing = RoutingConfig(policy="uniform", cross_layer_prob=0.6, full_retention_share=0.2)
+    size: dict[str, int] = {"num_layers": 8, "seed": 3, "step": 2}
+    each = draw_plan(
+        routing.model_copy(update={"draws_per": "sequence"}), num_micro_batches=3, micro_batch_size=4, **size
+    )
+    ones = draw_plan(routing, num_micro_batches=12, micro_batch_size=1, **size)
+    assert (each.donors == ones.donors).all() and (each.num_micro_batches, each.num_layers) == (3, 8)
+    assert each.of_micro_batch(1) == tuple(tuple(row) for row in ones.donors[4:8].tolist())
+    assert each.cross_layer_share == ones.cross_layer_share
+    unread = [set(range(8)) - {donor for row in each.of_micro_batch(q) for donor in row} for q in range(3)]
+    assert each.skipped_kv_share == pytest.approx(sum(map(len, unread)) / 24)
+    with pytest.raises(UserError, match="micro-batch 1, sequence 1: layer 0 cannot read layer 1"):
+        RoutingPlan(np.array([[0, 0], [0, 0], [0, 0], [1, 0]]), 2)
+
+
+def test_what_crosses_is_told_by_layer_and_row() -> None:
+    assert crossing_parts([[0, 0, 0, 2], [0, 1, 1, 0]], 2) == ((0, 0), (0, 1), (1, 1))
 
 
 @given(routing=ROUTINGS, layers=LAYERS)

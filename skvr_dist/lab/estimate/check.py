@@ -66,10 +66,12 @@ class Case:
     policy: str = "uniform"
     zero: dict[str, Any] = field(default_factory=dict)
     sequence: int = 64
+    draws_per: str = "micro_batch"
 
     def config(self) -> Config:
         """The configuration of a run; its data sets are not opened."""
-        routing = {"policy": self.policy, **({"cross_layer_prob": 0.6} if self.policy != "none" else {})}
+        random = {"cross_layer_prob": 0.6, "draws_per": self.draws_per} if self.policy != "none" else {}
+        routing = {"policy": self.policy, **random}
         zero = {"reduce_bucket_size": 70_000, **self.zero}
         return validate_config(
             {
@@ -95,6 +97,7 @@ _ATTENTION = {"activation_checkpointing": {"recompute": "attention"}}
 _EVERY_2ND = {"activation_checkpointing": {"recompute": "layer", "every": 2}}
 _PARTITION_ALL = {"stage3_param_persistence_threshold": 0}
 _FETCH_TWICE = {**_PARTITION_ALL, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+_SPLIT = {"tensor": 2, "sequence_parallel": True, "pipeline": 2}
 CASES = (
     Case("single, ZeRO-0", 1, {"zero_stage": 0}),
     Case("PP2, ZeRO-0", 2, {"pipeline": 2, "zero_stage": 0}, policy="strategy"),
@@ -107,7 +110,7 @@ CASES = (
     Case("DP2, ZeRO-3, small weights kept", 2, {"zero_stage": 3}),
     Case("DP4, ZeRO-3, bf16, fetched twice", 4, {"zero_stage": 3}, "bf16", zero=_FETCH_TWICE),
     Case("TP2, ZeRO-0, llama", 2, {"tensor": 2, "zero_stage": 0}, family="llama"),
-    Case("TP2 SP x PP2, bf16", 4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2}, "bf16"),
+    Case("TP2 SP x PP2, bf16", 4, _SPLIT, "bf16"),
     Case("TP4 SP x PP2 x DP2, llama", 16, {"tensor": 4, "sequence_parallel": True, "pipeline": 2}, family="llama"),
     Case("TP2 x PP4 x DP2, bf16, tied, qwen2", 16, {"tensor": 2, "pipeline": 4}, "bf16", "qwen2", tied=True),
     Case("TP4 x PP2 x DP4, tied", 32, {"tensor": 4, "pipeline": 2}, tied=True),
@@ -117,6 +120,12 @@ CASES = (
     Case("TP2 x PP2, attention recomputed", 4, {"tensor": 2, "pipeline": 2, **_ATTENTION}),
     Case("PP4 x DP16, ZeRO-1, bf16", 64, {"pipeline": 4}, "bf16"),
     Case("PP2, every 2nd layer recomputed", 2, {"pipeline": 2, **_EVERY_2ND}),
+    Case("PP4 x DP2, ZeRO-1, draws per sequence", 8, {"pipeline": 4}, draws_per="sequence"),
+    Case("TP2 SP x PP2, bf16, draws per sequence", 4, _SPLIT, "bf16", draws_per="sequence"),
+    Case("PP4, layers recomputed, draws per sequence", 4, {"pipeline": 4, **_LAYER}, draws_per="sequence"),
+    Case("DP2, ZeRO-3, layers recomputed", 2, {"zero_stage": 3, **_LAYER}, zero=_PARTITION_ALL),
+    Case("PP2 x DP2, ZeRO-3, layers recomputed", 4, {"pipeline": 2, "zero_stage": 3, **_LAYER}, zero=_PARTITION_ALL),
+    Case("DP2, ZeRO-3, layers recomputed, fetched twice", 2, {"zero_stage": 3, **_LAYER}, zero=_FETCH_TWICE),
     # So few tokens that weights, buckets and the update decide.
     Case("PP2, ZeRO-0, 8 tokens", 2, {"pipeline": 2, "zero_stage": 0}, sequence=4),
     Case("PP2 x DP2, ZeRO-1, 8 tokens", 4, {"pipeline": 2}, sequence=4),

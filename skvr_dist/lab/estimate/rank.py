@@ -16,7 +16,7 @@ from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.parallel.split import stage_bounds
-from skvr_dist.routing import RoutingPlan, crossing_layers, read_layers
+from skvr_dist.routing import KVPart, RoutingPlan, crossing_parts, read_layers
 
 
 @dataclass(frozen=True)
@@ -181,50 +181,53 @@ class RankSizes:
             MicroBatch(
                 donors=donors,
                 read=_read(donors),
-                entering=len(_crossing(donors, start)) if start else 0,
-                leaving=_crossing(donors, stop),
+                entering=len(_crossing(donors, start)) / len(donors) if start else 0.0,
+                leaving=len(_crossing(donors, stop)) / len(donors),
+                kept=_read_by_others(donors) | {layer for layer, _ in _crossing(donors, stop)},
             )
-            for donors in map(tuple, plan.donors[replica :: self.replicas].tolist())
+            for donors in map(plan.of_micro_batch, range(replica, plan.num_micro_batches, self.replicas))
         ]
 
-    def packed_elements(self, crossing: int) -> int:
+    def packed_elements(self, crossing: float) -> int:
         """Elements of what this rank sends over a boundary for one micro-batch.
 
         Args:
-            crossing: layers whose keys and values cross.
+            crossing: layers whose keys and values cross, on average over the rows of donors.
         """
         hidden = self.tokens * self.model.hidden_size // self.tensor
-        return hidden + 2 * crossing * self.tokens * self.kv
+        return hidden + 2 * round(crossing * self.tokens) * self.kv
+
+
+Rows = tuple[tuple[int, ...], ...]
+"""The rows of donors of a micro-batch, [R][L]."""
 
 
 # Proposals ask the same of the same plans for hundreds of layouts.
 @lru_cache(maxsize=1 << 14)
-def _read(donors: tuple[int, ...]) -> frozenset[int]:
+def _read(donors: Rows) -> frozenset[int]:
     return frozenset(read_layers(np.array(donors)).nonzero()[0].tolist())
 
 
 @lru_cache(maxsize=1 << 14)
-def _read_by_others(donors: tuple[int, ...]) -> frozenset[int]:
-    return frozenset(donor for reader, donor in enumerate(donors) if reader != donor)
+def _read_by_others(donors: Rows) -> frozenset[int]:
+    return frozenset(donor for row in donors for reader, donor in enumerate(row) if reader != donor)
 
 
 @lru_cache(maxsize=1 << 18)
-def _crossing(donors: tuple[int, ...], boundary: int) -> frozenset[int]:
-    return frozenset(crossing_layers(np.array(donors), boundary))
+def _crossing(donors: Rows, boundary: int) -> tuple[KVPart, ...]:
+    return crossing_parts(donors, boundary)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """The routing of one micro-batch, as a stage sees it."""
 
-    donors: tuple[int, ...]
+    donors: Rows
     read: frozenset[int]
     """Layers whose keys and values anyone reads."""
-    entering: int
-    """How many layers' keys and values come from the stage before."""
-    leaving: frozenset[int]
-    """Layers whose keys and values go to the stage after."""
-
-    def is_read_later(self, layer: int) -> bool:
-        """Whether another layer reads that one's keys and values."""
-        return layer in _read_by_others(self.donors)
+    entering: float
+    """How many layers' keys and values come from the stage before, on average over the rows."""
+    leaving: float
+    """How many layers' keys and values go to the stage after, likewise."""
+    kept: frozenset[int]
+    """Layers whose keys and values another layer reads, here or on a later stage."""

@@ -47,7 +47,7 @@ def step_traffic(rank: RankSizes, rows: Sequence[MicroBatch]) -> Traffic:
 
 def _add_messages(total: _Sum, rank: RankSizes, row: MicroBatch) -> None:
     entering = rank.element * rank.packed_elements(row.entering)
-    leaving = rank.element * rank.packed_elements(len(row.leaving))
+    leaving = rank.element * rank.packed_elements(row.leaving)
     part = rank.element * rank.tokens * rank.model.hidden_size // rank.tensor
     if not rank.is_first:
         total.add("forwards", "receive", entering)

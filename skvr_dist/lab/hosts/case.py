@@ -17,7 +17,7 @@ from skvr_dist.lab.hosts.hosts import ROOT, Hosts, Setup, shell_variables
 from skvr_dist.run.folder import RunFolder
 
 STEPS = 4
-_SECONDS = 600.0
+_SECONDS = 1800.0
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 """What users of hosts without GPUs have in their shell: one thread a rank, since all hosts share few cores."""
 
@@ -118,13 +118,23 @@ class Lab:
     def _reference(self, ranks: int, steps: int = STEPS, **keys: Any) -> dict[int, float]:
         """Losses of the undisturbed run on this machine."""
         run = self.run_folder("reference")
+        self.train_here(ranks, "launch/pretrain.py", *self.arguments(run, **{"train__steps": steps, **keys}))
+        return losses(run)
+
+    def train_here(self, ranks: int, *words: str) -> None:
+        """Train with ranks of this machine.
+
+        Args:
+            words: the program and its arguments.
+
+        Raises:
+            RuntimeError: it failed.
+        """
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*launcher, "launch/pretrain.py", *self.arguments(run, **{"train__steps": steps, **keys})]
         env = {**shell_variables(), **CPU, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run([*launcher, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=_SECONDS)
         if done.returncode:
             raise RuntimeError(f"the reference failed: {done.stderr[-2000:]}")
-        return losses(run)
 
 
 def losses(run: Path) -> dict[int, float]:

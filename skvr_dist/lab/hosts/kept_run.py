@@ -166,20 +166,29 @@ class KeptRun:
 
     # What must hold
 
-    def expect_finished(self, lab: Lab, ending: Ending, *, same_ranks: bool = True) -> None:
+    def expect_finished(self, lab: Lab, ending: Ending, *, same_ranks: bool = True, bound: float = BOUND) -> None:
         """The run came to its end by itself, and its losses are those of an undisturbed one."""
         code = self.code()
         ending.expect(code == 0, f"code {code}: {self.console()[-1500:]}")
-        self.expect_losses(lab, ending, same_ranks=same_ranks)
+        self.expect_losses(lab, ending, bound=0.0 if same_ranks else bound)
         ending.expect(not self.hosts.left_over(), f"left running: {self.hosts.left_over()}")
 
-    def expect_losses(self, lab: Lab, ending: Ending, *, same_ranks: bool) -> None:
-        """Losses of all steps are those of an undisturbed run on one machine; to the bit on as many ranks."""
+    def expect_losses(self, lab: Lab, ending: Ending, *, bound: float, last_step: int | None = None) -> None:
+        """Losses of all steps are those of an undisturbed run on as many ranks of one machine.
+
+        Args:
+            bound: of the largest relative difference; on as many ranks it is 0.
+            last_step: to look at; None: the run's.
+        """
         expected, found = lab.reference(self.hosts.number, **self._keys), losses(self.folder)
-        missing = sorted(expected.keys() - found.keys())
+        steps = [step for step in expected if last_step is None or step <= last_step]
+        missing = [step for step in steps if step not in found]
         ending.expect(not missing, f"no losses of steps {missing}")
-        worst = max((abs(found[s] - expected[s]) / expected[s] for s in expected.keys() & found.keys()), default=0.0)
-        ending.expect(worst <= (0 if same_ranks else BOUND), f"largest relative difference of a loss {worst:.1e}")
+        both = [step for step in steps if step in found]
+        worst = max((abs(found[step] - expected[step]) / expected[step] for step in both), default=0.0)
+        ending.expect(
+            worst <= bound, f"largest relative difference of a loss up to step {max(steps, default=0)} is {worst:.1e}"
+        )
 
     def console_of(self, host: int) -> str:
         """All that was said on a host."""

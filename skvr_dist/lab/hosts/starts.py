@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -138,6 +139,41 @@ def quoted(lab: Lab) -> Ending:
         return ending
 
 
+def finetuned(lab: Lab) -> Ending:
+    """`PROGRAM=launch/finetune.py` in the place of pretraining, from a checkpoint, on questions."""
+    run, here, start = lab.run_folder("finetuned"), lab.run_folder("finetuned_here"), lab.run_folder("start")
+    lab.train_here(1, PRETRAIN, *lab.arguments(start, train__steps=2, parallel__pipeline=1))
+    questions = lab.folder / "questions.jsonl"
+    asked = [{"context": f"Item {n} costs {n * 7}.", "question": f"{n}?", "answer": str(n * 7)} for n in range(60)]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    source = json.dumps({"asked": {"path": str(questions), "format": "examples"}})
+    keys = [f"data.train={source}", f"data.validation={source}", f"train.steps={STEPS}", *_FINETUNING]
+    with lab.hosts(2) as hosts:
+        words = ["--from", str(start), "--config", "finetune", *keys]
+        variables = ["PROGRAM=launch/finetune.py", f"HOSTFILE={write_hostfile(hosts)}"]
+        command = ["env", *variables, "launch/deepspeed.sh", *words, f"train.output_dir={run}"]
+        done = hosts.run(1, command, env=CPU, seconds=SECONDS)
+        lab.train_here(2, "launch/finetune.py", *words, f"train.output_dir={here}")
+        ending = Ending("fine-tunes, same losses")
+        ending.expect(done.returncode == 0, f"code {done.returncode}: {last_words(done)}")
+        found, expected = losses(run), losses(here)
+        ending.expect(len(found) == STEPS, f"losses of {len(found)} of {STEPS} steps")
+        ending.expect(found == expected, f"losses {found}, on one machine {expected}")
+        ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+        return ending
+
+
+_FINETUNING = [
+    "data.sequence_length=64",
+    "data.lanes=8",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.warmup_steps=1",
+    "train.precision=fp32",
+    "train.log_every_steps=1",
+    "evaluate.sequences=4",
+    "parallel.pipeline=2",
+]
 _TORCHRUN = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "host1:29400"]
 
 
@@ -292,6 +328,13 @@ STARTS = [
         programs=_PDSH,
     ),
     Case("quotes", "start", "`launch/deepspeed.sh`, arguments and variables full of quotes", quoted, programs=_PDSH),
+    Case(
+        "finetune_script",
+        "start",
+        "`PROGRAM=launch/finetune.py launch/deepspeed.sh`",
+        finetuned,
+        programs=_PDSH,
+    ),
     _trains("mpirun_script", "`launch/mpirun.sh`", script("mpirun.sh", MPIRUN_OPTIONS="--allow-run-as-root")),
     _trains_on_each("torchrun_script", "`launch/torchrun.sh` on each host", _torchrun_script),
     _trains("sbatch", "`sbatch launch/slurm.sbatch`", sbatch, slurm=True, says="can run together"),

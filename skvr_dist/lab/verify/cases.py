@@ -74,6 +74,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "family": tuple(FAMILIES),
     "attention": get_args(AttentionName),
     "compile": ("off", "aot_eager", "inductor"),
+    "draws_per": ("micro_batch", "sequence"),
 }
 """What a whole matrix may be trained with instead (`tools/verify.py layouts --set`), by the field of `Case`."""
 CHECKPOINTING: dict[str, dict[str, Any]] = {
@@ -179,6 +180,8 @@ class Case:
     rising: bool = False
     """Whether the probability of cross-layer reads rises from step to step, with some micro-batches at full retention,
     under a policy that draws anything."""
+    draws_per: str = "micro_batch"
+    """What draws donors of its own, under a policy that draws anything."""
     distillation: str = ""
     """The name of one of `DISTILLATIONS`."""
     adam_eps: float = OPTIMIZER["eps"]
@@ -218,7 +221,14 @@ class Case:
         if self.rising and "cross_layer_prob" in parameters:
             rise = {"points": [[0.0, 0.1], [0.6, parameters["cross_layer_prob"]]]}
             parameters = {**parameters, "cross_layer_prob": rise, "full_retention_share": 0.25}
+        if "cross_layer_prob" in parameters:
+            parameters = {**parameters, "draws_per": self.draws_per}
         return {"policy": self.policy, **parameters}
+
+    @property
+    def rows(self) -> int:
+        """Rows of donors that a micro-batch has."""
+        return BATCH if self.routing.get("draws_per") == "sequence" else 1
 
     @property
     def separate_at(self) -> int | None:
@@ -351,8 +361,8 @@ def varied(case: Case, variation: str) -> Case:
 def full_matrix() -> list[Case]:
     """Every layout, with policies, kinds of checkpointing and kinds of embedding combined.
 
-    Each layout also trains once over 20 steps, once a Qwen2, which has biases on queries, keys and values alone, and
-    twice with distillation.
+    Each layout also trains once over 20 steps, once a Qwen2, which has biases on queries, keys and values alone, twice
+    with distillation, and twice with donors of each sequence, once of them with distillation.
     Each case with checkpointing has another variation, which meets another policy and kind in each layout.
     """
     policies, tied = ("none", "uniform", "strategy"), itertools.cycle((True, False))
@@ -367,8 +377,12 @@ def full_matrix() -> list[Case]:
         cases.append(Case(layout, family="qwen2", tied=number % 2 == 1))
         cases.append(Case(layout, "strategy", ragged=True, tied=number % 2 == 0, distillation="self"))
         cases.append(Case(layout, "uniform", "layer", documents="separate", distillation="forwards only"))
+        kind, policy = (kinds[number % 3], policies[1:][number % 2])
+        cases.append(Case(layout, policy, kind, number % 2 == 0, draws_per="sequence"))
+        cases.append(Case(layout, documents="separate", distillation="self", draws_per="sequence"))
     for layout in (layout for layout in LAYOUTS if LAYOUTS[layout].brief):
         cases += [Case(layout), Case(layout, "strategy", "layer", tied=True, ragged=True)]
+        cases.append(Case(layout, draws_per="sequence"))
         cases += [varied(Case(layout, tied=True), variation) for variation in ("bf16", "all at once")]
     return cases
 
@@ -376,7 +390,8 @@ def full_matrix() -> list[Case]:
 def quick_matrix() -> list[Case]:
     """Every layout twice, so that all policies, kinds of checkpointing and both kinds of embedding take their turns.
 
-    The second case has a variation. Brief layouts are there once, and only if two ranks are enough. Four cases distil.
+    The second case has a variation. Brief layouts are there once, and only if two ranks are enough. Four cases distil,
+    and in four each sequence has donors of its own.
     """
     policies = itertools.cycle(("uniform", "strategy", "uniform", "none"))
     kinds = itertools.cycle(("none", "layer", "attention", "every 2nd layer"))
@@ -394,4 +409,9 @@ def quick_matrix() -> list[Case]:
         Case(layout, documents="separate", tied=True, distillation="forwards only")
         for layout in ("PP4 uneven", "DP2 ZeRO-3")
     ]
-    return cases
+    cases += [Case(layout, draws_per="sequence") for layout in ("single", "TP2xPP2xDP2 SP ZeRO-3")]
+    return [
+        *cases,
+        Case("PP4 uneven", "uniform", "attention", tied=True, documents="separate", draws_per="sequence"),
+        Case("PP2xDP2 ZeRO-1", "uniform", "layer", distillation="self", draws_per="sequence"),
+    ]

@@ -147,16 +147,17 @@ def how_to_distil(case: Case) -> reference.Distillation | None:
     )
 
 
-def passes(case: Case, plans: list[list[list[int]]]) -> list[tuple[list[int], bool]]:
-    """Donors of every pass of a case, and whether it runs back."""
+def passes(case: Case, plans: list[list[list[int]]]) -> list[tuple[list[list[int]], bool]]:
+    """The rows of donors of every pass of a case, and whether it runs back."""
     how, found = how_to_distil(case), []
     for plan, marks in zip(plans, case.distilled(), strict=True):
-        for donors, mark in zip(plan, marks, strict=True):
+        for q, mark in enumerate(marks):
+            rows = plan[q * case.rows : (q + 1) * case.rows]
             if how and mark:
-                found.append((list(range(len(donors))), how.full_weight > 0))
-                found += [(each or donors, True) for each in how.passes]
+                found.append(([list(range(len(rows[0])))], how.full_weight > 0))
+                found += [([each] if each else rows, True) for each in how.passes]
             else:
-                found.append((donors, True))
+                found.append((rows, True))
     return found
 
 
@@ -168,7 +169,7 @@ def expected(case: Case) -> dict[str, Any]:
     initial = {name: weight.to(dtype).float() for name, weight in draws.initial_weights(case.shape, SEED).items()}
     layers = case.shape["num_hidden_layers"]
     plans = [
-        draws.plan(case.routing, layers, MICRO_BATCHES, seed=SEED, step=step, steps=case.steps)
+        draws.plan(case.routing, layers, MICRO_BATCHES * case.rows, seed=SEED, step=step, steps=case.steps)
         for step in range(case.steps)
     ]
     threads = torch.get_num_threads()
@@ -176,17 +177,22 @@ def expected(case: Case) -> dict[str, Any]:
     trained = reference.train(
         initial,
         case.shape,
-        case.batches(),
+        [_by_row(case, batch) for batch in case.batches()],
         plans,
-        labelled=case.labelled(),
+        labelled=[_by_row(case, mask) for mask in case.labelled()],
         separate_at=case.separate_at,
         dtype=dtype,
         distillation=how_to_distil(case),
-        distilled=case.distilled(),
+        distilled=[[mark for mark in marks for _ in range(case.rows)] for marks in case.distilled()],
         **how_to_train(case),
     )
     torch.set_num_threads(threads)
     return {**trained, "initial": initial, "donors": plans}
+
+
+def _by_row(case: Case, batch: Tensor) -> Tensor:
+    """A global batch [Q, B, ...] as micro-batches of a row each [Q * R, B / R, ...], which the reference trains on."""
+    return batch.reshape(-1, BATCH // case.rows, *batch.shape[2:])
 
 
 def compare(case: Case, results: Sequence[RankResult]) -> Outcome:
@@ -294,10 +300,14 @@ def _finite(error: float) -> float:
 def _crossing_ratio(case: Case, results: Sequence[RankResult]) -> float:
     config = case.config()
     model, kv_copies = config.model, max(config.parallel.tensor // config.model.num_key_value_heads, 1)
-    size = {"tokens": BATCH * case.sequence, "hidden_size": model.hidden_size, "kv_size": model.kv_size * kv_copies}
+    size = {"hidden_size": model.hidden_size, "kv_size": model.kv_size * kv_copies}
     cuts = [stop for _, stop in stage_bounds(model, config.parallel)[:-1]]
-    rows = [donors for donors, _ in passes(case, results[0].donors)]
-    bound = sum(crossing_elements(donors, cut, **size) for cut in cuts for donors in rows)
+    bound = sum(
+        crossing_elements(donors, cut, tokens=BATCH * case.sequence // len(rows), **size)
+        for cut in cuts
+        for rows, _ in passes(case, results[0].donors)
+        for donors in rows
+    )
     bytes_per_element = 2 if case.precision == "bf16" else 4
     sent = sum(result.sent_bytes for result in results)
     return sent / (bound * bytes_per_element) if bound else 1.0 + sent

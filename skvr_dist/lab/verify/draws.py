@@ -72,11 +72,11 @@ def philox(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int,
     return a, b, c, d
 
 
-def _numbers(seed: int, step: int, micro_batch: int) -> Iterator[float]:
+def _numbers(seed: int, step: int, row: int) -> Iterator[float]:
     """Numbers in [0, 1), without end."""
     block = 1
     while True:
-        for word in philox((block, 0, micro_batch, step), seed):
+        for word in philox((block, 0, row, step), seed):
             yield (word >> 11) / 2**53
         block += 1
 
@@ -94,9 +94,9 @@ def rate(value: float | dict, step: int, steps: int) -> float:
     return start + (end - start) * ((place - left) / (right - left))
 
 
-def donors(routing: dict, layers: int, *, seed: int, step: int, micro_batch: int, steps: int = 1) -> list[int]:
+def donors(routing: dict, layers: int, *, seed: int, step: int, row: int, steps: int = 1) -> list[int]:
     """The layer that each layer reads; `routing` is the section of a configuration, `steps` those of its schedules."""
-    numbers = _numbers(seed, step, micro_batch)
+    numbers = _numbers(seed, step, row)
     coins = [next(numbers) for _ in range(layers)]
     picks = [next(numbers) for _ in range(layers)]
     policy, prob = routing["policy"], rate(routing.get("cross_layer_prob") or 0.0, step, steps)
@@ -127,6 +127,6 @@ def _donor(routing: dict, layer: int, pick: float, reads: list[int]) -> int:
     raise ValueError(f"policy {policy!r} has no draw of the reference's own; write it here, from docs/draws.md")
 
 
-def plan(routing: dict, layers: int, micro_batches: int, *, seed: int, step: int, steps: int = 1) -> list[list[int]]:
-    """The donors of all micro-batches of a step, [Q][L]."""
-    return [donors(routing, layers, seed=seed, step=step, micro_batch=q, steps=steps) for q in range(micro_batches)]
+def plan(routing: dict, layers: int, rows: int, *, seed: int, step: int, steps: int = 1) -> list[list[int]]:
+    """The donors of all rows of a step (micro-batches, or sequences where each has its own), [rows][L]."""
+    return [donors(routing, layers, seed=seed, step=step, row=row, steps=steps) for row in range(rows)]

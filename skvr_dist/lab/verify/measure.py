@@ -40,7 +40,7 @@ class RankResult:
     losses: list[float]
     norms: list[float]
     donors: list[list[list[int]]]
-    """The routing plans it used, [step][micro-batch][layer]."""
+    """The routing plans it used, [step][row][layer]."""
     initial: Held
     gradients: list[Held]
     """Gradients of every step, before clipping."""

@@ -44,7 +44,10 @@ def shrunk(config: Config) -> Config:
         }
     )
     data = config.data.model_copy(update={"sequence_length": 4 * tp_size})
-    train = config.train.model_copy(update={"micro_batch_size": 1, "global_batch_size": config.num_micro_batches})
+    # Where sequences have donors each, their number decides what is read.
+    each = config.train.micro_batch_size if config.routing.draws_per == "sequence" else 1
+    batch = {"micro_batch_size": each, "global_batch_size": each * config.num_micro_batches}
+    train = config.train.model_copy(update=batch)
     return config.model_copy(update={"model": model, "data": data, "train": train})
 
 

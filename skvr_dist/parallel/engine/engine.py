@@ -210,14 +210,15 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             self.before.activations.expect([self._format_of(plan).elements(plan.entering) for plan in self._plans])
         if self.after and training:
             back = [plan for plan in self._plans if plan.run.runs_back]
-            sizes = [self._format.elements(plan.leaving) for plan in back]
+            sizes = [self._format_of(plan).elements(plan.leaving) for plan in back]
             # Where some passes do not come back, the next gradients may be far off: see `sends_first`.
             self.after.gradients.expect(sizes, ahead=len(back) == len(self._plans))
 
     def _format_of(self, plan: PassPlan) -> HandoverFormat:
-        if not plan.run.by_teacher or self._distillation.teacher is None:
-            return self._format
-        return dataclasses.replace(self._format, model=self._distillation.teacher.model_config)
+        """How what crosses in a pass is packed."""
+        teacher = self._distillation.teacher if plan.run.by_teacher else None
+        model = teacher.model_config if teacher else self._format.model
+        return dataclasses.replace(self._format, model=model, rows=len(plan.donors))
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         batch: MicroBatch = self._next_batch()
@@ -298,8 +299,8 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
         assert self.after is not None
-        packed = self.after.gradients.receive()
-        self._gradients = self._format.unpack(packed, self._plan_of(buffer_id).leaving)
+        packed, plan = self.after.gradients.receive(), self._plan_of(buffer_id)
+        self._gradients = self._format_of(plan).unpack(packed, plan.leaving)
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         self.backward_passes += 1

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -27,6 +28,10 @@ from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.boundary import Handover
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.parallel.tensor import TensorParallelModules
+from skvr_dist.routing import KVPart
+
+TIED_WEIGHT = "embed_tokens.weight"
+"""The canonical name of the weight that first and last stage share when embeddings are tied."""
 
 
 class Prediction(NamedTuple):
@@ -92,8 +97,8 @@ class StageModule(PipelineModule):
         self,
         *,
         inputs: Tensor | Handover,
-        donors: Sequence[int],
-        leaving: Sequence[int],
+        donors: Sequence[Sequence[int]],
+        leaving: Sequence[KVPart],
         documents: Tensor | None,
         objective: Objective | None = None,
     ) -> Handover | Prediction:
@@ -101,8 +106,8 @@ class StageModule(PipelineModule):
 
         Args:
             inputs: on the first stage tokens, int [B, S]; else what the stage before hands over.
-            donors: int [L], the donors of this micro-batch.
-            leaving: layers whose keys and values go out, received ones among them.
+            donors: int [R][L], the donors of this micro-batch: one row for all of its sequences, or one for each.
+            leaving: keys and values that go out, received ones among them.
             documents: int [B, S], if attention stays within documents.
             objective: on the last stage, what is to be predicted; None: nothing.
 
@@ -121,7 +126,7 @@ class StageModule(PipelineModule):
         if self.decoder.has_head:
             final = self.decoder.final(hidden)
             return Prediction(final.detach(), self.decoder.head(final, objective=objective) if objective else None)
-        return Handover(hidden, {layer: known[layer] for layer in leaving})
+        return Handover(hidden, {part: known[part] for part in leaving})
 
     def compile_layers(self, device: torch.device) -> None:
         """Compile the layers for a device, as the configuration says."""
@@ -160,7 +165,7 @@ class StageModule(PipelineModule):
         groups = new_groups(pairs)
         if self._mesh.pp_rank not in (0, last):
             return {}
-        module, name = self.decoder.embed_tokens, "embed_tokens.weight"
+        module, name = self.decoder.embed_tokens, TIED_WEIGHT
         if self._mesh.pp_rank == last:  # the first stage stands for both
             self.shards[name] = dataclasses.replace(self.shards[name], primary=False)
             _count_in_norm(self.decoder.get_parameter(name), False)
@@ -170,10 +175,14 @@ class StageModule(PipelineModule):
     def _synchronize_tied_weights(self) -> None:
         """Nothing to send: both stages draw or load the same weights by name."""
 
+    @property
+    def tied(self) -> tuple[nn.Parameter, dist.ProcessGroup] | None:
+        """The tied embedding and the group of first and last stage, on these; None where the stages share none."""
+        return next(((comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()), None)
+
     def get_tied_weights_and_groups(self) -> TiedWeights:
-        """The tied embedding, on the first and the last stage, with the group of both; nothing if it is not trained."""
-        tied = [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
-        return [(weight, group) for weight, group in tied if weight.requires_grad]
+        """`tied` as DeepSpeed asks for it; nothing if it is not trained."""
+        return [self.tied] if self.tied and self.tied[0].requires_grad else []
 
 
 def _count_in_norm(parameter: nn.Parameter, counted: bool) -> None:

@@ -1,13 +1,14 @@
 """What crosses a stage boundary: one packed tensor per micro-batch, whose size both sides know from the plan.
 
-The packed tensor is flat: hidden states, then keys and values of the crossing layers in ascending order. Its
+The packed tensor is flat: hidden states, then the keys and values that cross, by layer and by row of donors, in
+ascending order. Its
 gradient comes back in the same form. Neither needs a handshake about shapes.
 
 Each tensor-parallel rank sends to its counterpart: its own heads of keys and values, and 1/T of the hidden states,
 which the receiving ranks gather. So no byte crosses twice.
 
-Shapes: B batch, S sequence, D hidden, K this rank's key/value heads, E head_dim, N elements of the packed tensor,
-T tensor-parallel ranks.
+Shapes: B batch, R rows of donors of a micro-batch, S sequence, D hidden, K this rank's key/value heads, E head_dim,
+N elements of the packed tensor, T tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from skvr_dist.model.decoder import KV
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.channel import Channel
 from skvr_dist.parallel.tensor import gather
+from skvr_dist.routing import KVPart
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +37,11 @@ class Handover:
 
     hidden: Tensor
     """[B, S, D]; with sequence parallelism [B, S / T, D]."""
-    kv: dict[int, KV]
-    """Keys and values of the crossing layers, in ascending order."""
+    kv: dict[KVPart, KV]
+    """The keys and values that cross, each [B / R, S, K, E], in ascending order."""
 
     def tensors(self) -> list[Tensor]:
-        """Hidden states, then keys and values of each layer."""
+        """Hidden states, then keys and values of each part."""
         return [self.hidden, *(tensor for kv in self.kv.values() for tensor in (kv.k, kv.v))]
 
 
@@ -59,12 +61,14 @@ class HandoverFormat:
     model: ModelConfig
     mesh: Mesh
     shape: MicroBatchShape
+    rows: int = 1
+    """R."""
 
-    def elements(self, crossing: Sequence[int]) -> int:
+    def elements(self, crossing: Sequence[KVPart]) -> int:
         """N, the liveness bound of this rank.
 
         Args:
-            crossing: the layers whose keys and values cross, ascending.
+            crossing: the keys and values that cross, ascending.
         """
         return sum(math.prod(shape) for shape in self._shapes(len(crossing)))
 
@@ -75,11 +79,11 @@ class HandoverFormat:
             hidden = hidden.flatten().chunk(self.mesh.tp_size)[self.mesh.tp_rank]
         return torch.cat([part.flatten() for part in (hidden, *kv)])
 
-    def unpack(self, packed: Tensor, crossing: Sequence[int]) -> Handover:
+    def unpack(self, packed: Tensor, crossing: Sequence[KVPart]) -> Handover:
         """The parts of a packed tensor [N]; all but perhaps the hidden states are views of it.
 
         Args:
-            crossing: the layers whose keys and values cross, ascending.
+            crossing: the keys and values that cross, ascending.
         """
         shapes = self._shapes(len(crossing))
         flat = packed.split([math.prod(shape) for shape in shapes])
@@ -88,22 +92,22 @@ class HandoverFormat:
             hidden = gather(hidden, self.mesh.tp_group, dim=0)
             hidden = hidden.view(self.shape.batch, self.shape.sequence, self.model.hidden_size)
         pairs = zip(crossing, kv[0::2], kv[1::2], strict=True)
-        return Handover(hidden, {layer: KV(k, v) for layer, k, v in pairs})
+        return Handover(hidden, {part: KV(k, v) for part, k, v in pairs})
 
     @property
     def _hidden_is_split_for_sending(self) -> bool:
         """Without sequence parallelism all tensor-parallel ranks hold the same hidden states and gradients of them."""
         return self.mesh.tp_size > 1 and not self.shape.sequence_parallel
 
-    def _shapes(self, layers: int) -> list[tuple[int, ...]]:
-        """Shapes of the parts as they are sent, with keys and values of that many layers."""
+    def _shapes(self, parts: int) -> list[tuple[int, ...]]:
+        """Shapes of what is sent, with that many parts of keys and values."""
         ranks, hidden_size = self.mesh.tp_size, self.model.hidden_size
         batch, sequence = self.shape.batch, self.shape.sequence
         heads = max(self.model.num_key_value_heads // ranks, 1)
-        kv = (batch, sequence, heads, self.model.head_dim)
+        kv = (batch // self.rows, sequence, heads, self.model.head_dim)
         flat = (batch * sequence * hidden_size // ranks,)
         hidden = flat if self._hidden_is_split_for_sending else (batch, sequence // ranks, hidden_size)
-        return [hidden, *([kv] * (2 * layers))]
+        return [hidden, *([kv] * (2 * parts))]
 
 
 @dataclass(frozen=True)

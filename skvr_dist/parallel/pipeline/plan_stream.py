@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from skvr_dist.errors import UserError
 from skvr_dist.host_group import HostGroup
@@ -19,10 +19,11 @@ from skvr_dist.routing import RoutingPlan
 class _Travelling:
     """The plan of one step on its way, and this rank's own draw of it."""
 
-    def __init__(self, step: int, drawn: Tensor, group: HostGroup) -> None:
+    def __init__(self, step: int, drawn: RoutingPlan, group: HostGroup) -> None:
         self.step = step
-        self.drawn = drawn
-        self.received = drawn.clone()
+        self.plan = drawn
+        self.drawn = torch.from_numpy(drawn.donors)
+        self.received = self.drawn.clone()
         self._group = group
         self._hop = 0
         self._work: dist.Work | None = None
@@ -65,7 +66,7 @@ class PlanStream:
         for plan in self._under_way:
             plan.arrive()
             plan.start()
-        drawn = torch.from_numpy(self._draw(self._next_to_send).donors)
+        drawn = self._draw(self._next_to_send)
         self._under_way.append(_Travelling(self._next_to_send, drawn, self._mesh.host_group))
         self._under_way[-1].start()
         self._next_to_send += 1
@@ -83,14 +84,14 @@ class PlanStream:
             if not torch.equal(plan.received, plan.drawn):
                 raise UserError(self._difference(plan))
             self._advance()
-        return RoutingPlan(plan.received.numpy())
+        return dataclasses.replace(plan.plan, donors=plan.received.numpy())
 
     def _difference(self, plan: _Travelling) -> str:
-        micro_batch, layer = (plan.received != plan.drawn).nonzero()[0].tolist()
+        row, layer = (plan.received != plan.drawn).nonzero()[0].tolist()
         return (
-            f"routing plan of step {plan.step + 1}, micro-batch {micro_batch}: rank {self._mesh.rank} draws that "
-            f"layer {layer} reads layer {plan.drawn[micro_batch, layer]}, rank 0 sent layer "
-            f"{plan.received[micro_batch, layer]}; the memory or network of one of them is not to be trusted, or "
+            f"routing plan of step {plan.step + 1}, {plan.plan.place_of(row)}: rank {self._mesh.rank} draws that "
+            f"layer {layer} reads layer {plan.drawn[row, layer]}, rank 0 sent layer "
+            f"{plan.received[row, layer]}; the memory or network of one of them is not to be trusted, or "
             f"their versions of numpy differ: take that host out and start again"
         )
 

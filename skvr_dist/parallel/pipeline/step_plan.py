@@ -1,6 +1,6 @@
 """What one stage needs to know of a step's routing plan, worked out once before the step.
 
-Shapes: Q micro-batches of the global batch, L layers.
+Shapes: Q micro-batches of the global batch, R rows of donors of a micro-batch, L layers.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.passes import ONCE, Pass, StepPasses
-from skvr_dist.routing import RoutingPlan, crossing_layers
+from skvr_dist.routing import KVPart, RoutingPlan, crossing_parts
 
 
 @dataclass(frozen=True)
 class PassPlan:
     """One pass of a micro-batch, as a stage sees it."""
 
-    donors: tuple[int, ...]
-    """[L], the layer that each layer of the whole decoder reads."""
-    entering: tuple[int, ...]
-    """Layers whose keys and values come from the stage before, ascending; none on the first stage."""
-    leaving: tuple[int, ...]
-    """Layers whose keys and values go to the stage after, received ones among them, ascending; none on the last."""
+    donors: tuple[tuple[int, ...], ...]
+    """[R][L], the layer that each layer of the whole decoder reads, for all of its sequences or for each."""
+    entering: tuple[KVPart, ...]
+    """Keys and values that come from the stage before, ascending; none on the first stage."""
+    leaving: tuple[KVPart, ...]
+    """Those that go to the stage after, received ones among them, ascending; none on the last."""
     run: Pass = ONCE[0]
     """What the pass is for."""
     is_first: bool = True
@@ -42,15 +42,16 @@ def plan_for_stage(
         passes: of each of the Q micro-batches; None: one each.
     """
     mine = range(mesh.dp_rank, plan.num_micro_batches, mesh.dp_size)
-    rows = plan.donors.tolist()
     found = []
     for q in mine:
         for number, each in enumerate(passes[q] if passes else ONCE):
-            donors = each.donors or tuple(rows[q])
+            donors = (each.donors,) if each.donors else plan.of_micro_batch(q)
             entering, leaving = ((), ()) if each.by_teacher else _crossing(donors, start, stop)
             found.append(PassPlan(donors, entering, leaving, each, is_first=number == 0))
     return tuple(found)
 
 
-def _crossing(donors: tuple[int, ...], start: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return crossing_layers(donors, start), crossing_layers(donors, stop)
+def _crossing(
+    donors: tuple[tuple[int, ...], ...], start: int, stop: int
+) -> tuple[tuple[KVPart, ...], tuple[KVPart, ...]]:
+    return crossing_parts(donors, start), crossing_parts(donors, stop)
