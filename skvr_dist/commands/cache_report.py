@@ -41,6 +41,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     tokenizer = load_tokenizer(checkpoint.tokenizer_file)
     _add_plan(checkpoint)
     layers, profiles = checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
+    context = _context(checkpoint, options.context)
     held_out = HeldOutData.of(checkpoint, options.data, options.sequence_length)
     names = options.strategies or [*of_families(FAMILIES, layers), *profiles]
     strategies = CacheStrategy.parse_all(list(dict.fromkeys([content.FULL, *names])), layers, profiles)
@@ -57,7 +58,6 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
         batches = held_out.batches(options.sequences, options.batch_size, "cpu")
         cases, compared = content.continued(checkpoint.load_decoder(), batches, chosen, tokenizer)
         scores, work = [], "continuations of held-out text"
-    context = options.context or checkpoint.model_config.max_position_embeddings
     report = content.CacheReport(
         model=content.name_of(checkpoint),
         layers=layers,
@@ -89,6 +89,14 @@ def _add_plan(checkpoint: Checkpoint) -> None:
         profiles = checkpoint.config.evaluate.profiles | json.loads(plan.read_text(encoding="utf-8"))["profiles"]
         evaluate = checkpoint.config.evaluate.model_copy(update={"profiles": profiles})
         checkpoint.config = checkpoint.config.model_copy(update={"evaluate": evaluate})
+
+
+def _context(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Tokens of a sequence on the server; raises `UserError` before anything is measured if the model reads fewer."""
+    longest = checkpoint.model_config.max_position_embeddings
+    if asked is not None and asked > longest:
+        raise UserError(f"--context {asked} is more than max_position_embeddings {longest}; give at most that")
+    return asked or longest
 
 
 def _one_of_each_size(strategies: dict[str, CacheStrategy], first: str) -> dict[str, CacheStrategy]:

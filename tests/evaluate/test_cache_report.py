@@ -119,6 +119,8 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     assert "exact match" in page and 'name="viewport"' in page
     record = json.loads((tmp_path / "out/report.json").read_text())
     assert record["recommended"]["strategy"] in record["retained"] and record["memory"][0]["strategy"] == "full"
+    with pytest.raises(UserError, match="--context 99999 is more than max_position_embeddings"):
+        started(*words, "--context", "99999")
     with pytest.raises(UserError, match="give one or the other"):
         started("--standard", "x", "--output", str(tmp_path / "out"))
     with pytest.raises(UserError, match="leave out --standard and --routed"):
