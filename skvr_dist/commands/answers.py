@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
     from skvr_dist.checkpoint.folder import Checkpoint
     from skvr_dist.data.tokenizers.base import Tokenizer
-    from skvr_dist.evaluate.answers import AnswerPoint
+    from skvr_dist.evaluate.answers import AnswerPoint, Answers, Asked
     from skvr_dist.evaluate.intervals import Interval
     from skvr_dist.evaluate.outputs import OutputPoint
     from skvr_dist.routing import CacheStrategy
 
 PROMPTS, CODE = "prompts", "code"
-_FORMATS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", "chat", PROMPTS, CODE)
+QUESTIONS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", CODE)
+_FORMATS = (*QUESTIONS, "chat", PROMPTS)
 _STRATEGIES = ("full", "every:2", "every:4")
 
 
@@ -80,6 +81,23 @@ def run() -> None:
 def _measure_answers(
     options: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer, strategies: Mapping[str, CacheStrategy]
 ) -> Sequence[AnswerPoint]:
+    asked, answers = ask(options, checkpoint, tokenizer, strategies)
+    print(_table(answers.points))
+    print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
+    return answers.points
+
+
+def ask(
+    options: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer, strategies: Mapping[str, CacheStrategy]
+) -> tuple[Asked, Answers]:
+    """Ask the questions of a file, or the lines of a corpus.
+
+    Args:
+        options: file, format, count, decode, validation_share, sequence_length and batch_size.
+
+    Raises:
+        UserError: the file is of another format, or does not fit the model.
+    """
     from skvr_dist.data.finetune.chat import ChatTemplate
     from skvr_dist.data.finetune.encode import Encoder
     from skvr_dist.data.finetune.formats import read_examples
@@ -105,7 +123,7 @@ def _measure_answers(
         encoder = Encoder(tokenizer, longest=length + 1, seed=0, template=template)
         asked = Asked.of(read_examples(options.file, options.format), encoder, options.count)
         decode = Decoding(tokenizer, options.decode, METRICS[options.format]) if options.decode else None
-    points = measure_answers(
+    answers = measure_answers(
         checkpoint.load_decoder(),
         asked,
         strategies,
@@ -113,10 +131,8 @@ def _measure_answers(
         sequence_length=length,
         batch_size=options.batch_size,
         decode=decode,
-    ).points
-    print(_table(points))
-    print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
-    return points
+    )
+    return asked, answers
 
 
 def _measure_outputs(

@@ -94,7 +94,7 @@ def run() -> int:
         )
     json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)
     png_file = prove_writable(options.png or json_file.with_suffix(".png"))
-    strategies = options.strategies or _of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
+    strategies = options.strategies or of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
     gates = dict(options.gate)
     if gates:  # rises are over the first one
         strategies = list(dict.fromkeys(["full", *strategies, *gates]))
@@ -138,7 +138,7 @@ def _gate(text: str) -> tuple[str, float]:
     return name, bound
 
 
-def _of_families(families: Sequence[str], num_layers: int) -> Sequence[str]:
+def of_families(families: Sequence[str], num_layers: int) -> Sequence[str]:
     """Strategies of each family at the usual sizes; the usual five without one."""
     from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES
 

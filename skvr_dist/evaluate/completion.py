@@ -87,10 +87,13 @@ def asked_lines(lines: Iterable[Line], tokenizer: Tokenizer, longest: int, new_t
         raise UserError(f"--decode {new_tokens} leaves no room to read in {longest} tokens; give less")
     asked = Asked([], [], Counts())
     for line in lines:
-        answer = tokenizer.encode(line.text + END_OF_LINE)
-        if len(answer) > new_tokens:
-            continue
         before = tokenizer.encode(line.before)
+        # Many tokenizers have one token for the end of a line and the indentation of the next, which is predicted.
+        healed = tokenizer.decode(before[-1:]) if not tokenizer.decode(before[-1:]).strip() else ""
+        before = before[:-1] if healed else before
+        answer = tokenizer.encode(healed + line.text + END_OF_LINE)
+        if len(answer) > new_tokens or not before:
+            continue
         asked.counts.examples += 1
         asked.counts.cut += len(before) > room
         tokens = np.array([*before[-room:], *answer], dtype=np.uint32)
@@ -114,13 +117,18 @@ def ends_of_line(tokenizer: Tokenizer) -> set[int]:
 
 def same_words(text: str, line: str) -> float:
     """1 where the first line of a text is the line up to white space, else 0."""
-    return float(text.split(END_OF_LINE)[0].split() == line.split())
+    return float(_first_line(text).split() == line.split())
 
 
 def edit_similarity(text: str, line: str) -> float:
     """Characters that both have in the same order, over those of both: what `fuzz.ratio` rounds to per cent."""
-    mine, theirs = text.split(END_OF_LINE)[0].strip(), line.strip()
+    mine, theirs = _first_line(text).strip(), line.strip()
     return 2 * longest_common_subsequence(mine, theirs) / (len(mine) + len(theirs)) if mine or theirs else 1.0
+
+
+def _first_line(text: str) -> str:
+    """The first one that is not empty: a text may begin with the end of the line before."""
+    return text.lstrip(END_OF_LINE).split(END_OF_LINE)[0]
 
 
 METRICS = (best_of("exact match", same_words), best_of("edit similarity", edit_similarity))

@@ -33,7 +33,7 @@ def generate(
         temperature: of the sampling; 0 takes the likeliest token.
         seed: of the sampling.
         stop_tokens: each ends the continuation, and is not part of it.
-        last_tokens: each ends it, and is part of it.
+        last_tokens: each ends it, and is part of it, but for those that it begins with.
 
     Returns:
         the new tokens, int [at most max_new_tokens], and the cache behind them.
@@ -52,7 +52,7 @@ def generate(
         if int(token) in stop_tokens:
             break
         new.append(token)
-        if int(token) in last_tokens:
+        if int(token) in last_tokens and any(int(each) not in last_tokens for each in new):
             break
         tokens = token.reshape(1, 1)
     return torch.stack(new) if new else prompt.new_empty(0), cache
