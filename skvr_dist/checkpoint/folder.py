@@ -33,7 +33,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from skvr_dist.checkpoint.facts import FORMAT, Facts
+from skvr_dist.checkpoint.facts import FORMAT, OLDEST_FORMAT, Facts
 from skvr_dist.checkpoint.names import candidates as candidates
 from skvr_dist.checkpoint.names import partial_folder as partial_folder
 from skvr_dist.checkpoint.names import step_folder as step_folder
@@ -212,7 +212,7 @@ class Checkpoint:
                 description = Description(folder, manifest, *needed)
             self.description = description
             facts = json.loads(description.facts)
-            if (written := int(facts["format"])) != FORMAT:
+            if not OLDEST_FORMAT <= (written := int(facts["format"])) <= FORMAT:
                 age, way_out = ("newer", "update skvr_dist") if written > FORMAT else ("older", "use its own release")
                 raise UserError(
                     f"checkpoint {folder} has format {written}, {age} than this release's {FORMAT}; {way_out}"

@@ -17,7 +17,8 @@ from hypothesis import given
 from support.tokenizers import train_hugging_face
 from support.trainers import start_from_weights
 
-from skvr_dist.checkpoint.folder import FORMAT, Checkpoint, candidates, forget_old, publish, step_folder
+from skvr_dist.checkpoint.facts import FORMAT, OLDEST_FORMAT
+from skvr_dist.checkpoint.folder import Checkpoint, candidates, forget_old, publish, step_folder
 from skvr_dist.checkpoint.pieces import pieces_of
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.tokenizers.load import load_tokenizer
@@ -298,7 +299,7 @@ def test_any_kind_of_tokenizer_travels_with_a_checkpoint(tmp_path: Path, name: s
 
 
 def test_another_format_and_a_folder_without_a_checkpoint_are_refused(run_folder: Path, tmp_path: Path) -> None:
-    for other, kind in ((FORMAT + 1, "newer"), (FORMAT - 1, "older")):
+    for other, kind in ((FORMAT + 1, "newer"), (OLDEST_FORMAT - 1, "older")):
         partial, folder = tmp_path / f"{kind}.partial", tmp_path / kind
         shutil.copytree(run_folder / "checkpoints/step-00000001", partial, ignore=shutil.ignore_patterns("manifest.*"))
         facts = partial / "checkpoint.json"
