@@ -49,6 +49,7 @@ from skvr_dist.train.build import build_engine, build_saver, layout_of
 from skvr_dist.train.counts import StepCounts
 from skvr_dist.train.inputs import Inputs, open_inputs
 from skvr_dist.train.metrics import Reporter, Values
+from skvr_dist.train.mfu import UtilisationMeter
 from skvr_dist.train.plans import plan_stream
 from skvr_dist.train.resume import preview_resume, resume, settle_resume
 from skvr_dist.train.same_schedule import schedule_jumps
@@ -122,6 +123,7 @@ class Run:
     """The strategies to evaluate, by the names that the user gave."""
     counts: StepCounts
     watch: RankWatch
+    utilisation: UtilisationMeter
     first_step: int
     """Steps that are done already."""
     evaluation_due: bool
@@ -194,6 +196,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         ),
         counts=StepCounts(engine, watched, interrupts),
         watch=RankWatch(mesh, config.train.watch_ranks_every_steps),
+        utilisation=UtilisationMeter(config, mesh, engine.teacher_model),
         first_step=first_step,
         evaluation_due=bool(resumed and resumed.facts.evaluation_due),
         facts={
@@ -246,6 +249,7 @@ def train_step(run: Run, step: int) -> None:
         "train/predicted_tokens": engine.predicted_tokens,
         "train/skipped_steps": engine.guard.skipped_steps,
         "train/tokens_per_second": tokens_per_step(run.config) / seconds,
+        **run.utilisation.values(step, plan, seconds, run.counts.document_pairs),
         "train/data_wait_share": (batches.seconds - waited_before) / seconds,
         **routing_values(plan),
         **{f"routing/{name}": value for name, value in routing_rates(run.config, step - 1).items()},

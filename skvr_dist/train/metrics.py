@@ -23,6 +23,7 @@ _CONSOLE = {
     "train/learning_rate": "lr {:.2e}",
     "train/gradient_norm": "grad norm {:.3f}",
     "train/tokens_per_second": "{:,.0f} tokens/s",
+    "train/mfu": "MFU {:.1%}",
     "routing/cross_layer_share": "cross-layer {:.0%}",
     "routing/skipped_kv_share": "K/V skipped {:.0%}",
 }
@@ -72,7 +73,8 @@ class Reporter:
         self._record(step, values)
         self._bar.update()
         if show:
-            shown = "  ".join(text.format(values[tag]) for tag, text in _CONSOLE.items())
+            shown = "  ".join(text.format(values[tag]) for tag, text in _CONSOLE.items() if tag in values)
+            shown = shown.replace("MFU nan%", "MFU n/a")
             self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {shown}  {self._time_left(step)} left")
 
     def evaluation(self, step: int, losses: Values) -> None:
