@@ -2,10 +2,12 @@
 # Start a run on the hosts of launch/hostfile with Open MPI's mpirun:
 #
 #     launch/mpirun.sh --config quickstart train.output_dir=runs/mine train.steps=100
+#     PROGRAM=launch/finetune.py launch/mpirun.sh --from runs/imported --config paper-finetune
 #
 # mpirun passes no variables by itself: name those of yours in PASSED. Ranks find each other through MPI (mpi4py).
 set -euo pipefail
 
+PROGRAM=${PROGRAM:-launch/pretrain.py}
 HOSTFILE=${HOSTFILE:-launch/hostfile}
 PASSED=${PASSED:-DS_ACCELERATOR OMP_NUM_THREADS PATH PYTHONPATH LD_LIBRARY_PATH}
 PORT=${PORT:-29500} # where the ranks meet, on the first host
@@ -18,4 +20,4 @@ for name in $PASSED; do
     [ -z "${!name:-}" ] || passed+=(-x "$name")
 done
 # As many ranks as the hostfile has slots. As root, in a container: add --allow-run-as-root.
-exec mpirun --hostfile "$HOSTFILE" "${passed[@]}" ${MPIRUN_OPTIONS:-} python launch/pretrain.py "$@"
+exec mpirun --hostfile "$HOSTFILE" "${passed[@]}" ${MPIRUN_OPTIONS:-} python "$PROGRAM" "$@"

@@ -7,8 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-FORMAT = 2
-"""Version of the layout of files; another one is refused."""
+FORMAT = 3
+"""Version of the layout of files, which this release writes."""
+OLDEST_FORMAT = 2
+"""The first version that is read, too: its index does not say how many bytes share a digest."""
 
 
 class _Record(BaseModel):
@@ -79,8 +81,8 @@ class Facts(_Record):
         return {name: value for name, value in self.model_dump().items() if value is not None}
 
     def to_json(self) -> str:
-        """The text of checkpoint.json."""
-        return json.dumps(self.record(), indent=2) + "\n"
+        """The text of checkpoint.json; what is written now has this release's format."""
+        return json.dumps({**self.record(), "format": FORMAT}, indent=2) + "\n"
 
     def origin(self) -> dict[str, str]:
         """The fields that say where the weights come from; a run copies them from the checkpoint it starts from."""

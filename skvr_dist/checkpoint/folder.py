@@ -23,15 +23,17 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from skvr_dist.checkpoint.facts import FORMAT, Facts
+from skvr_dist.checkpoint.facts import FORMAT, OLDEST_FORMAT, Facts
 from skvr_dist.checkpoint.names import candidates as candidates
 from skvr_dist.checkpoint.names import partial_folder as partial_folder
 from skvr_dist.checkpoint.names import step_folder as step_folder
@@ -128,11 +130,8 @@ def forget_old(checkpoints: Path, *, keep_last: int, keep_every_steps: int | Non
     return deleted
 
 
-def read_manifest(folder: Path, *, check_sizes: bool = True) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a checkpoint, by name, after a check of the manifest itself and of the sizes.
-
-    Args:
-        check_sizes: look at every file; a checkpoint of a thousand ranks has a thousand.
+def read_manifest(folder: Path) -> bytes:
+    """The manifest of a checkpoint, after a check of itself and of the size of every file.
 
     Raises:
         UserError: a file is missing or has another size, or the manifest is damaged.
@@ -146,18 +145,47 @@ def read_manifest(folder: Path, *, check_sizes: bool = True) -> dict[str, dict[s
     if hashlib.sha256(manifest).hexdigest().encode() != digest:
         raise UserError(f"checkpoint {folder} is damaged: {DIGEST_FILE} does not fit {MANIFEST_FILE}; use another")
     try:
-        files: dict[str, dict[str, Any]] = json.loads(manifest)["files"]
-        sizes = {name: int(facts["bytes"]) for name, facts in files.items()}
+        sizes = {name: int(facts["bytes"]) for name, facts in _files_of(manifest).items()}
     except _WRONG_CONTENT as error:
         raise UserError(
             f"checkpoint {folder} is damaged: {MANIFEST_FILE} holds no files ({error}); use another"
         ) from None
-    for name, size in sizes.items() if check_sizes else ():
+    for name, size in sizes.items():
         file = folder / name
         found = f"has {file.stat().st_size} bytes" if file.exists() else "is missing"
         if found != f"has {size} bytes":
             raise UserError(f"checkpoint {folder} is damaged: {name} {found}, not {size} bytes; use another")
+    return manifest
+
+
+def _files_of(manifest: bytes) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a checkpoint, by name."""
+    files: dict[str, dict[str, Any]] = json.loads(manifest)["files"]
     return files
+
+
+@dataclass(frozen=True)
+class Description:
+    """The files that every reader of a checkpoint needs."""
+
+    folder: Path
+    manifest: bytes
+    config: bytes
+    facts: bytes
+    index: bytes
+
+
+def _folder_of(path: str | Path) -> Path:
+    """The folder of a checkpoint, for a run's folder that of its newest; raises `UserError` if it is neither."""
+    folder = local_path(path)
+    if any((folder / name).exists() for name in (FACTS_FILE, MANIFEST_FILE)):
+        return folder
+    found = candidates(RunFolder(folder).checkpoints)
+    if not found:
+        raise UserError(
+            f"{folder} is neither a checkpoint (it has no {FACTS_FILE}) nor the folder of a run that saved one"
+        )
+    return found[0]
 
 
 class Checkpoint:
@@ -166,39 +194,33 @@ class Checkpoint:
     Args:
         path: the checkpoint's folder, or that of its run, which stands for the run's newest checkpoint.
         verify: compare the tensors now, too, and not only as they are read.
-        looked_at: another process has opened it already; only what every reader needs is read.
+        description: that of the same checkpoint as another process has opened it: nothing is looked at here.
 
     Raises:
         UserError: nothing complete is there, or it is damaged; this names the file.
     """
 
-    def __init__(self, path: str | Path, *, verify: bool = False, looked_at: bool = False) -> None:
-        folder = local_path(path)
-        if not any((folder / name).exists() for name in (FACTS_FILE, MANIFEST_FILE)):
-            found = candidates(RunFolder(folder).checkpoints)
-            if not found:
-                raise UserError(
-                    f"{folder} is neither a checkpoint (it has no {FACTS_FILE}) nor the folder of a run that saved one"
-                )
-            folder = found[0]
-        self.folder = folder
-        self.files = read_manifest(folder, check_sizes=not looked_at)
+    def __init__(self, path: str | Path, *, verify: bool = False, description: Description | None = None) -> None:
+        self.folder = folder = description.folder if description else _folder_of(path)
+        manifest = description.manifest if description else read_manifest(folder)
+        self.files = _files_of(manifest)
         self._tensors_are_whole = False
         try:
-            small = {name for name in self.files if not name.endswith(TENSORS_SUFFIX)}
-            needed = {CONFIG_FILE, FACTS_FILE, INDEX_FILE} if looked_at else small
-            content = {name: self.small_file(name) for name in needed}
-            config_text = content[CONFIG_FILE].decode()
-            facts = json.loads(content[FACTS_FILE])
-            if (written := int(facts["format"])) != FORMAT:
+            if description is None:
+                content = {name: self.small_file(name) for name in self.files if not name.endswith(TENSORS_SUFFIX)}
+                needed = (content[name] for name in (CONFIG_FILE, FACTS_FILE, INDEX_FILE))
+                description = Description(folder, manifest, *needed)
+            self.description = description
+            facts = json.loads(description.facts)
+            if not OLDEST_FORMAT <= (written := int(facts["format"])) <= FORMAT:
                 age, way_out = ("newer", "update skvr_dist") if written > FORMAT else ("older", "use its own release")
                 raise UserError(
                     f"checkpoint {folder} has format {written}, {age} than this release's {FORMAT}; {way_out}"
                 )
             self.facts = Facts.model_validate(facts)
-            self.config = StoredConfig.model_validate(yaml.safe_load(config_text))
+            self.config = StoredConfig.model_validate(yaml.safe_load(description.config.decode()))
             self.model_config = self.config.model
-            self.index = Index(folder, content[INDEX_FILE])
+            self.index = Index(folder, description.index)
         except UserError:
             raise
         except OSError as error:
@@ -212,11 +234,14 @@ class Checkpoint:
                 raise UserError(self._damage(damaged))
             self._tensors_are_whole = True
 
-    def read(self, pieces: Pieces, group: HostGroup) -> None:
+    def read(self, pieces: Pieces, group: HostGroup, neighbours: dist.ProcessGroup | None = None) -> None:
         """Fill pieces, whatever layout they were written by; collective over `group`.
 
         All tensors are compared with their digests: those that any rank reads by the ranks that read
         them, the others by the ranks in turn.
+
+        Args:
+            neighbours: as in `Index.read_pieces`.
 
         Raises:
             UserError: on all ranks: a tensor is missing or has another shape, or a file is damaged.
@@ -227,7 +252,7 @@ class Checkpoint:
             for compare in parts[group.rank :: group.size]:
                 compare()
 
-        self.index.read_pieces(pieces, group, before=compare_my_share)
+        self.index.read_pieces(pieces, group, neighbours, before=compare_my_share)
 
     def _wanted_anywhere(self, pieces: Pieces, group: HostGroup) -> set[str]:
         """The tensors of this checkpoint that any rank has pieces of; collective."""

@@ -11,6 +11,7 @@ and reads nothing twice.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
@@ -40,11 +42,12 @@ from skvr_dist.host_group import HostGroup
 
 INDEX_FILE = "index.json"
 TENSORS_SUFFIX = ".distcp"
-# Hashing and writing blocks of this size releases the GIL, which training needs; and a block fits into a CPU cache.
 _BLOCK_BYTES = 1 << 20
+"""Bytes of a rectangle that are hashed and written at a time, and that share a digest. Work on so many releases the
+GIL, which training needs; they fit into a CPU cache; digests add a 16,000th of the size of the tensors; and ranks that
+share a rectangle read no more than one block each beyond their part."""
+_OLDER_BLOCK_BYTES = 1 << 22  # where the index does not say how many share a digest
 _SYNC_BYTES = 1 << 25
-_DIGEST_BYTES = 1 << 22
-"""Bytes of a rectangle that share a digest; part of the format. Digests add a 60,000th of the size of the tensors."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,17 @@ class _Stored:
     offset: int
     length: int
     sha256: tuple[str, ...]
-    """Digest of each block of `_DIGEST_BYTES`, the last one shorter; empty where an older release wrote it."""
+    """Digest of each block; empty where an older release wrote it."""
+    block: int = _BLOCK_BYTES
+    """Bytes of a block; the last one is shorter."""
+
+    def blocks(self, start: int, stop: int) -> range:
+        """The blocks that some bytes lie in."""
+        return range(start // self.block, -(-stop // self.block))
+
+    def bytes_of(self, number: int) -> slice:
+        """Where a block lies in the rectangle."""
+        return slice(number * self.block, min((number + 1) * self.block, self.length))
 
 
 @dataclass(frozen=True)
@@ -140,9 +153,7 @@ def _write_file(
             offset, blocks = opened.tell(), []
             for start in range(0, len(content), _BLOCK_BYTES):
                 block = content[start : start + _BLOCK_BYTES]
-                if start % _DIGEST_BYTES == 0:
-                    blocks.append(hashlib.sha256())
-                blocks[-1].update(block.data)
+                blocks.append(hashlib.sha256(block.data).hexdigest())
                 digest.update(block.data)
                 opened.write(block.data)
                 unsynced += len(block)
@@ -150,8 +161,7 @@ def _write_file(
                     os.fdatasync(opened.fileno())
                     unsynced = 0
                 pause(len(block))
-            sums = tuple(block.hexdigest() for block in blocks)
-            placed.append((rectangle, _Stored(file.name, offset, len(content), sums)))
+            placed.append((rectangle, _Stored(file.name, offset, len(content), tuple(blocks))))
         opened.flush()
         os.fsync(opened.fileno())
     return placed, digest.hexdigest()
@@ -161,8 +171,16 @@ def _write_index(folder: Path, ranks: list[list[tuple[_Rectangle, _Stored]]]) ->
     """Write where every rectangle of every rank is; returns what went wrong."""
     tensors: dict[str, Any] = {}
     for rectangle, place in itertools.chain.from_iterable(ranks):
-        described = {"shape": list(rectangle.shape), "dtype": rectangle.dtype, "chunks": [], "sha256": []}
-        tensor = tensors.setdefault(rectangle.name, described)
+        tensor = tensors.setdefault(
+            rectangle.name,
+            {
+                "shape": list(rectangle.shape),
+                "dtype": rectangle.dtype,
+                "chunks": [],
+                "sha256": [],
+                "block": _BLOCK_BYTES,
+            },
+        )
         chunk = [list(rectangle.offsets), list(rectangle.sizes), place.relative_path, place.offset, place.length]
         tensor["chunks"].append(chunk)
         tensor["sha256"].append(place.sha256)
@@ -201,9 +219,11 @@ class Index:
         for name, tensor in tensors.items():
             self.has_digests &= "sha256" in tensor
             chunks, digests = [], tensor.get("sha256", [()] * len(tensor["chunks"]))
+            block = tensor.get("block", _OLDER_BLOCK_BYTES)
             for (offsets, sizes, path, offset, length), blocks in zip(tensor["chunks"], digests, strict=True):
                 chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                self.stored[MetadataIndex(name, torch.Size(offsets))] = _Stored(path, offset, length, tuple(blocks))
+                place = _Stored(path, offset, length, tuple(blocks), block)
+                self.stored[MetadataIndex(name, torch.Size(offsets))] = place
             properties = TensorProperties(dtype=getattr(torch, tensor["dtype"]))
             self.described[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
 
@@ -236,29 +256,41 @@ class Index:
         return tensor
 
     def read_pieces(
-        self, pieces: Pieces, group: HostGroup | None = None, *, before: Callable[[], None] = lambda: None
+        self,
+        pieces: Pieces,
+        group: HostGroup | None = None,
+        neighbours: dist.ProcessGroup | None = None,
+        *,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         """Read into the memory of pieces, whatever layout wrote them; collective over `group`, None for one process.
 
         Args:
+            neighbours: ranks, over gloo, that need many of the same bytes: one of them reads those for the others.
             before: called first on each rank; what it raises is raised on all.
 
         Raises:
             UserError: a tensor is missing or has another shape, or a file cannot be read or was changed.
         """
-        problem = None
+        problem, parts = None, []
         try:
             parts = [part for name, held in pieces.items() for part in self._parts(name, held)]
             before()
-            self._read_parts(parts)
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"checkpoint {self.folder} could not be read ({_in_words(error)}); use another"
+        except (UserError, OSError) as error:
+            problem = self._problem(error)
         if group:
             problem = group.first_problem(problem)
+        if problem is None:
+            problem = self._read_parts(parts, neighbours)
+            if group:
+                problem = group.first_problem(problem)
         if problem:
             raise UserError(problem)
+
+    def _problem(self, error: UserError | OSError) -> str:
+        if isinstance(error, UserError):
+            return str(error)
+        return f"checkpoint {self.folder} could not be read ({_in_words(error)}); use another"
 
     def _parts(self, name: str, held: list[Piece]) -> list[tuple[ReadItem, Piece]]:
         """What must be read of a tensor to fill some pieces of it, and the piece that each part lies in."""
@@ -274,27 +306,102 @@ class Index:
         items = create_read_items_for_chunk_list(name, stored, chunks)
         return [(item, by_offsets[tuple(item.dest_index.offset or ())]) for item in items]
 
-    def _read_parts(self, parts: list[tuple[ReadItem, Piece]]) -> None:
-        """Read, file by file."""
-        by_file: dict[str, list[tuple[ReadItem, Piece]]] = {}
+    def _read_parts(self, parts: list[tuple[ReadItem, Piece]], neighbours: dist.ProcessGroup | None) -> str | None:
+        """Read a stored rectangle after the other; collective over `neighbours`. Returns what went wrong."""
+        mine: dict[MetadataIndex, list[tuple[ReadItem, Piece]]] = {}
         for item, piece in parts:
-            by_file.setdefault(self.stored[item.storage_index].relative_path, []).append((item, piece))
-        for name, its_parts in by_file.items():
-            with (self.folder / name).open("rb") as file:
-                for item, piece in its_parts:
-                    target = _rectangle(piece.tensor.detach(), item.dest_offsets, item.lengths)
-                    target.copy_(self._read_part(item, file))
+            mine.setdefault(item.storage_index, []).append((item, piece))
+        wanted = {index: {b for item, _ in of_it for b in self._blocks(item)} for index, of_it in mine.items()}
+        plan = _reading_plan(wanted, self.stored, neighbours)
+        problem = None
+        for index, readers in plan.items():
+            try:
+                content = self._fetch(index, readers, wanted.get(index, set()), neighbours)
+            except (UserError, OSError) as error:
+                problem = problem or self._problem(error)
+                continue
+            for item, piece in mine.get(index, []):
+                target = _rectangle(piece.tensor.detach(), item.dest_offsets, item.lengths)
+                target.copy_(self._part(item, content))
+        return problem
 
-    def _read_part(self, item: ReadItem, file: io.BufferedReader) -> Tensor:
-        """The part of a stored rectangle that an item asks for; only the rows that it needs are read."""
+    def _blocks(self, item: ReadItem) -> range:
+        """The blocks of a stored rectangle that an item lies in."""
+        return self.stored[item.storage_index].blocks(*self._span(item))
+
+    def _span(self, item: ReadItem) -> tuple[int, int]:
+        """The bytes of a stored rectangle that hold the rows which an item asks for: first, and one past the last."""
         index = item.storage_index
-        described, stored = self.tensor(index.fqn), self.stored[index]
-        sizes = next(chunk.sizes for chunk in described.chunks if chunk.offsets == index.offset)
+        sizes, length = self._sizes(index), self.stored[index].length
         first, count = (item.storage_offsets[0], item.lengths[0]) if sizes else (0, 1)
-        row_bytes = stored.length // (sizes[0] if sizes else 1)
-        content = self.read_bytes(file, index.fqn, stored, first * row_bytes, (first + count) * row_bytes)
-        rows = content.view(described.properties.dtype).view(count, *sizes[1:])
-        return _rectangle(rows if sizes else rows[0], (0, *item.storage_offsets[1:]), item.lengths)
+        row_bytes = length // (sizes[0] if sizes else 1)
+        return first * row_bytes, (first + count) * row_bytes
+
+    def _sizes(self, index: MetadataIndex) -> torch.Size:
+        return next(chunk.sizes for chunk in self.tensor(index.fqn).chunks if chunk.offsets == index.offset)
+
+    def _part(self, item: ReadItem, content: Tensor) -> Tensor:
+        """The part of a stored rectangle that an item asks for, from the bytes of the rectangle."""
+        start, stop = self._span(item)
+        sizes = self._sizes(item.storage_index)
+        elements = content[start:stop].view(self.dtype(item.storage_index.fqn))
+        if not sizes:
+            return elements[0]
+        return _rectangle(elements.view(-1, *sizes[1:]), (0, *item.storage_offsets[1:]), item.lengths)
+
+    def _fetch(
+        self,
+        index: MetadataIndex,
+        readers: dict[int, int | None],
+        wanted: set[int],
+        neighbours: dist.ProcessGroup | None,
+    ) -> Tensor:
+        """Bytes of a stored rectangle, of which the wanted blocks are filled; collective over `neighbours`.
+
+        Args:
+            readers: the blocks to read in their order, and the neighbour that reads each for all; None where this rank
+                reads for itself.
+
+        Raises:
+            OSError, UserError: what went wrong with a block, after all of them.
+        """
+        stored, problem = self.stored[index], None
+        content = torch.empty(stored.length, dtype=torch.uint8)  # memory is taken where something is written
+        rank = neighbours.rank() if neighbours else None
+        with contextlib.ExitStack() as stack:
+            file = None
+            for number, reader in readers.items():
+                block = content[stored.bytes_of(number)]
+                if reader == rank or reader is None:
+                    try:
+                        file = file or stack.enter_context((self.folder / stored.relative_path).open("rb"))
+                        self._read_block(file, index, number, block)
+                    except (OSError, UserError) as error:
+                        problem = problem or error
+                if reader is not None:
+                    received = block if number in wanted else torch.empty_like(block)
+                    dist.broadcast(received, group=neighbours, group_src=reader)
+        if problem:
+            raise problem
+        return content
+
+    def _read_block(self, file: io.BufferedReader, index: MetadataIndex, number: int, block: Tensor) -> None:
+        """Fill a block of a stored rectangle, uint8, and compare it with its digest, if it has one.
+
+        Raises:
+            OSError: the file cannot be read, or ends there.
+            UserError: it was changed.
+        """
+        stored, held = self.stored[index], block.numpy()
+        self.bytes_read += len(held)
+        file.seek(stored.offset + stored.bytes_of(number).start)
+        if file.readinto(held.data) != len(held):
+            raise OSError(None, f"ends within tensor {index.fqn}", file.name)
+        if stored.sha256 and hashlib.sha256(held.data).hexdigest() != stored.sha256[number]:
+            raise UserError(
+                f"checkpoint {self.folder} is damaged: {stored.relative_path} changed since it was written (within "
+                f"tensor {index.fqn}); use another"
+            )
 
     def verify(self, name: str) -> None:
         """Compare a whole tensor with its digests.
@@ -304,35 +411,50 @@ class Index:
             UserError: it was changed.
         """
         for chunk in self.tensor(name).chunks:
-            stored = self.stored[MetadataIndex(name, chunk.offsets)]
+            index = MetadataIndex(name, chunk.offsets)
+            stored = self.stored[index]
             with (self.folder / stored.relative_path).open("rb") as file:
-                for start in range(0, stored.length, _DIGEST_BYTES):
-                    self.read_bytes(file, name, stored, start, min(start + _DIGEST_BYTES, stored.length))
+                content = torch.empty(stored.block, dtype=torch.uint8)
+                for number in stored.blocks(0, stored.length):
+                    place = stored.bytes_of(number)
+                    self._read_block(file, index, number, content[: place.stop - place.start])
 
-    def read_bytes(self, file: io.BufferedReader, name: str, stored: _Stored, start: int, stop: int) -> Tensor:
-        """Bytes `start` to `stop` of a rectangle of a tensor, uint8; the blocks that they lie in are compared.
 
-        Raises:
-            OSError: the file cannot be read, or ends there.
-            UserError: it was changed.
-        """
-        first, last = start, stop
-        if stored.sha256:
-            first, last = start - start % _DIGEST_BYTES, min(-(-stop // _DIGEST_BYTES) * _DIGEST_BYTES, stored.length)
-        content = torch.empty(last - first, dtype=torch.uint8)
-        held: NDArray[np.uint8] = content.numpy()
-        self.bytes_read += len(held)
-        file.seek(stored.offset + first)
-        if file.readinto(held.data) != len(held):
-            raise OSError(None, f"ends within tensor {name}", file.name)
-        for begin in range(0, len(held) if stored.sha256 else 0, _DIGEST_BYTES):
-            block = held[begin : begin + _DIGEST_BYTES]
-            if hashlib.sha256(block.data).hexdigest() != stored.sha256[(first + begin) // _DIGEST_BYTES]:
-                raise UserError(
-                    f"checkpoint {self.folder} is damaged: {stored.relative_path} changed since it was written (within "
-                    f"tensor {name}); use another"
-                )
-        return content[start - first : stop - first]
+def _reading_plan(
+    wanted: dict[MetadataIndex, set[int]],
+    stored: Mapping[MetadataIndex, _Stored],
+    neighbours: dist.ProcessGroup | None,
+) -> dict[MetadataIndex, dict[int, int | None]]:
+    """Which rectangles a rank goes through, in the order in which they lie in the files, and who reads their blocks.
+
+    What several neighbours want is read by one of them, in turn, and all go through it in the same order. What one
+    alone wants is not in the plans of the others.
+
+    Returns:
+        by rectangle and block the reader's rank among the neighbours, None for this rank alone.
+    """
+    everybodys = [wanted]
+    if neighbours:
+        everybodys = [{}] * neighbours.size()
+        dist.all_gather_object(everybodys, wanted, group=neighbours)
+    takers: dict[tuple[MetadataIndex, int], list[int]] = {}
+    for rank, theirs in enumerate(everybodys):
+        for index, numbers in theirs.items():
+            for number in numbers:
+                takers.setdefault((index, number), []).append(rank)
+    plan: dict[MetadataIndex, dict[int, int | None]] = {}
+
+    def place(block: tuple[MetadataIndex, int]) -> tuple[str, int, int]:
+        index, number = block
+        return stored[index].relative_path, stored[index].offset, number
+
+    for turn, block in enumerate(sorted(takers, key=place)):
+        index, number = block
+        if len(takers[block]) > 1:
+            plan.setdefault(index, {})[number] = takers[block][turn % len(takers[block])]
+        elif number in wanted.get(index, set()):
+            plan.setdefault(index, {})[number] = None
+    return plan
 
 
 def _rectangle(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -12,6 +12,9 @@ from types import FrameType
 # SIGTERM is what launchers and batch systems send first; a terminal sends SIGINT for Ctrl-C; Slurm sends SIGUSR1 ahead
 # of the end where it is asked to.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# What the end of the console stands for, which is how a rank hears that its launcher has died. Python lets the write
+# fail in place of the signal.
+_NOTED = (*SIGNALS, signal.SIGPIPE)
 
 
 class InterruptListener:
@@ -28,11 +31,15 @@ class InterruptListener:
     def _note(self, number: int, _: FrameType | None) -> None:
         self._received.add(number)
 
+    def note_lost_console(self) -> None:
+        """Nobody reads any longer what this rank prints: end the run as after a signal."""
+        self._received.add(signal.SIGPIPE)
+
     def flags(self) -> list[float]:
-        """For each of `SIGNALS` 1 if this rank has received it, else 0."""
-        return [float(number in self._received) for number in SIGNALS]
+        """For each of `SIGNALS`, then for the end of the console: 1 if this rank has met it, else 0."""
+        return [float(number in self._received) for number in _NOTED]
 
     @staticmethod
     def in_words(ranks: list[float]) -> str | None:
         """The signals that any rank has received, from the sum of all ranks' flags; None if there are none."""
-        return " and ".join(number.name for number, count in zip(SIGNALS, ranks, strict=True) if count) or None
+        return " and ".join(number.name for number, count in zip(_NOTED, ranks, strict=True) if count) or None

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from skvr_dist.cluster.processes import end_marked_processes, in_words, marked_processes, ranks_among, say
 from skvr_dist.cluster.progress import Progress
@@ -71,7 +72,7 @@ class KeptRun:
             say(f"{ended}; started again ({left} more without a new one)")
 
     def _attempt(self) -> int:
-        environment = {**os.environ, _MARK: self._mark}
+        environment, interruption = {**os.environ, _MARK: self._mark}, self._progress.interruption()
         try:
             # Apart from the terminal's process group, so that Ctrl+C comes here only, and is passed on.
             launcher = subprocess.Popen(self._command, env=environment, start_new_session=True)
@@ -80,9 +81,21 @@ class KeptRun:
                 f"cannot start {self._command[0]} ({error}); give the launcher's command after --"
             ) from None
         code = launcher.wait()
+        self._stopping = self._stopping or self._asked_of_others(code, interruption)
         # Ranks without a launcher would write to the same folder as the next attempt.
         end_marked_processes(_MARK, self._mark)
         return code if code >= 0 else 128 - code
+
+    def _asked_of_others(self, code: int, before: dict[str, Any] | None) -> str | None:
+        """The signal that asked the launcher or a rank to end, in words, if one did.
+
+        Args:
+            code: of the launcher.
+            before: the interruption that was noted before the attempt.
+        """
+        if -code in _SIGNALS:
+            return f"{signal.Signals(-code).name} to {self._command[0]}"
+        return self._progress.asked_to_end(before)
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         """Ask the ranks of this host to save and end; before they exist, end the launcher."""

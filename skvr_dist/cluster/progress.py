@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,6 +30,19 @@ class Progress:
     def latest(self) -> Path | None:
         """The run's newest finished checkpoint."""
         return next(iter(candidates(self._run.checkpoints)), None)
+
+    def interruption(self) -> dict[str, Any] | None:
+        """What last had its ranks save and end; each time it is another one."""
+        return self._run.interruption()
+
+    def asked_to_end(self, before: dict[str, Any] | None) -> str | None:
+        """In words, the signal that has had the ranks save and end, if one has.
+
+        Args:
+            before: the interruption that was known before they started.
+        """
+        now = self.interruption()
+        return f"{now['by']} to a rank" if now and now != before else None
 
     def finished(self) -> bool:
         """Whether the checkpoint of the run's last step is there."""

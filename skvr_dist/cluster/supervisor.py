@@ -126,11 +126,12 @@ class Supervisor:
     def _keep_running(self) -> int:
         left, failures, number = self._restarts, 0, 0
         while True:
-            number, before = number + 1, self._progress.latest()
+            number, before, interruption = number + 1, self._progress.latest(), self._progress.interruption()
             attempt = self._play(number)
             code = attempt.code()
             if code == 0 and self._progress.finished():
                 return 0
+            self._stopping = self._stopping or self._progress.asked_to_end(interruption) or ""
             saved = self._progress.latest()
             left, failures = (self._restarts, 0) if saved != before else (left - 1, failures + 1)
             at = f"its latest checkpoint is {saved.name}" if saved else "it has no checkpoint yet"
@@ -229,7 +230,9 @@ class Supervisor:
         attempt.codes[rank] = code
         if code and not attempt.is_killed:
             attempt.failed_at = time.monotonic()
-            if code > 128 and not self._stopping:
+            if code - 128 in SIGNALS:  # it had not begun to train, or it would have saved
+                self._stopping = self._stopping or f"{signal.Signals(code - 128).name} to rank {rank} on {host.name}"
+            elif code > 128 and not self._stopping:
                 say(f"rank {rank} on {host.name} ended with {in_words(code)}; of SIGKILL look for memory first")
 
     # Hosts

@@ -3,28 +3,47 @@
     skvr-answers runs/finetune data/finetune/dev-v2.0.json --format squad --count 200
     skvr-answers runs/finetune data/finetune/dev-v2.0.json --format squad --count 200 --decode 32
     skvr-answers runs/retrieval/rise_seed-0 data/retrieval/held-out.jsonl
+    skvr-answers runs/quickstart/routed stdlib --format code --decode 48
+    skvr-answers runs/assistant data/tools.jsonl --format prompts --schema data/reply.schema.json --decode 200
 
-CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. `exact` is the share of the
-answers that greedy decoding gives to the last token, `loss` is in nats per token of the answers, and `F1`, with
---decode, that of what is decoded with the smaller cache, as SQuAD counts it. Examples that name a `group` are counted
-by it too.
+MODEL is a checkpoint's folder, or a run's, which stands for its latest checkpoint, or an export. `exact` is the share
+of the answers that greedy decoding gives to the last token, `loss` is in nats per token of the answers. With --decode,
+what is decoded with the smaller cache is scored as the file's benchmark does: exact match and F1 of SQuAD, HotpotQA and
+TriviaQA, ROUGE-L and BLEU-1 of MS MARCO, ROUGE-L of RepLiQA. Changes over the first strategy have intervals of 95 %,
+for which contexts are drawn again with their questions. Examples that name a `group` are counted by it too.
+
+With --format code, FILE is a corpus (what tools/prepare_data.py takes as --input, such as stdlib), of whose held-out
+documents lines are to be completed: exact match and edit similarity of the next line.
+
+With --format prompts, FILE holds prompts, or chats with the tools that the assistant may call, and what is decoded is
+read as a program would: the share that is JSON and fits --schema (the arguments of a call: the tool's own parameters),
+and how often calls, and whole outputs, are those of full retention.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from skvr_dist.command import a_path, add_json, at_least, new_parser, parse, run_command, write_json
+from skvr_dist.command import a_path, add_json, at_least, new_parser, parse, run_command, share, write_json
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from skvr_dist.evaluate.answers import AnswerPoint
+    from skvr_dist.checkpoint.folder import Checkpoint
+    from skvr_dist.data.tokenizers.base import Tokenizer
+    from skvr_dist.evaluate.answers import AnswerPoint, Answers, Asked
+    from skvr_dist.evaluate.intervals import Interval
+    from skvr_dist.evaluate.outputs import OutputPoint
+    from skvr_dist.routing import CacheStrategy
 
-_FORMATS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", "chat")
+PROMPTS, CODE = "prompts", "code"
+QUESTIONS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", CODE)
+_FORMATS = (*QUESTIONS, "chat", PROMPTS)
 _STRATEGIES = ("full", "every:2", "every:4")
 
 
@@ -41,60 +60,131 @@ def run() -> None:
     """
     options = _options()
 
-    from skvr_dist.checkpoint.folder import Checkpoint
+    from skvr_dist.data.tokenizers.load import load_tokenizer
+    from skvr_dist.hf.convert.opened import open_model
+    from skvr_dist.routing import CacheStrategy
+
+    checkpoint = open_model(options.checkpoint)
+    if checkpoint.tokenizer_file is None:
+        raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to read questions with; give another one")
+    tokenizer = load_tokenizer(checkpoint.tokenizer_file)
+    strategies = CacheStrategy.parse_all(
+        options.strategies, checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
+    )
+    measure = _measure_outputs if options.format == PROMPTS else _measure_answers
+    points = measure(options, checkpoint, tokenizer, strategies)
+    if options.json:
+        record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "file": str(options.file)}
+        write_json(options.json, {**record, "points": [asdict(point) for point in points]})
+
+
+def _measure_answers(
+    options: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer, strategies: Mapping[str, CacheStrategy]
+) -> Sequence[AnswerPoint]:
+    asked, answers = ask(options, checkpoint, tokenizer, strategies)
+    print(_table(answers.points))
+    print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
+    return answers.points
+
+
+def ask(
+    options: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer, strategies: Mapping[str, CacheStrategy]
+) -> tuple[Asked, Answers]:
+    """Ask the questions of a file, or the lines of a corpus.
+
+    Args:
+        options: file, format, count, decode, validation_share, sequence_length and batch_size.
+
+    Raises:
+        UserError: the file is of another format, or does not fit the model.
+    """
     from skvr_dist.data.finetune.chat import ChatTemplate
     from skvr_dist.data.finetune.encode import Encoder
     from skvr_dist.data.finetune.formats import read_examples
-    from skvr_dist.data.tokenizers.load import load_tokenizer
+    from skvr_dist.data.prepare.corpus import open_corpus
+    from skvr_dist.evaluate import completion
     from skvr_dist.evaluate.answers import Asked, Decoding, measure_answers
-    from skvr_dist.routing import CacheStrategy
+    from skvr_dist.evaluate.completion import asked_lines, ends_of_line, held_out_lines
+    from skvr_dist.evaluate.metrics import METRICS
 
-    checkpoint = Checkpoint(options.checkpoint)
-    file, longest = checkpoint.tokenizer_file, checkpoint.model_config.max_position_embeddings
-    if file is None:
-        raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to read questions with; give another one")
-    tokenizer = load_tokenizer(file)
+    longest = checkpoint.model_config.max_position_embeddings
     length = options.sequence_length or checkpoint.config.data.sequence_length or longest
     if length > longest:
         raise UserError(
             f"--sequence-length {length} is longer than max_position_embeddings {longest}; give at most that"
         )
-    strategies = CacheStrategy.parse_all(
-        options.strategies, checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
-    )
-    template = ChatTemplate.of(str(checkpoint.folder), tokenizer) if options.format == "chat" else None
-    encoder = Encoder(tokenizer, longest=length + 1, seed=0, template=template)
-    asked = Asked.of(read_examples(options.file, options.format), encoder, options.count)
-    points = measure_answers(
+    decode: Decoding | None
+    if options.format == CODE:
+        lines = held_out_lines(open_corpus(str(options.file)), options.validation_share, options.count)
+        asked = asked_lines(lines, tokenizer, length, options.decode)
+        decode = Decoding(tokenizer, options.decode, completion.METRICS, ends_of_line(tokenizer))
+    else:
+        template = ChatTemplate.of(str(checkpoint.folder), tokenizer) if options.format == "chat" else None
+        encoder = Encoder(tokenizer, longest=length + 1, seed=0, template=template)
+        asked = Asked.of(read_examples(options.file, options.format), encoder, options.count)
+        decode = Decoding(tokenizer, options.decode, METRICS[options.format]) if options.decode else None
+    answers = measure_answers(
         checkpoint.load_decoder(),
         asked,
         strategies,
         eos_id=tokenizer.eos_id,
         sequence_length=length,
         batch_size=options.batch_size,
-        decode=Decoding(encoder, options.decode) if options.decode else None,
+        decode=decode,
     )
-    print(_table(points))
-    print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
-    if options.json:
-        record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "file": str(options.file)}
-        write_json(options.json, {**record, "points": [asdict(point) for point in points]})
+    return asked, answers
+
+
+def _measure_outputs(
+    options: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer, strategies: Mapping[str, CacheStrategy]
+) -> Sequence[OutputPoint]:
+    from skvr_dist.data.finetune.prompts import read_prompts, require_room
+    from skvr_dist.evaluate.outputs import measure_outputs, stop_tokens
+    from skvr_dist.evaluate.structured import Schema
+
+    schema = None if options.schema is None else Schema.of(options.schema)
+    prompts = list(islice(read_prompts(options.file, tokenizer, str(checkpoint.folder)), options.count))
+    if not prompts:
+        raise UserError(f"{options.file} holds no prompts; give another file")
+    if schema is None and (without := [prompt for prompt in prompts if not prompt.tools]):
+        raise UserError(f"{without[0].place} has no tools, whose parameters would be its schema; give --schema FILE")
+    require_room(prompts, checkpoint.model_config.max_position_embeddings, options.decode)
+    points = measure_outputs(
+        checkpoint.load_decoder(),
+        prompts,
+        strategies,
+        schema=schema,
+        tokenizer=tokenizer,
+        stop_tokens=stop_tokens(checkpoint, tokenizer),
+        max_new_tokens=options.decode,
+    ).points
+    print(_table_of_outputs(points))
+    print(f"\n{options.file}: {len(prompts):,} prompts, {options.decode} new tokens at most; {checkpoint.folder}")
+    return points
 
 
 def _options() -> argparse.Namespace:
     parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", type=a_path, metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", type=a_path, metavar="MODEL")
     parser.add_argument("file", type=a_path, metavar="FILE", help="of examples (docs/finetuning.md)")
     parser.add_argument("--format", default="examples", choices=_FORMATS, help="of the file (default: examples)")
     parser.add_argument("--strategies", nargs="+", default=_STRATEGIES, metavar="S", help="cache strategies")
     parser.add_argument("--count", type=at_least(1), default=500, metavar="N", help="examples (default: the first 500)")
-    parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode N tokens at most, for F1")
+    parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode and score N tokens at most")
+    parser.add_argument("--schema", type=a_path, metavar="FILE", help="JSON schema of what follows prompts")
+    parser.add_argument(
+        "--validation-share", type=share, default=0.05, metavar="X", help="code: of the corpus (default: 0.05)"
+    )
     parser.add_argument(
         "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens of an example (default: the run's)"
     )
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
     add_json(parser)
     options = parse(parser)
+    if options.schema is not None and options.format != PROMPTS:
+        raise UserError(f"--schema judges what is decoded after prompts; leave it out with --format {options.format}")
+    if options.format in (PROMPTS, CODE) and not options.decode:
+        raise UserError(f"--format {options.format} judges what is decoded; give --decode N, the most tokens of it")
     if options.decode and options.format == "chat":
         raise UserError("--decode needs one answer per example, but chats have several; leave it out")
     return options
@@ -103,14 +193,52 @@ def _options() -> argparse.Namespace:
 def _table(points: Sequence[AnswerPoint]) -> str:
     from tabulate import tabulate
 
-    with_f1 = any(point.f1 is not None for point in points)
-    header = ["strategy", "retention", "group", "answers", "exact", "loss", *(["F1"] if with_f1 else [])]
+    first, shown = points[0].strategy, points[0].scores
+    header = ["strategy", "retention", "group", "answers"]
+    for name in shown:
+        header += [name, f"change over {first}"]
     rows = []
     for point in points:
         row = [point.strategy, f"{100 * point.retention:.3g}%", point.group, str(point.answers)]
-        row += [f"{100 * point.exact:.1f}%", f"{point.loss:.4f}"]
-        rows.append([*row, *([f"{point.f1:.3f}"] if point.f1 is not None else [])])
+        for name, score in point.scores.items():
+            row += [_number(name, score.mean), "" if point.strategy == first else _change(name, point.changes[name])]
+        rows.append(row)
     return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)
+
+
+def _table_of_outputs(points: Sequence[OutputPoint]) -> str:
+    from tabulate import tabulate
+
+    rows = [
+        [
+            point.strategy,
+            f"{100 * point.retention:.3g}%",
+            str(point.prompts),
+            *(_share(each) for each in (point.valid, point.same_calls, point.same_text)),
+        ]
+        for point in points
+    ]
+    header = ["strategy", "retention", "prompts", "valid", "calls as at full", "texts as at full"]
+    return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)
+
+
+def _share(found: Interval) -> str:
+    """A share in per cent with its interval."""
+    mean, low, high = (f"{100 * value:.1f}" for value in found)
+    return "n/a" if math.isnan(found.mean) else f"{mean} ({low} to {high})"
+
+
+def _number(name: str, value: float) -> str:
+    """A loss in nats, other scores in per cent, as their benchmarks give them."""
+    if math.isnan(value):
+        return "n/a"
+    return f"{value:.4f}" if name == "loss" else f"{100 * value:.1f}"
+
+
+def _change(name: str, change: Interval) -> str:
+    digits, unit = (4, 1) if name == "loss" else (1, 100)
+    mean, low, high = (f"{unit * value:+.{digits}f}" for value in change)
+    return "n/a" if math.isnan(change.mean) else f"{mean} ({low} to {high})"
 
 
 if __name__ == "__main__":

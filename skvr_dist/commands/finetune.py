@@ -10,9 +10,6 @@ several times, later ones win; `section.key=value` overrides a key. docs/finetun
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from skvr_dist.command import a_path, parse, run_command
 from skvr_dist.commands.pretrain import train_as_asked, training_parser
 from skvr_dist.errors import UserError
@@ -33,9 +30,10 @@ def run() -> None:
     parser.add_argument("--from", dest="start", type=a_path, metavar="CHECKPOINT", help="the model to start from")
     options = parse(parser)
 
+    from skvr_dist.checkpoint.base import base_of
     from skvr_dist.config.load import load_config
 
-    base = _base(options.start) if options.start else None
+    base = base_of(options.start) if options.start else None
     config = load_config(options.config, options.overrides, base=base)
     if config.train.initial_weights is None:
         raise UserError("fine-tuning starts from a model, but none is named; give --from CHECKPOINT")
@@ -46,19 +44,6 @@ def run() -> None:
             f"launch/pretrain.py"
         )
     train_as_asked(options, config)
-
-
-def _base(start: Path) -> dict[str, Any]:
-    """What a checkpoint says of a configuration."""
-    from skvr_dist.checkpoint.folder import Checkpoint
-
-    checkpoint = Checkpoint(start)
-    file = checkpoint.tokenizer_file
-    return {
-        "model": checkpoint.model_config.model_dump(),
-        "data": {"tokenizer": str(file)} if file else {},
-        "train": {"initial_weights": str(start)},
-    }
 
 
 if __name__ == "__main__":

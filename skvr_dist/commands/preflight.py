@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", action="append", metavar="FILE", help="as of the run; without, hosts alone")
     parser.set_defaults(default_config=None)
     parser.add_argument(
+        "--from", dest="start", type=a_path, metavar="CHECKPOINT", help="that a run of launch/finetune.py starts from"
+    )
+    parser.add_argument(
         "--port",
         type=at_least(1, 2**16 - 1),
         metavar="N",
@@ -105,17 +108,24 @@ def _hosts(options: argparse.Namespace) -> tuple[list[str], int, str, int]:
 
 
 def _configuration(options: argparse.Namespace) -> tuple[list[str], str]:
-    """Files and overrides for the probes, and the run's folder; both empty without a configuration."""
+    """What the probes read the configuration from, and the run's folder; both empty without a configuration."""
     if not options.config:
+        if options.start:
+            raise UserError(f"--from {options.start} is given, but no --config; give the run's")
         if options.overrides:
             raise UserError(f"{options.overrides[0]} overrides a key, but no --config is given; give the run's")
         return [], ""
+    from skvr_dist.checkpoint.base import base_of
     from skvr_dist.config.load import load_config
     from skvr_dist.files import local_path
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, base=base_of(options.start) if options.start else None)
     folder = str(local_path(config.train.output_dir).absolute())
-    return [*map(str, options.config), "--", *options.overrides], folder
+    return [*_start(options), *map(str, options.config), "--", *options.overrides], folder
+
+
+def _start(options: argparse.Namespace) -> list[str]:
+    return ["--from", str(options.start)] if options.start else []
 
 
 def _print(found: Findings) -> None:
@@ -143,7 +153,7 @@ def _settle(folder: Path, found: Findings, variables: dict[str, str], options: a
     configs = [word for file in options.config for word in ("--config", str(file))]
     write_whole(folder / "address", found.address + "\n")
     write_whole(folder / "environment", as_deepspeed_file(variables))
-    write_whole(folder / "arguments", pack([*configs, *options.overrides]) + "\n")
+    write_whole(folder / "arguments", pack([*_start(options), *configs, *options.overrides]) + "\n")
 
 
 if __name__ == "__main__":

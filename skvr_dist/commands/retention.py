@@ -4,9 +4,10 @@
     skvr-retention runs/quickstart/routed --families even prefix suffix sandwich
     skvr-retention runs/quickstart/routed --gate every:2=0.05 --gate every:4=0.2
 
-CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest checkpoint. One that was imported has no
-held-out data of its own: give it with --data, and sequences of another length than 1024 with --sequence-length. With
---gate STRATEGY=NATS the exit code is 1 if that strategy costs more than so many nats per token over full retention.
+MODEL is a checkpoint's folder, or a run's, which stands for its latest checkpoint, or an export. Imports and exports
+have no held-out data of their own: give it with --data, and sequences of another length than 1024 with
+--sequence-length. With --gate STRATEGY=NATS the exit code is 1 if that strategy costs more than so many nats per token
+over full retention.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=a_path)
+    parser.add_argument("checkpoint", metavar="MODEL", type=a_path)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--strategies", nargs="+", metavar="S", help="cache strategies (default: five)")
     which.add_argument(
@@ -66,7 +67,7 @@ def _options() -> argparse.Namespace:
         metavar="S=NATS",
         help="most that a strategy or profile may cost",
     )
-    add_json(parser, "default: retention.json in the checkpoint")
+    add_json(parser, "default: retention.json in the model's folder")
     parser.add_argument("--png", type=a_path, metavar="FILE", help="default: beside the JSON")
     return parse(parser)
 
@@ -77,23 +78,23 @@ def run() -> int:
 
     import torch
 
-    from skvr_dist.checkpoint.folder import Checkpoint
     from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
     from skvr_dist.evaluate.retention import RETENTION_FILE, as_table, plot
+    from skvr_dist.hf.convert.opened import open_model
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # of a build without CUDA
         raise UserError(f"--device {device} is not to be had here ({str(error).splitlines()[0]}); use cpu") from None
-    checkpoint = Checkpoint(options.checkpoint)
+    checkpoint = open_model(options.checkpoint)
     if (options.data or options.sequence_length) and checkpoint.is_trained and not options.json:
         raise UserError(
             "--data and --sequence-length need --json: the checkpoint keeps the curve over its own held-out data"
         )
     json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)
     png_file = prove_writable(options.png or json_file.with_suffix(".png"))
-    strategies = options.strategies or _of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
+    strategies = options.strategies or of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
     gates = dict(options.gate)
     if gates:  # rises are over the first one
         strategies = list(dict.fromkeys(["full", *strategies, *gates]))
@@ -137,7 +138,7 @@ def _gate(text: str) -> tuple[str, float]:
     return name, bound
 
 
-def _of_families(families: Sequence[str], num_layers: int) -> Sequence[str]:
+def of_families(families: Sequence[str], num_layers: int) -> Sequence[str]:
     """Strategies of each family at the usual sizes; the usual five without one."""
     from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES
 

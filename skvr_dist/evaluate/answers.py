@@ -5,27 +5,29 @@ Shapes: B rows, S sequence length, V vocabulary.
 
 from __future__ import annotations
 
-import re
-import string
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from skvr_dist.data.batch import IGNORED
 from skvr_dist.data.finetune.encode import Counts, Encoded, Encoder
 from skvr_dist.data.finetune.examples import Chat, QuestionAnswer
 from skvr_dist.data.finetune.sequences import FinetuneSequences
 from skvr_dist.data.finetune.store import EncodedSet
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
-from skvr_dist.evaluate.generate import generate
+from skvr_dist.evaluate.generate import decode_all
+from skvr_dist.evaluate.intervals import AnswerBootstrap, Interval
+from skvr_dist.evaluate.metrics import Metric
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import CacheStrategy
 
 ALL = "all"
 """The group of all answers."""
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+EXACT, LOSS = "exact", "loss"
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,22 @@ class AnswerPoint:
     """Share of the answers all of whose tokens, the end too, are the likeliest ones: greedy decoding gives them."""
     loss: float
     """Nats per token of the answers."""
-    f1: float | None = None
-    """Mean over what greedy decoding gives, as SQuAD counts it; None where nothing was decoded."""
+    scores: dict[str, Interval]
+    """Those two with their intervals, and the scores of what was decoded."""
+    changes: dict[str, Interval]
+    """Of these scores over those of the first strategy, whose documents are drawn alike."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to the same questions at several strategies."""
+
+    points: list[AnswerPoint]
+    """Of each strategy all answers, then its groups."""
+    texts: dict[str, list[str]]
+    """What was decoded for each question, by strategy."""
+    right: dict[str, NDArray[np.bool_]]
+    """Whether greedy decoding gives the answer to its last token, by strategy."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,33 @@ class Asked:
         every = {ALL: list(range(len(self.examples)))}
         return every if list(found) == [""] else {**every, **dict(sorted(found.items()))}
 
+    def documents(self) -> list[tuple[object, ...]]:
+        """What each example belongs to: questions about one context belong together."""
+        return [
+            example.passages if isinstance(example, QuestionAnswer) and example.passages else (number,)
+            for number, example in enumerate(self.examples)
+        ]
+
+    def prompts(self) -> list[torch.Tensor]:
+        """What is read before each answer, int64 [S]; of examples with one answer."""
+        return [torch.from_numpy(encoded.tokens[~encoded.predicted].astype("int64")) for encoded in self.encoded]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded: greedily, with a cache of the retained layers alone."""
+
+    tokenizer: Tokenizer
+    max_new_tokens: int
+    metrics: Sequence[Metric]
+    """That score what is decoded."""
+    last_tokens: Collection[int] = ()
+    """After which an answer is over, beside the end-of-sequence token."""
+
+
+_FORCED = (Metric(EXACT, lambda *_: ()), Metric(LOSS, lambda *_: ()))
+"""Means of what needs no decoding, whose counts are at hand."""
+
 
 @torch.inference_mode()
 def measure_answers(
@@ -91,13 +134,14 @@ def measure_answers(
     sequence_length: int,
     batch_size: int,
     decode: Decoding | None = None,
-) -> list[AnswerPoint]:
+) -> Answers:
     """The answers at each strategy, all of them and by group.
 
     Args:
+        strategies: the first one is what the others' changes are measured against.
         sequence_length: S that examples are packed into.
         batch_size: B.
-        decode: how to decode answers for F1; None decodes none.
+        decode: how to decode answers and score them; None decodes none.
     """
     sequences = FinetuneSequences(
         EncodedSet.of(asked.encoded, asked.counts),
@@ -106,20 +150,72 @@ def measure_answers(
         eos_id=eos_id,
         seed=None,
     )
-    points = []
+    metrics = [*_FORCED, *(decode.metrics if decode else ())]
+    counts: dict[str, dict[str, NDArray[np.float64]]] = {}
+    texts: dict[str, list[str]] = {}
     for name, strategy in strategies.items():
         right, loss, tokens = _forced(decoder, sequences, strategy, len(asked.encoded), batch_size)
-        scores = decode.scores(decoder, asked, strategy, eos_id) if decode else None
-        for group, numbers in asked.groups().items():
+        counts[name] = {
+            EXACT: np.stack([right.double(), torch.ones(len(right))], axis=1),
+            LOSS: np.stack([loss, tokens.double()], axis=1),
+        }
+        if decode:
+            texts[name] = decode_all(
+                decoder,
+                asked.prompts(),
+                strategy,
+                decode.tokenizer,
+                max_new_tokens=decode.max_new_tokens,
+                stop_tokens=[eos_id],
+                last_tokens=decode.last_tokens,
+                name=name,
+            )
+            counts[name] |= {metric.name: _counts(metric, texts[name], asked) for metric in decode.metrics}
+    return Answers(
+        points=_points(asked, strategies, metrics, counts),
+        texts=texts,
+        right={name: of_strategy[EXACT][:, 0] > 0 for name, of_strategy in counts.items()},
+    )
+
+
+def _counts(metric: Metric, texts: Sequence[str], asked: Asked) -> NDArray[np.float64]:
+    """float64 [N, K]: what a metric counts of each answer."""
+    found = []
+    for text, example in zip(texts, asked.examples, strict=True):
+        assert isinstance(example, QuestionAnswer)
+        found.append(metric.count(text, example.right))
+    return np.array(found)
+
+
+def _points(
+    asked: Asked,
+    strategies: Mapping[str, CacheStrategy],
+    metrics: Sequence[Metric],
+    counts: Mapping[str, Mapping[str, NDArray[np.float64]]],
+) -> list[AnswerPoint]:
+    """A point for each strategy and group, from what each metric counts of each answer, float64 [N, K]."""
+    documents, first, points = asked.documents(), next(iter(strategies)), []
+    groups = {
+        group: (numbers, AnswerBootstrap([documents[number] for number in numbers]))
+        for group, numbers in asked.groups().items()
+    }
+    for name, strategy in strategies.items():
+        for group, (numbers, bootstrap) in groups.items():
+            scores, changes = {}, {}
+            for metric in metrics:
+                mine, firsts = counts[name][metric.name][numbers], counts[first][metric.name][numbers]
+                scores[metric.name] = bootstrap.interval(mine, metric.value)
+                changes[metric.name] = bootstrap.interval(np.concatenate([mine, firsts], axis=1), metric.change)
             points.append(
                 AnswerPoint(
                     strategy=name,
                     retention=strategy.retention,
                     group=group,
                     answers=len(numbers),
-                    exact=float(right[numbers].float().mean()),
-                    loss=float(loss[numbers].sum() / tokens[numbers].sum()),
-                    f1=None if scores is None else sum(scores[number] for number in numbers) / len(numbers),
+                    exact=scores[EXACT].mean,
+                    loss=scores[LOSS].mean,
+                    scores=scores,
+                    changes=changes,
                 )
             )
     return points
@@ -145,41 +241,3 @@ def _forced(
                 right[number] = not bool(wrong[row][mine].any())
                 loss[number], labels_of[number] = nats[row][mine].double().sum(), mine.sum()
     return right, loss, labels_of
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are decoded: greedily, with a cache of the retained layers alone."""
-
-    encoder: Encoder
-    max_new_tokens: int
-
-    def scores(self, decoder: Decoder, asked: Asked, strategy: CacheStrategy, eos_id: int) -> list[float]:
-        """F1 of what is decoded for each example, the best over all its answers."""
-        device = next(decoder.parameters()).device
-        found = []
-        for example, encoded in zip(asked.examples, asked.encoded, strict=True):
-            assert isinstance(example, QuestionAnswer)
-            prompt = torch.from_numpy(encoded.tokens[~encoded.predicted].astype("int64")).to(device)
-            new, _ = generate(decoder, prompt, strategy, max_new_tokens=self.max_new_tokens, stop_token=eos_id)
-            tokenizer = self.encoder.tokenizer
-            text = tokenizer.decode([token for token in new.tolist() if token < tokenizer.vocab_size])
-            found.append(max(f1(text, answer) for answer in (example.answer, *example.others)))
-        return found
-
-
-def f1(text: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of an answer's words, as SQuAD's evaluation script has it.
-
-    Case, punctuation and English articles do not count.
-    """
-    words, wanted = _words(text), _words(answer)
-    if not words or not wanted:
-        return float(words == wanted)
-    same = sum((Counter(words) & Counter(wanted)).values())
-    return 2 * same / (len(words) + len(wanted))
-
-
-def _words(text: str) -> Sequence[str]:
-    plain = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return _ARTICLES.sub(" ", plain).split()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.model.decoder import Cache, Decoder
 from skvr_dist.routing import CacheStrategy
 
@@ -18,7 +22,8 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    stop_token: int | None = None,
+    stop_tokens: Collection[int] = (),
+    last_tokens: Collection[int] = (),
 ) -> tuple[Tensor, Cache]:
     """Continue one prompt.
 
@@ -27,7 +32,8 @@ def generate(
         strategy: the layers that keep a cache.
         temperature: of the sampling; 0 takes the likeliest token.
         seed: of the sampling.
-        stop_token: ends the continuation, and is not part of it.
+        stop_tokens: each ends the continuation, and is not part of it.
+        last_tokens: each ends it, and is part of it, but for those that it begins with.
 
     Returns:
         the new tokens, int [at most max_new_tokens], and the cache behind them.
@@ -43,11 +49,46 @@ def generate(
             token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[0]
         else:
             token = logits.argmax()
-        if stop_token is not None and int(token) == stop_token:
+        if int(token) in stop_tokens:
             break
         new.append(token)
+        if int(token) in last_tokens and any(int(each) not in last_tokens for each in new):
+            break
         tokens = token.reshape(1, 1)
     return torch.stack(new) if new else prompt.new_empty(0), cache
+
+
+def decode_all(
+    decoder: Decoder,
+    prompts: Sequence[Tensor],
+    strategy: CacheStrategy,
+    tokenizer: Tokenizer,
+    *,
+    max_new_tokens: int,
+    stop_tokens: Collection[int],
+    last_tokens: Collection[int] = (),
+    name: str,
+) -> list[str]:
+    """What greedy decoding gives after each prompt, up to a token that ends it, as `generate` takes them.
+
+    Args:
+        prompts: int [S] each.
+        name: of the strategy, for the progress bar.
+    """
+    device = next(decoder.parameters()).device
+    texts = []
+    for prompt in tqdm(prompts, desc=f"decoding at {name}", unit="answer", disable=None, leave=False):
+        new, _ = generate(
+            decoder,
+            prompt.to(device),
+            strategy,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=stop_tokens,
+            last_tokens=last_tokens,
+        )
+        # A vocabulary that was padded has ids that no text stands for.
+        texts.append(tokenizer.decode([token for token in new.tolist() if token < tokenizer.vocab_size]))
+    return texts
 
 
 def cache_bytes(cache: Cache) -> int:

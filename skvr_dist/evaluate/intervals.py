@@ -8,8 +8,8 @@ Shapes: N sequences, S sequence length, U units (documents or sequences).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ _SEED = 0
 
 
 class Interval(NamedTuple):
-    """A mean over tokens and the middle 95 % of what other documents would have given."""
+    """A mean (or another value of sums) and the middle 95 % of what other documents would have given."""
 
     mean: float
     low: float
@@ -43,9 +43,7 @@ class Bootstrap:
         _, self._unit = torch.unique(units + rows, return_inverse=True)
         counted = torch.cat([batch.labels.cpu() != IGNORED for batch in batches])
         self._tokens = self._sums(counted)
-        size = len(self._tokens)
-        drawn = np.random.default_rng(_SEED).multinomial(size, np.full(size, 1 / size), size=_RESAMPLES)
-        self._draws: NDArray[np.float64] = drawn.astype(np.float64)
+        self._draws = _draws(len(self._tokens))
 
     def mean(self, token_losses: Tensor) -> Interval:
         """The mean over the labels of token losses [N, S] (or of differences of two of them), which are 0 elsewhere."""
@@ -59,6 +57,40 @@ class Bootstrap:
         """float64 [U]."""
         totals = torch.zeros(int(self._unit.max()) + 1, dtype=torch.float64)
         return totals.index_add_(0, self._unit.flatten(), of_tokens.double().flatten()).numpy()
+
+
+class AnswerBootstrap:
+    """The same draws of documents for everything that is counted of the same answers.
+
+    Args:
+        documents: what each answer [N] belongs to; questions about one context are drawn together.
+    """
+
+    def __init__(self, documents: Sequence[Hashable]) -> None:
+        numbers = {document: number for number, document in enumerate(dict.fromkeys(documents))}
+        self._unit = np.array([numbers[document] for document in documents])
+        self._draws = _draws(len(numbers))
+
+    def interval(self, counts: NDArray[np.float64], value: Callable[[NDArray[np.float64]], NDArray[Any]]) -> Interval:
+        """A value of sums over all answers, and of what they would be over other documents.
+
+        Args:
+            counts: [N, K], what each answer adds.
+            value: [...] of sums [..., K]; where it is not a number it is left out of the interval.
+        """
+        sums = np.zeros((self._draws.shape[1], counts.shape[1]))
+        np.add.at(sums, self._unit, counts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            whole, drawn = float(value(sums.sum(axis=0))), value(self._draws @ sums)
+        drawn = drawn[np.isfinite(drawn)]
+        low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (np.nan, np.nan)
+        return Interval(whole, float(low), float(high))
+
+
+def _draws(size: int) -> NDArray[np.float64]:
+    """How often each of `size` units is drawn, [resamples, size]."""
+    drawn = np.random.default_rng(_SEED).multinomial(size, np.full(size, 1 / size), size=_RESAMPLES)
+    return drawn.astype(np.float64)
 
 
 def _units(batch: MicroBatch) -> Tensor:

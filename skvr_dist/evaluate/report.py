@@ -214,7 +214,12 @@ def _samples(run: RunSummary, tokenizer: Tokenizer, prompt: torch.Tensor) -> lis
     for spec in _SAMPLE_STRATEGIES:
         strategy = CacheStrategy.parse(spec, checkpoint.model_config.num_hidden_layers)
         tokens, cache = generate(
-            decoder, prompt, strategy, max_new_tokens=_NEW_TOKENS, temperature=_TEMPERATURE, stop_token=tokenizer.eos_id
+            decoder,
+            prompt,
+            strategy,
+            max_new_tokens=_NEW_TOKENS,
+            temperature=_TEMPERATURE,
+            stop_tokens=[tokenizer.eos_id],
         )
         samples.append(
             {

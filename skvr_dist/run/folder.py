@@ -1,6 +1,6 @@
 """The folder of a run, which holds everything that it writes; only this module knows the paths in it.
 
-run.json          the run's id, and what it was last told to resume from
+run.json          the run's id, what it was last told to resume from, and what last had it save and end
 lock/             the process that writes here (`skvr_dist.run.lock`)
 supervisor.json   what keeps it running on its hosts (`skvr_dist.cluster.supervisor`), while that lives
 config.yaml       the resolved configuration
@@ -15,12 +15,11 @@ checkpoints/      `skvr_dist.checkpoint.folder`
 from __future__ import annotations
 
 import json
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from skvr_dist.errors import OneRankError, UserError
+from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, prove_folder, prove_writable, write_whole
 
 
@@ -84,21 +83,22 @@ class RunFolder:
         if not facts.items() <= known.items():
             write_whole(self._notes, json.dumps({**known, **facts}, indent=2) + "\n")
 
-    def wait_for_id(self, seconds: float) -> str:
-        """The id that the run keeps, however often it is started; on ranks other than the first, which makes it.
+    def note_interruption(self, signals: str, step: int) -> None:
+        """Note that these signals have ended the run after a step, which is saved; on rank 0.
+
+        No launcher's exit code tells it from the death of a rank, and another must follow it: this one is not mended by
+        starting the run again at once.
+        """
+        self.note(interrupted={"by": signals, "after_step": step, "time": time.time()})
+
+    def interruption(self) -> dict[str, Any] | None:
+        """What `note_interruption` has noted last; None if it never has.
 
         Raises:
-            OneRankError: it does not appear within `seconds`.
+            UserError: the file is damaged.
         """
-        deadline = time.monotonic() + seconds
-        while not (known := self.notes().get("id")):
-            if time.monotonic() > deadline:
-                raise OneRankError(
-                    f"host {socket.gethostname()} sees no {self._notes} of rank 0 after {seconds:.0f} s; give a "
-                    f"train.output_dir on a file system that all hosts share"
-                )
-            time.sleep(0.1)
-        return str(known)
+        noted = self.notes().get("interrupted")
+        return noted if isinstance(noted, dict) else None
 
     def metric_records(self) -> list[dict[str, float]]:
         """The records of metrics.jsonl; without lines that are none, such as one that a full disk or a crash cut short.

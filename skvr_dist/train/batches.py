@@ -87,7 +87,10 @@ class SharedBatches(Iterator[MicroBatch]):
 
 
 class WatchedBatches(Iterator[MicroBatch]):
-    """Micro-batches, with the seconds spent waiting for them and the labels that damage cost; logs the damage."""
+    """Micro-batches, with the seconds spent waiting for them and the labels that damage cost; logs the damage.
+
+    Where documents are separate it counts the pairs of positions that are in the same one, which attention is over.
+    """
 
     def __init__(self, source: Iterator[MicroBatch], log: logging.Logger) -> None:
         self._source = source
@@ -95,6 +98,7 @@ class WatchedBatches(Iterator[MicroBatch]):
         self._known_damage: set[str] = set()
         self.seconds = 0.0
         self.lost_tokens = 0
+        self.document_pairs = 0
 
     def __next__(self) -> MicroBatch:
         started = time.perf_counter()
@@ -103,8 +107,20 @@ class WatchedBatches(Iterator[MicroBatch]):
         finally:
             self.seconds += time.perf_counter() - started
         self.lost_tokens += batch.lost_tokens
+        if batch.documents is not None:
+            self.document_pairs += pairs_within(batch.documents)
         for sentence in batch.damage:
             if sentence not in self._known_damage:  # workers and epochs meet it again
                 self._known_damage.add(sentence)
                 self._log.warning("left out: %s", sentence)
         return batch
+
+
+def pairs_within(documents: Tensor) -> int:
+    """Pairs of positions that are in the same document, each with itself and both orders of two.
+
+    Args:
+        documents: int [B, S], the number of each position's document within its sequence, below S.
+    """
+    sequences = torch.arange(len(documents)).unsqueeze(1) * documents.shape[1]
+    return int(torch.bincount((documents + sequences).flatten()).square().sum())

@@ -8,6 +8,7 @@ from skvr_dist.checkpoint.brought import NOTHING_BROUGHT, Brought
 from skvr_dist.checkpoint.facts import LayoutFacts
 from skvr_dist.checkpoint.folder import TOKENIZER_FILE
 from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.checkpoint.together import open_together
 from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
@@ -16,7 +17,7 @@ from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
 from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.stage import StageModule
-from skvr_dist.parallel.engine.teacher import FrozenTeacher, open_teacher
+from skvr_dist.parallel.engine.teacher import FrozenTeacher
 from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.parallel.mesh import Mesh, new_host_group
 from skvr_dist.parallel.split import stage_bounds
@@ -47,8 +48,10 @@ def build_distillation(config: Config, mesh: Mesh) -> Distillation | None:
     """What the engine needs to know of the distillation section, if there is one; collective."""
     if config.distillation is None:
         return None
-    checkpoint = open_teacher(config)
-    teacher = FrozenTeacher(checkpoint, config, mesh) if checkpoint else None
+    teacher = None
+    if not config.distillation.is_own:
+        path, looks = config.distillation.teacher, mesh.is_first_of_host
+        teacher = FrozenTeacher(open_together(path, mesh.host_group, looks=looks), config, mesh)
     return Distillation(functools.partial(passes_of_step, config), config.distillation.temperature, teacher)
 
 

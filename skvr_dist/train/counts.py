@@ -18,22 +18,26 @@ class StepCounts:
     batches: WatchedBatches
     interrupts: InterruptListener
     _sent_before: int = 0
+    _pairs_before: int = 0
 
     def __post_init__(self) -> None:
         self.engine.counts_to_sum = self.mine
 
     def begin_step(self) -> None:
         """Count from here on."""
-        self._sent_before = self.engine.sent_bytes
+        self._sent_before, self._pairs_before = self.engine.sent_bytes, self.batches.document_pairs
 
     def mine(self) -> list[float]:
-        """Bytes sent over each boundary in this step, labels lost to damage since the start, signals received."""
+        """Bytes sent over each boundary in this step, labels lost to damage since the start, pairs of positions
+        of the same document in this step, signals received."""
         mesh = self.engine.mesh
         sent = [0.0] * (mesh.pp_size - 1)
         if mesh.pp_rank < mesh.pp_size - 1:
             sent[mesh.pp_rank] = float(self.engine.sent_bytes - self._sent_before)
-        lost = self.batches.lost_tokens if self.engine.is_first_stage() and mesh.tp_rank == 0 else 0
-        return [*sent, float(lost), *self.interrupts.flags()]
+        stands_for_replica = self.engine.is_first_stage() and mesh.tp_rank == 0
+        lost = self.batches.lost_tokens if stands_for_replica else 0
+        pairs = self.batches.document_pairs - self._pairs_before if stands_for_replica else 0
+        return [*sent, float(lost), float(pairs), *self.interrupts.flags()]
 
     def values(self, *, skips_damage: bool) -> Values:
         """What the last step's sums are reported as.
@@ -46,6 +50,11 @@ class StepCounts:
         found = {f"pipeline/crossing_bytes/boundary_{boundary}": count for boundary, count in enumerate(sent)}
         return found | ({"data/skipped_tokens": lost} if skips_damage else {})
 
+    @property
+    def document_pairs(self) -> float:
+        """Pairs of positions of the same document in the last step's global batch; 0 if documents are not separate."""
+        return self.engine.summed_counts[self.engine.mesh.pp_size]
+
     def interrupted(self) -> str | None:
         """The signals that any rank had received at the end of the last step, in words."""
-        return self.interrupts.in_words(self.engine.summed_counts[self.engine.mesh.pp_size :])
+        return self.interrupts.in_words(self.engine.summed_counts[self.engine.mesh.pp_size + 1 :])

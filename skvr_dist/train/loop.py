@@ -16,6 +16,7 @@ import torch.distributed as dist
 from skvr_dist.checkpoint.brought import to_travel_on
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.saver import Saver
+from skvr_dist.checkpoint.together import open_together
 from skvr_dist.cluster.arguments import unpack
 from skvr_dist.cluster.interrupt import InterruptListener
 from skvr_dist.cluster.launcher import (
@@ -34,6 +35,7 @@ from skvr_dist.files import write_whole
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.optimizers import state_to_save
 from skvr_dist.parallel.engine.process_group import start_process_group
+from skvr_dist.parallel.engine.refusals import telling_who_waits
 from skvr_dist.parallel.failure import ending_together, naming_the_meeting, naming_the_operation
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.plan_stream import PlanStream
@@ -47,6 +49,7 @@ from skvr_dist.train.build import build_engine, build_saver, layout_of
 from skvr_dist.train.counts import StepCounts
 from skvr_dist.train.inputs import Inputs, open_inputs
 from skvr_dist.train.metrics import Reporter, Values
+from skvr_dist.train.mfu import UtilisationMeter
 from skvr_dist.train.plans import plan_stream
 from skvr_dist.train.resume import preview_resume, resume, settle_resume
 from skvr_dist.train.same_schedule import schedule_jumps
@@ -63,8 +66,13 @@ def pretrain(config: Config) -> None:
         UserError: the configuration does not fit the ranks, the data or the checkpoint.
         RunInterrupted: the run was preempted, and is saved; or another rank died.
     """
-    inputs = open_inputs(config, announced_world_size())
-    mesh = join_run(config, inputs)
+    folder = config.train.output_dir
+    with telling_who_waits(folder):
+        inputs = open_inputs(config, announced_world_size())
+        run_id = prepare(config, inputs)
+    start_process_group(timedelta(seconds=config.parallel.timeout_seconds), folder, run_id)
+    with naming_the_meeting(announced_rank()):
+        mesh = Mesh.build(config.parallel, config.model)
     with ending_together(mesh):
         run = start(config, inputs, mesh)
         with run.saver.finishing():
@@ -75,6 +83,8 @@ def pretrain(config: Config) -> None:
             f"{interrupted} ended the run after step {step}, which is saved; start it again, it resumes from there"
         )
         run.log.info(sentence)
+        if mesh.rank == 0:
+            RunFolder(folder).note_interruption(interrupted, step)
         raise RunInterrupted(sentence)
 
 
@@ -113,6 +123,7 @@ class Run:
     """The strategies to evaluate, by the names that the user gave."""
     counts: StepCounts
     watch: RankWatch
+    utilisation: UtilisationMeter
     first_step: int
     """Steps that are done already."""
     evaluation_due: bool
@@ -121,26 +132,26 @@ class Run:
     """Facts of every checkpoint: the data's fingerprint, and where the first weights came from."""
 
 
-def join_run(config: Config, inputs: Inputs) -> Mesh:
-    """Prove that the run can begin, lock its folder on rank 0, and join its other ranks.
+def prepare(config: Config, inputs: Inputs) -> str:
+    """Prove that the run can begin, and lock its folder on rank 0.
+
+    Returns:
+        the run's id; empty on the other ranks, which rank 0 tells it.
 
     Raises:
         UserError: the folder cannot be written or another run is in it, or no checkpoint fits.
     """
-    folder, seconds = RunFolder(config.train.output_dir), config.parallel.timeout_seconds
+    folder = RunFolder(config.train.output_dir)
     if announced_rank() == 0:
         folder.prove_writable()
     if not is_other_rank():  # one per host looks at the checkpoints
         preview_resume(config, inputs.sequences.fingerprint())
-    if announced_rank() == 0:
-        run = folder.notes().get("id") or uuid.uuid4().hex
-        RunLock(folder.path, run)
-        folder.note(id=run)
-    else:
-        run = folder.wait_for_id(seconds)
-    start_process_group(timedelta(seconds=seconds), run)
-    with naming_the_meeting(announced_rank()):
-        return Mesh.build(config.parallel, config.model)
+    if announced_rank() > 0:
+        return ""
+    run = str(folder.notes().get("id") or uuid.uuid4().hex)
+    RunLock(folder.path, run)
+    folder.note(id=run)
+    return run
 
 
 def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
@@ -162,13 +173,20 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         brought, lost = to_travel_on(origin, load_tokenizer(config.data.tokenizer))
     first_step = resumed.step if resumed else 0
     aside = settle_resume(config, resumed) if mesh.rank == 0 else []
+    interrupts = InterruptListener()
     watched = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
     run = Run(
         config,
         mesh,
         engine,
         log,
-        Reporter(mesh.rank, folder, first_step=first_step, steps=config.train.steps),
+        Reporter(
+            mesh.rank,
+            folder,
+            first_step=first_step,
+            steps=config.train.steps,
+            console_lost=interrupts.note_lost_console,
+        ),
         saver=build_saver(config, brought),
         plans=plan_stream(config, mesh, first_step),
         batches=watched,
@@ -176,8 +194,9 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         strategies=CacheStrategy.parse_all(
             config.evaluate.strategies, config.model.num_hidden_layers, config.evaluate.profiles
         ),
-        counts=StepCounts(engine, watched, InterruptListener()),
+        counts=StepCounts(engine, watched, interrupts),
         watch=RankWatch(mesh, config.train.watch_ranks_every_steps),
+        utilisation=UtilisationMeter(config, mesh, engine.teacher_model),
         first_step=first_step,
         evaluation_due=bool(resumed and resumed.facts.evaluation_due),
         facts={
@@ -198,7 +217,8 @@ def load_initial_weights(engine: RoutedPipelineEngine, config: Config) -> Checkp
     """Load the weights that a new run is told to start from, if any; collective."""
     if not config.train.initial_weights:
         return None
-    checkpoint = Checkpoint(config.train.initial_weights)
+    mesh = engine.mesh
+    checkpoint = open_together(config.train.initial_weights, mesh.host_group, looks=mesh.is_first_of_host)
     load_weights(engine, checkpoint)
     return checkpoint
 
@@ -229,6 +249,7 @@ def train_step(run: Run, step: int) -> None:
         "train/predicted_tokens": engine.predicted_tokens,
         "train/skipped_steps": engine.guard.skipped_steps,
         "train/tokens_per_second": tokens_per_step(run.config) / seconds,
+        **run.utilisation.values(step, plan, seconds, run.counts.document_pairs),
         "train/data_wait_share": (batches.seconds - waited_before) / seconds,
         **routing_values(plan),
         **{f"routing/{name}": value for name, value in routing_rates(run.config, step - 1).items()},

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 import time
+from collections.abc import Callable
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -19,16 +23,25 @@ _CONSOLE = {
     "train/learning_rate": "lr {:.2e}",
     "train/gradient_norm": "grad norm {:.3f}",
     "train/tokens_per_second": "{:,.0f} tokens/s",
+    "train/mfu": "MFU {:.1%}",
     "routing/cross_layer_share": "cross-layer {:.0%}",
     "routing/skipped_kv_share": "K/V skipped {:.0%}",
 }
 
 
 class Reporter:
-    """Writes records of values by tag. On ranks other than 0 it does nothing."""
+    """Writes records of values by tag. On ranks other than 0 it does nothing.
 
-    def __init__(self, rank: int, folder: RunFolder, *, first_step: int, steps: int) -> None:
-        self._enabled = rank == 0
+    Args:
+        first_step: done before.
+        steps: of the whole run.
+        console_lost: called when the console takes nothing any longer; from then on it is not written to.
+    """
+
+    def __init__(
+        self, rank: int, folder: RunFolder, *, first_step: int, steps: int, console_lost: Callable[[], None]
+    ) -> None:
+        self._enabled, self._console_lost = rank == 0, console_lost
         self._first_step, self._steps = first_step, steps
         self._started = time.perf_counter()
         if self._enabled:
@@ -45,7 +58,13 @@ class Reporter:
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar."""
         if self._enabled:
-            self._bar.write(text)
+            try:
+                self._bar.write(text)
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.EIO):  # the launcher that read it died; a terminal was closed
+                    raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                self._console_lost()
 
     def step(self, step: int, values: Values, *, show: bool) -> None:
         """Record a finished step (counted from 1); `show` prints it."""
@@ -54,7 +73,8 @@ class Reporter:
         self._record(step, values)
         self._bar.update()
         if show:
-            shown = "  ".join(text.format(values[tag]) for tag, text in _CONSOLE.items())
+            shown = "  ".join(text.format(values[tag]) for tag, text in _CONSOLE.items() if tag in values)
+            shown = shown.replace("MFU nan%", "MFU n/a")
             self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {shown}  {self._time_left(step)} left")
 
     def evaluation(self, step: int, losses: Values) -> None:

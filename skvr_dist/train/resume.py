@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from skvr_dist.checkpoint.folder import Checkpoint, candidates, point_latest, set_aside
+from skvr_dist.checkpoint.together import open_together
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
-from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.train.same_schedule import ROUTING_SCHEDULES, require_begun, require_same_schedule
 from skvr_dist.train.state import load_state, require_weights_fit
@@ -115,30 +115,19 @@ def resume(
     mesh.require_same({"checkpoints": [path.name for path in paths]})
     problems: list[str] = []
     for path in paths:
-        checkpoint, problem = _opened(path, mesh)
-        if checkpoint and problem is None:
-            require_same_training(checkpoint, config, data_fingerprint)
-            try:
-                load_state(engine, checkpoint)
-                return checkpoint, problems
-            except UserError as error:  # the same one on all ranks; what was loaded is overwritten by the next
-                problem = str(error)
-        problems.append(str(problem))
+        try:
+            checkpoint = open_together(path, mesh.host_group, looks=mesh.is_first_of_host)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        require_same_training(checkpoint, config, data_fingerprint)
+        try:
+            load_state(engine, checkpoint)
+            return checkpoint, problems
+        except UserError as error:  # the same one on all ranks; what was loaded is overwritten by the next
+            problems.append(str(error))
     _require_one(problems)
     return None, []
-
-
-def _opened(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
-    """A checkpoint, or what is wrong with it on any rank; collective.
-
-    One rank of each host looks at all of its files.
-    """
-    checkpoint, problem = None, None
-    try:
-        checkpoint = Checkpoint(path, looked_at=not mesh.is_first_of_host)
-    except UserError as error:
-        problem = str(error)
-    return checkpoint, mesh.host_group.first_problem(problem)
 
 
 def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerprint: dict[str, Any]) -> None:

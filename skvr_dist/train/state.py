@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from skvr_dist.checkpoint.facts import Facts, GuardFacts
@@ -63,7 +64,7 @@ def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
     if adam_steps is None or guard is None:
         raise UserError(f"checkpoint {checkpoint.folder} does not say how far its optimizer was; use another")
     state = state_to_load(engine, adam_steps)
-    _load(engine, checkpoint, {name: pieces for name, pieces in state.items() if not _begins_anew(name, checkpoint)})
+    _load(engine, checkpoint, state, lambda name: not _begins_anew(name, checkpoint))
     engine.global_steps = checkpoint.step
     engine.guard.load_state(guard.model_dump())
     set_step(engine.lr_scheduler, checkpoint.step)
@@ -82,10 +83,13 @@ def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
         UserError: on all ranks: they are of another architecture, or the checkpoint is damaged.
     """
     require_weights_fit(checkpoint, engine.stage.model_config)
-    state = state_to_load(engine, adam_steps=0)
-    _load(engine, checkpoint, {name: pieces for name, pieces in state.items() if name.startswith(WEIGHTS)})
+    _load(engine, checkpoint, state_to_load(engine, adam_steps=0), lambda name: name.startswith(WEIGHTS))
 
 
-def _load(engine: RoutedPipelineEngine, checkpoint: Checkpoint, state: Pieces) -> None:
-    checkpoint.read(state_to_read(engine, state), engine.mesh.host_group)
-    complete_state(engine, state)
+def _load(
+    engine: RoutedPipelineEngine, checkpoint: Checkpoint, state: Pieces, is_wanted: Callable[[str], bool]
+) -> None:
+    """Fill those tensors of a state that are wanted by name; collective."""
+    reading, mesh = state_to_read(engine, state, is_wanted), engine.mesh
+    checkpoint.read(reading.pieces, mesh.host_group, mesh.tp_group_on_host)
+    complete_state(engine, state, reading, is_wanted)

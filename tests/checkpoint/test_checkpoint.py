@@ -17,7 +17,8 @@ from hypothesis import given
 from support.tokenizers import train_hugging_face
 from support.trainers import start_from_weights
 
-from skvr_dist.checkpoint.folder import FORMAT, Checkpoint, candidates, forget_old, publish, step_folder
+from skvr_dist.checkpoint.facts import FORMAT, OLDEST_FORMAT
+from skvr_dist.checkpoint.folder import Checkpoint, candidates, forget_old, publish, step_folder
 from skvr_dist.checkpoint.pieces import pieces_of
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.tokenizers.load import load_tokenizer
@@ -84,17 +85,24 @@ def go_on(case: Case, saved: str, folder: str) -> list[float]:
     return trainer.train(range(2, 4))
 
 
-def read_again(layout: str, folder: str) -> float:
-    trainer = Trainer(Case(layout), folder)
-    trainer.train(range(1))
-    trainer.save(1)
-    return Trainer(Case(layout), folder).load(Path(folder) / "checkpoints" / step_folder(1))
+def read_share(case: Case, folder: str) -> float:
+    return Trainer(case, folder).load(Path(folder) / "checkpoints" / step_folder(1))
 
 
-@pytest.mark.parametrize("layout", ["DP2 ZeRO-0", "PP2xDP2 ZeRO-1", "DP2 ZeRO-3"])
-def test_a_resume_reads_every_byte_once(tmp_path: Path, layout: str) -> None:
-    """Over all ranks; what replicas share comes from the one that read it. What two shards hold is read by both."""
-    assert run_ranks(LAYOUTS[layout].ranks, read_again, layout, str(tmp_path))[0] == pytest.approx(1.0, abs=0.01)
+@pytest.mark.parametrize(
+    ("saved_by", "read_by"),
+    [
+        ("DP2 ZeRO-0", "DP2 ZeRO-0"),
+        ("PP2xDP2 ZeRO-1", "PP2xDP2 ZeRO-1"),
+        ("single", "DP2 ZeRO-3"),
+        ("single", "TP2xPP2"),
+    ],
+)
+def test_a_resume_reads_every_byte_once(tmp_path: Path, saved_by: str, read_by: str) -> None:
+    """Over all ranks: replicas, stages of a tied embedding and tensor-parallel ranks tell each other what is read."""
+    saving, reading = (Case(layout, tied=True) for layout in (saved_by, read_by))
+    run_ranks(LAYOUTS[saved_by].ranks, train_and_save, saving, str(tmp_path), 1)
+    assert run_ranks(LAYOUTS[read_by].ranks, read_share, reading, str(tmp_path))[0] == pytest.approx(1.0, abs=0.01)
 
 
 def test_bf16_goes_on_exactly(tmp_path: Path) -> None:
@@ -291,7 +299,7 @@ def test_any_kind_of_tokenizer_travels_with_a_checkpoint(tmp_path: Path, name: s
 
 
 def test_another_format_and_a_folder_without_a_checkpoint_are_refused(run_folder: Path, tmp_path: Path) -> None:
-    for other, kind in ((FORMAT + 1, "newer"), (FORMAT - 1, "older")):
+    for other, kind in ((FORMAT + 1, "newer"), (OLDEST_FORMAT - 1, "older")):
         partial, folder = tmp_path / f"{kind}.partial", tmp_path / kind
         shutil.copytree(run_folder / "checkpoints/step-00000001", partial, ignore=shutil.ignore_patterns("manifest.*"))
         facts = partial / "checkpoint.json"

@@ -111,7 +111,7 @@ def test_ranks_that_nobody_starts_are_waited_for_and_named(variables: pytest.Mon
     script = (
         "from datetime import timedelta\nfrom skvr_dist.command import run_command\n"
         "from skvr_dist.parallel.engine.process_group import start_process_group\n"
-        "run_command(lambda: start_process_group(timedelta(seconds=1), 'r'), over_ranks=True)"
+        "run_command(lambda: start_process_group(timedelta(seconds=1), 'runs/r'), over_ranks=True)"
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 75

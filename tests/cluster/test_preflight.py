@@ -172,6 +172,7 @@ def test_a_probe_answers_and_ends_with_the_one_who_asks(tmp_path: Path) -> None:
         ([], "no --hostfile is given, and this is no allocation of Slurm"),
         (["--hostfile", "absent"], "absent: No such file"),
         (["--hostfile", "{hostfile}", "train.steps=1"], "train.steps=1 overrides a key, but no --config is given"),
+        (["--hostfile", "{hostfile}", "--from", "model"], "--from model is given, but no --config; give the run's"),
         (["--hostfile", "{hostfile}", "--settle", "/dev/null/x"], "/dev/null"),
     ],
 )

@@ -35,8 +35,10 @@ import json, os, pathlib, signal, sys, time
 run, number = pathlib.Path(sys.argv[1]), int(os.environ["RANK"])
 attempt = len(list(run.glob(f"rank-{number}-*")))
 seen = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "SKVR_QUOTED")}
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-(run / f"rank-{number}-{attempt}").write_text(json.dumps({**seen, "arguments": sys.argv[2:], "time": time.time()}))
+asked = run / f"asked-{attempt}"
+signal.signal(signal.SIGTERM, lambda *_: asked.touch())
+seen |= {"arguments": sys.argv[2:], "time": time.time(), "process": os.getpid()}
+(run / f"rank-{number}-{attempt}").write_text(json.dumps(seen))
 attempted = [run / f"rank-{each}-{attempt}" for each in range(int(seen["WORLD_SIZE"]))]
 while not all(file.exists() for file in attempted):
     time.sleep(0.02)
@@ -46,8 +48,15 @@ if action == "finish":
     (run / "checkpoints/step-00000004").mkdir(parents=True, exist_ok=True)
 elif action == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
+elif action == "asked before it trains":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 elif action == "wait":
-    time.sleep(60)
+    while not asked.exists():  # all ranks know it from each other
+        time.sleep(0.02)
+    if number == 0:
+        (run / "run.json").write_text(json.dumps({"interrupted": {"by": "SIGTERM", "time": time.time()}}))
+    sys.exit(75)
 else:
     sys.exit(action)
 """
@@ -150,6 +159,8 @@ def played(tmp_path: Path) -> Iterator[Played]:
 
 
 def test_ranks_get_arguments_and_environment_and_start_again_on_a_new_port(played: Played) -> None:
+    interrupted_before = {"interrupted": {"by": "SIGTERM", "time": 0.0}}
+    (played.run / "run.json").write_text(json.dumps(interrupted_before))
     output = played.ended(played.start({"5": "killed"}, FINISH), 0)
     assert "attempt 1: 6 ranks on localhost (2), 127.0.0.2 (2), 127.0.0.3 (2)\n" in output
     assert "rank 5 on 127.0.0.3 ended with SIGKILL (137)" in output
@@ -199,14 +210,21 @@ def test_a_second_start_is_refused_and_ranks_die_with_their_supervisor(played: P
     played.ended(played.start({}, FINISH), 0)
 
 
-@pytest.mark.parametrize("who", ["supervisor", "agent"])
-def test_a_signal_to_one_reaches_all_ranks_and_ends_the_keeping(played: Played, who: str) -> None:
+@pytest.mark.parametrize(("who", "named"), [("supervisor", ""), ("agent", " on 127.0.0.3"), ("rank", " to a rank")])
+def test_a_signal_to_one_reaches_all_ranks_and_ends_the_keeping(played: Played, who: str, named: str) -> None:
     process = played.start({})
     played.wait_for_attempt(0)
-    (psutil.Process(process.pid) if who == "supervisor" else played.agent(2)).send_signal(signal.SIGTERM)
+    told = {"supervisor": process.pid, "agent": played.agent(2).pid, "rank": played.seen(3, 0)["process"]}
+    os.kill(told[who], signal.SIGTERM)
     output = played.ended(process, 75)
-    on = "" if who == "supervisor" else " on 127.0.0.3"
-    assert f"SIGTERM{on}: the ranks save and end" in output and f"not started again after SIGTERM{on}" in output
+    assert f"not started again after SIGTERM{named}" in output and "ended with code 75" in output
+    assert ("the ranks save and end" in output) == (who != "rank")
+
+
+def test_a_signal_to_a_rank_that_does_not_train_yet_ends_the_keeping(played: Played) -> None:
+    output = played.ended(played.start({"3": "asked before it trains"}), 75)
+    assert "SIGTERM to rank 3 on 127.0.0.2: the ranks save and end" in output
+    assert "not started again after SIGTERM to rank 3 on 127.0.0.2" in output
 
 
 def test_restarts_wait_longer_each_time_and_are_given_up(played: Played) -> None:

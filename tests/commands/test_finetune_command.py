@@ -16,8 +16,10 @@ from support.datasets import write_dataset
 from support.gguf_models import MODELS, write
 
 from skvr_dist.checkpoint.folder import Checkpoint
+from skvr_dist.cluster.preflight.probe import facts
 from skvr_dist.commands.finetune import run
 from skvr_dist.config.load import load_config
+from skvr_dist.config.presets import find_config
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import IGNORED
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
@@ -205,3 +207,12 @@ def test_an_empty_file_is_refused(
     with pytest.raises(UserError, match=r"empty.jsonl holds no examples; give a file with at least one"):
         started(monkeypatch, capsys, arguments(files, f"data.train.asked.path={tmp_path}/empty.jsonl", "--dry-run"))
     assert "60 examples" in started(monkeypatch, capsys, arguments(files, "--dry-run"))
+
+
+def test_the_preflight_reads_what_the_run_starts_from(files: Path) -> None:
+    start, config, *overrides = ["--from", f"{files}/model"], str(find_config("finetune")), *arguments(files)[4:]
+    assert facts([*start, config, "--", *overrides], [], "")["config"]
+    with pytest.raises(UserError, match="model is missing"):  # without the model's section it is no configuration
+        facts([config, "--", *overrides], [], "")
+    with pytest.raises(UserError, match="absent"):
+        facts(["--from", f"{files}/absent", config, "--", *overrides], [], "")

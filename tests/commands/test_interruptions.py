@@ -40,11 +40,15 @@ def one_rank_is_told() -> list[str | None]:
     if mesh.rank == 0:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
+    heard.append(received())
+    if mesh.rank == 2:
+        listener.note_lost_console()
     return [*heard, received()]
 
 
 def test_all_ranks_hear_of_a_signal_to_one() -> None:
-    assert run_ranks(3, one_rank_is_told) == [[None, "SIGUSR1", "SIGTERM and SIGUSR1"]] * 3
+    told = [None, "SIGUSR1", "SIGTERM and SIGUSR1", "SIGTERM and SIGUSR1 and SIGPIPE"]
+    assert run_ranks(3, one_rank_is_told) == [told] * 3
 
 
 # The attempts of a run, played by a script that saves as many steps as it is told and ends as it is told: what
@@ -61,6 +65,11 @@ if saved:
     (run / f"checkpoints/step-{saved:08d}").mkdir(parents=True)
 if ending == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
+if ending == "asked":
+    (run / "run.json").write_text('{"interrupted": {"by": "SIGTERM", "time": 1.0}}')
+    ending = 1
+if ending == "asked itself":
+    os.kill(os.getpid(), signal.SIGTERM)
 if ending == "orphan" and os.fork() == 0:
     (run / "orphan").write_text(str(os.getpid()))
     time.sleep(60)
@@ -112,6 +121,8 @@ def own_signals() -> Any:
         ),
         ([(0, "killed"), (0, 1)], 1, 1, ["SIGKILL (137)", "no checkpoint yet; given up after 2 attempts"]),
         ([(1, 2)], 5, 2, []),  # a mistake of the user's
+        ([(1, 75), (2, "asked")], 5, 75, ["not started again after SIGTERM to a rank"]),  # torchrun's code is 1
+        ([(0, "asked itself")], 5, 75, [f"not started again after SIGTERM to {sys.executable}"]),
         ([(3, 0), (4, 0)], 1, 0, ["ended with code 0 before its last step"]),  # deepspeed, when its launcher was killed
     ],
 )

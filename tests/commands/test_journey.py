@@ -101,6 +101,15 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return record
 
 
+def require_measured_alike(export: Path, trained: Checkpoint) -> None:
+    """An export has the curve of the run that it is from."""
+    given = ["--data", "data/imported/validation", "--sequence-length", "32", "--sequences", "9"]
+    assert start(["python", "tools/retention.py", str(export), *given]) == 0
+    points = json.loads((export / "retention.json").read_text())["points"]
+    for mine, theirs in zip(points, record_of(trained)["points"], strict=True):
+        assert (mine["strategy"], mine["loss"]) == (theirs["strategy"], pytest.approx(theirs["loss"], abs=1e-5))
+
+
 def test_the_documented_journey(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands, code = documented()
     assert [Path(words[1]).stem for words in commands] == [
@@ -144,7 +153,7 @@ def test_the_documented_journey(workspace: Path, capsys: pytest.CaptureFixture[s
     card = (workspace / "exports/trained-on/README.md").read_text()
     assert f"Its training began with weights dequantized from {imported.facts.dequantized_from}" in card
     assert "Over 16 held-out sequences of 32 tokens" in card
-
+    require_measured_alike(workspace / "exports/trained-on", trained)
     gate = ["python", "tools/retention.py", "runs/trained-on", "--sequences", "9", "--gate", "every:2=-9"]
     assert start(gate) == 1 and "bound <= -9.0000: missed" in capsys.readouterr().out
 

@@ -23,6 +23,7 @@ from skvr_dist.cluster.launcher import free_port
 from skvr_dist.config.load import load_config
 from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy
+from skvr_dist.run.folder import RunFolder
 from skvr_dist.run.lock import RunLock
 from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.resume import preview_resume
@@ -244,6 +245,7 @@ def test_control_c_saves_before_the_run_ends(data: Path, tmp_path: Path) -> None
     assert process.returncode == 75, stderr
     assert f"error: SIGINT ended the run after step {Checkpoint(folder).step}, which is saved" in stderr
     assert "Traceback" not in stderr
+    assert (RunFolder(folder).interruption() or {})["by"] == "SIGINT"
 
 
 def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -> None:

@@ -71,7 +71,14 @@ MS_MARCO: dict[str, dict[str, Any]] = {
 TRIVIAQA = {
     "Data": [
         {
-            "Answer": {"Aliases": ["Sol"], "Value": "Sun", "NormalizedValue": "sun", "Type": "WikipediaEntity"},
+            "Answer": {
+                "Aliases": ["Sol"],
+                "HumanAnswers": ["Our Sun"],
+                "NormalizedAliases": ["sol", "sun"],
+                "NormalizedValue": "sun",
+                "Type": "WikipediaEntity",
+                "Value": "Sun",
+            },
             "EntityPages": [{"DocSource": "TagMe", "Filename": "Star.txt", "Title": "Star"}],
             "SearchResults": [{"Filename": "8/8_1.txt", "Rank": 1, "Title": "t", "Url": "u"}],
             "Question": "Which star is nearest?",
@@ -104,7 +111,7 @@ def test_squad(tmp_path: Path) -> None:
     place = f"{tmp_path}/a.json, data[0]"
     assert read(tmp_path / "a.json", "squad", SQUAD) == [
         QuestionAnswer(("Tea is brewed from leaves.",), "What is tea brewed from?", "leaves", place),
-        QuestionAnswer(("Tea is brewed from leaves.",), "Who brews it?", NO_ANSWER, place),
+        QuestionAnswer(("Tea is brewed from leaves.",), "Who brews it?", NO_ANSWER, place, scored=("",)),
     ]
 
 
@@ -133,7 +140,8 @@ def test_triviaqa_with_its_evidence(tmp_path: Path) -> None:
         (tmp_path / "evidence" / name).write_text(text)
     file = tmp_path / "qa/web-train.json"
     place = f"{file}, Data[0]"
-    wanted = QuestionAnswer(("The Sun is a star.", "Sol is near."), "Which star is nearest?", "Sun", place, ("Sol",))
+    texts, scored = ("The Sun is a star.", "Sol is near."), ("sol", "sun", "Our Sun")
+    wanted = QuestionAnswer(texts, "Which star is nearest?", "Sun", place, ("Sol",), scored=scored)
     assert read(file, "triviaqa", TRIVIAQA) == [wanted, None]
     (tmp_path / "evidence/web/8/8_1.txt").unlink()
     with pytest.raises(UserError, match=r"Data\[0\] names the document .*web/8/8_1.txt, which is not there; unpack"):

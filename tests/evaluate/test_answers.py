@@ -15,13 +15,14 @@ from support.hf_models import random_weights
 
 from skvr_dist.commands import answers, make_retrieval
 from skvr_dist.config.load import load_config
-from skvr_dist.data.finetune.encode import Counts, Encoded, Encoder
+from skvr_dist.data.finetune.encode import Counts, Encoded
 from skvr_dist.data.finetune.examples import QuestionAnswer
 from skvr_dist.data.finetune.formats import read_examples
 from skvr_dist.data.finetune.retrieval import needles, recall
 from skvr_dist.errors import UserError
-from skvr_dist.evaluate.answers import ALL, Asked, Decoding, f1, measure_answers
+from skvr_dist.evaluate.answers import ALL, Asked, Decoding, measure_answers
 from skvr_dist.evaluate.generate import generate
+from skvr_dist.evaluate.metrics import METRICS
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import CacheStrategy
 
@@ -49,22 +50,26 @@ def test_exact_answers_are_those_that_greedy_decoding_gives() -> None:
         tokens = np.array([*prompt.tolist(), *new.tolist()], dtype=np.uint32)
         asked.encoded.append(Encoded(tokens, np.arange(len(tokens)) >= len(prompt)))
     used = {token for encoded in asked.encoded for token in encoded.tokens.tolist()}
-    encoder = Encoder(TOKENIZER, longest=LENGTH + 1, seed=0)
-    points = measure_answers(
+    measured = measure_answers(
         decoder,
         asked,
         STRATEGIES,
         eos_id=min(set(range(500)) - used),
         sequence_length=16,
         batch_size=2,
-        decode=Decoding(encoder, 6),
+        decode=Decoding(TOKENIZER, 6, METRICS["examples"]),
     )
+    points = measured.points
     right = [(point.strategy, point.group, point.answers, point.exact) for point in points]
     assert right == [
         *(("full", ALL, 3, pytest.approx(2 / 3)), ("full", "even", 1, 0.0), ("full", "odd", 2, 1.0)),
         *(("every:4", ALL, 3, pytest.approx(1 / 3)), ("every:4", "even", 1, 1.0), ("every:4", "odd", 2, 0.0)),
     ]
-    assert points[2].f1 == points[4].f1 == 1 and points[0].f1 is not None and points[0].f1 < 1
+    f1 = [point.scores["F1"].mean for point in points]
+    assert f1[2] == f1[4] == 1 and f1[0] < 1
+    assert [list(of_strategy) for of_strategy in measured.right.values()] == [[True, False, True], [False, True, False]]
+    assert points[0].changes["F1"] == (0, 0, 0)
+    assert points[3].changes["exact"].mean == pytest.approx(-1 / 3) and points[3].changes["exact"].low < -0.5
     for strategy, point in zip(STRATEGIES.values(), points[::3], strict=True):
         losses = []
         for encoded in asked.encoded:
@@ -72,12 +77,6 @@ def test_exact_answers_are_those_that_greedy_decoding_gives() -> None:
             logits = decoder(whole[None, :-1], strategy.kv_source_layers)[0, -6:].detach()
             losses.append(torch.nn.functional.cross_entropy(logits, whole[-6:]))
         assert point.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
-
-
-def test_f1_is_that_of_squad() -> None:
-    assert f1("The Eiffel Tower.", "eiffel tower") == 1
-    assert f1("in Paris, France", "Paris") == pytest.approx(0.5)
-    assert f1("", "x") == f1("x", "") == 0 and f1("the", "a") == 1
 
 
 def test_made_up_questions_are_answered_by_their_contexts() -> None:

@@ -171,7 +171,7 @@ def test_greedy_continuation(decoder: Decoder) -> None:
         generate(decoder, prompt, strategy, max_new_tokens=6, temperature=5.0, seed=s)[0].tolist() for s in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
-    stopped, _ = generate(decoder, prompt, strategy, max_new_tokens=6, stop_token=int(new[2]))
+    stopped, _ = generate(decoder, prompt, strategy, max_new_tokens=6, stop_tokens=[int(new[2])])
     assert stopped.tolist() == new[: new.tolist().index(int(new[2]))].tolist()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from datetime import timedelta
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from skvr_dist.cluster.launcher import free_port
 from skvr_dist.errors import UserError
-from skvr_dist.parallel.engine import process_group
+from skvr_dist.lab.verify.ranks import run_ranks
+from skvr_dist.parallel.engine import meeting_store, process_group, refusals
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.train import shared_folder
 
@@ -75,12 +78,43 @@ def test_a_rank_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch
 
 def test_what_listens_but_is_no_store_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch waits for the first word of what it has connected to, without end."""
-    monkeypatch.setattr(process_group, "_LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(process_group, "TCPStore", lambda *words, **options: time.sleep(5))
+    monkeypatch.setattr(meeting_store, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(meeting_store, "TCPStore", lambda *words, **options: time.sleep(5))
     for name, value in {**TWO_HOSTS, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(UserError, match=f"what listens at port {port} of 127.0.0.1, .* is not rank 0 of a run"):
-            process_group._open_store(1, 2, timedelta(seconds=1))
+            meeting_store.open_store(1, 2, timedelta(seconds=1))
+
+
+def begin(ports: list[int], refusing: dict[int, tuple[int, str]]) -> list[tuple[str, str, float]]:
+    """Begin a run per port, in which one of two ranks, each on a host of its own, meets something before it joins."""
+    number, found = dist.get_rank(), []
+    dist.destroy_process_group()
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", LOCAL_SIZE="1")
+    for port in ports:
+        rank, what = refusing[port]
+        os.environ["MASTER_PORT"] = str(port)
+        started = time.monotonic()
+        try:
+            with refusals.telling_who_waits("runs/one"):
+                if number == rank:
+                    raise {"a user's": UserError("host2 lacks data/train"), "not": OSError("no such device")}[what]
+            process_group.start_process_group(timedelta(seconds=60), "runs/one", "id" if number == 0 else "")
+        except (UserError, OSError) as error:
+            found.append((type(error).__name__, str(error), time.monotonic() - started))
+    return found
+
+
+def test_what_one_host_meets_before_the_meeting_ends_all() -> None:
+    refusing = {free_port(): (1, "a user's"), free_port(): (0, "a user's"), free_port(): (1, "not")}
+    first, second = run_ranks(2, begin, list(refusing), refusing)
+    heard = [first[0], second[1], first[2]]
+    assert [kind for kind, _, _ in heard] == ["UserError", "UserError", "RunInterrupted"]
+    assert re.fullmatch(r"rank 0 does not begin, because rank 1 on \S+ has ended: host2 lacks data/train", heard[0][1])
+    assert heard[1][1].startswith("rank 1 does not begin, because rank 0 on ")
+    assert heard[2][1].endswith("has ended: OSError: no such device")
+    assert [text for _, text, _ in (second[0], first[1])] == ["host2 lacks data/train"] * 2
+    assert max(seconds for _, _, seconds in [*first, *second]) < 15

@@ -138,10 +138,7 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_its_id(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"sees no .*run.json of rank 0 after 0 s; give a train.output_dir on a file"):
-        RunFolder(tmp_path).wait_for_id(0.2)
-    threading.Timer(0.3, lambda: RunFolder(tmp_path).note(id="abc")).start()
-    assert RunFolder(tmp_path).wait_for_id(10.0) == "abc"
+    RunFolder(tmp_path).note(id="abc")
     RunFolder(tmp_path).note(resume="auto")
     assert RunFolder(tmp_path).notes() == {"id": "abc", "resume": "auto"}
 
@@ -157,7 +154,7 @@ def meet(port: int, run_of: dict[int, tuple[str, int, int]], folder: str) -> Any
 
     deepspeed_comm.cdb = None
     try:
-        start_process_group(timedelta(seconds=60 if run == "a" else 3), run)
+        start_process_group(timedelta(seconds=60 if run == "a" else 3), f"/runs/{run}", run if rank == 0 else "")
     except (UserError, RuntimeError) as error:
         return str(error)
     finally:
@@ -237,7 +234,7 @@ def test_files_of_a_run_may_hold_what_a_crash_left(tmp_path: Path) -> None:
     folder.metrics.write_bytes(whole + b"\0" * 40 + b"\n[1]\n\xff\n" + b"[" * 100_000 + b'\n{"step": 3, "train/lo')
     records = [{"step": 1, "train/loss": 2.5}, {"step": 2, "train/loss": None}]
     assert folder.metric_records() == records
-    Reporter(0, folder, first_step=1, steps=4).close()
+    Reporter(0, folder, first_step=1, steps=4, console_lost=lambda: None).close()
     assert folder.metric_records() == records[:1] and folder.metrics.read_bytes() == whole[: whole.index(b"\n") + 1]
     (tmp_path / "run.json").write_text("[1]")
     with pytest.raises(UserError, match=r"run.json is damaged \(it holds no facts\); remove it"):
@@ -248,3 +245,16 @@ def test_files_of_a_run_may_hold_what_a_crash_left(tmp_path: Path) -> None:
     folder.lock.mkdir()
     (folder.lock / "notes.json").touch()
     RunLock(tmp_path, "run").release()
+
+
+def test_a_console_that_has_gone_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    lost: list[str] = []
+    with os.fdopen(writer, "w", buffering=1) as console:
+        monkeypatch.setattr(sys, "stdout", console)
+        reporter = Reporter(0, RunFolder(tmp_path), first_step=0, steps=4, console_lost=lambda: lost.append("lost"))
+        for _ in range(2):
+            reporter.say("nobody reads this")
+        reporter.close()
+    assert lost == ["lost"]

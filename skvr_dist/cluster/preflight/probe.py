@@ -28,7 +28,8 @@ def facts(words: list[str], hosts: list[str], folder: str) -> Answer:
     """What this host is and has.
 
     Args:
-        words: files of the configuration, or none.
+        words: files of the configuration, `--`, overrides; `--from` and a checkpoint before, if it starts from one; or
+            none.
         hosts: names to look up.
         folder: of the run, or empty.
     """
@@ -94,10 +95,15 @@ def _config(words: list[str]) -> str:
         return ""
     import hashlib
 
+    from skvr_dist.checkpoint.base import base_of
     from skvr_dist.config.load import dump_config, load_config
 
+    base = None
+    if words[0] == "--from":
+        base, words = base_of(Path(words[1])), words[2:]
     split = words.index("--")
-    return hashlib.sha256(dump_config(load_config(words[:split], words[split + 1 :])).encode()).hexdigest()[:12]
+    config = load_config(words[:split], words[split + 1 :], base=base)
+    return hashlib.sha256(dump_config(config).encode()).hexdigest()[:12]
 
 
 def _devices() -> str:

@@ -137,6 +137,4 @@ def _text(whole: Estimate, rates: Rates) -> str:
         f"predicted, not measured: step {speed.step_seconds:.3f} s, MFU {speed.mfu:.1%}, bubble {speed.bubble:.1%}; "
         f"computing {speed.computing_seconds:.3f} s, {costs}",
     ]
-    if whole.memory_is_a_lower_bound:
-        lines.append("a lower bound: with ZeRO-3 and recomputed layers it was up to 14 % too low where it was measured")
     return "\n\n".join(lines)

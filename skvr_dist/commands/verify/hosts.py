@@ -15,10 +15,10 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     """Play the cases and report; returns the exit code."""
     from tqdm import tqdm
 
-    from skvr_dist.lab.hosts.case import Lab, as_record, play
+    from skvr_dist.lab.hosts.case import Lab, play
     from skvr_dist.lab.hosts.namespaces import why_not
 
     cases = _chosen(options)
@@ -67,21 +67,21 @@ def run(options: argparse.Namespace) -> int:
     output = prove_writable(options.output) if options.output else None
     if reason := why_not(*(program for case in cases for program in case.programs)):
         raise UserError(f"skvr-verify hosts cannot run here: {reason}; run it as root on a machine that has them")
-    known = _known(options, cases)
+    found = _known(options)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="skvr-hosts-") as folder:
         lab = Lab(Path(folder) / "lab")
         for case in tqdm(cases, unit="case", leave=False, disable=None):
-            outcomes.append(known.get(case.name) or play(case, lab))
+            outcomes.append(found.get(case.name) or play(case, lab))
             tqdm.write(_line(outcomes[-1]))
+            found[case.name] = outcomes[-1]
             if options.json:
-                write_json(options.json, [as_record(outcome) for outcome in outcomes])
+                write_json(options.json, _records(found))
     tables = _tables(outcomes)
     figure = _figure(outcomes)
     if output:
         write_whole(output, f"{_page(output)}\n* {figure}\n{tables}\n")
-    record = [as_record(outcome) for outcome in outcomes]
-    return conclude([figure], table=tables, record=record, json_file=options.json)
+    return conclude([figure], table=tables, record=_records(found), json_file=options.json)
 
 
 def all_cases() -> list[Case]:
@@ -105,7 +105,14 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
     return chosen
 
 
-def _known(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Outcome]:
+def _records(found: Mapping[str, Outcome]) -> list[dict[str, Any]]:
+    """The outcomes for machines, in the order of the tables; those of an earlier call that are not reached yet too."""
+    from skvr_dist.lab.hosts.case import as_record
+
+    return [as_record(found[case.name]) for case in all_cases() if case.name in found]
+
+
+def _known(options: argparse.Namespace) -> dict[str, Outcome]:
     """With --resume, the outcomes of an earlier call that were well, by the names of their cases.
 
     Raises:
@@ -119,7 +126,7 @@ def _known(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Outc
         raise UserError("--resume needs --json FILE, where the outcomes of the earlier call are")
     if not options.json.exists():
         return {}
-    by_name = {case.name: case for case in cases}
+    by_name = {case.name: case for case in all_cases()}
     try:
         records = json.loads(options.json.read_text(encoding="utf-8"))
         return {

@@ -7,7 +7,7 @@ A template writes a whole conversation as one text. Which parts of it are the as
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,7 @@ _FIXED_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro %}"
 """Before a template that writes today's date, so that a chat has the same tokens tomorrow: the day that Llama 3.1's
 falls back to."""
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_NAMES_TOOLS = re.compile(r"\btools\b")
 Span = tuple[int, int]
 """Characters of a text: from the first to before the second."""
 Tokens = tuple[NDArray[np.uint32], NDArray[np.bool_]]
@@ -130,11 +131,33 @@ class ChatTemplate:
         Args:
             ask: end with what asks the assistant for its turn.
         """
+        text, spans = self._write(chat.messages[:end], chat.place, ask=ask, marked=marked)
+        return text, [tuple(span) for span in spans] if marked else []
+
+    def ask(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], place: str) -> list[int]:
+        """The tokens that ask the assistant for its turn after some messages.
+
+        Args:
+            tools: those that it may call, as functions of the OpenAI API.
+            place: where they are from, for messages.
+
+        Raises:
+            UserError: the template refuses them, or has no place for tools.
+        """
+        if tools and not _NAMES_TOOLS.search(self.text):
+            raise UserError(f"{place}: the chat template of {self.name} has no place for tools; leave them out")
+        text, _ = self._write(messages, place, ask=True, tools=list(tools) or None)
+        return self.tokenizer.encode_with_offsets(text)[0]
+
+    def _write(
+        self, messages: Sequence[dict[str, Any]], place: str, *, ask: bool, marked: bool = False, tools: Any = None
+    ) -> tuple[str, Any]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             texts, spans = render_jinja_template(
-                [list(chat.messages[:end])],
+                [list(messages)],
+                tools=tools,
                 chat_template=self.text,
                 add_generation_prompt=ask,
                 return_assistant_tokens_mask=marked,
@@ -142,9 +165,9 @@ class ChatTemplate:
             )
         except Exception as error:  # a template may raise what it likes, with a sentence of its own
             raise UserError(
-                f"{chat.place}: the chat template of {self.name} refuses the chat ({' '.join(str(error).split())})"
+                f"{place}: the chat template of {self.name} refuses the chat ({' '.join(str(error).split())})"
             ) from None
-        return texts[0], [tuple(span) for span in spans[0]] if marked else []
+        return texts[0], spans[0] if marked else []
 
     def _tokens(self, text: str, spans: list[Span]) -> Tokens:
         """Tokens of a text; those that end within a span have loss."""

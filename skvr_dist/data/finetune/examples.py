@@ -21,6 +21,13 @@ class QuestionAnswer:
     """Other answers that are as right."""
     group: str = ""
     """What it is counted with when answers are measured."""
+    scored: tuple[str, ...] | None = None
+    """What its benchmark scores answers against, where that is not `answer` and `others`."""
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        """What an answer is scored against."""
+        return (self.answer, *self.others) if self.scored is None else self.scored
 
 
 @dataclass(frozen=True)

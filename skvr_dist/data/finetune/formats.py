@@ -29,13 +29,13 @@ _Record = TypeVar("_Record", bound=BaseModel)
 _LONGEST_REASON = 300
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     """A record of a file, or a part of one; keys that are not read are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
-class _Example(_Part):
+class _Example(Part):
     context: str
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)
@@ -46,16 +46,16 @@ def _read_examples(path: Path) -> Examples:
     """Our own: jsonl, a line {context, question, answer}."""
     expected = "the keys context, question and answer, each a text, the last two not empty"
     for place, record in _json_lines(path, "examples", expected):
-        found = _parsed(_Example, record, place, "examples", expected)
+        found = parsed(_Example, record, place, "examples", expected)
         passages = (found.context,) if found.context else ()
         yield QuestionAnswer(passages, found.question, found.answer, place, group=found.group)
 
 
-class _SquadAnswer(_Part):
+class _SquadAnswer(Part):
     text: str = Field(min_length=1)
 
 
-class _SquadQuestion(_Part):
+class _SquadQuestion(Part):
     question: str = Field(min_length=1)
     answers: list[_SquadAnswer]
     is_impossible: bool = False
@@ -67,12 +67,12 @@ class _SquadQuestion(_Part):
         return self
 
 
-class _SquadParagraph(_Part):
+class _SquadParagraph(Part):
     context: str
     qas: list[_SquadQuestion]
 
 
-class _SquadArticle(_Part):
+class _SquadArticle(Part):
     paragraphs: list[_SquadParagraph]
 
 
@@ -82,13 +82,16 @@ def _read_squad(path: Path) -> Examples:
     expected = "paragraphs[] of {context, qas[] of {question, answers[] of {text}, is_impossible}}"
     for number, record in enumerate(_list_of(_json(path, kind), path, "data", kind, expected)):
         place = f"{path}, data[{number}]"
-        for paragraph in _parsed(_SquadArticle, record, place, kind, expected).paragraphs:
+        for paragraph in parsed(_SquadArticle, record, place, kind, expected).paragraphs:
             for asked in paragraph.qas:
                 answer, *others = [NO_ANSWER] if asked.is_impossible else [answer.text for answer in asked.answers]
-                yield QuestionAnswer((paragraph.context,), asked.question.strip(), answer, place, tuple(others))
+                scored = ("",) if asked.is_impossible else None
+                yield QuestionAnswer(
+                    (paragraph.context,), asked.question.strip(), answer, place, tuple(others), scored=scored
+                )
 
 
-class _HotpotRecord(_Part):
+class _HotpotRecord(Part):
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)
     context: list[Annotated[tuple[str, list[str]], Strict(strict=False)]]
@@ -100,16 +103,16 @@ def _read_hotpotqa(path: Path) -> Examples:
     expected = "{question, answer, context[] of [title, [sentences]]}"
     for number, record in enumerate(_list_of(_json(path, kind), path, None, kind, expected)):
         place = f"{path}, [{number}]"
-        found = _parsed(_HotpotRecord, record, place, kind, expected)
+        found = parsed(_HotpotRecord, record, place, kind, expected)
         passages = tuple(f"{title}\n{''.join(sentences)}" for title, sentences in found.context)
         yield QuestionAnswer(passages, found.question, found.answer, place)
 
 
-class _MarcoPassage(_Part):
+class _MarcoPassage(Part):
     passage_text: str
 
 
-class _MarcoRecord(_Part):
+class _MarcoRecord(Part):
     query: str = Field(min_length=1)
     answers: list[str]
     passages: list[_MarcoPassage]
@@ -121,7 +124,7 @@ def _read_ms_marco(path: Path) -> Examples:
     expected = "{query, answers[], passages[] of {passage_text}}, by columns (.json) or by lines (.jsonl)"
     lines = _json_lines(path, kind, expected) if _is_jsonl(path) else _columns(path, kind, expected)
     for place, record in lines:
-        found = _parsed(_MarcoRecord, record, place, kind, expected)
+        found = parsed(_MarcoRecord, record, place, kind, expected)
         answers = [answer for answer in found.answers if answer.strip()]
         passages = tuple(passage.passage_text for passage in found.passages)
         yield QuestionAnswer(passages, found.query.strip(), answers[0], place, tuple(answers[1:])) if answers else None
@@ -137,16 +140,18 @@ def _columns(path: Path, kind: str, expected: str) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {row}", {name: table[name][row] for name in names if row in table[name]}
 
 
-class _TriviaAnswer(_Part):
+class _TriviaAnswer(Part):
     value: str = Field(alias="Value")
     aliases: list[str] = Field(alias="Aliases", default=[])
+    normalized: list[str] = Field(alias="NormalizedAliases", default=[])
+    human: list[str] = Field(alias="HumanAnswers", default=[])
 
 
-class _TriviaDocument(_Part):
+class _TriviaDocument(Part):
     file: str = Field(alias="Filename", min_length=1)
 
 
-class _TriviaRecord(_Part):
+class _TriviaRecord(Part):
     question: str = Field(alias="Question", min_length=1)
     answer: _TriviaAnswer = Field(alias="Answer")
     pages: list[_TriviaDocument] = Field(alias="EntityPages", default=[])
@@ -160,12 +165,14 @@ def _read_triviaqa(path: Path) -> Examples:
     evidence = path.absolute().parent.parent / "evidence"
     for number, record in enumerate(_list_of(_json(path, kind), path, "Data", kind, expected)):
         place = f"{path}, Data[{number}]"
-        found = _parsed(_TriviaRecord, record, place, kind, expected)
+        found = parsed(_TriviaRecord, record, place, kind, expected)
         files = [evidence / "wikipedia" / page.file for page in found.pages]
         files += [evidence / "web" / page.file for page in found.results]
         texts = tuple(_text(file, place) for file in files)
         answer, others = found.answer.value, tuple(found.answer.aliases)
-        yield QuestionAnswer(texts, found.question, answer, place, others) if texts and answer.strip() else None
+        scored = (*found.answer.normalized, *found.answer.human) or None  # as triviaqa_evaluation.py has them
+        has_both = texts and answer.strip()
+        yield QuestionAnswer(texts, found.question, answer, place, others, scored=scored) if has_both else None
 
 
 def _text(file: Path, place: str) -> str:
@@ -180,7 +187,7 @@ def _text(file: Path, place: str) -> str:
         raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from None
 
 
-class _RepliqaRecord(_Part):
+class _RepliqaRecord(Part):
     document: str = Field(alias="document_extracted", min_length=1)
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)
@@ -191,16 +198,16 @@ def _read_repliqa(path: Path) -> Examples:
     kind = "RepLiQA"
     expected = "document_extracted, question and answer, each a text that is not empty"
     for place, record in _json_lines(path, kind, expected) if _is_jsonl(path) else _rows(path):
-        found = _parsed(_RepliqaRecord, record, place, kind, expected)
+        found = parsed(_RepliqaRecord, record, place, kind, expected)
         yield QuestionAnswer((found.document,), found.question, found.answer, place)
 
 
-class _Message(_Part):
+class _Message(Part):
     role: str = Field(min_length=1)
     content: str
 
 
-class _ChatRecord(_Part):
+class _ChatRecord(Part):
     messages: list[_Message]
 
     @model_validator(mode="after")
@@ -214,7 +221,7 @@ def _read_chat(path: Path) -> Examples:
     """Chats: jsonl, a line {messages: [{role, content}]}."""
     expected = "messages[] of {role, content}, one of them at least with the role assistant"
     for place, record in _json_lines(path, "chats", expected):
-        chat = _parsed(_ChatRecord, record, place, "chats", expected)
+        chat = parsed(_ChatRecord, record, place, "chats", expected)
         yield Chat(tuple(message.model_dump() for message in chat.messages), place)
 
 
@@ -288,7 +295,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 row += 1
 
 
-def _parsed(model: type[_Record], record: Any, place: str, kind: str, expected: str) -> _Record:
+def parsed(model: type[_Record], record: Any, place: str, kind: str, expected: str) -> _Record:
     """A record as a model, whose texts are valid.
 
     Raises:

@@ -123,6 +123,9 @@ CASES = (
     Case("PP4 x DP2, ZeRO-1, draws per sequence", 8, {"pipeline": 4}, draws_per="sequence"),
     Case("TP2 SP x PP2, bf16, draws per sequence", 4, _SPLIT, "bf16", draws_per="sequence"),
     Case("PP4, layers recomputed, draws per sequence", 4, {"pipeline": 4, **_LAYER}, draws_per="sequence"),
+    Case("DP2, ZeRO-3, layers recomputed", 2, {"zero_stage": 3, **_LAYER}, zero=_PARTITION_ALL),
+    Case("PP2 x DP2, ZeRO-3, layers recomputed", 4, {"pipeline": 2, "zero_stage": 3, **_LAYER}, zero=_PARTITION_ALL),
+    Case("DP2, ZeRO-3, layers recomputed, fetched twice", 2, {"zero_stage": 3, **_LAYER}, zero=_FETCH_TWICE),
     # So few tokens that weights, buckets and the update decide.
     Case("PP2, ZeRO-0, 8 tokens", 2, {"pipeline": 2, "zero_stage": 0}, sequence=4),
     Case("PP2 x DP2, ZeRO-1, 8 tokens", 4, {"pipeline": 2}, sequence=4),

@@ -51,12 +51,6 @@ class Estimate:
         return ", ".join(words)
 
     @property
-    def memory_is_a_lower_bound(self) -> bool:
-        """Whether more is held than the closed forms know of: ZeRO-3 keeps more of layers that are computed again."""
-        parallel = self.config.parallel
-        return parallel.zero_stage == 3 and parallel.activation_checkpointing.recompute != "none"
-
-    @property
     def short(self) -> str:
         """The layout in a few letters, for tables."""
         parallel, rank = self.config.parallel, self.stages[0].rank

@@ -6,7 +6,7 @@ norm keeps differs: the fused kernel of CUDA its input, the composite one of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from skvr_dist.model.loss import chunks
 
 Kernels = Literal["cpu", "cuda"]
 
-_BUCKET = 500_000_000  # elements of DeepSpeed's reduce_bucket_size
+_BUCKET, _PREFETCH = 500_000_000, 50_000_000  # elements of DeepSpeed's reduce_bucket_size and prefetch bucket
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,25 @@ class _Activations:
         kept = rank.element * split * self.keeps_inputs_of_norms
         return kept + self.norm(split, rank.split_tokens) + rank.element * rank.tokens * rank.model.hidden_size
 
+    def while_running(self, row: MicroBatch, fetched: Mapping[int, int]) -> tuple[int, int]:
+        """What a micro-batch holds in its forward pass while the MLP of that layer runs where it is most.
+
+        Args:
+            fetched: bytes of whole weights while each layer runs, which count when layers are compared.
+
+        Returns:
+            bytes of activations, and of whole weights.
+        """
+        rank, size = self.rank, self.rank.element
+        most, held = (0, 0), self.received(row) + self.tables()
+        # Of attention its output, the sum with the layer's input, and the norm of that.
+        inside = size * 3 * rank.tokens * (rank.model.hidden_size + rank.inner)
+        for layer in rank.layers:
+            held += self.layer(layer, row) + self.input_of(layer)
+            is_computed_again = rank.config.parallel.activation_checkpointing.covers("layer", layer)
+            most = max(most, (held + inside * is_computed_again, fetched[layer]), key=sum)
+        return most
+
     def tables(self) -> int:
         """cos and sin of the rotation."""
         return 8 * self.rank.config.data.sequence_length * self.rank.model.head_dim
@@ -185,6 +204,8 @@ def peak_memory(rank: RankSizes, rows: Sequence[MicroBatch], kernels: Kernels = 
     moments = [_at_backward(activations, kept, rows, number) for number in range(len(rows))]
     if rank.config.parallel.zero_stage == 3:
         moments += [_while_reducing(activations, kept, rows, number) for number in range(len(rows))]
+        fetched = _fetched(rank)
+        moments += [_while_fetching(activations, kept, rows, number, fetched) for number in range(len(rows))]
     moments += [_at_reduction(rank), _at_update(rank)]
     return max(moments, key=lambda memory: memory.total)
 
@@ -216,6 +237,49 @@ def _at_backward(activations: _Activations, kept: Sequence[int], rows: Sequence[
         pipeline_buffers=_pipeline_buffers(rank, rows, number, last),
         loss=loss,
         moment=f"backward pass of micro-batch {number}",
+    )
+
+
+def _fetched(rank: RankSizes) -> dict[int, int]:
+    """Bytes of whole weights that ZeRO-3 holds while each layer runs forwards.
+
+    DeepSpeed gathers the weights that come next, as many as its prefetch bucket holds, in one flat tensor. When the
+    first is needed it copies all of them out, and keeps the flat one until the last was needed.
+    """
+    sizes: dict[str, int] = {}
+    for weight in rank.weights:
+        sizes[weight.module] = sizes.get(weight.module, 0) + weight.elements * (not is_persistent(rank, weight))
+    ahead = min(rank.zero_option("stage3_prefetch_bucket_size", _PREFETCH), sum(sizes.values()))
+    released, modules, found = released_modules(rank), list(sizes), {}
+    for layer in rank.layers:
+        place = modules.index(f"layer {layer}")
+        behind = sum(sizes[module] for module in modules[:place] if module not in released)
+        coming = min(sum(sizes[module] for module in modules[place:]), sizes[f"layer {layer}"] + ahead)
+        found[layer] = rank.element * (behind + coming + ahead)
+    return found
+
+
+def _while_fetching(
+    activations: _Activations,
+    kept: Sequence[int],
+    rows: Sequence[MicroBatch],
+    number: int,
+    fetched: Mapping[int, int],
+) -> Memory:
+    """While ZeRO-3 fetches weights in the forward pass of micro-batch `number`."""
+    rank = activations.rank
+    first = max(number + 1 - rank.in_flight, 0)
+    parameters, optimizer, gradients = state_bytes(rank)
+    running, whole_weights = activations.while_running(rows[number], fetched)
+    return Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        zero_buffers=_bucket(rank) + whole_weights,
+        activations=sum(kept[first:number]) + running,
+        pipeline_buffers=_pipeline_buffers(rank, rows, first, number, forward=True),
+        loss=0,
+        moment=f"forward pass of micro-batch {number}",
     )
 
 
@@ -251,8 +315,16 @@ def _loss(rank: RankSizes) -> int:
     return gradients + (6 if rank.element == 2 else 4) * chunk * rows
 
 
-def _pipeline_buffers(rank: RankSizes, rows: Sequence[MicroBatch], number: int, last: int) -> int:
-    """Packed tensors on their way: two sends and one receive ahead in each direction, and the gradients in use."""
+def _pipeline_buffers(
+    rank: RankSizes, rows: Sequence[MicroBatch], number: int, last: int, *, forward: bool = False
+) -> int:
+    """Packed tensors on their way: two sends and one receive ahead in each direction, and the gradients in use.
+
+    Args:
+        number: the micro-batch that runs back, or will be the next to do so.
+        last: the micro-batch that will run forwards next.
+        forward: whether it does so now, which has received its input and uses no gradients.
+    """
 
     def packed(numbers: range, leaving: bool) -> int:
         inside = [rows[each] for each in numbers if 0 <= each < len(rows)]
@@ -261,11 +333,11 @@ def _pipeline_buffers(rank: RankSizes, rows: Sequence[MicroBatch], number: int, 
 
     total = 0
     if not rank.is_last:
-        total += packed(range(last - 2, last), True) + packed(range(number, number + 2), True)
+        total += packed(range(last - 2, last), True) + packed(range(number, number + 2 - forward), True)
         if rank.hidden_is_split_for_sending:
             total += rank.element * rank.tokens * rank.model.hidden_size
     if not rank.is_first:
-        total += packed(range(number - 2, number), False) + packed(range(last, last + 1), False)
+        total += packed(range(number - 2, number), False) + packed(range(last + forward, last + forward + 1), False)
     return total
 
 

@@ -32,10 +32,9 @@ class Proposal:
     def row(self, rates: Rates) -> dict[str, Any]:
         """A row of the table."""
         speed = self.estimate.speed
-        at_least = "at least " if self.estimate.memory_is_a_lower_bound else ""
         return {
             "layout": self.estimate.short,
-            "GiB": f"{at_least}{self.gib:.2f}",
+            "GiB": f"{self.gib:.2f}",
             "fits": self.gib <= rates.memory_gib,
             "step s": round(speed.step_seconds, 3),
             "MFU": f"{speed.mfu:.1%}",

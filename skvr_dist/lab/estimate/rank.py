@@ -15,6 +15,7 @@ import numpy as np
 from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.tree import Config
+from skvr_dist.model.operations import Widths
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.routing import KVPart, RoutingPlan, crossing_parts, read_layers
 
@@ -127,6 +128,11 @@ class RankSizes:
     def vocabulary(self) -> int:
         """Rows of this rank's vocabulary matrices; its logits of one token."""
         return -(-self.model.vocab_size // self.tensor)
+
+    @cached_property
+    def widths(self) -> Widths:
+        """Sizes of this rank's matrices."""
+        return Widths(self.model.hidden_size, self.queries, self.kv, self.inner, self.vocabulary)
 
     @property
     def kv_copies(self) -> int:

@@ -14,6 +14,8 @@ from statistics import mean
 
 from skvr_dist.lab.estimate.rank import MicroBatch, RankSizes
 from skvr_dist.lab.estimate.traffic import Traffic
+from skvr_dist.model.operations import head_operations, layer_operations
+from skvr_dist.train.mfu import BF16_PEAKS
 
 _GEMM_SHARE = 0.6  # of the peak; an assumption, `--efficiency` sets another
 
@@ -39,13 +41,13 @@ class Rates:
 
 
 PRESETS = {
-    "h100": Rates(tflops=989, host_gbytes=450, network_gbytes=50, memory_gib=78),
-    "h200": Rates(tflops=989, host_gbytes=450, network_gbytes=50, memory_gib=139),
-    "a100": Rates(tflops=312, host_gbytes=300, network_gbytes=25, memory_gib=78),
+    "h100": Rates(tflops=BF16_PEAKS["H100 80GB HBM3"], host_gbytes=450, network_gbytes=50, memory_gib=78),
+    "h200": Rates(tflops=BF16_PEAKS["H200"], host_gbytes=450, network_gbytes=50, memory_gib=139),
+    "a100": Rates(tflops=BF16_PEAKS["A100"], host_gbytes=300, network_gbytes=25, memory_gib=78),
 }
-"""SXM cards of 80, 141 and 80 GB. Peaks are NVIDIA's data sheets', dense (they print twice as much with sparsity);
-NVLink is half of the sheets' 900 and 600 GB/s, which count both ways; the network is 400 (A100: 200) Gbit/s for each
-GPU, as in NVIDIA's DGX."""
+"""SXM cards of 80, 141 and 80 GB. Peaks are those of a run's own MFU (`skvr_dist.train.mfu`); NVLink is half of the
+data sheets' 900 and 600 GB/s, which count both ways; the network is 400 (A100: 200) Gbit/s for each GPU, as in NVIDIA's
+DGX."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,18 @@ class Speed:
 
 def operations(rank: RankSizes, row: MicroBatch, *, with_recomputation: bool) -> float:
     """Floating-point operations of both passes of a micro-batch on one rank; keys and values nobody reads cost none."""
-    hidden, tokens, checkpointing = rank.model.hidden_size, rank.tokens, rank.config.parallel.activation_checkpointing
-    attention = 2 * tokens * (2 * hidden * rank.queries) + 2 * tokens * rank.queries * rank.config.data.sequence_length
+    checkpointing = rank.config.parallel.activation_checkpointing
+    layer = layer_operations(rank.widths, rank.tokens, rank.config.data.sequence_length)
+    attention = sum(n for name, n in layer.projections.items() if "self_attn" in name) + layer.scores // 2  # causal
     total = 0.0
-    for layer in rank.layers:
-        whole = attention + 2 * tokens * 3 * hidden * rank.inner
-        whole += 2 * tokens * 2 * hidden * rank.kv * (layer in row.read)
+    for number in rank.layers:
+        whole = sum(layer.projections.values()) + layer.scores // 2 + sum(layer.kv.values()) * (number in row.read)
         total += 3 * whole
-        if with_recomputation and checkpointing.covers("layer", layer):
+        if with_recomputation and checkpointing.covers("layer", number):
             total += whole
-        elif with_recomputation and checkpointing.covers("attention", layer):
+        elif with_recomputation and checkpointing.covers("attention", number):
             total += attention
-    return total + (6 * tokens * hidden * rank.vocabulary if rank.is_last else 0)
+    return total + (3 * head_operations(rank.widths, rank.tokens) if rank.is_last else 0)
 
 
 def predict(ranks: Sequence[RankSizes], rows: Sequence[Sequence[MicroBatch]], traffic: Sequence[Traffic],

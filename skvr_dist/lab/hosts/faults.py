@@ -12,9 +12,8 @@ from typing import Any
 
 from skvr_dist.lab.hosts.case import Case, Ending, Lab, losses
 from skvr_dist.lab.hosts.kept_run import FAULT_STEP, KEYS, SHELL, STEPS, TIMEOUT_SECONDS, KeptRun
+from skvr_dist.lab.hosts.preemptions import PREEMPTIONS
 from skvr_dist.lab.hosts.random_faults import RANDOM_FAULTS
-from skvr_dist.lab.hosts.slurm import PROGRAMS as SLURM_PROGRAMS
-from skvr_dist.lab.hosts.slurm import start_slurm
 from skvr_dist.run.folder import RunFolder
 
 SECONDS_TO_NAME = TIMEOUT_SECONDS + 10
@@ -94,7 +93,7 @@ def power_off_of_stand_ins(lab: Lab) -> Ending:
         ending = Ending(f"named after {_in_seconds(told)}")
         ending.expect(told is not None and told <= SECONDS_TO_NAME, f"`{_OFF}` said after {_in_seconds(told)}")
         ending.expect(code == 0 and "left out: host3" in run.console(), f"code {code}: {run.console()[-1500:]}")
-        ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+        ending.expect(not (left := hosts.left_after()), f"left running: {left}")
         return ending
 
 
@@ -116,33 +115,6 @@ def first_vanishes(lab: Lab) -> Ending:
         run.start()
         run.expect_finished(lab, ending)
         return ending
-
-
-def told_to_end(
-    name: str, send: Callable[[KeptRun], None], signal_name: str = "SIGTERM", *, by_srun: bool = False
-) -> Callable[[Lab], Ending]:
-    """A case: somebody is told to end; all save first, the code is 75, and the same command goes on."""
-
-    def play(lab: Lab) -> Ending:
-        with lab.hosts(2) as hosts:
-            if by_srun:
-                start_slurm(hosts)
-            run = KeptRun(lab, hosts, name, started_by="srun" if by_srun else "user")
-            run.wait_for_step(FAULT_STEP)
-            run.mark()
-            send(run)
-            code = run.code()
-            ending = Ending(f"saved, code {code}")
-            ending.expect(code == 75, f"code {code}: {run.console()[-1500:]}")
-            ending.expect("which is saved" in run.console(), "nobody says that it is saved")
-            ending.expect(f"not started again after {signal_name}" in run.console(), "does not say why it ended")
-            quiet = run.seconds_until_quiet(1, 2, limit=5)
-            ending.expect(quiet is not None, f"left running: {hosts.left_over()}")
-            run.start()
-            run.expect_finished(lab, ending)
-            return ending
-
-    return play
 
 
 def launcher_dies(lab: Lab) -> Ending:
@@ -310,27 +282,7 @@ FAULTS: list[Case] = [
         survives("stop_agent", _stop_agent, _OFF, lost=False, same_ranks=False, steps=_MANY_STEPS),
     ),
     _fault("first_vanishes", "the first host loses power", first_vanishes),
-    _fault(
-        "sigterm_host",
-        "SIGTERM to every process of a host (preemption)",
-        told_to_end("sigterm_host", lambda run: run.kill(2, signal.SIGTERM, "cluster.agent", "pretrain.py")),
-    ),
-    _fault(
-        "sigterm_supervisor",
-        "SIGTERM to keep_running",
-        told_to_end("sigterm_supervisor", lambda run: run.kill(1, signal.SIGTERM, "keep_running.py")),
-    ),
-    _fault(
-        "slurm_signal",
-        "`srun keep_running`, a task per host, and Slurm's signal before the time is up",
-        told_to_end(
-            "slurm_signal",
-            lambda run: run.hosts.do(1, "scancel --signal=USR1 $(squeue -h -o %A)"),
-            "SIGUSR1",
-            by_srun=True,
-        ),
-        programs=SLURM_PROGRAMS,
-    ),
+    *PREEMPTIONS,
     _fault("launcher_dies", "SIGKILL of keep_running, the console quiet", launcher_dies),
     _fault(
         "slow_rank",

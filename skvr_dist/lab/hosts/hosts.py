@@ -307,6 +307,10 @@ class Hosts:
                 found[pid] = int(number)
         return found
 
+    def variable_of_ranks(self, host: int, name: str) -> set[str | None]:
+        """What an environment variable is to the processes that train there; nothing if none does."""
+        return {_variables_of(pid).get(name) for pid in self.ranks(host)}
+
     def left_over(self) -> list[str]:
         """Processes of a run, of its launchers or their connections on any host that has power."""
         return [
@@ -316,6 +320,13 @@ class Hosts:
             for line in self.processes(host).values()
             if any(word in line for word in ("pretrain", "preflight", "keep_running", "cluster.agent", *_LAUNCHERS))
         ]
+
+    def left_after(self, seconds: float = 10.0) -> list[str]:
+        """What is left over after so many seconds; launchers have a moment to see that their ranks have ended."""
+        deadline = time.monotonic() + seconds
+        while (left := self.left_over()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
 
     # What happens to them
 

@@ -61,7 +61,7 @@ def refused(
             ending.expect(done.returncode == 2, f"code {done.returncode}: {last_words(done)}")
             ending.expect(says in done.stderr, f"does not say «{says}»: {last_words(done)}")
             ending.expect(not (run / "logs").exists(), "the run has begun")
-            ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+            ending.expect(not (left := hosts.left_after()), f"left running: {left}")
             return ending
 
     return play
@@ -72,13 +72,13 @@ def ends(
     says: str,
     *options: str,
     spoil: Callable[[Hosts, Path], None] = lambda hosts, run: None,
-    codes: Sequence[int] = (2, 75),
+    code: int = 2,
     **setup: Any,
 ) -> Callable[[Lab], Ending]:
     """A case in which a bare `deepspeed --hostfile` is typed and its ranks say what is wrong, and end in time.
 
     Args:
-        codes: one of which it ends with: pdsh hands the largest of all hosts on.
+        code: that it ends with: pdsh returns the largest code of all hosts.
     """
 
     def play(lab: Lab) -> Ending:
@@ -89,11 +89,11 @@ def ends(
             done = hosts.run(1, deepspeed(*options)(lab, hosts, run), env=CPU, seconds=SECONDS)
             seconds = time.monotonic() - started
             ending = Ending(f"code {done.returncode}, named: {says}")
-            ending.expect(done.returncode in codes, f"code {done.returncode}: {last_words(done)}")
+            ending.expect(done.returncode == code, f"code {done.returncode}: {last_words(done)}")
             ending.expect(says in done.stdout + done.stderr, f"does not say «{says}»: {last_words(done)}")
             latest = _TIMEOUT_SECONDS + _LONG + _SECONDS_TO_START
             ending.expect(seconds < latest, f"took {seconds:.0f} s of at most {latest:.0f}")
-            ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+            ending.expect(not (left := hosts.left_after()), f"left running: {left}")
             return ending
 
     return play
@@ -171,7 +171,7 @@ def _misspelt(lab: Lab) -> Ending:
         ending = Ending(f"code {done.returncode}, named: {says}")
         ending.expect(done.returncode == 2, f"code {done.returncode}: {last_words(done)}")
         ending.expect(says in done.stderr, f"does not say «{says}»: {last_words(done)}")
-        ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+        ending.expect(not (left := hosts.left_after()), f"left running: {left}")
         return ending
 
 
@@ -257,7 +257,7 @@ INPUTS = [
         "a host lacks the environment",
         "but not all 2 ranks of this run came; start rank 1 (host number 2)",
         spoil=lambda hosts, run: hosts.do(2, f"mount -t tmpfs none {_ENVIRONMENT}"),
-        codes=[127],  # the shell's, where there is no such program
+        code=127,  # the shell's, where there is no such program
     ),
     _ends(
         "other_version_bare",
@@ -265,11 +265,23 @@ INPUTS = [
         "and '2.12.0' on host2",
         spoil=lambda h, run: _other_torch(h),
     ),
+    _ends(
+        "no_data_bare",
+        "a host lacks the data",
+        "on host2 has ended: ",
+        spoil=lambda hosts, run: hosts.do(2, f"mount -t tmpfs none {run.parents[1] / 'data'}"),
+    ),
+    _ends(
+        "no_data_first_bare",
+        "the first host lacks the data",
+        "on host1 has ended: ",
+        spoil=lambda hosts, run: hosts.do(1, f"mount -t tmpfs none {run.parents[1] / 'data'}"),
+    ),
     _ends("other_code_bare", "a host has other code", "code of skvr_dist", spoil=lambda h, run: _other_code(h)),
     _ends(
         "not_shared_bare",
         "a new output folder on each host's own disk",
-        "host host2 sees no",
+        "on host host2 (rank 1) is not the folder that rank 0 writes to",
         spoil=lambda hosts, run: hosts.do(2, f"mount -t tmpfs none {run.parent}"),
     ),
     _ends(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -12,8 +13,10 @@ from typing import Any, Literal
 
 import psutil
 
+from skvr_dist.checkpoint.folder import Checkpoint, candidates
 from skvr_dist.lab.hosts.case import CPU, Ending, Lab, losses, write_hostfile
 from skvr_dist.lab.hosts.hosts import ROOT, Hosts
+from skvr_dist.run.folder import RunFolder
 
 SHELL = {**CPU, "PYTHONPATH": str(ROOT)}
 """What a user has set on the first host."""
@@ -168,18 +171,42 @@ class KeptRun:
 
     def expect_finished(self, lab: Lab, ending: Ending, *, same_ranks: bool = True) -> None:
         """The run came to its end by itself, and its losses are those of an undisturbed one."""
+        self.expect_ended(ending)
+        expected = lab.reference(self.hosts.number, **self._keys)
+        self.expect_losses(expected, ending, bound=0.0 if same_ranks else BOUND)
+
+    def expect_ended(self, ending: Ending) -> None:
+        """The run came to its end by itself, and nothing of it is left."""
         code = self.code()
         ending.expect(code == 0, f"code {code}: {self.console()[-1500:]}")
-        self.expect_losses(lab, ending, same_ranks=same_ranks)
-        ending.expect(not self.hosts.left_over(), f"left running: {self.hosts.left_over()}")
+        ending.expect(not (left := self.hosts.left_after()), f"left running: {left}")
 
-    def expect_losses(self, lab: Lab, ending: Ending, *, same_ranks: bool) -> None:
-        """Losses of all steps are those of an undisturbed run on one machine; to the bit on as many ranks."""
-        expected, found = lab.reference(self.hosts.number, **self._keys), losses(self.folder)
-        missing = sorted(expected.keys() - found.keys())
+    def expect_losses(self, expected: Mapping[int, float], ending: Ending, *, bound: float) -> None:
+        """Losses of all steps are those of another run.
+
+        Args:
+            expected: by step.
+            bound: of the largest relative difference; on as many ranks it is 0.
+        """
+        found = losses(self.folder)
+        missing = [step for step in expected if step not in found]
         ending.expect(not missing, f"no losses of steps {missing}")
-        worst = max((abs(found[s] - expected[s]) / expected[s] for s in expected.keys() & found.keys()), default=0.0)
-        ending.expect(worst <= (0 if same_ranks else BOUND), f"largest relative difference of a loss {worst:.1e}")
+        both = [step for step in expected if step in found]
+        worst = max((abs(found[step] - expected[step]) / expected[step] for step in both), default=0.0)
+        ending.expect(worst <= bound, f"largest relative difference of a loss is {worst:.1e}")
+
+    def undisturbed(self, lab: Lab) -> dict[int, float]:
+        """Losses by step of a run on this machine that nothing disturbs, with as many ranks for each step as this one
+        had: it goes on from its own checkpoint where this one did. This one has kept all of its checkpoints."""
+        saved = sorted(candidates(RunFolder(self.folder).checkpoints))
+        ranks = {path: Checkpoint(path).facts.layout.replicas for path in saved}  # type: ignore[union-attr]
+        folder, resume = lab.run_folder("undisturbed"), "auto"
+        for count, of_it in itertools.groupby(saved, key=ranks.__getitem__):
+            last = RunFolder(folder).checkpoints / list(of_it)[-1].name
+            words = lab.arguments(folder, **{**self._keys, "train__resume": resume})
+            lab.train_here(count, "launch/pretrain.py", *words, until=last)
+            resume = str(last)
+        return losses(folder)
 
     def console_of(self, host: int) -> str:
         """All that was said on a host."""

@@ -66,7 +66,7 @@ def ten_random_faults(lab: Lab) -> Ending:
     moments = sorted(draw.sample(range(5, STEPS - _LAST_STEPS), FAULTS))
     done: Counter[str] = Counter()
     with lab.hosts(3) as hosts:
-        run = KeptRun(lab, hosts, "random_faults", {"train__steps": STEPS})
+        run = KeptRun(lab, hosts, "random_faults", {"train__steps": STEPS, "checkpoint__keep_last": STEPS})
         for kind, moment in zip(kinds, moments, strict=True):
             run.wait_for_step(moment)
             there = [host for host in hosts.all if hosts.is_up(host) and run.rank_processes(host)]
@@ -81,7 +81,11 @@ def ten_random_faults(lab: Lab) -> Ending:
         kinds_done = ", ".join(f"{count} x {kind}" for kind, count in done.items())
         ending = Ending(f"ended by itself after {kinds_done}")
         ending.expect(sum(done.values()) == FAULTS, f"only {sum(done.values())} faults")
-        run.expect_finished(lab, ending, same_ranks=False)
+        run.expect_ended(ending)
+        # Two replicas add gradients up in another order than three, and hundreds of steps make that grow: losses of two
+        # undisturbed runs, on three ranks and on two, are 5e-2 apart at step 600. So the other run changes, too.
+        run.expect_losses(run.undisturbed(lab), ending, bound=0.0)
+        ending.found += "; losses to the bit those of a run without faults on as many ranks at each step"
         return ending
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -35,7 +36,7 @@ def judge(
     found, expected = losses(run), lab.reference(ranks)
     ending.expect(found == expected, f"losses {found}, on one machine {expected}")
     ending.expect(says in done.stdout + done.stderr, f"does not say «{says}»: {last_words(done)}")
-    ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+    ending.expect(not (left := hosts.left_after()), f"left running: {left}")
     if ending.misses:
         ending.found = f"code {done.returncode}, {len(found)} of {STEPS} steps"
     return ending
@@ -124,20 +125,58 @@ def quoted(lab: Lab) -> Ending:
     odd = "a \"b\" $HOME `c` \\ 'd' %h (e) {f,g}"
     with lab.hosts(2) as hosts:
         command = script("deepspeed.sh", strategies, profiles, routing)(lab, hosts, run)
-        done = hosts.run(1, command, env={**CPU, "SKVR_ODD": odd}, seconds=SECONDS)
+        console, arrived = hosts.folder / "console.txt", set()
+        started = hosts.start(1, command, log=console, env={**CPU, "SKVR_ODD": odd})
+        deadline = time.monotonic() + SECONDS
+        while started.poll() is None and time.monotonic() < deadline:
+            arrived |= {host for host in hosts.all if odd in hosts.variable_of_ranks(host, "SKVR_ODD")}
+            time.sleep(0.2)
+        said = console.read_text(errors="replace")
         ending = Ending("trains; all arrives as it was")
-        ending.expect(done.returncode == 0, f"code {done.returncode}: {last_words(done)}")
+        ending.expect(started.poll() == 0, f"code {started.poll()}: {said[-1000:]}")
         config = RunFolder(run).config.read_text() if RunFolder(run).config.exists() else ""
         for part in ("- 0,1", "half: every:2", "points"):
             ending.expect(part in config, f"the run's configuration lacks «{part}»")
-        for rank in range(2):
-            log = RunFolder(run).log(rank)
-            said = log.read_text() if log.exists() else ""
-            ending.expect(f"SKVR_ODD={odd}" in said, f"rank {rank} did not get SKVR_ODD={odd}")
-        ending.expect(f"SKVR_ODD={odd}" in done.stdout, "the console does not list what is passed")
+        ending.expect(arrived == set(hosts.all), f"only ranks of hosts {sorted(arrived)} got SKVR_ODD={odd}")
+        ending.expect(f"SKVR_ODD={odd}" in said, "the console does not list what is passed")
         return ending
 
 
+def finetuned(lab: Lab) -> Ending:
+    """`PROGRAM=launch/finetune.py` in the place of pretraining, from a checkpoint, on questions."""
+    run, here, start = lab.run_folder("finetuned"), lab.run_folder("finetuned_here"), lab.run_folder("start")
+    lab.train_here(1, PRETRAIN, *lab.arguments(start, train__steps=2, parallel__pipeline=1))
+    questions = lab.folder / "questions.jsonl"
+    asked = [{"context": f"Item {n} costs {n * 7}.", "question": f"{n}?", "answer": str(n * 7)} for n in range(60)]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    source = json.dumps({"asked": {"path": str(questions), "format": "examples"}})
+    keys = [f"data.train={source}", f"data.validation={source}", f"train.steps={STEPS}", *_FINETUNING]
+    with lab.hosts(2) as hosts:
+        words = ["--from", str(start), "--config", "finetune", *keys]
+        variables = ["PROGRAM=launch/finetune.py", f"HOSTFILE={write_hostfile(hosts)}"]
+        command = ["env", *variables, "launch/deepspeed.sh", *words, f"train.output_dir={run}"]
+        done = hosts.run(1, command, env=CPU, seconds=SECONDS)
+        lab.train_here(2, "launch/finetune.py", *words, f"train.output_dir={here}")
+        ending = Ending("fine-tunes, same losses")
+        ending.expect(done.returncode == 0, f"code {done.returncode}: {last_words(done)}")
+        found, expected = losses(run), losses(here)
+        ending.expect(len(found) == STEPS, f"losses of {len(found)} of {STEPS} steps")
+        ending.expect(found == expected, f"losses {found}, on one machine {expected}")
+        ending.expect(not (left := hosts.left_after()), f"left running: {left}")
+        return ending
+
+
+_FINETUNING = [
+    "data.sequence_length=64",
+    "data.lanes=8",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.warmup_steps=1",
+    "train.precision=fp32",
+    "train.log_every_steps=1",
+    "evaluate.sequences=4",
+    "parallel.pipeline=2",
+]
 _TORCHRUN = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "host1:29400"]
 
 
@@ -209,7 +248,7 @@ def requeued(lab: Lab) -> Ending:
         ending.expect(state == "COMPLETED", f"the job is {state}: {said[-500:]}")
         ending.expect("SIGUSR1 ended the run after step" in said and "resumed " in said, f"no new start: {said[-500:]}")
         ending.expect(losses(run) == lab.reference(2, steps), "other losses than on one machine")
-        ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+        ending.expect(not (left := hosts.left_after()), f"left running: {left}")
         return ending
 
 
@@ -292,6 +331,13 @@ STARTS = [
         programs=_PDSH,
     ),
     Case("quotes", "start", "`launch/deepspeed.sh`, arguments and variables full of quotes", quoted, programs=_PDSH),
+    Case(
+        "finetune_script",
+        "start",
+        "`PROGRAM=launch/finetune.py launch/deepspeed.sh`",
+        finetuned,
+        programs=_PDSH,
+    ),
     _trains("mpirun_script", "`launch/mpirun.sh`", script("mpirun.sh", MPIRUN_OPTIONS="--allow-run-as-root")),
     _trains_on_each("torchrun_script", "`launch/torchrun.sh` on each host", _torchrun_script),
     _trains("sbatch", "`sbatch launch/slurm.sbatch`", sbatch, slurm=True, says="can run together"),

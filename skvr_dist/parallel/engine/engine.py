@@ -27,6 +27,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
+from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.distillation import Distillation
@@ -164,6 +165,12 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
     def gradient_norm(self) -> float:
         """Global gradient norm of the last step, before clipping; not a number if its update was skipped."""
         return float(self.get_global_grad_norm() or 0.0)
+
+    @property
+    def teacher_model(self) -> ModelConfig | None:
+        """The shape of the frozen model that passes run through; None if the model is its own teacher, or has none."""
+        teacher = self._distillation.teacher
+        return teacher.model_config if teacher else None
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())

@@ -12,7 +12,7 @@ exists, and never as the bf16 copy made from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ from torch import Tensor, nn
 from skvr_dist.checkpoint.pieces import MOMENTS, WEIGHTS, Piece, Pieces, pieces_of
 from skvr_dist.model.modules import TensorShard
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
+from skvr_dist.parallel.engine.stage import TIED_WEIGHT
+
+_TIED_ELEMENTS = 1 << 24
+"""Elements of a tied embedding that are put together at a time: 64 MiB in fp32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +123,64 @@ def adam_steps(engine: RoutedPipelineEngine) -> int:
     return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), default=0)
 
 
-def state_to_read(engine: RoutedPipelineEngine, state: Pieces) -> Pieces:
-    """What this rank reads of a state that it holds: of what all replicas hold, the first one alone reads."""
-    if engine.mesh.dp_rank == 0:
-        return state
-    shared = _held_by_all_replicas(engine, state)
-    return {name: pieces for name, pieces in state.items() if name not in shared}
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What one rank reads of a checkpoint, for itself and for others."""
+
+    pieces: Pieces
+    whole: dict[str, Tensor]
+    """With ZeRO-3, tensors of whole shards that this rank hands out to the replicas: flat, padded to equal parts."""
+
+
+def state_to_read(engine: RoutedPipelineEngine, state: Pieces, is_loaded: Callable[[str], bool]) -> Reading:
+    """What this rank reads of a state that it holds; the rest it gets from other ranks, in `complete_state`.
+
+    Of what all replicas hold, the first one alone reads; of what first and last stage hold, the first one. With ZeRO-3,
+    where each weight is cut into as many parts as there are replicas, the replicas take turns to read whole ones.
+
+    Args:
+        state: of `state_to_load`.
+        is_loaded: whether a tensor of that name is to be loaded; the same on all ranks.
+    """
+    if engine.zero_optimization_partition_weights():
+        return _whole_shards(engine, is_loaded)
+    left = {name for name in state if not is_loaded(name) or _is_tied_copy(engine, name)}
+    if engine.mesh.dp_rank != 0:
+        left |= _held_by_all_replicas(engine, state).keys()
+    return Reading({name: pieces for name, pieces in state.items() if name not in left}, {})
+
+
+def _whole_shards(engine: RoutedPipelineEngine, is_loaded: Callable[[str], bool]) -> Reading:
+    shards, replicas = engine.stage.shards, engine.mesh.dp_size
+    reading = Reading({}, {})
+    for name, parameter, reader in _handed_out(engine, is_loaded):
+        if reader == engine.mesh.dp_rank:
+            ds_tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            dtype = torch.float32 if parameter.requires_grad else ds_tensor.dtype
+            flat = torch.zeros(ds_tensor.ds_numel * replicas, dtype=dtype)
+            shard, count = shards[name.partition(".")[2]], parameter.ds_numel  # type: ignore[attr-defined]
+            shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+            reading.pieces[name] = pieces_of(shard, shape, flat[:count])
+            reading.whole[name] = flat
+    return reading
+
+
+def _handed_out(
+    engine: RoutedPipelineEngine, is_loaded: Callable[[str], bool]
+) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """With ZeRO-3, the tensors of the state that a replica reads for all, in one order on all, and which one does."""
+    number = 0
+    for weight, parameter in engine.stage.decoder.named_parameters():
+        for kind in (WEIGHTS.rstrip("."), *(MOMENTS if parameter.requires_grad else ())):
+            name = f"{kind}.{weight}"
+            if is_loaded(name) and not _is_tied_copy(engine, name):
+                yield name, parameter, number % engine.mesh.dp_size
+                number += 1
+
+
+def _is_tied_copy(engine: RoutedPipelineEngine, name: str) -> bool:
+    """Whether a tensor of the state is of the embedding that the first stage holds, too."""
+    return engine.mesh.pp_rank > 0 and engine.stage.tied is not None and name.partition(".")[2] == TIED_WEIGHT
 
 
 def _held_by_all_replicas(engine: RoutedPipelineEngine, state: Pieces) -> Pieces:
@@ -139,16 +195,25 @@ def _held_by_all_replicas(engine: RoutedPipelineEngine, state: Pieces) -> Pieces
 
 
 @torch.no_grad()
-def complete_state(engine: RoutedPipelineEngine, state: Pieces) -> None:
-    """Set all parameters, after `state_to_read` was read; collective over the replicas.
+def complete_state(
+    engine: RoutedPipelineEngine, state: Pieces, reading: Reading, is_loaded: Callable[[str], bool]
+) -> None:
+    """Set all parameters, after what `state_to_read` names was read; collective.
 
-    No replica reads what another one has read: each gets the others' parts of the weights from them, as after an
+    No rank reads what another one has read: each replica gets the others' parts of the weights from them, as after an
     optimizer step.
 
     Args:
-        state: what was loaded of `state_to_load`.
+        state, is_loaded: as for `state_to_read`.
     """
-    optimizer = engine.optimizer
+    optimizer, of_all = engine.optimizer, _held_by_all_replicas(engine, state)
+    if engine.zero_optimization_partition_weights():
+        _hand_out(engine, reading.whole, is_loaded)
+    elif engine.mesh.dp_size > 1:
+        for pieces in (pieces for name, pieces in of_all.items() if is_loaded(name)):
+            for piece in pieces:
+                dist.broadcast(piece.tensor.detach(), group=engine.mesh.devices.get_group("dp"), group_src=0)
+    _copy_tied_state(engine, is_loaded, is_shared_out=not of_all.keys() & {WEIGHTS + TIED_WEIGHT})
     if engine.zero_optimization_partition_weights():
         for partition in partitions(engine):
             stored = partition.parameter.ds_tensor  # type: ignore[attr-defined]
@@ -160,10 +225,63 @@ def complete_state(engine: RoutedPipelineEngine, state: Pieces) -> None:
         optimizer.update_lp_params()
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # fragments of the moments that were just made
             optimizer._lazy_init_hp_params_optimizer_state()
-    if engine.mesh.dp_size > 1:
-        for pieces in _held_by_all_replicas(engine, state).values():
-            for piece in pieces:
-                dist.broadcast(piece.tensor.detach(), group=engine.mesh.devices.get_group("dp"), group_src=0)
+
+
+def _hand_out(engine: RoutedPipelineEngine, whole: dict[str, Tensor], is_loaded: Callable[[str], bool]) -> None:
+    """With ZeRO-3, give each replica its parts of what the replicas have read; collective over them."""
+    held = {partition.name: partition for partition in partitions(engine)}
+    for name, parameter, reader in _handed_out(engine, is_loaded):
+        kind, _, weight = name.partition(".")
+        ds_tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        dtype = torch.float32 if parameter.requires_grad else ds_tensor.dtype
+        mine = torch.empty(ds_tensor.ds_numel, dtype=dtype, device=engine.device)
+        parts = list(whole.pop(name).to(engine.device).split(ds_tensor.ds_numel)) if name in whole else None
+        dist.scatter(mine, parts, group=engine.mesh.devices.get_group("dp"), group_src=reader)
+        if weight in held:  # the last parts of a small weight are padding
+            _held(engine, held[weight], kind).copy_(mine[: held[weight].count])
+
+
+def _held(engine: RoutedPipelineEngine, partition: Partition, kind: str) -> Tensor:
+    """A partition's master weights or moments, flat."""
+    return partition.moment(engine.basic_optimizer, kind) if kind in MOMENTS else partition.master()
+
+
+def _copy_tied_state(engine: RoutedPipelineEngine, is_loaded: Callable[[str], bool], *, is_shared_out: bool) -> None:
+    """Give the last stage the first one's master and moments of the tied embedding; collective over both.
+
+    The replicas of the two stages may hold different parts of it. So those of the first stage put it together, some
+    elements at a time, each hands them to its partner, and the replicas of the last stage take their own.
+
+    Args:
+        is_shared_out: whether a replica holds a part only.
+    """
+    if engine.stage.tied is None:
+        return
+    weight, pair = engine.stage.tied
+    kinds = [WEIGHTS.rstrip("."), *(MOMENTS if weight.requires_grad else ())]
+    partition = next((p for p in partitions(engine) if p.name == TIED_WEIGHT), None)
+    length, is_first = getattr(weight, "ds_numel", weight.numel()), engine.mesh.pp_rank == 0
+    dtype = torch.float32 if engine.zero_optimization() and weight.requires_grad else weight.dtype
+    for kind in kinds:
+        if not is_loaded(f"{kind}.{TIED_WEIGHT}"):
+            continue
+        held, start = torch.empty(0, dtype=dtype), 0
+        if partition is not None:
+            start = partition.start
+            held = _held(engine, partition, kind)
+        for begin in range(0, length, _TIED_ELEMENTS):
+            count = min(_TIED_ELEMENTS, length - begin)
+            sent = torch.zeros(count, dtype=held.dtype, device=engine.device)
+            first, last = max(start, begin), min(start + len(held), begin + count)
+            here, there = slice(first - begin, last - begin), slice(first - start, last - start)
+            if is_first and first < last:
+                sent[here] = held[there].to(sent.device)
+            if is_first and is_shared_out and engine.mesh.dp_size > 1:
+                # As bytes, of which all but one replica's are zero: the sum is exact.
+                dist.all_reduce(sent.view(torch.uint8), group=engine.mesh.devices.get_group("dp"))
+            dist.broadcast(sent, group=pair, group_src=0)
+            if not is_first and first < last:
+                held[there] = sent[here].to(held.device)
 
 
 def gather_parameter(parameter: nn.Parameter) -> Tensor:

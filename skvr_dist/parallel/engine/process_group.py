@@ -6,24 +6,23 @@ import contextlib
 import importlib
 import io
 import os
-import queue
 import socket
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d
-from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+from torch.distributed import PrefixStore, Store, distributed_c10d
+from torch.distributed.rendezvous import register_rendezvous_handler
 
 from skvr_dist.cluster.launcher import (
     announced_local_size,
@@ -46,25 +45,28 @@ from skvr_dist.cluster.network import (
     way_between,
 )
 from skvr_dist.errors import OneRankError, RunInterrupted, UserError
+from skvr_dist.parallel.engine.meeting_store import DEFAULT_PORT, open_store
+from skvr_dist.parallel.engine.refusals import raise_what_is_told
 
-_DEFAULT_PORT = 29500  # DeepSpeed's
 _RUN_SCHEME = "skvr-run"
-_LOOK_SECONDS = 1.0
-_SECONDS_TO_ANSWER = 60.0  # of a store that listens
+_LOOK_SECONDS = 1.0  # between two looks whether a rank that is waited for has said why it does not come
+_ASKING_A_SECOND = 64  # ranks that the store is to answer then
 _MOST_NAMED = 8  # ranks in a sentence
 _SECONDS_TO_NOTICE = 20.0  # ranks start within seconds of each other
 
 
-def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | None = None) -> None:
+def start_process_group(timeout: timedelta = timedelta(minutes=10), folder: str | None = None, run: str = "") -> None:
     """Join the process group of the launcher, or make one of this process alone: NCCL on GPUs, gloo on CPUs.
 
     Args:
         timeout: the longest wait for another rank, in this group and those made later.
-        run: id of the run, the same on all ranks. Ranks of two runs that meet at one address and port keep out of each
-            other's way: all that a run's ranks tell each other to connect is under its id.
+        folder: `train.output_dir` of the run, the same on all ranks. Ranks of two runs that meet at one address and
+            port keep out of each other's way: all that a run's ranks tell each other to connect is under its id.
+        run: that id; rank 0 tells the others.
 
     Raises:
-        UserError: another process has come as this rank of this run, or the environment is not that of a launcher.
+        UserError: another process has come as this rank of this run, the environment is not that of a launcher, or
+            another rank has ended before (`telling_who_waits`).
         RunInterrupted: not all ranks have come in time.
     """
     # DeepSpeed's calls, which torch names anew: a line per rank and call that no user can do anything about.
@@ -77,7 +79,7 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
         os.environ.update(alone, MASTER_PORT=str(free_port()))
     # A shared-memory sum for inference on CPUs, which DeepSpeed would compile here, for a minute and with a compiler.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    port = announced_port(_DEFAULT_PORT)
+    port = announced_port(DEFAULT_PORT)
     announce_mpi_ranks(port)
     with contextlib.redirect_stdout(io.StringIO()), _naming_the_address(port, timeout):
         deepspeed.init_distributed(
@@ -85,7 +87,7 @@ def start_process_group(timeout: timedelta = timedelta(minutes=10), run: str | N
             timeout=timeout,
             distributed_port=port,
             verbose=False,
-            init_method=None if run is None else f"{_RUN_SCHEME}://{run}",
+            init_method=None if folder is None else f"{_RUN_SCHEME}://{run}/{quote(folder, safe='')}",
         )
     use_timeout(timeout)
 
@@ -148,97 +150,68 @@ def _require_way_to(host: str) -> None:
 def _join_run(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
     """torch's rendezvous by environment variables, in the part of the store that belongs to a run."""
     parts = urlsplit(url)
+    folder = unquote(parts.path.removeprefix("/"))
     rank, world_size, timeout = announced_rank(), announced_world_size(), options["timeout"]
-    store = PrefixStore(parts.netloc, _open_store(rank, world_size, timeout))
+    meeting = open_store(rank, world_size, timeout)
+    if rank == 0:
+        meeting.set(_id_of(folder), parts.netloc)
+    _await(meeting, {_id_of(folder): 0}, meeting, folder, timeout)
+    run = meeting.get(_id_of(folder)).decode()
+    store = PrefixStore(run, meeting)
     process = psutil.Process()
     mine = f"process {process.pid} on {socket.gethostname()}, started at {process.create_time():.2f}"
     store.set(f"way/{rank}", _way_here())
     came = store.compare_set(f"came/{rank}", "", mine).decode()
     if came != mine:
         raise OneRankError(
-            f"rank {rank} of run {parts.netloc} is {came}, and {mine} comes as the same; end the other start of this "
+            f"rank {rank} of run {run} is {came}, and {mine} comes as the same; end the other start of this "
             f"run, or give each a MASTER_PORT of its own"
         )
-    _await_all(store, rank, world_size, timeout)
+    _await(store, {f"came/{other}": other for other in range(world_size)}, meeting, folder, timeout)
     _settle_interface(store, world_size)
     yield store, rank, world_size
 
 
-def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
-    """The store at the announced address, of torchrun's agent or of rank 0, which waits for nobody yet."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return next(rendezvous("env://", timeout=timeout))[0]
-    host, port = os.environ["MASTER_ADDR"], announced_port(_DEFAULT_PORT)
-
-    def connect() -> Store:
-        return TCPStore(host, port, world_size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True)
-
-    return connect() if rank == 0 else _connected(connect, host, port, timeout)
+def _id_of(folder: str) -> str:
+    return f"skvr/run/{folder}"
 
 
-def _connected(connect: Callable[[], Store], host: str, port: int, timeout: timedelta) -> Store:
-    """What `connect` returns. Where something else listens, torch would wait for its answer without end.
+def _await(store: Store, keys: Mapping[str, int], meeting: Store, folder: str, timeout: timedelta) -> None:
+    """Wait until keys are set, each by the rank that belongs to it.
+
+    Args:
+        meeting: the whole store, where a rank that does not come says why.
 
     Raises:
-        OneRankError: something else does.
+        UserError: another rank has met something that a user can put in order.
+        RunInterrupted: some have not come in time, or rank 0 has gone, who holds the store.
     """
-    ended: queue.SimpleQueue[Store | Exception] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            ended.put(connect())
-        except Exception as error:
-            ended.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    deadline = None
-    while True:
-        with contextlib.suppress(queue.Empty):
-            result = ended.get(timeout=_LOOK_SECONDS)
-            if isinstance(result, Exception):
-                raise result
-            return result
-        if deadline is None and _listens(host, port):
-            deadline = time.monotonic() + min(_SECONDS_TO_ANSWER, timeout.total_seconds())
-        elif deadline is not None and time.monotonic() > deadline:
-            raise OneRankError(
-                f"what listens at port {port} of {host}, where the ranks are to meet, is not rank 0 of a run: it does "
-                f"not answer; end it, or give the launcher another --master_port"
-            )
-
-
-def _listens(host: str, port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((host, port), _LOOK_SECONDS):
-        return True
-    return False
-
-
-def _await_all(store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
-    """Wait until every rank has come.
-
-    Raises:
-        RunInterrupted: some have not in time, or rank 0 has gone, who holds the store.
-    """
-    keys = [f"came/{other}" for other in range(world_size)]
+    rank, world_size = announced_rank(), announced_world_size()
+    look = max(_LOOK_SECONDS, world_size / _ASKING_A_SECOND)
+    deadline = time.monotonic() + timeout.total_seconds()
     try:
-        with contextlib.suppress(dist.DistStoreError):  # time is up
-            store.wait(keys, timeout)
-        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        while True:
+            raise_what_is_told(meeting, folder)
+            left = deadline - time.monotonic()
+            with contextlib.suppress(dist.DistStoreError):  # time is up
+                return store.wait(list(keys), timedelta(seconds=max(0.1, min(left, look))))
+            if left <= look:
+                break
+        missing = [other for key, other in keys.items() if not store.check([key])]
     except RuntimeError as error:
         raise RunInterrupted(
             f"rank {rank} waited for the other ranks at port {os.environ['MASTER_PORT']} of "
             f"{os.environ['MASTER_ADDR']}, but rank 0 on {host_of(0)} has ended ({str(error).splitlines()[0][:200]}); "
             f"it says why; start the run again"
         ) from None
-    if missing:
-        names = ", ".join(f"{other} ({host_of(other)})" for other in missing[:_MOST_NAMED])
-        more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
-        raise RunInterrupted(
-            f"rank {rank} waited for {timeout.total_seconds():.0f} s at port {os.environ['MASTER_PORT']} of "
-            f"{os.environ['MASTER_ADDR']}, but not all {world_size} ranks of this run came; start rank {names}{more} "
-            f"too, look there for why it ended, give each run a MASTER_PORT of its own, or unset WORLD_SIZE and the "
-            f"variables beside it if they are left over"
-        )
+    names = ", ".join(f"{other} ({host_of(other)})" for other in missing[:_MOST_NAMED])
+    more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+    raise RunInterrupted(
+        f"rank {rank} waited for {timeout.total_seconds():.0f} s at port {os.environ['MASTER_PORT']} of "
+        f"{os.environ['MASTER_ADDR']}, but not all {world_size} ranks of this run came; start rank {names}{more} "
+        f"too, look there for why it ended, give each run a MASTER_PORT of its own, or unset WORLD_SIZE and the "
+        f"variables beside it if they are left over"
+    )
 
 
 def _way_here() -> str:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -28,6 +29,9 @@ from skvr_dist.parallel.pipeline.boundary import Handover
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.parallel.tensor import TensorParallelModules
 from skvr_dist.routing import KVPart
+
+TIED_WEIGHT = "embed_tokens.weight"
+"""The canonical name of the weight that first and last stage share when embeddings are tied."""
 
 
 class Prediction(NamedTuple):
@@ -161,7 +165,7 @@ class StageModule(PipelineModule):
         groups = new_groups(pairs)
         if self._mesh.pp_rank not in (0, last):
             return {}
-        module, name = self.decoder.embed_tokens, "embed_tokens.weight"
+        module, name = self.decoder.embed_tokens, TIED_WEIGHT
         if self._mesh.pp_rank == last:  # the first stage stands for both
             self.shards[name] = dataclasses.replace(self.shards[name], primary=False)
             _count_in_norm(self.decoder.get_parameter(name), False)
@@ -171,10 +175,14 @@ class StageModule(PipelineModule):
     def _synchronize_tied_weights(self) -> None:
         """Nothing to send: both stages draw or load the same weights by name."""
 
+    @property
+    def tied(self) -> tuple[nn.Parameter, dist.ProcessGroup] | None:
+        """The tied embedding and the group of first and last stage, on these; None where the stages share none."""
+        return next(((comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()), None)
+
     def get_tied_weights_and_groups(self) -> TiedWeights:
-        """The tied embedding, on the first and the last stage, with the group of both; nothing if it is not trained."""
-        tied = [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
-        return [(weight, group) for weight, group in tied if weight.requires_grad]
+        """`tied` as DeepSpeed asks for it; nothing if it is not trained."""
+        return [self.tied] if self.tied and self.tied[0].requires_grad else []
 
 
 def _count_in_norm(parameter: nn.Parameter, counted: bool) -> None:

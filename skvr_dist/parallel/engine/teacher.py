@@ -83,7 +83,7 @@ class FrozenTeacher:
         for name, parameter in decoder.named_parameters():
             parameter.zero_()  # what pads a shard
             pieces[WEIGHTS + name] = pieces_of(shards[name], tuple(parameter.shape), parameter.detach().view(-1))
-        checkpoint.read(pieces if mesh.dp_rank == 0 else {}, mesh.host_group)
+        checkpoint.read(pieces if mesh.dp_rank == 0 else {}, mesh.host_group, mesh.tp_group_on_host)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self._decoder = decoder.to(get_accelerator().current_device_name(), dtype).eval()
         if mesh.dp_size > 1:  # the other replicas get what the first one has read

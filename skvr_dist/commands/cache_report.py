@@ -1,0 +1,124 @@
+"""The part of `skvr-report` that reports on one model's caches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skvr_dist.errors import UserError
+from skvr_dist.files import as_json, write_whole
+
+if TYPE_CHECKING:
+    from skvr_dist.checkpoint.folder import Checkpoint
+    from skvr_dist.evaluate.cache_report.content import Memory
+    from skvr_dist.routing import CacheStrategy
+
+_GIB = 2**30
+_UTILIZATION, _OTHER_GIB, _BLOCK = 0.9, 2.0, 16  # as `skvr-estimate serve` has them where nobody says otherwise
+
+
+def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
+    """Measure a model's caches and write report.md, report.html and report.json; returns the path of the first.
+
+    Raises:
+        UserError: the model, its data or the work cannot be used.
+    """
+    from skvr_dist.commands.answers import ask
+    from skvr_dist.commands.retention import FAMILIES, of_families
+    from skvr_dist.data.tokenizers.load import load_tokenizer
+    from skvr_dist.evaluate.cache_report import content
+    from skvr_dist.evaluate.cache_report.markdown import as_markdown
+    from skvr_dist.evaluate.cache_report.page import as_page
+    from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
+    from skvr_dist.hf.convert.opened import open_model
+    from skvr_dist.routing import CacheStrategy
+
+    checkpoint = open_model(options.model)
+    if checkpoint.tokenizer_file is None:
+        raise UserError(f"model {checkpoint.folder} has no tokenizer to write texts with; give another one")
+    tokenizer = load_tokenizer(checkpoint.tokenizer_file)
+    _add_plan(checkpoint)
+    layers, profiles = checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
+    context = _context(checkpoint, options.context)
+    held_out = HeldOutData.of(checkpoint, options.data, options.sequence_length)
+    names = options.strategies or [*of_families(FAMILIES, layers), *profiles]
+    strategies = CacheStrategy.parse_all(list(dict.fromkeys([content.FULL, *names])), layers, profiles)
+    measurement = evaluate_checkpoint(
+        checkpoint, held_out, list(strategies), sequences=options.sequences, batch_size=options.batch_size
+    )
+    recommended = content.recommended_point(measurement.points, options.most_rise)
+    chosen = {name: strategies[name] for name in content.shown_strategies(measurement.points, recommended)}
+    if options.file:
+        asked, answers = ask(options, checkpoint, tokenizer, {content.FULL: strategies[content.FULL], **chosen})
+        (cases, compared), scores = content.answered(asked, answers), content.totals(answers)
+        work = f"{options.file}, {options.format}"
+    else:
+        batches = held_out.batches(options.sequences, options.batch_size, "cpu")
+        cases, compared = content.continued(checkpoint.load_decoder(), batches, chosen, tokenizer)
+        scores, work = [], "continuations of held-out text"
+    report = content.CacheReport(
+        model=content.name_of(checkpoint),
+        layers=layers,
+        most_rise=options.most_rise,
+        measurement=measurement,
+        retained={name: strategy.retained for name, strategy in strategies.items()},
+        recommended=recommended,
+        families=content.by_family(measurement.points, profiles),
+        memory=_memory(checkpoint, options.memory_gib, context, _one_of_each_size(strategies, recommended.strategy)),
+        server=f"a GPU of {options.memory_gib:g} GiB with contexts of {context:,} tokens",
+        work=work,
+        scores=scores,
+        cases=cases,
+        compared=compared,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / "report.json", as_json(report, indent=2) + "\n")
+    write_whole(output / "report.html", as_page(report))
+    write_whole(output / "report.md", as_markdown(report))
+    return output / "report.md"
+
+
+def _add_plan(checkpoint: Checkpoint) -> None:
+    """Name the strategies of a model's plan as profiles, where it has one."""
+    from skvr_dist.evaluate.cache_plan import PLAN_FILE
+
+    plan = checkpoint.folder / PLAN_FILE
+    if plan.exists():
+        profiles = checkpoint.config.evaluate.profiles | json.loads(plan.read_text(encoding="utf-8"))["profiles"]
+        evaluate = checkpoint.config.evaluate.model_copy(update={"profiles": profiles})
+        checkpoint.config = checkpoint.config.model_copy(update={"evaluate": evaluate})
+
+
+def _context(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Tokens of a sequence on the server; raises `UserError` before anything is measured if the model reads fewer."""
+    longest = checkpoint.model_config.max_position_embeddings
+    if asked is not None and asked > longest:
+        raise UserError(f"--context {asked} is more than max_position_embeddings {longest}; give at most that")
+    return asked or longest
+
+
+def _one_of_each_size(strategies: dict[str, CacheStrategy], first: str) -> dict[str, CacheStrategy]:
+    """Strategies of as many layers take the same memory: one for each number, the largest first."""
+    sizes = {len(strategies[name].retained): name for name in [*reversed(strategies), first]}
+    return {sizes[size]: strategies[sizes[size]] for size in sorted(sizes, reverse=True)}
+
+
+def _memory(
+    checkpoint: Checkpoint, memory_gib: float, context: int, strategies: dict[str, CacheStrategy]
+) -> list[Memory]:
+    """What fits at one strategy of each size, in bf16."""
+    from skvr_dist.evaluate.cache_report.content import Memory
+    from skvr_dist.lab.estimate.serve import BYTES, Server, fit_strategies
+
+    server = Server(
+        memory=int(memory_gib * _UTILIZATION * _GIB),
+        other=int(_OTHER_GIB * _GIB),
+        context=context,
+        weight_bytes=BYTES["bfloat16"],
+        cache_bytes=BYTES["bfloat16"],
+        block=_BLOCK,
+    )
+    fits = fit_strategies(checkpoint.model_config, server, strategies)
+    return [Memory(fit.name, fit.weights, fit.cache_bytes_per_token, fit.sequences) for fit in fits]

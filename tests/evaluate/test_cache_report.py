@@ -1,0 +1,127 @@
+"""The report on a model's caches: what it recommends, how it ranks, and that its page needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from support.datasets import write_dataset
+from support.gguf_models import MODELS, write
+
+from skvr_dist.commands import report
+from skvr_dist.data.tokenizers.load import load_tokenizer
+from skvr_dist.errors import UserError
+from skvr_dist.evaluate.cache_report.chart import quality_chart
+from skvr_dist.evaluate.cache_report.content import by_family, change, recommended_point, shown_strategies
+from skvr_dist.evaluate.intervals import Interval
+from skvr_dist.evaluate.retention import RetentionPoint
+from skvr_dist.hf.convert.import_model import import_model
+
+
+def point(strategy: str, retained: int, rise: float, high: float) -> RetentionPoint:
+    return RetentionPoint(strategy, retained, retained / 8, retained * 256, 2 + rise, Interval(rise, rise, high))
+
+
+POINTS = [
+    point("full", 8, 0, 0),
+    point("even:4", 4, 0.03, 0.04),
+    point("prefix:4", 4, 0.02, 0.049),
+    point("standard", 3, 0.045, 0.06),  # its interval reaches beyond what is allowed
+    point("even:2", 2, 0.3, 0.4),
+]
+
+
+def test_the_smallest_cache_that_surely_costs_less_is_recommended() -> None:
+    assert recommended_point(POINTS, 0.05).strategy == "prefix:4"
+    assert recommended_point(POINTS, 0.06).strategy == "standard"
+    assert recommended_point(POINTS, 0.001).strategy == "full"
+    assert shown_strategies(POINTS, POINTS[2]) == ["prefix:4", "even:2"]
+    families = by_family(POINTS, {"standard": "0,2,4"})
+    assert {name: [p.strategy for p in of] for name, of in families.items()} == {
+        "even": ["full", "even:4", "even:2"],
+        "prefix": ["full", "prefix:4"],
+        "planned": ["full", "standard"],
+    }
+
+
+def test_change_of_texts() -> None:
+    assert change("same", "same") == change("", "") == 0 and change("", "x") == 1
+    assert change("abcd", "abxd") == pytest.approx(0.25)
+
+
+def test_a_chart_stays_within_its_frame() -> None:
+    svg = quality_chart(by_family(POINTS, {}), 0.05)
+    numbers = [float(number) for number in re.findall(r'c?[xy][12]?="(-?[\d.]+)"', svg)]
+    assert numbers and min(numbers) >= 0 and max(numbers) <= 360
+    assert svg.count("<polyline") == 3 and "NaN" not in svg and "nan" not in svg
+
+
+class Links(HTMLParser):
+    """What a page would load from elsewhere, and the tags that it leaves open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loaded += [str(value) for name, value in attrs if name in ("src", "href", "srcset")]
+        if tag not in ("meta", "line", "circle", "rect", "polyline") or tag == "circle":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("line", "rect", "polyline"):
+            return
+        assert self.open.pop() == tag
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "model.gguf", MODELS["llama"])
+    import_model(str(tmp_path / "model.gguf"), tmp_path / "model", check=False)
+    tokenizer = load_tokenizer(next((tmp_path / "model").rglob("tokenizer.json")))
+    drawn = torch.randint(200, (40, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    write_dataset(tmp_path / "data", [drawn], tokenizer)
+    (tmp_path / "asked.jsonl").write_text(
+        "".join(json.dumps({"context": f"<b>{n}</b>", "question": f"{n}?", "answer": str(n)}) + "\n" for n in range(4))
+    )
+    words = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--sequence-length", "48"]
+    words += [
+        "--sequences",
+        "2",
+        "--batch-size",
+        "2",
+        "--output",
+        str(tmp_path / "out"),
+        "--context",
+        "64",
+        "--memory-gib",
+        "40",
+    ]
+
+    def started(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["skvr-report", *more])
+        report.run()
+        return capsys.readouterr().out
+
+    assert "continuations of held-out text" in started(*words)
+    asked = started(*words, "--work", str(tmp_path / "asked.jsonl"), "--decode", "4")
+    assert asked.splitlines()[2].startswith("Keep the cache of ")
+    page = (tmp_path / "out/report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.loaded == [] and links.open == [] and "<svg" in page and "url(" not in page
+    assert page.index("Keep the cache of") < page.index("<svg")
+    assert "exact match" in page and 'name="viewport"' in page
+    record = json.loads((tmp_path / "out/report.json").read_text())
+    assert record["recommended"]["strategy"] in record["retained"] and record["memory"][0]["strategy"] == "full"
+    with pytest.raises(UserError, match="--context 99999 is more than max_position_embeddings"):
+        started(*words, "--context", "99999")
+    with pytest.raises(UserError, match="give one or the other"):
+        started("--standard", "x", "--output", str(tmp_path / "out"))
+    with pytest.raises(UserError, match="leave out --standard and --routed"):
+        started(*words, "--standard", "x")
