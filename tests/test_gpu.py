@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from support.hf_models import STRATEGIES, prompts, random_weights, reference_tokens, routed_model, shape_of
 
 from skvr_dist.lab.verify.cases import BF16, Case
@@ -45,6 +46,33 @@ def test_one_gpu_follows_the_reference(policy: str, precision: str, attention: s
     case = Case("DP2 ZeRO-1", policy, tied=True, attention=attention, **(BF16 if precision == "bf16" else {}))
     outcome = compare(case, [run_case(case)])
     assert not outcome.misses, outcome
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_routed_attention_follows_the_formula(dtype: torch.dtype) -> None:
+    """Outputs and gradients of four sequences with slots of their own, within documents, in float64."""
+    kernels = pytest.importorskip("skvr_kernels")
+    batch, sequence, heads, kv_heads, size, slots = 4, 777, 8, 4, 128, 3
+    torch.manual_seed(0)
+    numbers = torch.randint(0, 4, (batch, sequence), device="cuda").sort(1).values
+    kv = torch.randn(2, slots, batch, sequence, kv_heads, size, device="cuda").to(dtype).requires_grad_()
+    q = torch.randn(batch, sequence, heads, size, device="cuda").to(dtype).requires_grad_()
+    arena = kernels.Arena(slots, batch, sequence, kv_heads, size, dtype=dtype, device="cuda")
+    token, reads = kernels.arena_token("cuda"), torch.tensor([0, 2, 2, 1], device="cuda")
+    for slot in range(slots):
+        token = kernels.write(arena, torch.full_like(reads, slot), kv[0, slot], kv[1, slot], token)
+    out, _ = kernels.attend(arena, reads, q, kernels.Documents.of(numbers), token)
+    mask = (numbers[:, None, :, None] == numbers[:, None, None]) & torch.ones(sequence, sequence).tril().bool().cuda()
+    right = [each.detach().double().requires_grad_() for each in (q, kv)]
+    k, v = right[1][:, reads, torch.arange(batch)].transpose(2, 3)
+    wanted = F.scaled_dot_product_attention(right[0].transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    wanted.backward(gradient.double().transpose(1, 2))
+    bound = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    for found, exact in ((out, wanted.transpose(1, 2)), (q.grad, right[0].grad), (kv.grad, right[1].grad)):
+        assert found is not None and exact is not None
+        assert (found.double() - exact).norm() <= bound * exact.norm()
 
 
 @pytest.mark.parametrize("retained", STRATEGIES.values(), ids=STRATEGIES)
