@@ -15,6 +15,7 @@ from skvr_dist.config.data import DataConfig
 from skvr_dist.config.deepspeed import offload_device, require_passable
 from skvr_dist.config.distillation import ROUTED, DistillationConfig
 from skvr_dist.config.layouts import require_possible
+from skvr_dist.config.metrics import MetricsConfig
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.config.train import CheckpointConfig, EvaluateConfig, TrainConfig
@@ -37,6 +38,7 @@ class Config(Section):
     distillation: DistillationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    metrics: MetricsConfig = MetricsConfig()
     deepspeed: dict[str, Any] = Field(default={})
     """Further options of DeepSpeed, as in its JSON, merged into what is generated from the other sections.
 

@@ -47,6 +47,7 @@ from skvr_dist.run.log import prints_to, software_versions, start_log, write_ver
 from skvr_dist.train.batches import WatchedBatches, training_batches
 from skvr_dist.train.build import build_engine, build_saver, layout_of
 from skvr_dist.train.counts import StepCounts
+from skvr_dist.train.gradient_norms import LayerGradientNorms
 from skvr_dist.train.inputs import Inputs, open_inputs
 from skvr_dist.train.metrics import Reporter, Values
 from skvr_dist.train.mfu import UtilisationMeter
@@ -57,6 +58,7 @@ from skvr_dist.train.schedules import data_weights, routing_rates
 from skvr_dist.train.shared_folder import require_shared_folder
 from skvr_dist.train.slow_ranks import RankWatch
 from skvr_dist.train.state import load_weights, progress_facts
+from skvr_dist.train.usage import UsageWatch
 
 
 def pretrain(config: Config) -> None:
@@ -123,6 +125,8 @@ class Run:
     """The strategies to evaluate, by the names that the user gave."""
     counts: StepCounts
     watch: RankWatch
+    usage: UsageWatch
+    gradient_norms: LayerGradientNorms
     utilisation: UtilisationMeter
     first_step: int
     """Steps that are done already."""
@@ -196,6 +200,8 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         ),
         counts=StepCounts(engine, watched, interrupts),
         watch=RankWatch(mesh, config.train.watch_ranks_every_steps),
+        usage=UsageWatch(mesh, config.train.watch_ranks_every_steps, config.train.steps),
+        gradient_norms=LayerGradientNorms(engine, config, config.metrics.layer_gradient_norms_every_steps),
         utilisation=UtilisationMeter(config, mesh, engine.teacher_model),
         first_step=first_step,
         evaluation_due=bool(resumed and resumed.facts.evaluation_due),
@@ -236,11 +242,13 @@ def train_step(run: Run, step: int) -> None:
     engine, batches = run.engine, run.batches
     started, waited_before = time.perf_counter(), batches.seconds
     run.counts.begin_step()
+    run.gradient_norms.begin_step(step)
     plan = run.plans.next()
     learning_rate = engine.get_lr()[0]
     loss = engine.train_step(batches, plan)
     seconds = time.perf_counter() - started
     run.watch.add(seconds, *engine.stopwatch.read())
+    run.usage.add(engine.stopwatch.parts)
     values: Values = {
         "train/loss": loss,
         "train/learning_rate": learning_rate,
@@ -249,6 +257,7 @@ def train_step(run: Run, step: int) -> None:
         "train/predicted_tokens": engine.predicted_tokens,
         "train/skipped_steps": engine.guard.skipped_steps,
         "train/tokens_per_second": tokens_per_step(run.config) / seconds,
+        **run.gradient_norms.values(),
         **run.utilisation.values(step, plan, seconds, run.counts.document_pairs),
         "train/data_wait_share": (batches.seconds - waited_before) / seconds,
         **routing_values(plan),
@@ -258,7 +267,7 @@ def train_step(run: Run, step: int) -> None:
     }
     with naming_the_operation(run.mesh, f"the times of the ranks up to step {step}"):
         measured, slow = run.watch.report(step)
-    values |= measured
+        values |= measured | run.usage.report(step)
     last = step == run.config.train.steps
     run.reporter.step(step, values, show=last or step % run.config.train.log_every_steps == 0)
     run.log.info(

@@ -133,10 +133,12 @@ def test_pairs_within_documents() -> None:
 
 
 @pytest.mark.parametrize(("mfu", "shown"), [(0.4123, "MFU 41.2%"), (math.nan, "MFU n/a"), (None, None)])
-def test_the_console_shows_it_on_gpus(tmp_path: Path, mfu: float | None, shown: str | None) -> None:
+def test_the_console_shows_it_on_gpus(
+    tmp_path: Path, mfu: float | None, shown: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reporter = Reporter(0, RunFolder(tmp_path), first_step=0, steps=1, console_lost=lambda: None)
     said: list[str] = []
-    reporter.say = said.append  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(reporter, "say", said.append)
     others = ("loss", "predicted_tokens", "learning_rate", "gradient_norm", "tokens_per_second")
     values = {f"train/{name}": 1.0 for name in others} | ({} if mfu is None else {"train/mfu": mfu})
     values |= {"routing/cross_layer_share": 0.5, "routing/skipped_kv_share": 0.25}

@@ -1,4 +1,4 @@
-"""How long a rank's own part of a step takes, and how long it is busy with other ranks."""
+"""How long the parts of a step take on a rank: those it does by itself, and those it does with other ranks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,23 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import schedule
 
+PARTS = ("load", "forward", "backward", "exchange", "reduce", "optimizer")
+"""Reading a micro-batch, with the wait for it; the passes, in which ZeRO-2 and 3 reduce gradients and ZeRO-3 fetches
+weights; sending to and receiving from other stages; adding gradients up over replicas; the norm and the update."""
+_PART_OF = {
+    schedule.LoadMicroBatch: "load",
+    schedule.ForwardPass: "forward",
+    schedule.BackwardPass: "backward",
+    schedule.SendActivation: "exchange",
+    schedule.SendGrad: "exchange",
+    schedule.RecvActivation: "exchange",
+    schedule.RecvGrad: "exchange",
+    schedule.ReduceGrads: "reduce",
+    schedule.ReduceTiedGrads: "reduce",
+    schedule.OptimizerStep: "optimizer",
+}
 # Neither waits for another rank, unless it shares its layers with others (tensor parallelism, ZeRO-3).
-_OWN = (schedule.LoadMicroBatch, schedule.ForwardPass)
+_OWN = ("load", "forward")
 _SHARED = (
     schedule.RecvActivation,
     schedule.RecvGrad,
@@ -22,39 +37,56 @@ _SHARED = (
 
 
 class Stopwatch:
-    """Sums over the instructions of a step: of the device's own clock for work on GPUs, else of the host's."""
+    """Sums over the instructions of a step: on GPUs of the device's own clock, which nobody waits for."""
 
     def __init__(self) -> None:
-        self._own = self._shared = 0.0
+        self.parts = dict.fromkeys(PARTS, 0.0)
+        """Seconds of each part, up to date after `read`. On GPUs the end of a step is counted in the next one if the
+        device has not come to it yet."""
+        self._shared = 0.0
         self._is_on_gpu = get_accelerator().device_name() == "cuda"
-        self._events: list[tuple[Any, Any]] = []
+        self._events: list[tuple[str, Any, Any]] = []
+        self._late: list[tuple[str, Any, Any]] = []  # of steps before
 
     @contextmanager
     def watching(self, kind: type[schedule.PipeInstruction]) -> Iterator[None]:
         """Time an instruction."""
-        if self._is_on_gpu and issubclass(kind, _OWN):
+        part = _PART_OF.get(kind)
+        if part is None:
+            yield
+            return
+        if self._is_on_gpu:
             first, last = (get_accelerator().Event(enable_timing=True) for _ in range(2))
             first.record()
-            yield
-            last.record()
-            self._events.append((first, last))
-            return
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
-        if issubclass(kind, _OWN):
-            self._own += seconds
-        elif issubclass(kind, _SHARED):
+        if self._is_on_gpu:
+            last.record()
+            self._events.append((part, first, last))
+        else:
+            self.parts[part] += seconds
+        if kind in _SHARED:
             self._shared += seconds
 
     def read(self) -> tuple[float, float]:
-        """Seconds of this rank's own part, and of what it does with others, since it was cleared; once."""
-        for first, last in self._events:
-            last.synchronize()
-            self._own += first.elapsed_time(last) / 1000
-        return self._own, self._shared
+        """Seconds of this rank's own part, and (by the host's clock) of what it does with others, since `clear`; once.
+
+        The own part of a step is over when the host has seen its loss, so that no device is waited for.
+        """
+        pending, self._late = [*self._late, *self._events], []
+        self._events.clear()
+        for part, first, last in pending:
+            if part in _OWN:
+                last.synchronize()
+            elif not last.query():
+                self._late.append((part, first, last))
+                continue
+            self.parts[part] += first.elapsed_time(last) / 1000
+        return sum(self.parts[part] for part in _OWN), self._shared
 
     def clear(self) -> None:
-        """Start again from nothing."""
-        self._own = self._shared = 0.0
+        """Start again from nothing; what `read` has not seen is dropped."""
+        self.parts = dict.fromkeys(PARTS, 0.0)
+        self._shared = 0.0
         self._events.clear()
