@@ -37,7 +37,7 @@ def follow(lab: Lab) -> Ending:
         for block in page:
             for code, said in _run(hosts, clone, f"{variables}\n{block}", everywhere=bool(_EVERY_HOST.match(block))):
                 ending.expect(code == 0, f"code {code} of «{block.strip()[:80]}»: {said}")
-        ending.expect(not (left := hosts.left_after()), f"left running: {left}")
+        ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
     named = sorted(set(re.findall(r"train\.output_dir=(runs/\S+) train\.steps", PAGE.read_text(encoding="utf-8"))))
     found = {name: losses(clone / name) for name in named}
     for name, each in found.items():

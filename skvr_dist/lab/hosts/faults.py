@@ -93,7 +93,7 @@ def power_off_of_stand_ins(lab: Lab) -> Ending:
         ending = Ending(f"named after {_in_seconds(told)}")
         ending.expect(told is not None and told <= SECONDS_TO_NAME, f"`{_OFF}` said after {_in_seconds(told)}")
         ending.expect(code == 0 and "left out: host3" in run.console(), f"code {code}: {run.console()[-1500:]}")
-        ending.expect(not (left := hosts.left_after()), f"left running: {left}")
+        ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
         return ending
 
 

@@ -61,7 +61,7 @@ def refused(
             ending.expect(done.returncode == 2, f"code {done.returncode}: {last_words(done)}")
             ending.expect(says in done.stderr, f"does not say «{says}»: {last_words(done)}")
             ending.expect(not (run / "logs").exists(), "the run has begun")
-            ending.expect(not (left := hosts.left_after()), f"left running: {left}")
+            ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
             return ending
 
     return play
@@ -93,7 +93,7 @@ def ends(
             ending.expect(says in done.stdout + done.stderr, f"does not say «{says}»: {last_words(done)}")
             latest = _TIMEOUT_SECONDS + _LONG + _SECONDS_TO_START
             ending.expect(seconds < latest, f"took {seconds:.0f} s of at most {latest:.0f}")
-            ending.expect(not (left := hosts.left_after()), f"left running: {left}")
+            ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
             return ending
 
     return play
@@ -171,7 +171,7 @@ def _misspelt(lab: Lab) -> Ending:
         ending = Ending(f"code {done.returncode}, named: {says}")
         ending.expect(done.returncode == 2, f"code {done.returncode}: {last_words(done)}")
         ending.expect(says in done.stderr, f"does not say «{says}»: {last_words(done)}")
-        ending.expect(not (left := hosts.left_after()), f"left running: {left}")
+        ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
         return ending
 
 
@@ -227,7 +227,12 @@ INPUTS = [
         "host2: it lacks a",
         spoil=on_second(f"mount -t tmpfs none {_ENVIRONMENT}"),
     ),
-    _refused("no_code", "a host lacks the checkout", "host2: its", spoil=on_second(f"mount -t tmpfs none {ROOT}")),
+    _refused(
+        "no_code",
+        "a host lacks the checkout",
+        "error: host2: ",  # it lacks the project, or the run's files where the environment brings the project
+        spoil=on_second(f"mount -t tmpfs none {ROOT}"),
+    ),
     _refused(
         "other_version",
         "a host has another PyTorch",

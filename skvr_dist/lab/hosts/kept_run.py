@@ -179,7 +179,7 @@ class KeptRun:
         """The run came to its end by itself, and nothing of it is left."""
         code = self.code()
         ending.expect(code == 0, f"code {code}: {self.console()[-1500:]}")
-        ending.expect(not (left := self.hosts.left_after()), f"left running: {left}")
+        ending.expect(not self.hosts.left_over(), f"left running: {self.hosts.left_over()}")
 
     def expect_losses(self, expected: Mapping[int, float], ending: Ending, *, bound: float) -> None:
         """Losses of all steps are those of another run.

@@ -84,10 +84,10 @@ def launcher_told_to_end(
             said = log.read_text(errors="replace")
             ending = Ending(f"saved, the launcher's code is {found}")
             ending.expect(found == code, f"code {found}: {said[-1500:]}")
-            hosts.left_after(_SECONDS_TO_LEAVE)  # each host has its own launcher
+            left = hosts.left_over(_SECONDS_TO_LEAVE)  # each host has its own launcher
             # On the console it need not be: deepspeed ends pdsh before the ranks.
             ending.expect(RunFolder(run).interruption() is not None, f"it has not ended by saving: {said[-1500:]}")
-            ending.expect(not (left := hosts.left_after()), f"left running: {left}")
+            ending.expect(not left, f"left running: {left}")
             if everywhere:
                 hosts.start(2, words, log=hosts.folder / "second.txt", env=CPU)
             again = hosts.run(1, words, env=CPU, seconds=SECONDS)
