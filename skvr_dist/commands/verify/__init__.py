@@ -5,6 +5,7 @@
     skvr-verify kills --kills 30
     skvr-verify hosts
     skvr-verify estimate
+    skvr-verify kernels
 
 Each runs on the CPU of this machine. Exit code 1: a figure is missed.
 """
@@ -12,7 +13,7 @@ Each runs on the CPU of this machine. Exit code 1: a figure is missed.
 from __future__ import annotations
 
 from skvr_dist.command import run_command, run_subcommand
-from skvr_dist.commands.verify import estimate, hosts, kills, layouts, reshard
+from skvr_dist.commands.verify import estimate, hosts, kernels, kills, layouts, reshard
 
 
 def main() -> None:
@@ -22,5 +23,12 @@ def main() -> None:
 
 def run() -> int | None:
     """Run the subcommand that is named first; returns the exit code."""
-    subcommands = {"layouts": layouts, "reshard": reshard, "kills": kills, "hosts": hosts, "estimate": estimate}
+    subcommands = {
+        "layouts": layouts,
+        "reshard": reshard,
+        "kills": kills,
+        "hosts": hosts,
+        "estimate": estimate,
+        "kernels": kernels,
+    }
     return run_subcommand(__doc__, subcommands)

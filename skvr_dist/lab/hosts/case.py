@@ -17,7 +17,7 @@ from skvr_dist.lab.hosts.hosts import ROOT, Hosts, Setup, shell_variables
 from skvr_dist.run.folder import RunFolder
 
 STEPS = 4
-_SECONDS = 1800.0
+_SECONDS, _LOOK_SECONDS = 1800.0, 0.1
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 """What users of hosts without GPUs have in their shell: one thread a rank, since all hosts share few cores."""
 
@@ -121,20 +121,28 @@ class Lab:
         self.train_here(ranks, "launch/pretrain.py", *self.arguments(run, **{"train__steps": steps, **keys}))
         return losses(run)
 
-    def train_here(self, ranks: int, *words: str) -> None:
+    def train_here(self, ranks: int, *words: str, until: Path | None = None) -> None:
         """Train with ranks of this machine.
 
         Args:
             words: the program and its arguments.
+            until: a checkpoint at which the run is told to end; None: it ends by itself.
 
         Raises:
             RuntimeError: it failed.
         """
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         env = {**shell_variables(), **CPU, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*launcher, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=_SECONDS)
-        if done.returncode:
-            raise RuntimeError(f"the reference failed: {done.stderr[-2000:]}")
+        log, deadline = self.folder / "here.txt", time.monotonic() + _SECONDS
+        with log.open("wb") as said:
+            started = subprocess.Popen([*launcher, *words], cwd=ROOT, env=env, stdout=said, stderr=said)
+        while started.poll() is None and time.monotonic() < deadline and not (until and until.exists()):
+            time.sleep(_LOOK_SECONDS)
+        is_there = until is not None and until.exists()
+        if started.poll() is None:
+            started.terminate()  # torchrun passes it on, and the ranks save
+        if started.wait(timeout=_SECONDS) and not is_there:
+            raise RuntimeError(f"the reference failed: {log.read_text(errors='replace')[-2000:]}")
 
 
 def losses(run: Path) -> dict[int, float]:

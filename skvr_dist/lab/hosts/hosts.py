@@ -301,21 +301,31 @@ class Hosts:
             words = Path(line.split()[0]).name
             if not words.startswith("python") or any(launcher in line for launcher in _LAUNCHERS):
                 continue
-            variables = _variables_of(pid)
+            variables = variables_of(pid)
             number = next((variables[name] for name in _RANK_VARIABLES if name in variables), None)
             if number is not None:
                 found[pid] = int(number)
         return found
 
-    def left_over(self) -> list[str]:
-        """Processes of a run, of its launchers or their connections on any host that has power."""
-        return [
-            f"host{host}: {line[:100]}"
-            for host in self.all
-            if self.is_up(host)
-            for line in self.processes(host).values()
-            if any(word in line for word in ("pretrain", "preflight", "keep_running", "cluster.agent", *_LAUNCHERS))
-        ]
+    def left_over(self, within: float = 0.0) -> list[str]:
+        """Processes of a run, of its launchers or their connections on any host that has power.
+
+        Args:
+            within: seconds that they may take to end.
+        """
+        words = ("pretrain", "preflight", "keep_running", "cluster.agent", *_LAUNCHERS)
+        deadline = time.monotonic() + within
+        while True:
+            left = [
+                f"host{host}: {line[:100]}"
+                for host in self.all
+                if self.is_up(host)
+                for line in self.processes(host).values()
+                if any(word in line for word in words)
+            ]
+            if not left or time.monotonic() >= deadline:
+                return left
+            time.sleep(0.1)
 
     # What happens to them
 
@@ -358,7 +368,8 @@ def shell_variables() -> dict[str, str]:
     }
 
 
-def _variables_of(pid: int) -> dict[str, str]:
+def variables_of(pid: int) -> dict[str, str]:
+    """The environment that a process of this machine was started with; empty once it has gone."""
     try:
         words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # gone

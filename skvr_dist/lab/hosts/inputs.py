@@ -227,7 +227,12 @@ INPUTS = [
         "host2: it lacks a",
         spoil=on_second(f"mount -t tmpfs none {_ENVIRONMENT}"),
     ),
-    _refused("no_code", "a host lacks the checkout", "host2: its", spoil=on_second(f"mount -t tmpfs none {ROOT}")),
+    _refused(
+        "no_code",
+        "a host lacks the checkout",
+        "error: host2: ",  # it lacks the project, or the run's files where the environment brings the project
+        spoil=on_second(f"mount -t tmpfs none {ROOT}"),
+    ),
     _refused(
         "other_version",
         "a host has another PyTorch",

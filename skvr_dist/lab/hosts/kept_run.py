@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -12,8 +13,10 @@ from typing import Any, Literal
 
 import psutil
 
+from skvr_dist.checkpoint.folder import Checkpoint, candidates
 from skvr_dist.lab.hosts.case import CPU, Ending, Lab, losses, write_hostfile
 from skvr_dist.lab.hosts.hosts import ROOT, Hosts
+from skvr_dist.run.folder import RunFolder
 
 SHELL = {**CPU, "PYTHONPATH": str(ROOT)}
 """What a user has set on the first host."""
@@ -166,29 +169,44 @@ class KeptRun:
 
     # What must hold
 
-    def expect_finished(self, lab: Lab, ending: Ending, *, same_ranks: bool = True, bound: float = BOUND) -> None:
+    def expect_finished(self, lab: Lab, ending: Ending, *, same_ranks: bool = True) -> None:
         """The run came to its end by itself, and its losses are those of an undisturbed one."""
+        self.expect_ended(ending)
+        expected = lab.reference(self.hosts.number, **self._keys)
+        self.expect_losses(expected, ending, bound=0.0 if same_ranks else BOUND)
+
+    def expect_ended(self, ending: Ending) -> None:
+        """The run came to its end by itself, and nothing of it is left."""
         code = self.code()
         ending.expect(code == 0, f"code {code}: {self.console()[-1500:]}")
-        self.expect_losses(lab, ending, bound=0.0 if same_ranks else bound)
         ending.expect(not self.hosts.left_over(), f"left running: {self.hosts.left_over()}")
 
-    def expect_losses(self, lab: Lab, ending: Ending, *, bound: float, last_step: int | None = None) -> None:
-        """Losses of all steps are those of an undisturbed run on as many ranks of one machine.
+    def expect_losses(self, expected: Mapping[int, float], ending: Ending, *, bound: float) -> None:
+        """Losses of all steps are those of another run.
 
         Args:
+            expected: by step.
             bound: of the largest relative difference; on as many ranks it is 0.
-            last_step: to look at; None: the run's.
         """
-        expected, found = lab.reference(self.hosts.number, **self._keys), losses(self.folder)
-        steps = [step for step in expected if last_step is None or step <= last_step]
-        missing = [step for step in steps if step not in found]
+        found = losses(self.folder)
+        missing = [step for step in expected if step not in found]
         ending.expect(not missing, f"no losses of steps {missing}")
-        both = [step for step in steps if step in found]
+        both = [step for step in expected if step in found]
         worst = max((abs(found[step] - expected[step]) / expected[step] for step in both), default=0.0)
-        ending.expect(
-            worst <= bound, f"largest relative difference of a loss up to step {max(steps, default=0)} is {worst:.1e}"
-        )
+        ending.expect(worst <= bound, f"largest relative difference of a loss is {worst:.1e}")
+
+    def undisturbed(self, lab: Lab) -> dict[int, float]:
+        """Losses by step of a run on this machine that nothing disturbs, with as many ranks for each step as this one
+        had: it goes on from its own checkpoint where this one did. This one has kept all of its checkpoints."""
+        saved = sorted(candidates(RunFolder(self.folder).checkpoints))
+        ranks = {path: Checkpoint(path).facts.layout.replicas for path in saved}  # type: ignore[union-attr]
+        folder, resume = lab.run_folder("undisturbed"), "auto"
+        for count, of_it in itertools.groupby(saved, key=ranks.__getitem__):
+            last = RunFolder(folder).checkpoints / list(of_it)[-1].name
+            words = lab.arguments(folder, **{**self._keys, "train__resume": resume})
+            lab.train_here(count, "launch/pretrain.py", *words, until=last)
+            resume = str(last)
+        return losses(folder)
 
     def console_of(self, host: int) -> str:
         """All that was said on a host."""

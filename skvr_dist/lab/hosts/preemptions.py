@@ -81,15 +81,13 @@ def launcher_told_to_end(
                 found: int | None = process.wait(_SECONDS_TO_END)
             except subprocess.TimeoutExpired:
                 found = None
-            ended = time.monotonic()
             said = log.read_text(errors="replace")
             ending = Ending(f"saved, the launcher's code is {found}")
             ending.expect(found == code, f"code {found}: {said[-1500:]}")
-            while hosts.left_over() and time.monotonic() < ended + _SECONDS_TO_LEAVE:  # each host has its own launcher
-                time.sleep(0.1)
+            left = hosts.left_over(_SECONDS_TO_LEAVE)  # each host has its own launcher
             # On the console it need not be: deepspeed ends pdsh before the ranks.
             ending.expect(RunFolder(run).interruption() is not None, f"it has not ended by saving: {said[-1500:]}")
-            ending.expect(not hosts.left_over(), f"left running: {hosts.left_over()}")
+            ending.expect(not left, f"left running: {left}")
             if everywhere:
                 hosts.start(2, words, log=hosts.folder / "second.txt", env=CPU)
             again = hosts.run(1, words, env=CPU, seconds=SECONDS)

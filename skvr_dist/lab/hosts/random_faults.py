@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import threading
 import time
@@ -18,11 +17,6 @@ FAULTS, SEED = 10, 0
 STEPS = 1000
 # Left in peace: ranks train on for seconds until it is noticed that their agent stands still, some 20 steps in each.
 _LAST_STEPS = 300
-_BOUND = 1e-2
-"""Of the relative difference of a loss once a host was left out. Two replicas add gradients up in another order than
-three, and hundreds of steps make that grow: to 1.3e-4 here; two undisturbed runs, on three ranks and on two from the
-first step on, are 5e-2 apart at step 600. Losses of neighbouring batches differ by 1e-1, so one lost or done twice
-shows."""
 _SECONDS_AWAY = 25.0
 """Until a host is back: longer than the patience of the supervisor, so that one attempt goes without it."""
 
@@ -72,7 +66,7 @@ def ten_random_faults(lab: Lab) -> Ending:
     moments = sorted(draw.sample(range(5, STEPS - _LAST_STEPS), FAULTS))
     done: Counter[str] = Counter()
     with lab.hosts(3) as hosts:
-        run = KeptRun(lab, hosts, "random_faults", {"train__steps": STEPS})
+        run = KeptRun(lab, hosts, "random_faults", {"train__steps": STEPS, "checkpoint__keep_last": STEPS})
         for kind, moment in zip(kinds, moments, strict=True):
             run.wait_for_step(moment)
             there = [host for host in hosts.all if hosts.is_up(host) and run.rank_processes(host)]
@@ -87,17 +81,12 @@ def ten_random_faults(lab: Lab) -> Ending:
         kinds_done = ", ".join(f"{count} x {kind}" for kind, count in done.items())
         ending = Ending(f"ended by itself after {kinds_done}")
         ending.expect(sum(done.values()) == FAULTS, f"only {sum(done.values())} faults")
-        run.expect_finished(lab, ending, same_ranks=False, bound=_BOUND)
-        alike = _last_step_on_all(run.console_of(1))
-        run.expect_losses(lab, ending, bound=0.0, last_step=alike)
-        ending.found += f"; losses equal to the bit up to step {alike}, then within {_BOUND}"
+        run.expect_ended(ending)
+        # Two replicas add gradients up in another order than three, and hundreds of steps make that grow: losses of two
+        # undisturbed runs, on three ranks and on two, are 5e-2 apart at step 600. So the other run changes, too.
+        run.expect_losses(run.undisturbed(lab), ending, bound=0.0)
+        ending.found += "; losses to the bit those of a run without faults on as many ranks at each step"
         return ending
-
-
-def _last_step_on_all(console: str) -> int:
-    """The step that the first attempt on fewer hosts has resumed from; 0 if there was none before."""
-    before = console.partition("left out: ")[0]
-    return int((["0", *re.findall(r"its latest checkpoint is step-(\d+)", before)])[-1])
 
 
 def _later(action: Callable[[], None]) -> None:

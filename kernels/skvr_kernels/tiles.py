@@ -1,0 +1,47 @@
+"""How large the tiles of each kernel are, by the generation of the GPU, the head size and the dtype.
+
+Not searched for when a run starts: ranks would choose differently, and with other tiles sums have other bits. All of
+them compile without a spilled register (`tools/verify.py kernels`). None has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kernel = Literal["forward", "queries", "keys", "write", "unwrite"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of one kernel."""
+
+    queries: int
+    """Rows of queries; of the kernels that write, rows of keys."""
+    keys: int
+    warps: int
+    stages: int
+    """Loads of tiles that are under way at once."""
+
+
+SMALLEST = Tiles(16, 16, 4, 1)
+"""The smallest that a product of matrices takes: for Triton's interpreter, so that small shapes have many tiles."""
+
+
+def tiles_for(kernel: Kernel, capability: int, head_size: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of a kernel.
+
+    Args:
+        capability: of the GPU, such as 80 or 90.
+    """
+    if kernel in ("write", "unwrite"):
+        return Tiles(max(16, 4096 // head_size), 0, 4, 1)
+    if dtype == torch.float32:  # products in three parts of TF32 take three times the registers
+        return Tiles(32, 16 if head_size > 64 else 32, 8, 1)
+    if head_size > 128:
+        return Tiles(64, 32, 8, 1) if kernel == "keys" else Tiles(64, 32, 8, 2)
+    if capability >= 90:
+        return {"forward": Tiles(128, 64, 8, 3), "queries": Tiles(128, 64, 8, 2), "keys": Tiles(64, 64, 8, 2)}[kernel]
+    return {"forward": Tiles(128, 32, 8, 2), "queries": Tiles(64, 64, 8, 2), "keys": Tiles(64, 64, 8, 2)}[kernel]
