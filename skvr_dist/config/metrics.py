@@ -18,7 +18,7 @@ class MetricsConfig(Section):
     writers: list[str] = Field(default=["jsonl", "tensorboard"])
     """Who takes the records: `jsonl` (metrics.jsonl), `tensorboard`, `wandb`, or the dotted name of a callable.
 
-    A callable is called with (step, values). One that fails is left out, and the run goes on."""
+    A callable is called with (step, values). One that fails in the middle is left out, and the run goes on."""
     wandb_project: str = Field(default="skvr_dist", min_length=1)
     """Project of Weights & Biases; its own variables (WANDB_MODE, WANDB_ENTITY) decide the rest."""
     layer_gradient_norms_every_steps: int | None = Field(default=None, gt=0, le=10**9)

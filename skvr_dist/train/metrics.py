@@ -55,8 +55,9 @@ class Reporter:
         self._started = time.perf_counter()
         if self._enabled:
             self._writers = Writers(settings or MetricsConfig(), folder, first_step, self.say)
-            before = [record for record in folder.metric_records() if record["step"] <= first_step]
-            self._evaluated = {r["step"] for r in before if any(tag.startswith("evaluate/") for tag in r)}
+            self._evaluated = {
+                record["step"] for record in folder.metric_records(about='"evaluate/') if record["step"] <= first_step
+            }
             # The bar is for terminals; the lines below carry the time left everywhere else.
             self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
 
