@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,12 @@ from skvr_dist.lab.verify.measure import run_case
 from skvr_dist.model.attention import flash_is_installed
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.engine.process_group import start_process_group
+from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.routing import CacheStrategy
+from skvr_dist.train.build import build_engine
+from skvr_dist.train.mfu import UtilisationMeter, peak_tflops
+from skvr_dist.train.plans import plan_of_step
+from skvr_dist.train.usage import UsageWatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,3 +121,23 @@ def test_flash_attention_of_transformers(retained: tuple[int, ...]) -> None:
             found = model(x.cuda(), attention_mask=mask.cuda(), position_ids=positions.cuda(), logits_to_keep=keep)
             errors[kernel] = ((found.logits.cpu().float() - wanted[:, -keep:]) * mask[:, -keep:, None]).norm()
         assert errors["flash_attention_2"] <= 2 * errors["eager"]
+
+
+def test_what_a_run_says_of_itself() -> None:
+    """MFU, or n/a by the name of the GPU; its memory; and the parts of a step by its own clock."""
+    case = Case("DP2 ZeRO-1", **BF16)
+    config = case.config()
+    mesh = Mesh.build(config.parallel, config.model)
+    engine, meter = build_engine(config, mesh), UtilisationMeter(config, mesh)
+    usage = UsageWatch(mesh, every_steps=100, last_step=case.steps)
+    for step, batch in enumerate(case.micro_batches(), start=1):
+        plan = plan_of_step(config, step - 1)
+        engine.train_step(iter(batch), plan)
+        torch.cuda.synchronize()
+        engine.stopwatch.read()
+        usage.add(engine.stopwatch.parts)
+        used = usage.report(step)
+    mfu = meter.values(1, plan, 1.0, 0.0)["train/mfu"]
+    assert math.isnan(mfu) == (peak_tflops(torch.cuda.get_device_name(), "bf16") is None) and not mfu > 1
+    assert used["memory/reserved_gib/stage_0"] >= used["memory/allocated_peak_gib/stage_0"] > 0
+    assert all(used[f"time/{part}_seconds/stage_0"] > 0 for part in ("load", "forward", "backward", "optimizer"))
