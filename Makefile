@@ -18,7 +18,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 PIP_VERSION := 26.3
 env: $(VENV)/installed
-$(VENV)/installed: requirements.txt pyproject.toml
+$(VENV)/installed: requirements.txt pyproject.toml kernels/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet pip==$(PIP_VERSION)
 	$(BIN)/python -c "import torch" 2> /dev/null || $(BIN)/pip install --quiet "$(TORCH)"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from support.hf_models import STRATEGIES, prompts, random_weights, reference_tokens, routed_model, shape_of
 
 from skvr_dist.lab.verify.cases import BF16, Case
@@ -15,7 +17,12 @@ from skvr_dist.lab.verify.measure import run_case
 from skvr_dist.model.attention import flash_is_installed
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.engine.process_group import start_process_group
+from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.routing import CacheStrategy
+from skvr_dist.train.build import build_engine
+from skvr_dist.train.mfu import UtilisationMeter, peak_tflops
+from skvr_dist.train.plans import plan_of_step
+from skvr_dist.train.usage import UsageWatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,6 +52,33 @@ def test_one_gpu_follows_the_reference(policy: str, precision: str, attention: s
     case = Case("DP2 ZeRO-1", policy, tied=True, attention=attention, **(BF16 if precision == "bf16" else {}))
     outcome = compare(case, [run_case(case)])
     assert not outcome.misses, outcome
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_routed_attention_follows_the_formula(dtype: torch.dtype) -> None:
+    """Outputs and gradients of four sequences with slots of their own, within documents, in float64."""
+    kernels = pytest.importorskip("skvr_kernels")
+    batch, sequence, heads, kv_heads, size, slots = 4, 777, 8, 4, 128, 3
+    torch.manual_seed(0)
+    numbers = torch.randint(0, 4, (batch, sequence), device="cuda").sort(1).values
+    kv = torch.randn(2, slots, batch, sequence, kv_heads, size, device="cuda").to(dtype).requires_grad_()
+    q = torch.randn(batch, sequence, heads, size, device="cuda").to(dtype).requires_grad_()
+    arena = kernels.Arena(slots, batch, sequence, kv_heads, size, dtype=dtype, device="cuda")
+    token, reads = kernels.arena_token("cuda"), torch.tensor([0, 2, 2, 1], device="cuda")
+    for slot in range(slots):
+        token = kernels.write(arena, torch.full_like(reads, slot), kv[0, slot], kv[1, slot], token)
+    out, _ = kernels.attend(arena, reads, q, kernels.Documents.of(numbers), token)
+    mask = (numbers[:, None, :, None] == numbers[:, None, None]) & torch.ones(sequence, sequence).tril().bool().cuda()
+    right = [each.detach().double().requires_grad_() for each in (q, kv)]
+    k, v = right[1][:, reads, torch.arange(batch)].transpose(2, 3)
+    wanted = F.scaled_dot_product_attention(right[0].transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    wanted.backward(gradient.double().transpose(1, 2))
+    bound = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    for found, exact in ((out, wanted.transpose(1, 2)), (q.grad, right[0].grad), (kv.grad, right[1].grad)):
+        assert found is not None and exact is not None
+        assert (found.double() - exact).norm() <= bound * exact.norm()
 
 
 @pytest.mark.parametrize("retained", STRATEGIES.values(), ids=STRATEGIES)
@@ -87,3 +121,23 @@ def test_flash_attention_of_transformers(retained: tuple[int, ...]) -> None:
             found = model(x.cuda(), attention_mask=mask.cuda(), position_ids=positions.cuda(), logits_to_keep=keep)
             errors[kernel] = ((found.logits.cpu().float() - wanted[:, -keep:]) * mask[:, -keep:, None]).norm()
         assert errors["flash_attention_2"] <= 2 * errors["eager"]
+
+
+def test_what_a_run_says_of_itself() -> None:
+    """MFU, or n/a by the name of the GPU; its memory; and the parts of a step by its own clock."""
+    case = Case("DP2 ZeRO-1", **BF16)
+    config = case.config()
+    mesh = Mesh.build(config.parallel, config.model)
+    engine, meter = build_engine(config, mesh), UtilisationMeter(config, mesh)
+    usage = UsageWatch(mesh, every_steps=100, last_step=case.steps)
+    for step, batch in enumerate(case.micro_batches(), start=1):
+        plan = plan_of_step(config, step - 1)
+        engine.train_step(iter(batch), plan)
+        torch.cuda.synchronize()
+        engine.stopwatch.read()
+        usage.add(engine.stopwatch.parts)
+        used = usage.report(step)
+    mfu = meter.values(1, plan, 1.0, 0.0)["train/mfu"]
+    assert math.isnan(mfu) == (peak_tflops(torch.cuda.get_device_name(), "bf16") is None) and not mfu > 1
+    assert used["memory/reserved_gib/stage_0"] >= used["memory/allocated_peak_gib/stage_0"] > 0
+    assert all(used[f"time/{part}_seconds/stage_0"] > 0 for part in ("load", "forward", "backward", "optimizer"))

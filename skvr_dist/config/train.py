@@ -65,7 +65,7 @@ class TrainConfig(Section):
     max_skipped_steps_in_a_row: int = Field(default=3, gt=0, le=10**9)
     """Consecutive skipped updates that end the run. A loss or gradient that is not finite always skips the update."""
     log_every_steps: int = Field(default=1, gt=0, le=10**9)
-    """Steps between console lines; TensorBoard and metrics.jsonl get every step."""
+    """Steps between console lines; the writers of `metrics.writers` get every step."""
     only: list[str] | None = Field(default=None, min_length=1)
     """Modules whose parameters are trained, such as k_proj, mlp or lm_head; the others stay as they are. null: all."""
     watch_ranks_every_steps: int = Field(default=100, gt=0, le=10**9)

@@ -100,13 +100,17 @@ class RunFolder:
         noted = self.notes().get("interrupted")
         return noted if isinstance(noted, dict) else None
 
-    def metric_records(self) -> list[dict[str, float]]:
+    def metric_records(self, about: str = "") -> list[dict[str, float]]:
         """The records of metrics.jsonl; without lines that are none, such as one that a full disk or a crash cut short.
 
         Empty if the file is not there.
+
+        Args:
+            about: a text that a record's line must hold; the others are not even read as JSON.
         """
         lines = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
-        return [record for line in lines if (record := _record(line)) is not None]
+        wanted = (line for line in lines if about.encode() in line)
+        return [record for line in wanted if (record := _record(line)) is not None]
 
 
 def _record(line: bytes) -> dict[str, float] | None:

@@ -153,6 +153,11 @@ def _planned(
         data_parallel_size(config, experiment.place.ranks)
     except UserError as error:
         raise UserError(f"run {draft.name} of the experiment: {error}") from None
+    if "jsonl" not in config.metrics.writers:
+        raise UserError(
+            f"run {draft.name} of the experiment has metrics.writers {config.metrics.writers} without jsonl, which its "
+            f"results are read from; add it"
+        )
     if draft.branch and config.train.steps <= draft.branch.step:
         raise UserError(
             f"run {draft.name} of the experiment branches off step {draft.branch.step}, but its train.steps "

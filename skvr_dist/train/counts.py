@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from skvr_dist.cluster.interrupt import InterruptListener
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.train.batches import WatchedBatches
-from skvr_dist.train.metrics import Values
+from skvr_dist.train.writers import Values
 
 
 @dataclass

@@ -18,6 +18,7 @@ from skvr_dist.run.folder import RunFolder
 from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.plans import plan_of_step
 from skvr_dist.train.resume import preview_resume
+from skvr_dist.train.writers import require_writers
 
 _ROWS = 4096  # micro-batches whose donors are drawn for the averages, in whole steps from all over the run
 _READS = 2**26  # what their crossing sets may take: micro-batches x layers x stages
@@ -31,9 +32,9 @@ def describe(config: Config, world_size: int) -> str:
     replicas = data_parallel_size(config, world_size)
     inputs = open_inputs(config, world_size)
     RunFolder(config.train.output_dir).prove_writable()
+    require_writers(config.metrics)
     resumed = preview_resume(config, inputs.sequences.fingerprint())
-    bounds = stage_bounds(config.model, config.parallel)
-    layers = config.model.num_hidden_layers
+    bounds, layers = stage_bounds(config.model, config.parallel), config.model.num_hidden_layers
     most_rows = max(1, min(_ROWS, _READS // (layers * len(bounds))))
     drawn = max(1, most_rows // config.num_micro_batches)
     plans = [plan_of_step(config, number * config.train.steps // drawn) for number in range(drawn)]

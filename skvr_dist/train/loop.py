@@ -49,7 +49,7 @@ from skvr_dist.train.build import build_engine, build_saver, layout_of
 from skvr_dist.train.counts import StepCounts
 from skvr_dist.train.gradient_norms import LayerGradientNorms
 from skvr_dist.train.inputs import Inputs, open_inputs
-from skvr_dist.train.metrics import Reporter, Values
+from skvr_dist.train.metrics import Reporter
 from skvr_dist.train.mfu import UtilisationMeter
 from skvr_dist.train.plans import plan_stream
 from skvr_dist.train.resume import preview_resume, resume, settle_resume
@@ -59,6 +59,7 @@ from skvr_dist.train.shared_folder import require_shared_folder
 from skvr_dist.train.slow_ranks import RankWatch
 from skvr_dist.train.state import load_weights, progress_facts
 from skvr_dist.train.usage import UsageWatch
+from skvr_dist.train.writers import Values, require_writers
 
 
 def pretrain(config: Config) -> None:
@@ -143,11 +144,12 @@ def prepare(config: Config, inputs: Inputs) -> str:
         the run's id; empty on the other ranks, which rank 0 tells it.
 
     Raises:
-        UserError: the folder cannot be written or another run is in it, or no checkpoint fits.
+        UserError: the folder cannot be written or another run is in it, a writer is missing, or no checkpoint fits.
     """
     folder = RunFolder(config.train.output_dir)
     if announced_rank() == 0:
         folder.prove_writable()
+        require_writers(config.metrics)
     if not is_other_rank():  # one per host looks at the checkpoints
         preview_resume(config, inputs.sequences.fingerprint())
     if announced_rank() > 0:
@@ -190,6 +192,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
             first_step=first_step,
             steps=config.train.steps,
             console_lost=interrupts.note_lost_console,
+            settings=config.metrics,
         ),
         saver=build_saver(config, brought),
         plans=plan_stream(config, mesh, first_step),

@@ -1,4 +1,4 @@
-"""What a run reports: console lines, TensorBoard, metrics.jsonl; on rank 0 only."""
+"""What a run reports: console lines, and records for its writers; on rank 0 only."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from skvr_dist.files import append_line, as_json, naming_failure, write_whole
+from skvr_dist.config.metrics import MetricsConfig
 from skvr_dist.run.folder import RunFolder
+from skvr_dist.train.writers import Values, Writers
 
-Values = dict[str, float]
-
-# TensorBoard tag -> how the console shows it; the others are for TensorBoard and metrics.jsonl.
+# Tag -> how the console shows it; the others are for the writers.
 _CONSOLE = {
     "train/loss": "loss {:.4f}",
     "train/predicted_tokens": "over {:,.0f} tokens",
@@ -36,22 +34,30 @@ class Reporter:
         first_step: done before.
         steps: of the whole run.
         console_lost: called when the console takes nothing any longer; from then on it is not written to.
+        settings: who takes the records; None: who takes them by default.
+
+    Raises:
+        UserError: a writer cannot begin.
     """
 
     def __init__(
-        self, rank: int, folder: RunFolder, *, first_step: int, steps: int, console_lost: Callable[[], None]
+        self,
+        rank: int,
+        folder: RunFolder,
+        *,
+        first_step: int,
+        steps: int,
+        console_lost: Callable[[], None],
+        settings: MetricsConfig | None = None,
     ) -> None:
         self._enabled, self._console_lost = rank == 0, console_lost
         self._first_step, self._steps = first_step, steps
         self._started = time.perf_counter()
         if self._enabled:
-            self._tensorboard, self._metrics = folder.tensorboard, folder.metrics
-            with naming_failure(self._tensorboard):
-                self._writer = SummaryWriter(str(self._tensorboard), purge_step=first_step + 1)
-            # Without the records of steps that a resumed run does again.
-            kept = [record for record in folder.metric_records() if record["step"] <= first_step]
-            write_whole(self._metrics, "".join(as_json(record) + "\n" for record in kept))
-            self._evaluated = {record["step"] for record in kept if any(tag.startswith("evaluate/") for tag in record)}
+            self._writers = Writers(settings or MetricsConfig(), folder, first_step, self.say)
+            self._evaluated = {
+                record["step"] for record in folder.metric_records(about='"evaluate/') if record["step"] <= first_step
+            }
             # The bar is for terminals; the lines below carry the time left everywhere else.
             self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
 
@@ -70,7 +76,7 @@ class Reporter:
         """Record a finished step (counted from 1); `show` prints it."""
         if not self._enabled:
             return
-        self._record(step, values)
+        self._writers.write(step, values)
         self._bar.update()
         if show:
             shown = "  ".join(text.format(values[tag]) for tag, text in _CONSOLE.items() if tag in values)
@@ -81,21 +87,14 @@ class Reporter:
         """Record held-out losses by strategy; once, however often a run is started again at this step."""
         if not self._enabled or step in self._evaluated:
             return
-        self._record(step, {f"evaluate/loss/{name}": loss for name, loss in losses.items()})
+        self._writers.write(step, {f"evaluate/loss/{name}": loss for name, loss in losses.items()})
         self.say(f"step {step}  held-out loss  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 
     def close(self) -> None:
-        """Close the files and the progress bar."""
+        """Close the writers and the progress bar."""
         if self._enabled:
+            self._writers.close()
             self._bar.close()
-            with naming_failure(self._tensorboard):
-                self._writer.close()
-
-    def _record(self, step: int, values: Values) -> None:
-        append_line(self._metrics, as_json({"step": step, **values}))
-        with naming_failure(self._tensorboard):  # its thread has failed at an earlier value
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
 
     def _time_left(self, step: int) -> str:
         done = step - self._first_step

@@ -83,6 +83,10 @@ def test_branches_have_what_their_trunks_have(tmp_path: Path) -> None:
         ({"runs": {"a": ["train.seed=1"]}, "seeds": [0]}, r"runs\.a of the experiment sets train\.seed, which has an"),
         ({"runs": {"a": ["train.output_dir=x"]}}, r"runs\.a of the experiment sets train\.output_dir, which the exp"),
         ({"runs": {"a": ["train.stepz=1"]}}, r"run a of the experiment: unknown key train\.stepz; did you mean steps"),
+        (
+            {"runs": {"a": ["metrics.writers=[wandb]"]}},
+            r"run a .* has metrics\.writers \['wandb'\] without jsonl, which",
+        ),
         ({"runs": {"a": []}, "place": {"ranks": 3}, "overrides": []}, "run a of the experiment: .*3"),
         ({"sedes": [1]}, r"mine\.yaml: unknown key sedes; did you mean seeds\?"),
         ({"branches": {"b": {"trunk": "a", "stp": 1}}}, r"unknown key branches\.b\.stp; did you mean step\?"),

@@ -26,6 +26,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
+from torch.profiler import record_function
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.batch import MicroBatch
@@ -182,7 +183,12 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
                 kind, number = type(instruction), self._pass_of(instruction)
                 if kind in _ON_THE_WAY_BACK and number is not None and not self._plans[number].run.runs_back:
                     continue
-                with naming_the_operation(self.mesh, kind.__name__, number), self.stopwatch.watching(kind):
+                name = kind.__name__ if number is None else f"{kind.__name__} {number}"
+                with (
+                    naming_the_operation(self.mesh, kind.__name__, number),
+                    self.stopwatch.watching(kind),
+                    record_function(name),  # for `skvr-profile`
+                ):
                     MethodType(self._INSTRUCTION_MAP[kind], self)(**instruction.kwargs)
         self._distillation.forget()
         if self.before:
