@@ -24,7 +24,9 @@ from pathlib import Path
 
 from skvr_dist.lab.hosts.namespaces import DIES_WITH_ITS_PARENT, Namespaces, programs_path
 
-NETWORK = "10.77.0"
+NETWORK = "192.168.77"
+"""Above 127.0.0.0/8: in gloo the rank with the larger address connects to the other one. In a network below, a first
+host that takes itself for 127.0.1.1 would do so, and nobody would notice that it cannot be reached there."""
 ROOT = Path(__file__).parents[3]
 """Of this checkout, which is what hosts run."""
 _HOME = pwd.getpwuid(os.getuid()).pw_dir  # as sshd looks it up
@@ -53,7 +55,7 @@ class Setup:
 
 
 class Hosts:
-    """host1 (10.77.0.1), host2, ... from entering to leaving the context.
+    """host1 (192.168.77.1), host2, ... from entering to leaving the context.
 
     Args:
         number: how many.

@@ -316,7 +316,12 @@ STARTS = [
     ),
     _trains("srun_tasks", "`srun` with a task per rank", srun(_PYTHON), slurm=True),
     _trains("srun_torchrun", "`srun` with torchrun on each host", srun(f"{BIN}/torchrun", *_TORCHRUN), slurm=True),
-    _trains("deepspeed_slurm", "`deepspeed --launcher slurm`", deepspeed("--launcher", "slurm"), slurm=True),
+    _trains(
+        "deepspeed_slurm",
+        "`deepspeed --launcher slurm`",
+        deepspeed("--launcher", "slurm", "--num_nodes", "2"),  # else Slurm puts both tasks on one host
+        slurm=True,
+    ),
     _trains(
         "salloc_mpirun",
         "`mpirun` in an allocation of `salloc`",
