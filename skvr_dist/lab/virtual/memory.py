@@ -1,8 +1,8 @@
 """Counts the memory that tensors occupy while a rank trains, by the storages behind them, and its peak.
 
-torch.distributed._tools.MemTracker does as much for a loop that calls each module once a step. A pipeline stage is called
-for several micro-batches before the first of them runs back, which it refuses ("does not support memory tracking for
-multiple iterative calls", PyTorch 2.13).
+torch.distributed._tools.MemTracker does as much for a loop that calls each module once a step. A pipeline stage is
+called for several micro-batches before the first of them runs back, which it refuses ("does not support memory tracking
+for multiple iterative calls", PyTorch 2.13).
 """
 
 from __future__ import annotations
