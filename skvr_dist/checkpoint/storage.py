@@ -212,6 +212,7 @@ class Index:
         tensors: Mapping[str, Any] = json.loads(content)
         self.described: dict[str, TensorStorageMetadata] = {}
         self.stored: dict[MetadataIndex, _Stored] = {}
+        self._sizes: dict[MetadataIndex, torch.Size] = {}
         self.has_digests = True
         """Whether every tensor has digests of its own; else only the manifest has some, of whole files."""
         self.bytes_read = 0
@@ -221,9 +222,11 @@ class Index:
             chunks, digests = [], tensor.get("sha256", [()] * len(tensor["chunks"]))
             block = tensor.get("block", _OLDER_BLOCK_BYTES)
             for (offsets, sizes, path, offset, length), blocks in zip(tensor["chunks"], digests, strict=True):
-                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                place = _Stored(path, offset, length, tuple(blocks), block)
-                self.stored[MetadataIndex(name, torch.Size(offsets))] = place
+                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                index = MetadataIndex(name, chunk.offsets)
+                chunks.append(chunk)
+                self.stored[index] = _Stored(path, offset, length, tuple(blocks), block)
+                self._sizes[index] = chunk.sizes
             properties = TensorProperties(dtype=getattr(torch, tensor["dtype"]))
             self.described[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
 
@@ -332,18 +335,15 @@ class Index:
     def _span(self, item: ReadItem) -> tuple[int, int]:
         """The bytes of a stored rectangle that hold the rows which an item asks for: first, and one past the last."""
         index = item.storage_index
-        sizes, length = self._sizes(index), self.stored[index].length
+        sizes, length = self._sizes[index], self.stored[index].length
         first, count = (item.storage_offsets[0], item.lengths[0]) if sizes else (0, 1)
         row_bytes = length // (sizes[0] if sizes else 1)
         return first * row_bytes, (first + count) * row_bytes
 
-    def _sizes(self, index: MetadataIndex) -> torch.Size:
-        return next(chunk.sizes for chunk in self.tensor(index.fqn).chunks if chunk.offsets == index.offset)
-
     def _part(self, item: ReadItem, content: Tensor) -> Tensor:
         """The part of a stored rectangle that an item asks for, from the bytes of the rectangle."""
         start, stop = self._span(item)
-        sizes = self._sizes(item.storage_index)
+        sizes = self._sizes[item.storage_index]
         elements = content[start:stop].view(self.dtype(item.storage_index.fqn))
         if not sizes:
             return elements[0]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skvr_dist.commands.estimate.serve import BLOCK, OTHER_GIB, UTILIZATION
 from skvr_dist.errors import UserError
 from skvr_dist.files import as_json, write_whole
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from skvr_dist.routing import CacheStrategy
 
 _GIB = 2**30
-_UTILIZATION, _OTHER_GIB, _BLOCK = 0.9, 2.0, 16  # as `skvr-estimate serve` has them where nobody says otherwise
 
 
 def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
@@ -32,6 +32,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     from skvr_dist.evaluate.cache_report.markdown import as_markdown
     from skvr_dist.evaluate.cache_report.page import as_page
     from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
+    from skvr_dist.evaluate.outputs import FULL
     from skvr_dist.hf.convert.opened import open_model
     from skvr_dist.routing import CacheStrategy
 
@@ -44,14 +45,14 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     context = _context(checkpoint, options.context)
     held_out = HeldOutData.of(checkpoint, options.data, options.sequence_length)
     names = options.strategies or [*of_families(FAMILIES, layers), *profiles]
-    strategies = CacheStrategy.parse_all(list(dict.fromkeys([content.FULL, *names])), layers, profiles)
+    strategies = CacheStrategy.parse_all(list(dict.fromkeys([FULL, *names])), layers, profiles)
     measurement = evaluate_checkpoint(
         checkpoint, held_out, list(strategies), sequences=options.sequences, batch_size=options.batch_size
     )
     recommended = content.recommended_point(measurement.points, options.most_rise)
     chosen = {name: strategies[name] for name in content.shown_strategies(measurement.points, recommended)}
     if options.file:
-        asked, answers = ask(options, checkpoint, tokenizer, {content.FULL: strategies[content.FULL], **chosen})
+        asked, answers = ask(options, checkpoint, tokenizer, {FULL: strategies[FULL], **chosen})
         (cases, compared), scores = content.answered(asked, answers), content.totals(answers)
         work = f"{options.file}, {options.format}"
     else:
@@ -113,12 +114,12 @@ def _memory(
     from skvr_dist.lab.estimate.serve import BYTES, Server, fit_strategies
 
     server = Server(
-        memory=int(memory_gib * _UTILIZATION * _GIB),
-        other=int(_OTHER_GIB * _GIB),
+        memory=int(memory_gib * UTILIZATION * _GIB),
+        other=int(OTHER_GIB * _GIB),
         context=context,
         weight_bytes=BYTES["bfloat16"],
         cache_bytes=BYTES["bfloat16"],
-        block=_BLOCK,
+        block=BLOCK,
     )
     fits = fit_strategies(checkpoint.model_config, server, strategies)
     return [Memory(fit.name, fit.weights, fit.cache_bytes_per_token, fit.sequences) for fit in fits]

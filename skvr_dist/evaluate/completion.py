@@ -17,7 +17,7 @@ from skvr_dist.data.prepare.corpus import Document, hash_fraction
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.answers import Asked
-from skvr_dist.evaluate.metrics import best_of, longest_common_subsequence
+from skvr_dist.evaluate.metrics import best_of, similarity
 
 _LINES_BEFORE = 8
 """A line comes after so many others at least."""
@@ -122,8 +122,7 @@ def same_words(text: str, line: str) -> float:
 
 def edit_similarity(text: str, line: str) -> float:
     """Characters that both have in the same order, over those of both: what `fuzz.ratio` rounds to per cent."""
-    mine, theirs = _first_line(text).strip(), line.strip()
-    return 2 * longest_common_subsequence(mine, theirs) / (len(mine) + len(theirs)) if mine or theirs else 1.0
+    return similarity(_first_line(text).strip(), line.strip())
 
 
 def _first_line(text: str) -> str:

@@ -140,6 +140,11 @@ def longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
     return row[-1]
 
 
+def similarity(one: Sequence[str], other: Sequence[str]) -> float:
+    """What both have in the same order, over all of both: from 0 to 1, and 1 for two that are empty."""
+    return 2 * longest_common_subsequence(one, other) / (len(one) + len(other)) if one or other else 1.0
+
+
 def _marco_rouge(text: str, right: Sequence[str]) -> tuple[float, ...]:
     """ROUGE-L that takes the best precision and the best recall, each over all answers (MS COCO's)."""
     if _NO_ANSWER_PRESENT in right:
@@ -193,8 +198,7 @@ def _marco_tokens(text: str) -> str:
 def rouge_l(text: str, answer: str) -> float:
     """ROUGE-L's F measure as the package rouge-score has it, without stemming; importing that takes seconds."""
     words, wanted = (_ROUGE_WORD.findall(each.lower()) for each in (text, answer))
-    same = longest_common_subsequence(words, wanted)
-    return 2 * same / (len(words) + len(wanted)) if same else 0.0
+    return similarity(words, wanted) if words and wanted else 0.0
 
 
 METRICS: Mapping[Format, tuple[Metric, ...]] = {

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from skvr_dist.lab.estimate.serve import BreakEven, Fit
 
 _GIB = 2**30
+UTILIZATION, OTHER_GIB, BLOCK = 0.9, 2.0, 16
+"""What is assumed of an engine where nobody says otherwise: `--utilization`, `--other-gib` and `--block`."""
 _TYPES = ("bfloat16", "float16", "float32")
 
 
@@ -36,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategies", nargs="+", metavar="S", help="strategies or profiles")
     parser.add_argument("--dtype", choices=_TYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--cache-dtype", choices=(*_TYPES, "fp8", "int8"), help="of the cache (default: --dtype)")
-    parser.add_argument("--utilization", type=share, default=0.9, metavar="X", help="share of the memory that "
+    parser.add_argument("--utilization", type=share, default=UTILIZATION, metavar="X", help="share of the memory that "
                         "the engine may use, as vLLM's gpu_memory_utilization (default: 0.9)")  # fmt: skip
-    parser.add_argument("--other-gib", type=float, default=2.0, metavar="X", help="what the engine takes beside "
+    parser.add_argument("--other-gib", type=float, default=OTHER_GIB, metavar="X", help="what the engine takes beside "
                         "weights and cache; vLLM logs it when it starts (default: 2)")  # fmt: skip
-    parser.add_argument("--block", type=at_least(1), default=16, help="tokens of a block of the cache (default: 16)")
+    parser.add_argument("--block", type=at_least(1), default=BLOCK, help="tokens of a block of the cache (default: 16)")
     add_json(parser)
 
 

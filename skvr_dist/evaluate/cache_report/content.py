@@ -17,12 +17,12 @@ from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.evaluate.answers import ALL, AnswerPoint, Answers, Asked
 from skvr_dist.evaluate.curve import Measurement
 from skvr_dist.evaluate.generate import decode_all
-from skvr_dist.evaluate.metrics import longest_common_subsequence
+from skvr_dist.evaluate.metrics import similarity
+from skvr_dist.evaluate.outputs import FULL
 from skvr_dist.evaluate.retention import RetentionPoint
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import CacheStrategy
 
-FULL = "full"
 PLANNED = "planned"
 _CONTINUED, _PROMPT_TOKENS, _NEW_TOKENS = 16, 96, 32
 _SHOWN = 5
@@ -105,9 +105,7 @@ def shown_strategies(points: Sequence[RetentionPoint], recommended: RetentionPoi
 
 def change(one: str, other: str) -> float:
     """How much of two texts is not the same, from 0 to 1."""
-    if one == other:
-        return 0.0
-    return 1 - 2 * longest_common_subsequence(one, other) / (len(one) + len(other))
+    return 0.0 if one == other else 1 - similarity(one, other)
 
 
 def continued(

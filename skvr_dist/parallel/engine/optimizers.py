@@ -210,8 +210,8 @@ def complete_state(
     if engine.zero_optimization_partition_weights():
         _hand_out(engine, reading.whole, is_loaded)
     elif engine.mesh.dp_size > 1:
-        for pieces in (pieces for name, pieces in of_all.items() if is_loaded(name)):
-            for piece in pieces:
+        for name, pieces in of_all.items():
+            for piece in pieces if is_loaded(name) and not _is_tied_copy(engine, name) else ():
                 dist.broadcast(piece.tensor.detach(), group=engine.mesh.devices.get_group("dp"), group_src=0)
     _copy_tied_state(engine, is_loaded, is_shared_out=not of_all.keys() & {WEIGHTS + TIED_WEIGHT})
     if engine.zero_optimization_partition_weights():
