@@ -96,7 +96,7 @@ def unwrite_kernel(
     at = ((b.to(tl.int64) * sequence + rows) * kv_heads + head)[:, None] * E + e[None, :]
     # Of a slot that is none nothing is read or set to zero, and gradients are no numbers.
     is_slot = (slot >= 0) & (slot < slots)
-    there = here & is_slot
+    there = tl.where(is_slot, here, False)
     offset = ((tl.where(is_slot, slot, 0) * 2 * batch + b) * sequence * kv_heads + head).to(tl.int64) * E
     of = offset + (rows.to(tl.int64) * kv_heads)[:, None] * E + e[None, :]
     of_values = batch.to(tl.int64) * sequence * kv_heads * E + of
