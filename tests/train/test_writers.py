@@ -139,7 +139,6 @@ def test_without_wandb_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         require_writers(MetricsConfig(writers=["jsonl", "wandb"]))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     RunFolder(tmp_path).note(id="abc123")
