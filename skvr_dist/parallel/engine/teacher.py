@@ -20,6 +20,7 @@ from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.model.decoder import Decoder
+from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import shards_of
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.boundary import Handover
@@ -91,12 +92,12 @@ class FrozenTeacher:
                 dist.broadcast(parameter.detach(), group=mesh.devices.get_group("dp"), group_src=0)
 
     @torch.no_grad()
-    def run(self, inputs: Tensor | Handover, documents: Tensor | None) -> Tensor | Handover:
+    def run(self, inputs: Tensor | Handover, documents: Documents | None) -> Tensor | Handover:
         """Run the slice at full retention.
 
         Args:
             inputs: on the first stage tokens, int [B, S]; else what the stage before hands over.
-            documents: int [B, S], if attention stays within documents.
+            documents: those that attention stays within, if it does, on the device.
 
         Returns:
             on the last stage what the head sees, [B, S, D]; on the others what the next stage gets.
