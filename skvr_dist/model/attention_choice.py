@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ from torch.nn import attention as torch_attention
 from skvr_dist.config.model import FLASH_KERNELS, AttentionName
 from skvr_dist.errors import UserError
 
-_LARGEST_HEAD = 256  # of all three kernels, forwards and backwards; sizes are multiples of 8
+LARGEST_HEAD = 256
+"""Elements of the largest head of all three kernels, forwards and backwards; sizes are multiples of 8."""
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
@@ -25,7 +27,7 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
 class Choice:
     """What attention is computed with."""
 
-    name: str
+    name: AttentionName
     """One of `skvr_dist.model.attention.BACKENDS`."""
     reason: str
     """Why, in words."""
@@ -92,7 +94,7 @@ def resolve(wanted: AttentionName, device: torch.device, dtype: torch.dtype, hea
             reasons = [_version(name), f"{_DTYPES[dtype]} on {torch.cuda.get_device_name(device)}"]
             return Choice(name, "; ".join(reasons + [f"not {other}: {why}" for other, why in passed_over.items()]))
         passed_over[name] = obstacle
-    reason = unfit or "; ".join(f"not {name}: {why}" for name, why in passed_over.items())
+    reason = unfit or passed_over.get(wanted) or "; ".join(f"not {name}: {why}" for name, why in passed_over.items())
     if wanted == "auto":
         return Choice("sdpa", reason)
     raise UserError(_refusal(wanted, reason))
@@ -109,10 +111,23 @@ def activate(name: str) -> None:
     wanted = _PACKAGES[name].implementation if name in _PACKAGES else None
     if torch_attention.current_flash_attention_impl() == wanted:
         return
-    if wanted:
-        torch_attention.activate_flash_attention_impl(wanted)
-    else:
-        torch_attention.restore_flash_attention_impl()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel of PyTorch is overridden, which is what is wanted
+        if wanted:
+            torch_attention.activate_flash_attention_impl(wanted)
+        else:
+            torch_attention.restore_flash_attention_impl()
+
+
+def resolve_beside(choice: Choice, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+    """The attention of another model of the same process, which has head sizes of its own.
+
+    The same kernel, or SDPA where that cannot do these heads: a second flash kernel would be in force for both.
+    """
+    try:
+        return resolve(choice.name, device, dtype, head_dim)
+    except UserError as error:
+        return Choice("sdpa", str(error))
 
 
 def _refusal(wanted: str, obstacle: str) -> str:
@@ -126,8 +141,8 @@ def _unfit(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | Non
         return "flash kernels are for GPUs"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{_DTYPES.get(dtype, dtype)} is not for flash kernels, which take bf16"
-    if head_dim % 8 or head_dim > _LARGEST_HEAD:
-        return f"head_dim {head_dim} is not for flash kernels, which take multiples of 8 up to {_LARGEST_HEAD}"
+    if head_dim % 8 or head_dim > LARGEST_HEAD:
+        return f"head_dim {head_dim} is not for flash kernels, which take multiples of 8 up to {LARGEST_HEAD}"
     return None
 
 
@@ -145,7 +160,7 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int
     package = _PACKAGES[name]
     if capability[0] not in package.generations:
         return f"it has no kernels for {on}"
-    if capability[0] == 10 and 128 < head_dim < _LARGEST_HEAD:
+    if capability[0] == 10 and 128 < head_dim < LARGEST_HEAD:
         return f"it has no kernels for head_dim {head_dim} on {on}, only up to 128, and 256"
     if not _is_installed(package.module):
         return _not_installed(name)

@@ -105,18 +105,8 @@ def _forward(
     return (torch.stack if bounds is None else torch.cat)(outputs), sums, *seeds, q.new_empty(0)
 
 
-def _backward(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    _: Tensor,
-    __: Tensor,
-    bounds: Tensor | None,
-    *___: Any,
-    **also: Any,
-) -> tuple[Tensor, ...]:
-    bounds = outputs_and_bounds[2]
+def _backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any, **also: Any) -> tuple[Tensor, ...]:
+    bounds = others[2]  # after the output and the sums
     assert not any(also.values()), f"FA4 refuses windows in PyTorch 2.11: {also}"
     group, found = q.shape[-2] // k.shape[-2], []
     for d_out, one_q, one_k, one_v in _sequences(bounds, gradient, q, k, v):

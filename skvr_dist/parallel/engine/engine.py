@@ -30,6 +30,7 @@ from torch.profiler import record_function
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.batch import MicroBatch
+from skvr_dist.model.attention_choice import resolve
 from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.distillation import Distillation
@@ -122,6 +123,9 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         """Means of the parts of the last step's loss over the labels concerned, if it distilled (`PARTS`)."""
         self._distillation = distillation or Distillation()
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
+        model = module.model_config
+        self.attention = resolve(model.attention, torch.device(self.device), dtype, model.head_dim)
+        """What attention is computed with here."""
         self._shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
         self._format = HandoverFormat(module.model_config, mesh, self._shape)
         with naming_the_operation(mesh, "connecting the pipeline stages"):
