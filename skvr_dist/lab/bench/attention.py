@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -98,11 +99,11 @@ class _Inputs:
             self.LAYERS, *sizes[:2], shape.kv_heads, shape.head_size, dtype=torch.bfloat16, device="cuda"
         )
         self.arena.kv.copy_(draw(*self.arena.kv.shape))
-        # As layers leave them: tensors of their own. In the arena they would lie as well, but only ours reads it.
-        self.k, self.v = ([kv[i].clone().requires_grad_() for kv in self.arena.kv] for i in (0, 1))
+        self.k, self.v = (self.arena.kv[:, i].clone().requires_grad_() for i in (0, 1))  # [layers, B, S, K, E]
         places = torch.arange(shape.batch, device="cuda")
         self.slot = places % self.LAYERS if shape.donors_of_each else torch.zeros_like(places)
         self.reads = self.slot.tolist()
+        self.rows = self.slot * shape.batch + places  # in [layers x B]
         length = shape.document or shape.sequence
         numbers = torch.arange(shape.sequence, device="cuda") // length
         self.documents = Documents.of(numbers.expand(shape.batch, -1))
@@ -118,12 +119,12 @@ class _Inputs:
             return self._without_flash()
         if way == "FA2 on views":
             parts = [
-                self._flash(self.q[b : b + 1], self.k[layer][b : b + 1], self.v[layer][b : b + 1], self.bounds_of_one)
+                self._flash(self.q[b : b + 1], self.k[layer, b : b + 1], self.v[layer, b : b + 1], self.bounds_of_one)
                 for b, layer in enumerate(self.reads)
             ]
             return torch.cat(parts)
         if way.endswith("gathered copy"):
-            k, v = (torch.stack([kv[layer][b] for b, layer in enumerate(self.reads)]) for kv in (self.k, self.v))
+            k, v = (kv.flatten(0, 1).index_select(0, self.rows) for kv in (self.k, self.v))
             return self._flash(self.q, k, v, self.bounds)
         return self._flash(self.q, self.k[0], self.v[0], self.bounds)
 
@@ -140,18 +141,39 @@ class _Inputs:
         mask = (numbers[:, :, None] == numbers[:, None]).tril()[:, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
-    def all_gradients(self) -> list[Tensor]:
-        """What a backward pass is asked for."""
-        return [self.q, *self.k, *self.v]
+    def gradients(self, way: Way, out: Tensor) -> list[Tensor]:
+        """A backward pass: gradients of queries, keys and values; ours of keys and values are added up in the arena."""
+        wanted = [self.q] if way == "own" else [self.q, self.k, self.v]
+        return list(torch.autograd.grad(out, wanted, self.gradient, retain_graph=True))
 
-    def exact(self) -> Tensor:
-        """The formula in float32 on the GPU [B, S, H, E], a sequence at a time."""
-        outputs = []
+    def require_right(self, way: Way) -> None:
+        """Compare outputs and gradients with the formula in float32.
+
+        Raises:
+            ArithmeticError: one of them is more than 1 % off.
+        """
+        leaves = [each.detach().float().requires_grad_() for each in (self.q, self.k, self.v)]
+        exact = self._exact(*leaves)
+        gradients = torch.autograd.grad(exact, leaves, self.gradient.float())
+        self.arena.gradients.zero_()
+        out = self.output(way)
+        found = self.gradients(way, out)
+        if way == "own":
+            found += self.arena.gradients.unbind(1)
+        names = ("outputs", "gradients of queries", "gradients of keys", "gradients of values")
+        for name, mine, right in zip(names, (out, *found), (exact, *gradients), strict=True):
+            error = float((mine.detach().float() - right.detach()).norm() / right.detach().norm())
+            if not error <= 1e-2:
+                raise ArithmeticError(f"{way} at {self.shape}: {name} are {error:.1e} off the formula, more than 1e-2")
+
+    def _exact(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The formula [B, S, H, E], a sequence at a time."""
+        first, outputs = self.documents.first, []
         for b, layer in enumerate(self.reads):
-            q, k, v = (each[b : b + 1].float().transpose(1, 2) for each in (self.q, self.k[layer], self.v[layer]))
-            first = self.documents.first[b]
-            mask = (first[:, None] == first).tril()
-            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2))
+            one_q, one_k, one_v = (each.transpose(0, 1)[None] for each in (q[b], k[layer, b], v[layer, b]))
+            mask = (first[b, :, None] == first[b]).tril()
+            out = F.scaled_dot_product_attention(one_q, one_k, one_v, attn_mask=mask, enable_gqa=True)
+            outputs.append(out.transpose(1, 2))
         return torch.cat(outputs)
 
 
@@ -168,14 +190,6 @@ def _implementation(way: Way) -> Iterator[None]:
         restore_flash_attention_impl()
 
 
-@torch.no_grad()
-def _require_right(way: Way, found: Tensor, inputs: _Inputs) -> None:
-    exact = inputs.exact()
-    error = float((found.float() - exact).norm() / exact.norm())
-    if not error <= 1e-2:
-        raise ArithmeticError(f"{way} at {inputs.shape} is {error:.1e} off the formula, more than 1e-2")
-
-
 def attention_times(shape: Shape, ways: Sequence[Way], rounds: int, milliseconds: int) -> list[Times]:
     """Time all ways in turn, so that what the GPU's clock does meets all of them; each is checked first.
 
@@ -183,26 +197,18 @@ def attention_times(shape: Shape, ways: Sequence[Way], rounds: int, milliseconds
         milliseconds: for which each measurement repeats its kernel.
 
     Raises:
-        ArithmeticError: a way is more than 1 % off the formula.
+        ArithmeticError: outputs or gradients are more than 1 % off the formula.
     """
     inputs, times = _Inputs(shape), [Times(way) for way in ways]
     for number in range(rounds):
         for offset in range(len(ways)):
             each = times[(number + offset) % len(ways)]
             with _implementation(each.way):
-                out = inputs.output(each.way)
                 if number == 0:
-                    _require_right(each.way, out, inputs)
-
-                def forward(way: Way = each.way) -> Tensor:
-                    with torch.no_grad():
-                        return inputs.output(way)
-
-                def backward(out: Tensor = out, way: Way = each.way) -> None:
-                    wanted = [inputs.q] if way == "own" else inputs.all_gradients()
-                    torch.autograd.grad(out, wanted, inputs.gradient, retain_graph=True, allow_unused=True)
-
-                each.forward.append(_milliseconds(forward, milliseconds))
+                    inputs.require_right(each.way)
+                with torch.no_grad():
+                    each.forward.append(_milliseconds(partial(inputs.output, each.way), milliseconds))
+                backward = partial(inputs.gradients, each.way, inputs.output(each.way))
                 each.backward.append(_milliseconds(backward, milliseconds))
     return times
 
