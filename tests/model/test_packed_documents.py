@@ -67,9 +67,16 @@ def test_labels_that_are_ignored_cost_nothing() -> None:
     assert next_token_loss(logits, torch.full_like(labels, -100)) == 0
 
 
-def losses_and_gradients(layout: str) -> dict[str, Any]:
-    config = Case(layout, "none").config()
-    config = config.model_copy(update={"data": config.data.model_copy(update={"documents": "separate"})})
+def losses_and_gradients(layout: str, attention: str, checkpointing: str) -> dict[str, Any]:
+    if attention == "fa2":
+        flash_on_cpu.give_to_torch(pytest.MonkeyPatch())  # this process is of this test alone
+    config = Case(layout, "none", checkpointing).config()
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"attention": attention}),
+            "data": config.data.model_copy(update={"documents": "separate"}),
+        }
+    )
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
     gradients = {}
@@ -86,10 +93,13 @@ def losses_and_gradients(layout: str) -> dict[str, Any]:
     return {"losses": [held_out, loss], "gradients": gradients}
 
 
-@pytest.mark.parametrize("layout", ["single", "PP4 uneven", "TP2 SP"])
-def test_every_layout_trains_on_separate_documents(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "attention", "checkpointing"),
+    [("single", "sdpa", "none"), ("PP4 uneven", "fa2", "none"), ("TP2 SP", "fa2", "attention")],
+)
+def test_every_layout_trains_on_separate_documents(layout: str, attention: str, checkpointing: str) -> None:
     """Against a plain decoder; with four stages those in the middle read documents too."""
-    results = run_ranks(LAYOUTS[layout].ranks, losses_and_gradients, layout)
+    results = run_ranks(LAYOUTS[layout].ranks, losses_and_gradients, layout, attention, checkpointing)
     decoder = Decoder(ModelConfig.model_validate(SHAPE))
     initialize(decoder, SEED)
     batches = micro_batches(4)

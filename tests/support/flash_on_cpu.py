@@ -5,6 +5,7 @@ With these in their place everything around the kernels is tested on a CPU; `tes
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -126,12 +127,7 @@ def give_to_torch(patch: pytest.MonkeyPatch) -> None:
     operations.impl("_flash_attention_forward", _forward)
     operations.impl("_flash_attention_backward", _backward)
     patch.setattr("support.flash_on_cpu._operations", operations, raising=False)  # it ends with its last reference
-    take_flash(patch)
-
-
-def take_flash(patch: pytest.MonkeyPatch) -> None:
-    """Let `model.attention` name flash kernels on any device."""
-    patch.setattr(
-        decoder, "resolve", lambda wanted, *_: Choice("fa2" if wanted == "flash" else wanted, "a test says so")
-    )
+    for module in (decoder, sys.modules.get("skvr_dist.parallel.engine.engine")):
+        if module:
+            patch.setattr(module, "resolve", lambda wanted, *_: Choice(wanted, "a test says so"))
     patch.setattr(decoder, "activate", lambda name: None)
