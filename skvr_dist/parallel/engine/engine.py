@@ -29,10 +29,16 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from skvr_dist.config.model import ModelConfig
-from skvr_dist.data.batch import MicroBatch
+from skvr_dist.data.batch import MicroBatch, to_device
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.distillation import Distillation
-from skvr_dist.parallel.engine.gradients import clip_by_global_norm, drop_gradients, gradient_tensors, scale_gradients
+from skvr_dist.parallel.engine.gradients import (
+    clip_by_global_norm,
+    drop_gradients,
+    gradient_tensors,
+    numbers_of,
+    scale_gradients,
+)
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import Prediction, StageModule
 from skvr_dist.parallel.engine.stopwatch import Stopwatch
@@ -237,9 +243,9 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         batch: MicroBatch = self._next_batch()
         self._load_documents(buffer_id, batch)
         if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer_id] = batch.tokens.to(self.device)
+            self.pipe_buffers["inputs"][buffer_id] = to_device(batch.tokens, self.device)
         if self.is_last_stage():
-            self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
+            self.pipe_buffers["labels"][buffer_id] = to_device(batch.labels, self.device)
             if self._plans[self._loaded].is_first:
                 self._labels += int(count_labels(batch.labels))
         self._loaded += 1
@@ -354,32 +360,39 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             super()._exec_reduce_grads()
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
-        square = float(torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))) ** 2
-        square, weight = self._sum_over_batch(square)
+        norm = torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))
+        square, weight = self._sum_over_batch(norm)
         self._update_is_admitted = self.guard.admits(self._mean_loss, square * weight**2, self.predicted_tokens)
         if self._update_is_admitted and weight != 1.0:
             scale_gradients(self.optimizer, self.module, weight)
         super()._exec_optimizer_step(lr_kwargs)
 
-    def _sum_over_batch(self, square: float = 0.0) -> tuple[float, float]:
+    def _sum_over_batch(self, norm: Tensor | None = None) -> tuple[float, float]:
         """Set the mean loss, the number of labels and the counts of what all ranks have just run; collective.
 
+        This is where the host waits for the device, once: its numbers are read together.
+
         Args:
-            square: anything else to be summed.
+            norm: [], of this rank's gradients.
 
         Returns:
-            its sum over all ranks, and the positions of the batch over its labels: what averages over positions must be
-            multiplied by. If all labels are ignored there is nothing to average, and it is 0.
+            the sum of its square over all ranks, and the positions of the batch over its labels: what averages over
+            positions must be multiplied by. If all labels are ignored there is nothing to average, and it is 0.
         """
-        mine = [0.0, 0.0, 0.0]
-        if self.is_last_stage() and self.total_loss is not None:
-            positions = self._shape.batch * self._shape.sequence
-            mine = [float(self.total_loss) * positions, float(self._labels), float(len(self._plans) * positions)]
+        predicted = self.total_loss if self.is_last_stage() else None
+        nothing = torch.zeros(())
         distilled = self._distillation.sums()
-        sums = self.mesh.host_group.sum([square, *mine, *distilled, *self.counts_to_sum()])
+        own_norm, own_loss, *distilled_sums = numbers_of(
+            [nothing if norm is None else norm, nothing if predicted is None else predicted, *distilled]
+        )
+        mine = [0.0, 0.0, 0.0]
+        if predicted is not None:
+            positions = self._shape.batch * self._shape.sequence
+            mine = [own_loss * positions, float(self._labels), float(len(self._plans) * positions)]
+        sums = self.mesh.host_group.sum([own_norm**2, *mine, *distilled_sums, *self.counts_to_sum()])
         square, loss, labels, positions_of_all, *parts = sums
-        self.losses_by_part = self._distillation.means(parts[: len(distilled)])
-        self.summed_counts = parts[len(distilled) :]
+        self.losses_by_part = self._distillation.means(parts[: len(distilled_sums)])
+        self.summed_counts = parts[len(distilled_sums) :]
         # Tensor-parallel ranks of the last stage hold the same labels; that cancels out but in their number.
         self.predicted_tokens = round(labels) // self.mesh.tp_size
         self._mean_loss = loss / labels if labels else math.nan
