@@ -39,6 +39,7 @@ from skvr_dist.parallel.engine.gradients import (
     numbers_of,
     scale_gradients,
 )
+from skvr_dist.parallel.engine.norms import known_global_norm, take_global_norm
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import Prediction, StageModule
 from skvr_dist.parallel.engine.stopwatch import Stopwatch
@@ -75,6 +76,8 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
     before_update: Callable[[], None] | None = None
     """Called in every step when its gradients are complete and not yet clipped."""
     _mean_loss = 0.0
+    _own_loss: float | None = None  # of the micro-batches that this rank has run, on the last stage
+    _own_parts: Sequence[float] = ()  # sum and labels of each part of it, if it distils
     _labels = 0  # of the micro-batches that this rank has run, on the last stage
     _update_is_admitted = True
     _plans: tuple[PassPlan, ...] = ()
@@ -360,39 +363,51 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             super()._exec_reduce_grads()
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
-        norm = torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))
-        square, weight = self._sum_over_batch(norm)
+        bound = torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))
+        norm = take_global_norm(self.optimizer)
+        own_bound, *own_norm = self._read_losses([bound] if norm is None else [bound, norm])
+        square, weight = self._sum_over_batch(own_bound**2)
         self._update_is_admitted = self.guard.admits(self._mean_loss, square * weight**2, self.predicted_tokens)
         if self._update_is_admitted and weight != 1.0:
             scale_gradients(self.optimizer, self.module, weight)
-        super()._exec_optimizer_step(lr_kwargs)
+        with known_global_norm(self.optimizer, own_norm[0] * weight if own_norm else None):
+            super()._exec_optimizer_step(lr_kwargs)
 
-    def _sum_over_batch(self, norm: Tensor | None = None) -> tuple[float, float]:
-        """Set the mean loss, the number of labels and the counts of what all ranks have just run; collective.
-
-        This is where the host waits for the device, once: its numbers are read together.
+    def _read_losses(self, others: Sequence[Tensor] = ()) -> list[float]:
+        """Read what this rank's losses have added up to; here the host waits for the device, once in a step.
 
         Args:
-            norm: [], of this rank's gradients.
+            others: numbers [] that are to be read with them.
 
         Returns:
-            the sum of its square over all ranks, and the positions of the batch over its labels: what averages over
-            positions must be multiplied by. If all labels are ignored there is nothing to average, and it is 0.
+            these numbers.
         """
-        predicted = self.total_loss if self.is_last_stage() else None
-        nothing = torch.zeros(())
-        distilled = self._distillation.sums()
-        own_norm, own_loss, *distilled_sums = numbers_of(
-            [nothing if norm is None else norm, nothing if predicted is None else predicted, *distilled]
-        )
+        losses = [self.total_loss] if self.is_last_stage() and self.total_loss is not None else []
+        numbers = numbers_of([*others, *losses, *self._distillation.sums()])
+        count = len(others)
+        self._own_loss = numbers[count] if losses else None
+        self._own_parts = numbers[count + len(losses) :]
+        return numbers[:count]
+
+    def _sum_over_batch(self, square: float = 0.0) -> tuple[float, float]:
+        """Set the mean loss, the number of labels and the counts of what all ranks have just run; collective.
+
+        Args:
+            square: anything else to be summed.
+
+        Returns:
+            its sum over all ranks, and the positions of the batch over its labels: what averages over positions must be
+            multiplied by. If all labels are ignored there is nothing to average, and it is 0.
+        """
         mine = [0.0, 0.0, 0.0]
-        if predicted is not None:
+        if self._own_loss is not None:
             positions = self._shape.batch * self._shape.sequence
-            mine = [own_loss * positions, float(self._labels), float(len(self._plans) * positions)]
-        sums = self.mesh.host_group.sum([own_norm**2, *mine, *distilled_sums, *self.counts_to_sum()])
+            mine = [self._own_loss * positions, float(self._labels), float(len(self._plans) * positions)]
+        distilled = self._own_parts
+        sums = self.mesh.host_group.sum([square, *mine, *distilled, *self.counts_to_sum()])
         square, loss, labels, positions_of_all, *parts = sums
-        self.losses_by_part = self._distillation.means(parts[: len(distilled_sums)])
-        self.summed_counts = parts[len(distilled_sums) :]
+        self.losses_by_part = self._distillation.means(parts[: len(distilled)])
+        self.summed_counts = parts[len(distilled) :]
         # Tensor-parallel ranks of the last stage hold the same labels; that cancels out but in their number.
         self.predicted_tokens = round(labels) // self.mesh.tp_size
         self._mean_loss = loss / labels if labels else math.nan
@@ -408,6 +423,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
     def _bcast_pipe_scalar(self, *args: Any, **kwargs: Any) -> Tensor:
         """The mean loss, which `eval_batch` returns; the same on all ranks."""
+        self._read_losses()
         self._sum_over_batch()
         return torch.tensor(self._mean_loss, dtype=torch.float64)
 

@@ -50,7 +50,7 @@ def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
     if away:
         read = iter(torch.cat(away).cpu().split([len(each) for each in away]))
         flat = [each if each.is_cpu else next(read) for each in flat]
-    return torch.cat(flat).tolist()
+    return torch.cat(flat).tolist() if flat else []
 
 
 @torch.no_grad()
