@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from support.hf_models import STRATEGIES, prompts, random_weights, reference_tokens, routed_model, shape_of
+from torch import Tensor
 
 from skvr_dist.config.model import FLASH_KERNELS, AttentionName, ModelConfig
 from skvr_dist.errors import UserError
@@ -85,6 +86,31 @@ def test_flash_kernels_follow_the_formula(kernel: AttentionName, kv_heads: int, 
     shapes = [(heads, size), (kv_heads, size), (kv_heads, size)]
     q, k, v = (torch.randn(batch, sequence, *shape, device="cuda").bfloat16().requires_grad_() for shape in shapes)
     out = (torch.compile(attend, fullgraph=True, dynamic=False) if compiled else attend)(q, k, v, scope)
+    require_formula(out, q, k, v, numbers, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "separate"), [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False)], ids=str
+)
+def test_sdpa_keeps_no_scores_of_grouped_heads(dtype: torch.dtype, separate: bool) -> None:
+    """And gradients are right: its memory-efficient kernel on copies of keys and values."""
+    sequence, heads, kv_heads, size = 2048, 16, 4, 64
+    torch.manual_seed(0)
+    numbers = torch.randint(0, 5 if separate else 1, (1, sequence)).sort(1).values
+    (scope,) = scopes_of("sdpa", Documents.of(numbers).to(torch.device("cuda")) if separate else None, rows=1)
+    shapes = [(heads, size), (kv_heads, size), (kv_heads, size)]
+    q, k, v = (torch.randn(1, sequence, *shape, device="cuda").to(dtype).requires_grad_() for shape in shapes)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = attend(q, k, v, scope)
+    torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    assert torch.cuda.max_memory_allocated() - before < heads * sequence**2 * dtype.itemsize
+    require_formula(out, q, k, v, numbers, 1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def require_formula(out: Tensor, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, bound: float) -> None:
+    """Compare outputs, and the gradients that come of them, with SDPA in float64 within documents int [B, S]."""
+    sequence = q.shape[1]
     gradient = torch.randn_like(out)
     exact = [each.detach().double().requires_grad_() for each in (q, k, v)]
     numbers = numbers.cuda()
@@ -96,7 +122,7 @@ def test_flash_kernels_follow_the_formula(kernel: AttentionName, kv_heads: int, 
     gradients = [(x.grad, y.grad) for x, y in zip((q, k, v), exact, strict=True)]
     for ours, right in [(out, wanted.transpose(1, 2)), *gradients]:
         assert ours is not None and right is not None
-        assert (ours.double() - right).norm() <= 1e-2 * right.norm()
+        assert (ours.double() - right).norm() <= bound * right.norm()
 
 
 def test_documents_do_not_make_the_host_wait() -> None:

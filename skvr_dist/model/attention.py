@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skvr_dist.config.model import FLASH_KERNELS
+from skvr_dist.model.attention_choice import LARGEST_HEAD
 from skvr_dist.model.documents import Documents
 
 
@@ -98,8 +99,20 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scope: AttentionScope) -> Tensor:
     mask = scope.mask
     if mask is None and not causal and queries > 1:
         mask = _causal_mask(queries, keys, q.device)
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.is_cuda and not _sdpa_groups_heads(q, mask):
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
+
+
+def _sdpa_groups_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether SDPA has a kernel for grouped heads [B, H, S, E] on a GPU: its flash kernel alone has.
+
+    For all else that is grouped it would compute the formula and keep all scores several times over; copies of keys and
+    values let it take its memory-efficient kernel.
+    """
+    return mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= LARGEST_HEAD
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, scope: AttentionScope) -> Tensor:

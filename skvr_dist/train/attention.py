@@ -22,31 +22,23 @@ def attention_notices(config: Config, choice: Choice, device: torch.device) -> l
 
 
 def _sdpa_warning(config: Config, choice: Choice) -> str | None:
-    """What SDPA costs on a GPU if none of its own fast kernels takes this run's attention; None if one does."""
+    """What SDPA costs on a GPU where documents are separate, for which it takes a mask; None: nothing worth a word."""
     model, sequence = config.model, config.data.sequence_length
     if sequence < _SHORT:
         return None
-    masked, is_fp32 = config.data.documents == "separate", config.train.precision == "fp32"
-    heads = model.num_attention_heads // config.parallel.tensor
-    is_grouped = heads > max(1, model.num_key_value_heads // config.parallel.tensor)
-    # SDPA's flash kernel takes neither masks nor fp32 nor large heads, its memory-efficient one no grouped heads and,
-    # in bf16, no masks for head sizes off the grid; for everything else it computes the formula.
-    if (is_grouped and (masked or is_fp32 or model.head_dim > LARGEST_HEAD)) or (
-        masked and not is_fp32 and model.head_dim % 8
-    ):
-        batch = config.train.micro_batch_size
-        gib = batch * heads * sequence**2 * (4 if is_fp32 else 2) / 2**30
-        cost = (
-            f"PyTorch's math path, which keeps all scores: {batch} x {heads} heads x {sequence:,} x {sequence:,}, "
-            f"{gib:.1f} GiB for each of several copies in a layer"
-        )
-    elif masked:
+    if config.data.documents == "joined":
+        return None  # a flash kernel of its own, or the memory-efficient one
+    if config.train.precision == "fp32" or model.head_dim % 8 == 0:
         cost = (
             f"a mask of {sequence:,} x {sequence:,} for each sequence, under which all scores are computed, those "
             f"between documents too"
         )
-    else:
-        return None
+    else:  # the memory-efficient kernel takes no mask in bf16 for such heads
+        batch, heads = config.train.micro_batch_size, model.num_attention_heads // config.parallel.tensor
+        cost = (
+            f"PyTorch's math path, which keeps all scores: {batch} x {heads} heads x {sequence:,} x {sequence:,}, "
+            f"{batch * heads * sequence**2 * 2 / 2**30:.1f} GiB for each of several copies in a layer"
+        )
     return f"WARNING: attention takes {cost}; {_way_out(config, choice)}"
 
 
