@@ -55,8 +55,8 @@ def run_through_stages(config: Config, plans: list[PassPlan]) -> None:
     tokens = torch.zeros(BATCH, SEQUENCE, dtype=torch.long)
     documents = None
     if config.data.documents == "separate":  # as the host has made it: each sequence one document
-        bounds = torch.zeros(BATCH + 1, dtype=torch.int32)
-        documents = Documents(positions=tokens, bounds=(bounds,), longest=(SEQUENCE,))
+        begins = torch.zeros(BATCH + 1, dtype=torch.int32)
+        documents = Documents(positions=tokens, bounds=(begins,), longest=(SEQUENCE,))
     objective = Objective(tokens, teacher=Teacher(torch.zeros(BATCH, SEQUENCE, model.hidden_size), weight=0.5))
     entered: list[Any] = []
     left: list[Any] = []
