@@ -111,6 +111,7 @@ def records(run_folder: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_everything_in_its_folder(routed: Path) -> None:
     console = (routed / "console.txt").read_text()
     assert "4 ranks: 2 stages x 2 replicas" in console
+    assert console.count("attention: sdpa (flash kernels are for GPUs)") == 1
     for step in range(1, STEPS + 1):
         assert f"step {step}/{STEPS}  loss " in console
     assert "held-out loss  full " in console
@@ -291,6 +292,10 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
         (["data.tokenizer=pyproject.toml"], "is not a sentencepiece model"),
         (["model.vocab_size=100"], "has a vocabulary of 512, but model.vocab_size is 100"),
         (["data.lanes=8"], "has 4 shards, fewer than data.lanes 8"),
+        (
+            ["train.precision=bf16", "parallel.zero_stage=1", "model.attention=fa4"],
+            "flash-attn-4 is not installed; inst",
+        ),
         (["train.global_batch_size=10"], "which 2 replicas cannot share equally"),
     ],
 )

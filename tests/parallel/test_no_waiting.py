@@ -54,8 +54,9 @@ def run_through_stages(config: Config, plans: list[PassPlan]) -> None:
     form = HandoverFormat(model, mesh, MicroBatchShape(BATCH, SEQUENCE, False), rows=len(plans[0].donors))
     tokens = torch.zeros(BATCH, SEQUENCE, dtype=torch.long)
     documents = None
-    if config.data.documents == "separate":  # made by the loader, of tensors that have numbers
-        documents = Documents(torch.zeros_like(tokens), (torch.zeros(4, dtype=torch.int32),), (SEQUENCE,))
+    if config.data.documents == "separate":  # as the host has made it: each sequence one document
+        begins = torch.zeros(BATCH + 1, dtype=torch.int32)
+        documents = Documents(positions=tokens, bounds=(begins,), longest=(SEQUENCE,))
     objective = Objective(tokens, teacher=Teacher(torch.zeros(BATCH, SEQUENCE, model.hidden_size), weight=0.5))
     entered: list[Any] = []
     left: list[Any] = []
