@@ -108,7 +108,11 @@ def activate(name: str) -> None:
     """
     if name not in FLASH_KERNELS:
         return
-    wanted = _PACKAGES[name].implementation if name in _PACKAGES else None
+    _put_in_force(_PACKAGES[name].implementation if name in _PACKAGES else None)
+
+
+def _put_in_force(wanted: str | None) -> None:
+    """Of an implementation that PyTorch knows; None: its own."""
     if torch_attention.current_flash_attention_impl() == wanted:
         return
     with warnings.catch_warnings():
@@ -181,8 +185,7 @@ def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
             out, *_ = torch.ops.aten._flash_attention_forward(q, q, q, None, None, 128, 128, 0.0, True, False)
             out.sum().backward()
     except Exception as error:  # of any kind: of imports, of the compiler, of the driver
-        if before is None:
-            torch_attention.restore_flash_attention_impl(_raise_warn=False)
+        _put_in_force(before)
         words = (str(error).strip() or "no reason given").splitlines()[0]
         return f"{_version(name)} does not run here ({type(error).__name__}: {words})"
     return None
