@@ -14,7 +14,6 @@ from support.hf_models import STRATEGIES, prompts, random_weights, reference_tok
 from skvr_dist.lab.verify.cases import BF16, Case
 from skvr_dist.lab.verify.compare import compare
 from skvr_dist.lab.verify.measure import run_case
-from skvr_dist.model.attention import flash_is_installed
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.engine.process_group import start_process_group
 from skvr_dist.parallel.mesh import Mesh
@@ -38,16 +37,9 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def require_flash() -> None:
-    if not flash_is_installed():
-        pytest.skip("flash-attn is not installed")
-
-
 @pytest.mark.parametrize("policy", ["none", "uniform", "strategy"])
 @pytest.mark.parametrize(("precision", "attention"), [("fp32", "sdpa"), ("bf16", "sdpa"), ("bf16", "flash")])
 def test_one_gpu_follows_the_reference(policy: str, precision: str, attention: str) -> None:
-    if attention == "flash":
-        require_flash()
     # One rank of a data-parallel layout: bf16 needs ZeRO-1.
     case = Case("DP2 ZeRO-1", policy, tied=True, attention=attention, **(BF16 if precision == "bf16" else {}))
     outcome = compare(case, [run_case(case)])
@@ -102,7 +94,7 @@ def test_greedy_tokens_of_caches(kind: str, retained: tuple[int, ...]) -> None:
 @torch.no_grad()
 def test_flash_attention_of_transformers(retained: tuple[int, ...]) -> None:
     """In bf16, with a padded row: no further from fp32 than the formula in bf16 is, within a factor of two."""
-    require_flash()
+    pytest.importorskip("flash_attn", reason="flash-attn, which transformers calls, is not installed")
     config = shape_of("qwen3", hidden_size=64, head_dim=32)
     decoder = Decoder(config)
     decoder.load_state_dict(random_weights(config, scale=0.1))
