@@ -29,12 +29,19 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from skvr_dist.config.model import ModelConfig
-from skvr_dist.data.batch import MicroBatch
+from skvr_dist.data.batch import MicroBatch, to_device
 from skvr_dist.model.attention_choice import resolve
 from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.distillation import Distillation
-from skvr_dist.parallel.engine.gradients import clip_by_global_norm, drop_gradients, gradient_tensors, scale_gradients
+from skvr_dist.parallel.engine.gradients import (
+    clip_by_global_norm,
+    drop_gradients,
+    gradient_tensors,
+    numbers_of,
+    scale_gradients,
+)
+from skvr_dist.parallel.engine.norms import known_global_norm, take_global_norm
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import Prediction, StageModule
 from skvr_dist.parallel.engine.stopwatch import Stopwatch
@@ -71,6 +78,8 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
     before_update: Callable[[], None] | None = None
     """Called in every step when its gradients are complete and not yet clipped."""
     _mean_loss = 0.0
+    _own_loss: float | None = None  # of the micro-batches that this rank has run, on the last stage
+    _own_parts: Sequence[float] = ()  # sum and labels of each part of it, if it distils
     _labels = 0  # of the micro-batches that this rank has run, on the last stage
     _update_is_admitted = True
     _plans: tuple[PassPlan, ...] = ()
@@ -242,9 +251,9 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         batch: MicroBatch = self._next_batch()
         self._load_documents(buffer_id, batch, self._plans[self._loaded])
         if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer_id] = batch.tokens.to(self.device)
+            self.pipe_buffers["inputs"][buffer_id] = to_device(batch.tokens, self.device)
         if self.is_last_stage():
-            self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
+            self.pipe_buffers["labels"][buffer_id] = to_device(batch.labels, self.device)
             if self._plans[self._loaded].is_first:
                 self._labels += int(count_labels(batch.labels))
         self._loaded += 1
@@ -360,12 +369,31 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             super()._exec_reduce_grads()
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
-        square = float(torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))) ** 2
-        square, weight = self._sum_over_batch(square)
+        bound = torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))
+        norm = take_global_norm(self.optimizer)
+        own_bound, *own_norm = self._read_losses([bound] if norm is None else [bound, norm])
+        square, weight = self._sum_over_batch(own_bound**2)
         self._update_is_admitted = self.guard.admits(self._mean_loss, square * weight**2, self.predicted_tokens)
         if self._update_is_admitted and weight != 1.0:
             scale_gradients(self.optimizer, self.module, weight)
-        super()._exec_optimizer_step(lr_kwargs)
+        with known_global_norm(self.optimizer, own_norm[0] * weight if own_norm else None):
+            super()._exec_optimizer_step(lr_kwargs)
+
+    def _read_losses(self, others: Sequence[Tensor] = ()) -> list[float]:
+        """Read what this rank's losses have added up to; here the host waits for the device, once in a step.
+
+        Args:
+            others: numbers [] that are to be read with them.
+
+        Returns:
+            these numbers.
+        """
+        losses = [self.total_loss] if self.is_last_stage() and self.total_loss is not None else []
+        numbers = numbers_of([*others, *losses, *self._distillation.sums()])
+        count = len(others)
+        self._own_loss = numbers[count] if losses else None
+        self._own_parts = numbers[count + len(losses) :]
+        return numbers[:count]
 
     def _sum_over_batch(self, square: float = 0.0) -> tuple[float, float]:
         """Set the mean loss, the number of labels and the counts of what all ranks have just run; collective.
@@ -378,10 +406,10 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             multiplied by. If all labels are ignored there is nothing to average, and it is 0.
         """
         mine = [0.0, 0.0, 0.0]
-        if self.is_last_stage() and self.total_loss is not None:
+        if self._own_loss is not None:
             positions = self._shape.batch * self._shape.sequence
-            mine = [float(self.total_loss) * positions, float(self._labels), float(len(self._plans) * positions)]
-        distilled = self._distillation.sums()
+            mine = [self._own_loss * positions, float(self._labels), float(len(self._plans) * positions)]
+        distilled = self._own_parts
         sums = self.mesh.host_group.sum([square, *mine, *distilled, *self.counts_to_sum()])
         square, loss, labels, positions_of_all, *parts = sums
         self.losses_by_part = self._distillation.means(parts[: len(distilled)])
@@ -401,6 +429,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
     def _bcast_pipe_scalar(self, *args: Any, **kwargs: Any) -> Tensor:
         """The mean loss, which `eval_batch` returns; the same on all ranks."""
+        self._read_losses()
         self._sum_over_batch()
         return torch.tensor(self._mean_loss, dtype=torch.float64)
 

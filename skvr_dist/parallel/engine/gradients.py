@@ -9,6 +9,7 @@ offloaded   in `grad` of the fp32 masters on the host, with ZeRO-1, 2 and 3
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,19 @@ def gradient_tensors(optimizer: Any, module: nn.Module) -> list[Tensor]:
     if offloaded:
         get_accelerator().synchronize()  # they may still be on their way to the host
     return [*own, *averaged, *flat, *offloaded]
+
+
+def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
+    """The elements of some small tensors, one tensor after the other; those on a device are read at once.
+
+    Every read waits until the device has done all that it was given before.
+    """
+    flat = [tensor.detach().flatten().double() for tensor in tensors]
+    away = [each for each in flat if not each.is_cpu]
+    if away:
+        read = iter(torch.cat(away).cpu().split([len(each) for each in away]))
+        flat = [each if each.is_cpu else next(read) for each in flat]
+    return torch.cat(flat).tolist() if flat else []
 
 
 @torch.no_grad()
