@@ -125,9 +125,31 @@ def require_formula(out: Tensor, q: Tensor, k: Tensor, v: Tensor, numbers: Tenso
         assert (ours.double() - right).norm() <= bound * right.norm()
 
 
-def test_documents_do_not_make_the_host_wait() -> None:
+@pytest.mark.parametrize(
+    "variation",
+    [
+        {},
+        {"draws_per": "sequence", "documents": "separate"},
+        {"draws_per": "sequence", "checkpointing": "layer", "compile": "inductor"},
+    ],
+    ids=["plain", "documents", "recomputed"],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_from_an_arena_follows_the_reference(precision: str, variation: dict[str, Any]) -> None:
+    pytest.importorskip("skvr_kernels")
+    torch._dynamo.reset()
+    precise = BF16 if precision == "bf16" else {}
+    case = Case("DP2 ZeRO-1", "uniform", tied=True, attention="routed", **precise, **variation)
+    outcome = compare(case, [run_case(case)])
+    assert not outcome.misses, outcome
+
+
+@pytest.mark.parametrize("attention", ["fa2", "routed"])
+def test_documents_do_not_make_the_host_wait(attention: str) -> None:
     """Forwards and backwards over layers: PyTorch raises where a copy or a number makes the host wait for the GPU."""
-    decoder = Decoder(ModelConfig.model_validate({**Case("single").shape, "attention": "fa2"}))
+    if attention == "routed":
+        pytest.importorskip("skvr_kernels")
+    decoder = Decoder(ModelConfig.model_validate({**Case("single").shape, "attention": attention}))
     initialize(decoder, seed=3)
     decoder.to("cuda", torch.bfloat16)
     tokens, numbers = torch.randint(0, 97, (2, 64), device="cuda"), torch.randint(0, 5, (2, 64)).sort(1).values

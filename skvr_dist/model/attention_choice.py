@@ -20,6 +20,9 @@ from skvr_dist.errors import UserError
 
 LARGEST_HEAD = 256
 """Elements of the largest head of all three kernels, forwards and backwards; sizes are multiples of 8."""
+LONGEST_FROM_ARENA = 1024
+"""Positions of a sequence up to which our kernel is taken for donors of each sequence: up to there it is the fastest on
+an H100 (docs/attention.md)."""
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
@@ -75,6 +78,8 @@ def require_installed(wanted: AttentionName) -> None:
     """
     if wanted in _PACKAGES and not _is_installed(_PACKAGES[wanted].module):
         raise UserError(_refusal(wanted, _not_installed(wanted)))
+    if wanted == "routed" and not _is_installed("skvr_kernels"):
+        resolve(wanted, torch.device("cpu"), torch.float32, 64)
 
 
 @functools.cache
@@ -85,6 +90,10 @@ def resolve(wanted: AttentionName, device: torch.device, dtype: torch.dtype, hea
         UserError: a flash kernel is asked for that cannot be had, with what is missing and how to get it.
     """
     if wanted in ("sdpa", "eager"):
+        return Choice(wanted, "as model.attention says")
+    if wanted == "routed":
+        if obstacle := _arena_obstacle(device, dtype, head_dim):
+            raise UserError(f"model.attention is routed, but {obstacle}; use auto or sdpa")
         return Choice(wanted, "as model.attention says")
     unfit = _unfit(device, dtype, head_dim)
     passed_over: dict[str, str] = {}
@@ -98,6 +107,41 @@ def resolve(wanted: AttentionName, device: torch.device, dtype: torch.dtype, hea
     if wanted == "auto":
         return Choice("sdpa", reason)
     raise UserError(_refusal(wanted, reason))
+
+
+@functools.cache
+def takes_arena(
+    wanted: AttentionName, device: torch.device, dtype: torch.dtype, head_dim: int, sequence: int, rows: int
+) -> bool:
+    """Whether our kernel computes attention in training: where it is asked for, and where `auto` prefers it.
+
+    Args:
+        wanted: the value of `model.attention`.
+        sequence: positions of a sequence.
+        rows: R, of donors.
+
+    Raises:
+        UserError: it is asked for, and cannot be had.
+    """
+    if wanted == "routed":
+        return resolve(wanted, device, dtype, head_dim).name == wanted
+    is_faster = rows > 1 and sequence <= LONGEST_FROM_ARENA and device.type == "cuda"
+    return wanted == "auto" and is_faster and _arena_obstacle(device, dtype, head_dim) is None
+
+
+def _arena_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why our kernel cannot be taken, if so."""
+    if not _is_installed("skvr_kernels"):
+        return "the package skvr_kernels is not installed: install it with `pip install ./kernels`"
+    if not _is_installed("triton"):
+        return "Triton, which skvr_kernels needs, is not installed: builds of torch for GPUs bring it along"
+    from skvr_kernels import require_possible
+
+    try:
+        require_possible(head_dim, dtype, device)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def activate(name: str) -> None:

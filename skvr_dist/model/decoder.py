@@ -11,8 +11,9 @@ Parameter names are those of transformers without the leading `model.`; they are
 checkpoints, exports and initial draws.
 
 A micro-batch has R rows of donors: one for all of its sequences, or one for each. Where there are several, attention
-runs once for each on views of queries, keys and values; everything else runs on the whole micro-batch, a layer's own
-keys and values too, which are computed if any row reads them.
+runs once for each on views of queries, keys and values, or once in all from an arena (`skvr_dist.model.arena`);
+everything else runs on the whole micro-batch, a layer's own keys and values too, which are computed if any row reads
+them.
 
 Shapes: B batch, R rows of donors, S sequence, D hidden, H heads, K key/value heads, E head_dim, L layers, V vocabulary.
 """
@@ -31,8 +32,9 @@ from torch.autograd.function import FunctionCtx
 from skvr_dist.config.model import FLASH_KERNELS, ModelConfig
 from skvr_dist.config.parallel import ActivationCheckpointing
 from skvr_dist.model import recompute
+from skvr_dist.model.arena import ArenaGradients, ArenaLayer, StageArena
 from skvr_dist.model.attention import AttentionScope, attend, scopes_of
-from skvr_dist.model.attention_choice import activate, resolve
+from skvr_dist.model.attention_choice import activate, resolve, takes_arena
 from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import Modules, count_labels, shards_of, token_cross_entropy
 from skvr_dist.model.rope import rope_tables, rotate
@@ -107,16 +109,18 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        sources: Sequence[KV],
+        sources: Sequence[KV] | ArenaLayer,
         scopes: Sequence[AttentionScope],
     ) -> Tensor:
         """Attend from normed hidden states x [B, S, D]; returns [B, S, D].
 
         Args:
-            sources: the keys and values that each of the R rows reads, of T >= S positions.
-            scopes: what each row is confined to, and what computes it.
+            sources: the keys and values that each of the R rows reads, of T >= S positions; or the arena they are in.
+            scopes: what each row is confined to, and what computes it; the arena knows.
         """
         q = self.queries(x, rope)
+        if isinstance(sources, ArenaLayer):
+            return self.o_proj(sources.attend(q).flatten(2))
         rows = zip(q.chunk(len(sources)) if len(sources) > 1 else (q,), sources, scopes, strict=True)
         out = [attend(part, kv.k, kv.v, scope) for part, kv, scope in rows]
         return self.o_proj((out[0] if len(out) == 1 else torch.cat(out)).flatten(2))
@@ -151,7 +155,7 @@ class DecoderLayer(nn.Module):
         self,
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
-        donors: Sequence[KV | None],
+        donors: Sequence[KV | None] | ArenaLayer,
         own_is_read: bool,
         past: KV | None,
         scopes: Sequence[AttentionScope],
@@ -164,7 +168,8 @@ class DecoderLayer(nn.Module):
         Args:
             hidden: [B, S, D].
             rope: cos and sin, each [S, E] or [B, S, E].
-            donors: what each of the R rows reads instead of this layer's own keys and values; None reads its own.
+            donors: what each of the R rows reads instead of this layer's own keys and values, None if it reads its own;
+                or the arena that they are all in.
             own_is_read: whether any row reads this layer's own keys and values; if not, they are not computed.
             past: this layer's own keys and values of earlier positions, from a cache; with one row.
             scopes: what each row is confined to, nothing with a cache; and what computes it.
@@ -173,8 +178,13 @@ class DecoderLayer(nn.Module):
             hidden states [B, S, D], and this layer's own keys and values, by row, if they are read.
         """
         x, own = self.before_attention(hidden, rope, own_is_read, past)
-        rows = own.rows(len(donors)) if own is not None else ()
-        sources = [rows[row] if donor is None else donor for row, donor in enumerate(donors)]
+        sources: Sequence[KV] | ArenaLayer
+        if isinstance(donors, ArenaLayer):
+            rows = donors.keep(own) if own is not None else ()
+            sources = donors
+        else:
+            rows = own.rows(len(donors)) if own is not None else ()
+            sources = [rows[row] if donor is None else donor for row, donor in enumerate(donors)]
         attended = recompute.run(self.self_attn, x, rope, sources, scopes, again=self.recompute_attention)
         return self.after_attention(hidden, attended), rows
 
@@ -221,6 +231,7 @@ class Decoder(nn.Module):
         self.stop = config.num_hidden_layers if stop is None else stop
         self.module_set = modules or Modules()
         self.checkpointing = checkpointing or ActivationCheckpointing()
+        self._arena_gradients = ArenaGradients()
         if self.has_embedding or (self.has_head and config.tie_word_embeddings):
             self.embed_tokens = self.module_set.vocabulary(config)
         # Keyed by the layer's number in the whole decoder, so that names do not depend on the split.
@@ -289,7 +300,10 @@ class Decoder(nn.Module):
         Returns:
             hidden states [B, S, D], and the keys and values that are known after the last layer.
         """
-        rope, scopes = self.surroundings(hidden, documents, cache, rows=len(donors))
+        if isinstance(documents, Tensor):
+            documents = Documents.of(documents, len(donors)).to(hidden.device)
+        arena = self._arena(hidden, donors, crossing, cache, documents)
+        rope, scopes = self.surroundings(hidden, documents, cache, rows=len(donors), in_arena=arena is not None)
         cache = {} if cache is None else cache
         read = {donor for row in donors for donor in row}
         known = dict(crossing)
@@ -300,7 +314,7 @@ class Decoder(nn.Module):
                 layer,
                 hidden,
                 rope,
-                given,
+                arena.layer(number) if arena else given,
                 number in read,
                 cache.get(number),
                 scopes,
@@ -310,19 +324,40 @@ class Decoder(nn.Module):
         cache.update({number: kv for (number, _), kv in known.items()})
         return hidden, known
 
+    def _arena(
+        self,
+        hidden: Tensor,
+        donors: Sequence[Sequence[int]],
+        crossing: Mapping[KVPart, KV],
+        cache: Cache | None,
+        documents: Documents | None,
+    ) -> StageArena | None:
+        """Where layers leave what later ones read, if our kernel computes attention; arguments as for `run_layers`."""
+        sequence = hidden.shape[1] * self.module_set.sequence_shards
+        if cache is not None or not takes_arena(
+            self.config.attention, hidden.device, hidden.dtype, self.config.head_dim, sequence, len(donors)
+        ):
+            return None
+        layers = range(self.start, self.stop)
+        arena = StageArena(layers, donors, hidden.shape[0], hidden.device, documents, self._arena_gradients)
+        arena.receive(crossing)
+        return arena
+
     def surroundings(
-        self, hidden: Tensor, documents: Tensor | Documents | None, cache: Cache | None = None, rows: int = 1
+        self,
+        hidden: Tensor,
+        documents: Tensor | Documents | None,
+        cache: Cache | None = None,
+        rows: int = 1,
+        in_arena: bool = False,
     ) -> tuple[tuple[Tensor, Tensor], list[AttentionScope]]:
         """What all layers take beside the hidden states [B, S, D]: the rotation's tables, the scope of each row.
 
         Args:
             documents, cache: as for `forward`.
             rows: R.
+            in_arena: whether attention reads from an arena, which knows the scopes itself; then there are none.
         """
-        backend = resolve(self.config.attention, hidden.device, hidden.dtype, self.config.head_dim).name
-        if cache is not None and backend in FLASH_KERNELS:
-            backend = "sdpa"  # mostly single queries, of evaluations, and more keys than queries
-        activate(backend)
         if isinstance(documents, Tensor):
             documents = Documents.of(documents, rows).to(hidden.device)
         if documents is None:
@@ -331,7 +366,15 @@ class Decoder(nn.Module):
             positions = torch.arange(past, past + new, device=hidden.device)
         else:
             positions = documents.positions
-        return rope_tables(self.config, positions), scopes_of(backend, documents, rows)
+        rope = rope_tables(self.config, positions)
+        if in_arena:
+            return rope, []
+        wanted = "auto" if self.config.attention == "routed" else self.config.attention
+        backend = resolve(wanted, hidden.device, hidden.dtype, self.config.head_dim).name
+        if cache is not None and backend in FLASH_KERNELS:
+            backend = "sdpa"  # mostly single queries, of evaluations, and more keys than queries
+        activate(backend)
+        return rope, scopes_of(backend, documents, rows)
 
     @property
     def head(self) -> nn.Module:
