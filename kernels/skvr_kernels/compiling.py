@@ -64,7 +64,7 @@ class Compiled:
     def misses(self) -> list[str]:
         """Limits that it does not keep."""
         found = []
-        if self.stack_bytes:
+        if self.stack_bytes > self.tiles.stack_bytes:
             found.append(f"spills {self.stack_bytes} bytes")
         if self.shared_bytes > SHARED_BYTES[self.capability]:
             found.append(f"takes {self.shared_bytes} bytes of shared memory")

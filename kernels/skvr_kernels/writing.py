@@ -100,16 +100,18 @@ def unwrite_kernel(
     offset = ((tl.where(is_slot, slot, 0) * 2 * batch + b) * sequence * kv_heads + head).to(tl.int64) * E
     of = offset + (rows.to(tl.int64) * kv_heads)[:, None] * E + e[None, :]
     of_values = batch.to(tl.int64) * sequence * kv_heads * E + of
-    nothing = tl.zeros([ROWS, BLOCK_HALF], tl.float32)
     for half in tl.static_range(2):
         gradient = tl.load(D_KV + of_values + half * (E // 2), mask=there, other=float("nan"))
         tl.store(D_V + at + half * (E // 2), gradient.to(D_V.dtype.element_ty), mask=here)
-        tl.store(D_KV + of_values + half * (E // 2), nothing, mask=there)
     nowhere = tl.where(is_slot, 0.0, float("nan"))  # rows past the end must not reach sums over rows
     d_a = tl.load(D_KV + of, mask=there, other=nowhere)
     d_z = tl.load(D_KV + of + E // 2, mask=there, other=nowhere)
-    tl.store(D_KV + of, nothing, mask=there)
-    tl.store(D_KV + of + E // 2, nothing, mask=there)
+    # Zeros need not come from the thread that has read the element: all threads must have read before any writes.
+    tl.debug_barrier()
+    nothing = tl.zeros([ROWS, BLOCK_HALF], tl.float32)
+    for half in tl.static_range(2):
+        tl.store(D_KV + of + half * (E // 2), nothing, mask=there)
+        tl.store(D_KV + of_values + half * (E // 2), nothing, mask=there)
     if ROTATE:
         angle = b * table_stride + rows[:, None] * E + e[None, :]
         cos_a, sin_a = tl.load(COS + angle, mask=here, other=0.0), tl.load(SIN + angle, mask=here, other=0.0)

@@ -28,10 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.model import FLASH_KERNELS, ModelConfig
 from skvr_dist.config.parallel import ActivationCheckpointing
 from skvr_dist.model import recompute
-from skvr_dist.model.attention import DocumentMask, attend, resolve_backend
+from skvr_dist.model.attention import AttentionScope, attend, scopes_of
+from skvr_dist.model.attention_choice import activate, resolve
+from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import Modules, count_labels, shards_of, token_cross_entropy
 from skvr_dist.model.rope import rope_tables, rotate
 from skvr_dist.routing import KVPart
@@ -106,18 +108,17 @@ class Attention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         sources: Sequence[KV],
-        document_masks: Sequence[DocumentMask | None],
+        scopes: Sequence[AttentionScope],
     ) -> Tensor:
         """Attend from normed hidden states x [B, S, D]; returns [B, S, D].
 
         Args:
             sources: the keys and values that each of the R rows reads, of T >= S positions.
-            document_masks: what each row is confined to.
+            scopes: what each row is confined to, and what computes it.
         """
         q = self.queries(x, rope)
-        backend = resolve_backend(self.config.attention, x.device, x.dtype)
-        rows = zip(q.chunk(len(sources)) if len(sources) > 1 else (q,), sources, document_masks, strict=True)
-        out = [attend(part, kv.k, kv.v, backend=backend, document_mask=mask) for part, kv, mask in rows]
+        rows = zip(q.chunk(len(sources)) if len(sources) > 1 else (q,), sources, scopes, strict=True)
+        out = [attend(part, kv.k, kv.v, scope) for part, kv, scope in rows]
         return self.o_proj((out[0] if len(out) == 1 else torch.cat(out)).flatten(2))
 
 
@@ -152,8 +153,8 @@ class DecoderLayer(nn.Module):
         rope: tuple[Tensor, Tensor],
         donors: Sequence[KV | None],
         own_is_read: bool,
-        past: KV | None = None,
-        document_masks: Sequence[DocumentMask | None] = (None,),
+        past: KV | None,
+        scopes: Sequence[AttentionScope],
     ) -> tuple[Tensor, tuple[KV, ...]]:
         """One layer.
 
@@ -166,7 +167,7 @@ class DecoderLayer(nn.Module):
             donors: what each of the R rows reads instead of this layer's own keys and values; None reads its own.
             own_is_read: whether any row reads this layer's own keys and values; if not, they are not computed.
             past: this layer's own keys and values of earlier positions, from a cache; with one row.
-            document_masks: what each row is confined to; none with a cache.
+            scopes: what each row is confined to, nothing with a cache; and what computes it.
 
         Returns:
             hidden states [B, S, D], and this layer's own keys and values, by row, if they are read.
@@ -174,7 +175,7 @@ class DecoderLayer(nn.Module):
         x, own = self.before_attention(hidden, rope, own_is_read, past)
         rows = own.rows(len(donors)) if own is not None else ()
         sources = [rows[row] if donor is None else donor for row, donor in enumerate(donors)]
-        attended = recompute.run(self.self_attn, x, rope, sources, document_masks, again=self.recompute_attention)
+        attended = recompute.run(self.self_attn, x, rope, sources, scopes, again=self.recompute_attention)
         return self.after_attention(hidden, attended), rows
 
     def before_attention(
@@ -245,7 +246,11 @@ class Decoder(nn.Module):
         return self.stop == self.config.num_hidden_layers
 
     def forward(
-        self, tokens: Tensor, donors: Sequence[int], cache: Cache | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        donors: Sequence[int],
+        cache: Cache | None = None,
+        documents: Tensor | Documents | None = None,
     ) -> Tensor:
         """The whole decoder: logits [B, S, V] for tokens, int [B, S].
 
@@ -253,7 +258,8 @@ class Decoder(nn.Module):
             donors: the layer that each of the L layers reads (`range(L)` is the standard decoder).
             cache: keys and values of the positions before these tokens, by layer; extended in place by those of these
                 tokens. It holds the layers that `donors` reads and no others.
-            documents: int [B, S], the document that each token belongs to and is confined to; None joins them. Not with
+            documents: those that tokens are confined to: int [B, S], the document of each token, or what was made of
+                it and is on the device already, without which the host waits for the device. None joins them. Not with
                 a cache.
         """
         hidden = self.embed(tokens)
@@ -270,7 +276,7 @@ class Decoder(nn.Module):
         donors: Sequence[Sequence[int]],
         crossing: Mapping[KVPart, KV],
         cache: Cache | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | Documents | None = None,
     ) -> tuple[Tensor, dict[KVPart, KV]]:
         """Run layers `start` to `stop`.
 
@@ -283,9 +289,8 @@ class Decoder(nn.Module):
         Returns:
             hidden states [B, S, D], and the keys and values that are known after the last layer.
         """
+        rope, scopes = self.surroundings(hidden, documents, cache, rows=len(donors))
         cache = {} if cache is None else cache
-        past = cache[0].k.shape[1] if cache else 0
-        rope, document_masks = self.surroundings(hidden, documents, past, rows=len(donors))
         read = {donor for row in donors for donor in row}
         known = dict(crossing)
         for name, layer in self.layers.items():
@@ -298,7 +303,7 @@ class Decoder(nn.Module):
                 given,
                 number in read,
                 cache.get(number),
-                document_masks,
+                scopes,
                 again=self.checkpointing.covers("layer", number),
             )
             known.update({(number, row): kv for row, kv in enumerate(own)})
@@ -306,21 +311,27 @@ class Decoder(nn.Module):
         return hidden, known
 
     def surroundings(
-        self, hidden: Tensor, documents: Tensor | None, past: int = 0, rows: int = 1
-    ) -> tuple[tuple[Tensor, Tensor], list[DocumentMask | None]]:
-        """What all layers take beside the hidden states [B, S, D]: the rotation's tables, each row's document mask.
+        self, hidden: Tensor, documents: Tensor | Documents | None, cache: Cache | None = None, rows: int = 1
+    ) -> tuple[tuple[Tensor, Tensor], list[AttentionScope]]:
+        """What all layers take beside the hidden states [B, S, D]: the rotation's tables, the scope of each row.
 
         Args:
-            documents: as for `forward`.
-            past: positions before these.
+            documents, cache: as for `forward`.
             rows: R.
         """
+        backend = resolve(self.config.attention, hidden.device, hidden.dtype, self.config.head_dim).name
+        if cache is not None and backend in FLASH_KERNELS:
+            backend = "sdpa"  # mostly single queries, of evaluations, and more keys than queries
+        activate(backend)
+        if isinstance(documents, Tensor):
+            documents = Documents.of(documents, rows).to(hidden.device)
         if documents is None:
+            past = cache[0].k.shape[1] if cache else 0
             new = hidden.shape[1] * self.module_set.sequence_shards
-            return rope_tables(self.config, torch.arange(past, past + new, device=hidden.device)), [None] * rows
-        backend = resolve_backend(self.config.attention, hidden.device, hidden.dtype)
-        masks = [DocumentMask(numbers, backend) for numbers in documents.chunk(rows)]
-        return rope_tables(self.config, torch.cat([mask.positions for mask in masks])), [*masks]
+            positions = torch.arange(past, past + new, device=hidden.device)
+        else:
+            positions = documents.positions
+        return rope_tables(self.config, positions), scopes_of(backend, documents, rows)
 
     @property
     def head(self) -> nn.Module:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from skvr_dist.command import run_command, run_subcommand
-from skvr_dist.commands.bench import data, generate, loss, save, serve, step
+from skvr_dist.commands.bench import attention, data, generate, loss, save, serve, step
 
 
 def main() -> None:
@@ -20,5 +20,6 @@ def main() -> None:
 
 def run() -> int | None:
     """Run the subcommand that is named first; returns the exit code."""
-    subcommands = {"step": step, "save": save, "data": data, "loss": loss, "generate": generate, "serve": serve}
+    subcommands = {"step": step, "save": save, "data": data, "loss": loss, "attention": attention}
+    subcommands |= {"generate": generate, "serve": serve}
     return run_subcommand(__doc__, subcommands, over_ranks=("step", "save"))

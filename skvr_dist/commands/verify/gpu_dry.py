@@ -5,9 +5,9 @@
 
 Under PyTorch's CUDA build lies a runtime that runs nothing (docs/gpu-dry.md): every line of Python runs, and what it
 asks of the device is counted. Each row is a process: the second step of one rank with bf16 and ZeRO-1, of two
-micro-batches of one sequence of 4,096 tokens. Exits 1 when a step waits for the device inside a micro-batch or more than
-once, when a compiled decoder launches too many kernels, or when the loss takes too much memory. Needs a CUDA build of
-PyTorch with its wheels, gcc, and no GPU.
+micro-batches of one sequence of 4,096 tokens. Exits 1 when a step waits for the device inside a micro-batch or more
+than once, when a compiled decoder launches too many kernels, or when the loss takes too much memory. Needs a CUDA build
+of PyTorch with its wheels, gcc, and no GPU.
 """
 
 from __future__ import annotations

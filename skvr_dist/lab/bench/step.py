@@ -15,6 +15,7 @@ from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.routing import RoutingConfig
 from skvr_dist.train.batches import WatchedBatches
+from skvr_dist.train.mfu import UtilisationMeter
 from skvr_dist.train.plans import plan_of_step
 
 
@@ -26,11 +27,19 @@ class StepTimes:
     seconds: list[float]
     skipped_kv_share: float
     """Mean share of key/value projections that were not computed."""
+    utilisation: list[dict[str, float]]
+    """What a run would report of each of these steps (`skvr_dist.train.mfu`)."""
 
     @property
     def median(self) -> float:
         """Median seconds of a step."""
         return statistics.median(self.seconds)
+
+    @property
+    def mfu(self) -> float | None:
+        """Median MFU by the causal count; None on CPUs, NaN where the GPU's peak is not known."""
+        found = [each["train/mfu"] for each in self.utilisation if "train/mfu" in each]
+        return statistics.median(found) if found else None
 
 
 @dataclass(frozen=True)
@@ -61,9 +70,10 @@ def interleaved_step_times(
     Every round runs one step of each routing, in an order that turns with the round; the first round warms up and is
     not counted. Tokens are random: only the time matters. Collective over all ranks.
     """
-    batches = random_batches(config)
+    batches, meter = random_batches(config), UtilisationMeter(config, mesh)
     times: list[list[float]] = [[] for _ in routings]
     skipped: list[list[float]] = [[] for _ in routings]
+    utilisation: list[list[dict[str, float]]] = [[] for _ in routings]
     for number in range(rounds + 1):
         for offset in range(len(routings)):
             kind = (number + offset) % len(routings)
@@ -71,12 +81,16 @@ def interleaved_step_times(
             mesh.host_group.sum([0.0])  # all ranks start together
             started = time.perf_counter()
             engine.train_step(batches, plan)
+            if mesh.devices.device_type == "cuda":
+                torch.cuda.synchronize()  # the optimizer's kernels, which nobody waits for in a step
             if number > 0:
-                times[kind].append(time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                times[kind].append(seconds)
                 skipped[kind].append(plan.skipped_kv_share)
+                utilisation[kind].append(meter.values(1, plan, seconds, 0.0))
     return [
-        StepTimes(routing, seconds, statistics.mean(shares))
-        for routing, seconds, shares in zip(routings, times, skipped, strict=True)
+        StepTimes(routing, seconds, statistics.mean(shares), values)
+        for routing, seconds, shares, values in zip(routings, times, skipped, utilisation, strict=True)
     ]
 
 

@@ -30,6 +30,8 @@ from torch.profiler import record_function
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.batch import MicroBatch, to_device
+from skvr_dist.model.attention_choice import resolve
+from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.gradients import (
@@ -130,6 +132,9 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         """Means of the parts of the last step's loss over the labels concerned, if it distilled (`PARTS`)."""
         self._distillation = distillation or Distillation()
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
+        model = module.model_config
+        self.attention = resolve(model.attention, torch.device(self.device), dtype, model.head_dim)
+        """What attention is computed with here."""
         self._shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
         self._format = HandoverFormat(module.model_config, mesh, self._shape)
         with naming_the_operation(mesh, "connecting the pipeline stages"):
@@ -244,7 +249,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         batch: MicroBatch = self._next_batch()
-        self._load_documents(buffer_id, batch)
+        self._load_documents(buffer_id, batch, self._plans[self._loaded])
         if self.is_first_stage():
             self.pipe_buffers["inputs"][buffer_id] = to_device(batch.tokens, self.device)
         if self.is_last_stage():
@@ -258,15 +263,16 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.training_dataloader = None
         self.data_iterator = iterator
 
-    def _load_documents(self, buffer_id: int, batch: MicroBatch) -> None:
+    def _load_documents(self, buffer_id: int, batch: MicroBatch, plan: PassPlan) -> None:
         if self.separate_documents:
             assert batch.documents is not None, "micro-batches must name the document of each position"
-            self.pipe_buffers["documents"][buffer_id] = batch.documents.to(self.device)
+            rows = 1 if plan.run.by_teacher else len(plan.donors)
+            self.pipe_buffers["documents"][buffer_id] = Documents.of(batch.documents, rows).to(self.device)
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
         assert self.before is not None
         if self.separate_documents and not self.is_last_stage():  # the schedule lets only the outer stages load
-            self._load_documents(buffer_id, self._next_batch())
+            self._load_documents(buffer_id, self._next_batch(), self._plan_of(buffer_id))
         packed, plan = self.before.activations.receive(), self._plan_of(buffer_id)
         handover = self._format_of(plan).unpack(packed, plan.entering)
         for tensor in handover.tensors():
