@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 import traceback
 import warnings
 from collections import Counter
@@ -86,7 +87,10 @@ def _place() -> tuple[str, str, str, bool]:
     stack = [frame for frame in traceback.extract_stack() if frame.filename not in (__file__, warnings.__file__)]
     frames = [frame for frame in stack if _package(frame.filename) != "torch"]
     ours = [frame for frame in frames if _package(frame.filename) == _OURS and "/lab/" not in frame.filename]
-    in_update = any(frame.name == "_exec_optimizer_step" for frame in stack) or not ours
+    names = {frame.name for frame in stack}
+    # Backward passes have threads of their own, which know nothing of the engine.
+    after_step = threading.current_thread() is threading.main_thread() and "train_step" not in names
+    in_update = after_step or "_exec_optimizer_step" in names
     here = frames[-1]
     return _short(here), _package(here.filename), _short(ours[-1]) if ours else "", in_update
 

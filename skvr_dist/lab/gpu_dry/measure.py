@@ -34,13 +34,18 @@ class Measurement:
     """A step of the engine; the decoder in a plain loop, without head and loss; the loss alone."""
     routed: bool = False
     compiled: bool = False
+    documents: bool = False
+    """Whether positions attend within documents, four of each sequence."""
+    zero_stage: int = 1
 
     @property
     def name(self) -> str:
         """The row in words."""
         if self.part == "loss":
             return f"{self.model}, loss"
-        return f"{self.model}, {self.part}, {self.routing}, {'compiled' if self.compiled else 'eager'}"
+        words = [self.model, self.part, self.routing, "compiled" if self.compiled else "eager"]
+        words += ["documents"] * self.documents + [f"ZeRO-{self.zero_stage}"] * (self.zero_stage != 1)
+        return ", ".join(words)
 
     @property
     def routing(self) -> str:
@@ -60,8 +65,17 @@ class Measurement:
             "config": {
                 "model": _model_section(self.model) | {"attention": attention},
                 "routing": routing,
-                "parallel": {"compile": "inductor" if self.compiled else "off"},
-                "data": {"train": "", "validation": "", "tokenizer": "", "sequence_length": SEQUENCE},
+                "parallel": {
+                    "compile": "inductor" if self.compiled else "off",
+                    "zero_stage": self.zero_stage,
+                },
+                "data": {
+                    "train": "",
+                    "validation": "",
+                    "tokenizer": "",
+                    "sequence_length": SEQUENCE,
+                    "documents": "separate" if self.documents else "joined",
+                },
                 "train": {
                     "output_dir": "",
                     "steps": 10,
@@ -78,8 +92,13 @@ def measurements() -> list[Measurement]:
     """All rows: models, standard and routed, eager and compiled; then what has a bound of its own."""
     ways = itertools.product(MODELS, (False, True), (False, True))
     steps = [Measurement(model, routed=routed, compiled=compiled) for model, compiled, routed in ways]
+    others = [
+        Measurement("qwen3-0.6b", routed=True, documents=True),
+        Measurement("qwen3-0.6b", routed=True, compiled=True, documents=True),
+        *(Measurement("qwen3-0.6b", routed=True, zero_stage=stage) for stage in (2, 3)),
+    ]
     decoder = [Measurement("qwen3-1.7b", "decoder", routed, compiled=True) for routed in (False, True)]
-    return [*steps, *decoder, *(Measurement(model, "loss") for model in MODELS)]
+    return [*steps, *others, *decoder, *(Measurement(model, "loss") for model in MODELS)]
 
 
 def measure(rows: Iterable[Measurement], folder: Path, attention: str = "auto") -> Iterator[dict[str, Any]]:

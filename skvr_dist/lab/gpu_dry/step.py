@@ -27,6 +27,8 @@ from skvr_dist.data.batch import MicroBatch
 from skvr_dist.lab.gpu_dry.counters import LaunchesByPart, counting
 
 GIB, MIB = 2**30, 2**20
+DOCUMENTS, END = 4, 1
+"""Documents of a sequence, and the token that ends each."""
 
 
 def main() -> None:
@@ -56,9 +58,12 @@ def train_step(config: Config) -> dict[str, Any]:
     engine.stopwatch = parts = LaunchesByPart()
     plans = plan_stream(config, mesh, 0)
     shape = config.num_micro_batches // mesh.dp_size, config.train.micro_batch_size, config.data.sequence_length + 1
+    tokens = torch.zeros(shape, dtype=torch.long)
+    tokens[:, :, :: config.data.sequence_length // DOCUMENTS] = END
+    separate_at = END if config.data.documents == "separate" else None
 
     def step() -> None:
-        engine.train_step(map(MicroBatch.of, torch.zeros(shape, dtype=torch.long)), plans.next())
+        engine.train_step((MicroBatch.of(each, separate_at) for each in tokens), plans.next())
         _ = engine.gradient_norm, engine.stopwatch.read()
 
     found = _second_of(step)
