@@ -42,7 +42,7 @@ def resolve_compile(wanted: str, device: torch.device) -> Backend | None:
 
 
 def compile_layers(decoder: Decoder, backend: Backend) -> None:
-    """Compile the layers of a decoder, in place; a graph is made when its way of routing is first met.
+    """Compile the layers of a decoder, in place, and the loss; a graph is made when its way of routing is first met.
 
     Anything that a graph cannot hold, and more graphs than these layers have ways, end the run with torch's message.
     """
@@ -52,6 +52,8 @@ def compile_layers(decoder: Decoder, backend: Backend) -> None:
     for layer in decoder.layers.values():
         assert isinstance(layer, DecoderLayer)
         _compile_layer(layer, functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=False))
+    if decoder.has_head:
+        decoder.head.loss_backend = backend  # type: ignore[assignment]
 
 
 def _compile_layer(layer: DecoderLayer, compiled: Callable[[Any], Any]) -> None:
