@@ -35,6 +35,7 @@ from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.gradients import (
+    add_gradients_in_one_pass,
     clip_by_global_norm,
     drop_gradients,
     gradient_tensors,
@@ -116,6 +117,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         )
         if self.zero_optimization_stage() == 2:
             reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
+        add_gradients_in_one_pass(self.optimizer)
         module.compile_layers(torch.device(self.device))
         self.separate_documents = separate_documents
         self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
