@@ -100,9 +100,11 @@ def state_to_load(engine: RoutedPipelineEngine, adam_steps: int) -> Pieces:
         adam_steps: optimizer steps that the moments have seen.
     """
     held = list(partitions(engine))
+    is_fused = engine.basic_optimizer.defaults.get("fused")
     for flat in {id(p.flat): p.flat for p in held if p.parameter.requires_grad}.values():
         engine.basic_optimizer.state[flat] = {
-            "step": torch.tensor(float(adam_steps)),
+            # A fused kernel reads and counts it where it runs.
+            "step": torch.tensor(float(adam_steps), device=flat.device if is_fused else "cpu"),
             **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
         }
     return _pieces(held, engine.basic_optimizer)
