@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from skvr_dist.command import (
     Figure,
@@ -31,7 +32,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.files import prove_writable
 
 FAMILIES = ("even", "prefix", "suffix", "sandwich")
-_PARTS = (2, 3, 4, 8)
+_SHARES = tuple(Fraction(1, part) for part in (2, 3, 4, 8))
 
 
 def main() -> None:
@@ -138,13 +139,13 @@ def _gate(text: str) -> tuple[str, float]:
     return name, bound
 
 
-def of_families(families: Sequence[str], num_layers: int) -> Sequence[str]:
-    """Strategies of each family at the usual sizes; the usual five without one."""
+def of_families(families: Sequence[str], num_layers: int, shares: Sequence[Fraction] = _SHARES) -> Sequence[str]:
+    """Strategies of each family with these shares of the layers; the usual five without a family."""
     from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES
 
     if not families:
         return DEFAULT_STRATEGIES
-    sizes = sorted({max(1, num_layers // part) for part in _PARTS}, reverse=True)
+    sizes = sorted({max(1, int(num_layers * share)) for share in shares}, reverse=True)
     return ["full", *(f"{family}:{size}" for family in families for size in sizes)]
 
 

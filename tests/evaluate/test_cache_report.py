@@ -14,6 +14,8 @@ from support.datasets import write_dataset
 from support.gguf_models import MODELS, write
 
 from skvr_dist.commands import report
+from skvr_dist.commands.cache_report import _SHARES
+from skvr_dist.commands.retention import of_families
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.cache_report.chart import quality_chart
@@ -47,6 +49,13 @@ def test_the_smallest_cache_that_surely_costs_less_is_recommended() -> None:
         "prefix": ["full", "prefix:4"],
         "planned": ["full", "standard"],
     }
+
+
+def test_families_are_measured_at_sizes_close_enough_for_a_recommendation() -> None:
+    """Halves and less alone would recommend all layers of a model that can spare two of eight."""
+    sizes = [f"even:{size}" for size in range(7, 0, -1)]
+    assert of_families(["even"], 8, _SHARES) == ["full", *sizes]
+    assert of_families(["even"], 4, _SHARES) == ["full", "even:3", "even:2", "even:1"]
 
 
 def test_change_of_texts() -> None:
@@ -108,7 +117,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         report.run()
         return capsys.readouterr().out
 
-    assert "continuations of held-out text" in started(*words)
+    continued = started(*words)
+    assert "continuations of held-out text" in continued
+    assert f"Made by `skvr-report --model {tmp_path / 'model'} --data" in continued
     asked = started(*words, "--work", str(tmp_path / "asked.jsonl"), "--decode", "4")
     assert asked.splitlines()[2].startswith("Keep the cache of ")
     page = (tmp_path / "out/report.html").read_text()

@@ -79,6 +79,10 @@ class CacheReport:
     """The texts that change most, by strategy."""
     compared: int
     """Texts that the cases are chosen from."""
+    command: str
+    """That made the report."""
+    commit: str | None
+    """Of the code; None for an installed release."""
 
 
 def recommended_point(points: Sequence[RetentionPoint], most_rise: float) -> RetentionPoint:
@@ -177,6 +181,18 @@ def sentences(report: CacheReport) -> list[str]:
     if mine and fulls:
         found.append(f"On {report.server} that holds {mine.sequences:,} sequences at once, not {fulls.sequences:,}.")
     return found
+
+
+def origin(report: CacheReport) -> str:
+    """The last sentence of both forms: how to make the report again."""
+    measured, code = report.measurement, ""
+    if report.commit:
+        changed = ", with changes that were not committed" if report.commit.endswith("+") else ""
+        code = f" at commit {report.commit[:7]}{changed}"
+    return (
+        f"Measured over {measured.sequences:,} sequences of {measured.sequence_length:,} tokens from "
+        f"{measured.data} ({measured.data_fingerprint}). Made by `{report.command}`{code}."
+    )
 
 
 def name_of(checkpoint: Checkpoint) -> str:
