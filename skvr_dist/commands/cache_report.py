@@ -16,7 +16,7 @@ from skvr_dist.files import as_json, write_whole
 
 if TYPE_CHECKING:
     from skvr_dist.checkpoint.folder import Checkpoint
-    from skvr_dist.evaluate.cache_report.content import Memory
+    from skvr_dist.evaluate.cache_report.content import CacheReport, Memory
     from skvr_dist.routing import CacheStrategy
 
 _GIB = 2**30
@@ -34,8 +34,6 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     from skvr_dist.commands.retention import FAMILIES, of_families
     from skvr_dist.data.tokenizers.load import load_tokenizer
     from skvr_dist.evaluate.cache_report import content
-    from skvr_dist.evaluate.cache_report.markdown import as_markdown
-    from skvr_dist.evaluate.cache_report.page import as_page
     from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
     from skvr_dist.evaluate.outputs import FULL
     from skvr_dist.hf.convert.opened import open_model
@@ -82,6 +80,14 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
         command=_command(),
         commit=source_commit(),
     )
+    return _write(report, output)
+
+
+def _write(report: CacheReport, output: Path) -> Path:
+    """All forms of the report; returns the path of the Markdown."""
+    from skvr_dist.evaluate.cache_report.markdown import as_markdown
+    from skvr_dist.evaluate.cache_report.page import as_page
+
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "report.json", as_json(report, indent=2) + "\n")
     write_whole(output / "report.html", as_page(report))

@@ -3,11 +3,13 @@
     skvr-retention runs/quickstart/routed --strategies full every:2 every:4
     skvr-retention runs/quickstart/routed --families even prefix suffix sandwich
     skvr-retention runs/quickstart/routed --gate every:2=0.05 --gate every:4=0.2
+    skvr-retention exports/routed --data data/stdlib/validation --sequence-length 256 --bits 8 4 --windows 64 128
 
 MODEL is a checkpoint's folder, or a run's, which stands for its latest checkpoint, or an export. Imports and exports
 have no held-out data of their own: give it with --data, and sequences of another length than 1024 with
 --sequence-length. With --gate STRATEGY=NATS the exit code is 1 if that strategy costs more than so many nats per token
-over full retention.
+over full retention. With --bits or --windows every strategy of an export is measured with caches of these forms too, by
+the caches of transformers; a gate then names a combination, such as every:2+int4+window:64.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from skvr_dist.command import (
     run_command,
     write_json,
 )
+from skvr_dist.commands.combined_caches import add_combinations, measure_combinations
 from skvr_dist.errors import UserError
 from skvr_dist.files import prove_writable
 
@@ -68,6 +71,7 @@ def _options() -> argparse.Namespace:
         metavar="S=NATS",
         help="most that a strategy or profile may cost",
     )
+    add_combinations(parser)
     add_json(parser, "default: retention.json in the model's folder")
     parser.add_argument("--png", type=a_path, metavar="FILE", help="default: beside the JSON")
     return parse(parser)
@@ -89,13 +93,15 @@ def run() -> int:
     except (RuntimeError, AssertionError) as error:  # of a build without CUDA
         raise UserError(f"--device {device} is not to be had here ({str(error).splitlines()[0]}); use cpu") from None
     checkpoint = open_model(options.checkpoint)
+    strategies = options.strategies or of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
+    if options.bits or options.windows:
+        return measure_combinations(options, checkpoint, strategies, device)
     if (options.data or options.sequence_length) and checkpoint.is_trained and not options.json:
         raise UserError(
             "--data and --sequence-length need --json: the checkpoint keeps the curve over its own held-out data"
         )
     json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)
     png_file = prove_writable(options.png or json_file.with_suffix(".png"))
-    strategies = options.strategies or of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
     gates = dict(options.gate)
     if gates:  # rises are over the first one
         strategies = list(dict.fromkeys(["full", *strategies, *gates]))
