@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
@@ -42,15 +43,21 @@ def measure_combinations(options: argparse.Namespace, checkpoint: Checkpoint, na
 
     held_out = HeldOutData.of(checkpoint, options.data, options.sequence_length)
     held_out.require_fits(checkpoint)
+    if options.png:
+        raise UserError(f"--png {options.png}: combinations are a table only; leave out --png, or --bits and --windows")
     names = list(dict.fromkeys([FULL, *names]))
+    bits = list(dict.fromkeys([FULL_BITS, *(options.bits or ())]))
+    windows = list(dict.fromkeys([None, *(options.windows or ())]))
+    gates = dict(options.gate)
+    _require_measured(gates, [label(*each) for each in product(names, bits, windows)])
     layers, profiles = checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
     model = _load(checkpoint, device)
     points = combined_curve(
         model,
         held_out.batches(options.sequences, options.batch_size, device),
         CacheStrategy.parse_all(names, layers, profiles),
-        bits=list(dict.fromkeys([FULL_BITS, *(options.bits or ())])),
-        windows=list(dict.fromkeys([None, *(options.windows or ())])),
+        bits=bits,
+        windows=windows,
         recent=options.recent,
     )
     record = {
@@ -61,16 +68,21 @@ def measure_combinations(options: argparse.Namespace, checkpoint: Checkpoint, na
         "recent": options.recent,
         "points": points,
     }
-    figures = _figures({label(point): point for point in points}, dict(options.gate))
+    figures = _figures({label(p.strategy, p.bits, p.window): p for p in points}, gates)
     table = f"{_table(points)}\n\n{_about_bytes(points)}"
     return conclude(figures, table=table, record=record, json_file=options.json)
 
 
-def label(point: CombinedPoint) -> str:
+def label(strategy: str, bits: int, window: int | None) -> str:
     """A combination as a gate names it: every:2+int4+window:64, and every:2 alone for bf16 without a window."""
-    parts = [f"int{point.bits}"] if point.bits < 16 else []
-    parts += [f"window:{point.window}"] if point.window is not None else []
-    return "+".join([point.strategy, *parts])
+    parts = [f"int{bits}"] if bits < 16 else []
+    parts += [f"window:{window}"] if window is not None else []
+    return "+".join([strategy, *parts])
+
+
+def _require_measured(gates: Mapping[str, float], labels: Sequence[str]) -> None:
+    if unknown := next((name for name in gates if name not in labels), None):
+        raise UserError(f"--gate {unknown} is on no combination that is measured; name one of {', '.join(labels)}")
 
 
 def _load(checkpoint: Checkpoint, device: str) -> Any:
@@ -124,8 +136,6 @@ def _about_bytes(points: Sequence[CombinedPoint]) -> str:
 
 
 def _figures(points: Mapping[str, CombinedPoint], gates: Mapping[str, float]) -> list[Figure]:
-    if unknown := next((name for name in gates if name not in points), None):
-        raise UserError(f"--gate {unknown} is on no combination that was measured; name one of {', '.join(points)}")
     return [
         Figure(
             f"{name} costs {points[name].rise.mean:+.4f} nats per token",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.hf_models import random_weights, routed_model, shape_of
+from support.datasets import write_dataset
+from support.hf_models import published, random_weights, routed_model, shape_of
 from torch import Tensor
 from transformers import QuantizedCache
 
+from skvr_dist.commands import retention
 from skvr_dist.data.batch import MicroBatch
+from skvr_dist.errors import UserError
 from skvr_dist.evaluate.combined import Form, combined_curve, token_losses
 from skvr_dist.model.modules import token_cross_entropy
 from skvr_dist.routing import CacheStrategy
@@ -89,3 +95,29 @@ def test_bytes_are_those_that_are_counted_and_scales_with_zero_points() -> None:
             assert found[name, 8, window] == (elements, elements * 12 / 8)
             assert found[name, 4, window] == (elements / 2, elements * 8 / 8)
     assert points[0].rise == (0, 0, 0) and all(point.rise.mean != 0 for point in points[1:])
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    published(shape_of("qwen3", num_hidden_layers=4, vocab_size=500), tmp_path / "model")
+    write_dataset(tmp_path / "data", [[list(range(1, 91))]])
+    words = [str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--sequence-length", "16", "--sequences", "2"]
+    words += ["--batch-size", "2", "--strategies", "every:2", "--bits", "4", "--windows", "8", "--recent", "4"]
+
+    def started(*more: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["skvr-retention", *words, *more])
+        return retention.run()
+
+    found = tmp_path / "found.json"
+    assert started("--gate", "every:2+int4+window:8=9", "--json", str(found)) == 0
+    assert "Scales and zero points come on top: int4 caches hold 2.000 times" in capsys.readouterr().out
+    points = json.loads(found.read_text())["points"]
+    assert [(p["strategy"], p["bits"], p["window"]) for p in points[3:6]] == [
+        ("full", 4, 8),
+        ("every:2", 16, None),
+        ("every:2", 16, 8),
+    ]
+    assert started("--gate", "every:2=-9") == 1
+    with pytest.raises(UserError, match="--gate every:3 is on no combination that is measured; name one of full,"):
+        started("--gate", "every:3=1")
+    with pytest.raises(UserError, match="leave out --png"):
+        started("--png", str(tmp_path / "x.png"))
