@@ -19,7 +19,7 @@ from skvr_dist.commands.retention import of_families
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.cache_report.chart import quality_chart
-from skvr_dist.evaluate.cache_report.content import by_family, change, recommended_point, shown_strategies
+from skvr_dist.evaluate.cache_report.content import by_family, change, next_smaller, recommended_point, shown_strategies
 from skvr_dist.evaluate.intervals import Interval
 from skvr_dist.evaluate.retention import RetentionPoint
 from skvr_dist.hf.convert.import_model import import_model
@@ -43,6 +43,8 @@ def test_the_smallest_cache_that_surely_costs_less_is_recommended() -> None:
     assert recommended_point(POINTS, 0.06).strategy == "standard"
     assert recommended_point(POINTS, 0.001).strategy == "full"
     assert shown_strategies(POINTS, POINTS[2]) == ["prefix:4", "even:2"]
+    following = [next_smaller(POINTS, chosen) for chosen in (POINTS[0], POINTS[1], POINTS[4])]
+    assert [each and each.strategy for each in following] == ["prefix:4", "standard", None]
     families = by_family(POINTS, {"standard": "0,2,4"})
     assert {name: [p.strategy for p in of] for name, of in families.items()} == {
         "even": ["full", "even:4", "even:2"],
