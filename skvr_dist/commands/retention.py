@@ -28,6 +28,7 @@ from skvr_dist.command import (
     new_parser,
     parse,
     run_command,
+    usable_device,
     write_json,
 )
 from skvr_dist.commands.combined_caches import add_combinations, measure_combinations
@@ -81,17 +82,11 @@ def run() -> int:
     """Measure the curve, write and print it; returns the exit code."""
     options = _options()
 
-    import torch
-
     from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
     from skvr_dist.evaluate.retention import RETENTION_FILE, as_table, plot
     from skvr_dist.hf.convert.opened import open_model
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # of a build without CUDA
-        raise UserError(f"--device {device} is not to be had here ({str(error).splitlines()[0]}); use cpu") from None
+    device = usable_device(options.device)
     checkpoint = open_model(options.checkpoint)
     strategies = options.strategies or of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
     if options.bits or options.windows:
