@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,16 @@ def test_a_chart_stays_within_its_frame() -> None:
     numbers = [float(number) for number in re.findall(r'c?[xy][12]?="(-?[\d.]+)"', svg)]
     assert numbers and min(numbers) >= 0 and max(numbers) <= 360
     assert svg.count("<polyline") == 3 and "NaN" not in svg and "nan" not in svg
+
+
+def test_a_line_goes_through_the_best_of_each_size_and_shares_do_not_touch() -> None:
+    points = [point("full", 8, 0, 0), *(point(f"even:{size}", size, 0.1, 0.2) for size in range(7, 0, -1))]
+    svg = quality_chart({"planned": [points[0], POINTS[2], POINTS[1]], "even": points}, 0.05)
+    lines = [line.split() for line in re.findall(r'<polyline points="([^"]*)"', svg)]
+    assert [len(line) for line in lines] == [2, 8]
+    assert lines[0][1].split(",")[1] == re.findall(r'cy="([\d.]+)" r="3" fill="[^"]*"><title>prefix:4', svg)[0]
+    shares = [float(place) for place in re.findall(r'x="([\d.]+)" y="251" text-anchor="middle">[\d.]+%', svg)]
+    assert len(shares) == 8 and min(b - a for a, b in pairwise(shares)) > 34 and shares[-1] <= 345
 
 
 class Links(HTMLParser):
