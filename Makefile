@@ -153,6 +153,21 @@ bench: $(BENCHMARKS:%=bench-%)
 $(BENCHMARKS:%=bench-%): bench-%: env
 	$(BIN)/python tools/bench.py $*
 
+# The host side of GPU steps, without a GPU: with PyTorch's build for CUDA, its wheels and CUDA's headers, 5 GB.
+.PHONY: cuda-env gpu-dry
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.11.0 nvidia-cuda-crt==13.0.88
+cuda-env: $(CUDA_VENV)/installed
+$(CUDA_VENV)/installed: requirements.txt pyproject.toml
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet pip==$(PIP_VERSION)
+	$(CUDA_VENV)/bin/pip install --quiet $(CUDA_TORCH)
+	$(CUDA_VENV)/bin/pip install --quiet --no-deps --require-hashes --build-constraint $< -r $<
+	$(CUDA_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+gpu-dry: cuda-env
+	$(CUDA_VENV)/bin/python tools/verify.py gpu-dry
+
 # The quick matrices, and some kills; docs/parallel.md and docs/checkpoints.md have the full ones.
 .PHONY: verify
 verify: env

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from support.hf_models import STRATEGIES, prompts, random_weights, reference_tokens, routed_model, shape_of
+from torch import Tensor
 
+from skvr_dist.config.model import FLASH_KERNELS, AttentionName, ModelConfig
+from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.cases import BF16, Case
 from skvr_dist.lab.verify.compare import compare
 from skvr_dist.lab.verify.measure import run_case
-from skvr_dist.model.attention import flash_is_installed
-from skvr_dist.model.decoder import Decoder
+from skvr_dist.model.attention import attend, scopes_of
+from skvr_dist.model.attention_choice import activate, resolve
+from skvr_dist.model.decoder import Decoder, initialize
+from skvr_dist.model.documents import Documents
 from skvr_dist.parallel.engine.process_group import start_process_group
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.routing import CacheStrategy
@@ -38,20 +44,124 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def require_flash() -> None:
-    if not flash_is_installed():
-        pytest.skip("flash-attn is not installed")
+def require_kernel(name: AttentionName, head_dim: int) -> None:
+    """Skip a test for which a flash kernel is not there, and put it in force."""
+    torch._dynamo.reset()
+    try:
+        activate(resolve(name, torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, head_dim).name)
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("policy", ["none", "uniform", "strategy"])
-@pytest.mark.parametrize(("precision", "attention"), [("fp32", "sdpa"), ("bf16", "sdpa"), ("bf16", "flash")])
-def test_one_gpu_follows_the_reference(policy: str, precision: str, attention: str) -> None:
-    if attention == "flash":
-        require_flash()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_gpu_follows_the_reference(policy: str, precision: str) -> None:
     # One rank of a data-parallel layout: bf16 needs ZeRO-1.
-    case = Case("DP2 ZeRO-1", policy, tied=True, attention=attention, **(BF16 if precision == "bf16" else {}))
+    case = Case("DP2 ZeRO-1", policy, tied=True, attention="sdpa", **(BF16 if precision == "bf16" else {}))
     outcome = compare(case, [run_case(case)])
     assert not outcome.misses, outcome
+
+
+@pytest.mark.parametrize("variation", [{}, {"documents": "separate", "compile": "inductor"}], ids=["plain", "all"])
+@pytest.mark.parametrize("kernel", FLASH_KERNELS)
+def test_flash_kernels_follow_the_reference(kernel: AttentionName, variation: dict[str, Any]) -> None:
+    case = Case("DP2 ZeRO-1", "uniform", tied=True, attention=kernel, **BF16, **variation)
+    require_kernel(kernel, case.shape["head_dim"])
+    outcome = compare(case, [run_case(case)])
+    assert not outcome.misses, outcome
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("separate", [False, True], ids=["joined", "documents"])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+@pytest.mark.parametrize("kernel", FLASH_KERNELS)
+def test_flash_kernels_follow_the_formula(kernel: AttentionName, kv_heads: int, separate: bool, compiled: bool) -> None:
+    """Outputs and gradients in bf16, of an odd number of positions, against SDPA in float64."""
+    batch, sequence, heads, size = 3, 517, 8, 128
+    require_kernel(kernel, size)
+    torch.manual_seed(0)
+    numbers = torch.randint(0, 5 if separate else 1, (batch, sequence)).sort(1).values
+    documents = Documents.of(numbers).to(torch.device("cuda")) if separate else None
+    (scope,) = scopes_of(kernel, documents, rows=1)
+    shapes = [(heads, size), (kv_heads, size), (kv_heads, size)]
+    q, k, v = (torch.randn(batch, sequence, *shape, device="cuda").bfloat16().requires_grad_() for shape in shapes)
+    out = (torch.compile(attend, fullgraph=True, dynamic=False) if compiled else attend)(q, k, v, scope)
+    require_formula(out, q, k, v, numbers, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "separate"), [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False)], ids=str
+)
+def test_sdpa_keeps_no_scores_of_grouped_heads(dtype: torch.dtype, separate: bool) -> None:
+    """And gradients are right: its memory-efficient kernel on copies of keys and values."""
+    sequence, heads, kv_heads, size = 2048, 16, 4, 64
+    torch.manual_seed(0)
+    numbers = torch.randint(0, 5 if separate else 1, (1, sequence)).sort(1).values
+    (scope,) = scopes_of("sdpa", Documents.of(numbers).to(torch.device("cuda")) if separate else None, rows=1)
+    shapes = [(heads, size), (kv_heads, size), (kv_heads, size)]
+    q, k, v = (torch.randn(1, sequence, *shape, device="cuda").to(dtype).requires_grad_() for shape in shapes)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = attend(q, k, v, scope)
+    torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    assert torch.cuda.max_memory_allocated() - before < heads * sequence**2 * dtype.itemsize
+    require_formula(out, q, k, v, numbers, 1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def require_formula(out: Tensor, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, bound: float) -> None:
+    """Compare outputs, and the gradients that come of them, with SDPA in float64 within documents int [B, S]."""
+    sequence = q.shape[1]
+    gradient = torch.randn_like(out)
+    exact = [each.detach().double().requires_grad_() for each in (q, k, v)]
+    numbers = numbers.cuda()
+    mask = (numbers[:, None, :, None] == numbers[:, None, None]) & torch.ones(sequence, sequence).tril().bool().cuda()
+    turned = [x.transpose(1, 2) for x in exact]
+    wanted = F.scaled_dot_product_attention(turned[0], turned[1], turned[2], attn_mask=mask, enable_gqa=True)
+    out.backward(gradient)
+    wanted.backward(gradient.double().transpose(1, 2))
+    gradients = [(x.grad, y.grad) for x, y in zip((q, k, v), exact, strict=True)]
+    for ours, right in [(out, wanted.transpose(1, 2)), *gradients]:
+        assert ours is not None and right is not None
+        assert (ours.double() - right).norm() <= bound * right.norm()
+
+
+@pytest.mark.parametrize(
+    "variation",
+    [
+        {},
+        {"draws_per": "sequence", "documents": "separate"},
+        {"draws_per": "sequence", "checkpointing": "layer", "compile": "inductor"},
+    ],
+    ids=["plain", "documents", "recomputed"],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_from_an_arena_follows_the_reference(precision: str, variation: dict[str, Any]) -> None:
+    pytest.importorskip("skvr_kernels")
+    torch._dynamo.reset()
+    precise = BF16 if precision == "bf16" else {}
+    case = Case("DP2 ZeRO-1", "uniform", tied=True, attention="routed", **precise, **variation)
+    outcome = compare(case, [run_case(case)])
+    assert not outcome.misses, outcome
+
+
+@pytest.mark.parametrize("attention", ["fa2", "routed"])
+def test_documents_do_not_make_the_host_wait(attention: str) -> None:
+    """Forwards and backwards over layers: PyTorch raises where a copy or a number makes the host wait for the GPU."""
+    if attention == "routed":
+        pytest.importorskip("skvr_kernels")
+    decoder = Decoder(ModelConfig.model_validate({**Case("single").shape, "attention": attention}))
+    initialize(decoder, seed=3)
+    decoder.to("cuda", torch.bfloat16)
+    tokens, numbers = torch.randint(0, 97, (2, 64), device="cuda"), torch.randint(0, 5, (2, 64)).sort(1).values
+    donors = [[0, 0, 1, 1, 4], [0, 1, 1, 3, 3]]
+    for strict in (False, True):  # what is made once is made in the first round
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
+        try:
+            documents = Documents.of(numbers, rows=2).to(torch.device("cuda"))
+            hidden, _ = decoder.run_layers(decoder.embed(tokens), donors, {}, documents=documents)
+            hidden.float().square().mean().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -102,7 +212,7 @@ def test_greedy_tokens_of_caches(kind: str, retained: tuple[int, ...]) -> None:
 @torch.no_grad()
 def test_flash_attention_of_transformers(retained: tuple[int, ...]) -> None:
     """In bf16, with a padded row: no further from fp32 than the formula in bf16 is, within a factor of two."""
-    require_flash()
+    pytest.importorskip("flash_attn", reason="flash-attn, which transformers calls, is not installed")
     config = shape_of("qwen3", hidden_size=64, head_dim=32)
     decoder = Decoder(config)
     decoder.load_state_dict(random_weights(config, scale=0.1))

@@ -39,6 +39,7 @@ from skvr_dist.checkpoint.names import partial_folder as partial_folder
 from skvr_dist.checkpoint.names import step_folder as step_folder
 from skvr_dist.checkpoint.pieces import WEIGHTS, Pieces
 from skvr_dist.checkpoint.storage import INDEX_FILE, TENSORS_SUFFIX, Index
+from skvr_dist.config.model import FLASH_KERNELS
 from skvr_dist.config.stored import StoredConfig
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, sha256_of, write_whole
@@ -347,8 +348,11 @@ class Checkpoint:
     @torch.no_grad()
     def load_decoder(self) -> Decoder:
         """The whole trained decoder, in float32 on the CPU, for evaluation."""
+        model = self.model_config
+        if model.attention in ("flash", *FLASH_KERNELS):  # of the GPUs and the precision that it was trained with
+            model = model.model_copy(update={"attention": "auto"})
         with torch.device("meta"):  # no initial weights are drawn
-            decoder = Decoder(self.model_config)
+            decoder = Decoder(model)
         decoder.to_empty(device="cpu")
         for name, parameter in decoder.named_parameters():
             stored = self.weight(name)

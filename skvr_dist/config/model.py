@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from skvr_dist.config.families import FAMILIES, Architecture
 from skvr_dist.section import Section
 
-AttentionName = Literal["auto", "sdpa", "flash", "eager"]
+AttentionName = Literal["auto", "fa4", "fa3", "fa2", "flash", "routed", "sdpa", "eager"]
+FLASH_KERNELS: tuple[AttentionName, ...] = ("fa4", "fa3", "fa2")
+"""The flash kernels among them, the fastest first; `flash` is any of them."""
 
 
 class RopeScaling(Section):
@@ -75,7 +77,12 @@ class ModelConfig(Section):
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial matrices."""
     attention: AttentionName = "auto"
-    """`auto`: flash-attn on a GPU where it is installed, else PyTorch's SDPA."""
+    """`auto`: `flash` on a GPU in bf16, else PyTorch's SDPA; where the sequences of a micro-batch have donors each and
+    are short, `routed` if that is installed.
+
+    `routed`: our kernel, of `pip install ./kernels`, in which every sequence reads a donor of its own.
+    `fa4`, `fa3`, `fa2`: FlashAttention of that generation, and `flash` the newest of them that is there. FA2 is built
+    into PyTorch; docs/attention.md says how to install the others. `eager`: the formula, for comparisons."""
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:

@@ -16,7 +16,7 @@ from skvr_dist.config.deepspeed import offload_device, require_passable
 from skvr_dist.config.distillation import ROUTED, DistillationConfig
 from skvr_dist.config.layouts import require_possible
 from skvr_dist.config.metrics import MetricsConfig
-from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.model import FLASH_KERNELS, ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.config.train import CheckpointConfig, EvaluateConfig, TrainConfig
 from skvr_dist.errors import UserError
@@ -64,8 +64,11 @@ class Config(Section):
                 f"data.sequence_length {self.data.sequence_length} is longer than "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
-        if self.train.precision == "fp32" and self.model.attention == "flash":
-            raise ValueError("model.attention flash works in bf16 only, but train.precision is fp32; use sdpa or auto")
+        if self.train.precision == "fp32" and self.model.attention in ("flash", *FLASH_KERNELS):
+            raise ValueError(
+                f"model.attention {self.model.attention} works in bf16 only, but train.precision is fp32; use sdpa or "
+                f"auto"
+            )
         for name in self.evaluate.profiles:
             if CacheStrategy.is_spec(name):
                 raise ValueError(f"evaluate.profiles: {name} is a strategy itself; give the profile another name")

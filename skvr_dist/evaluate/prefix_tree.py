@@ -86,7 +86,7 @@ class _Walk:
         self._kept_path, self._kept = kept_path, kept
         embedded = decoder.embed(batch.tokens)
         self._start = _State(embedded, {})
-        self._rope, self._document_masks = decoder.surroundings(embedded, batch.documents)
+        self._rope, self._scopes = decoder.surroundings(embedded, batch.documents)
         self.evaluated_layers = 0
 
     def losses(self, paths: Sequence[tuple[int, ...]]) -> Mapping[tuple[int, ...], Tensor]:
@@ -123,6 +123,6 @@ class _Walk:
         self.evaluated_layers += 1
         given = None if donor == layer else state.known[donor]
         hidden, own = self._decoder.layers[str(layer)](
-            state.hidden, self._rope, [given], own_is_read=given is None, document_masks=self._document_masks
+            state.hidden, self._rope, [given], own_is_read=given is None, past=None, scopes=self._scopes
         )
         return _State(hidden, {**state.known, layer: own[0]} if own else state.known)

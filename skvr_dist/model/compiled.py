@@ -5,8 +5,10 @@ donors are drawn there are three graphs (its own read by itself; its own compute
 and all layers share them. What surrounds the layers, engine, hooks of ZeRO and recomputation, stays as it is.
 
 Where the sequences of a micro-batch have donors each, there would be a graph for every way in which they can differ. So
-attention, which calls a kernel for each of them, is left out there, and what is before and after it is compiled: four
-graphs (with own keys and values and without; queries; the rest of the layer).
+attention, which calls a kernel for each of them or one that reads from an arena, is left out there, and what is before
+and after it is compiled: four graphs (with own keys and values and without; queries; the rest of the layer). So it is
+where a flash kernel keeps to documents: their number and the length of the longest differ from batch to batch, and a
+graph would hold for one alone.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from skvr_dist.model.arena import ArenaLayer
+from skvr_dist.model.attention import AttentionScope
 from skvr_dist.model.decoder import KV, Decoder, DecoderLayer
 
 Backend = Literal["inductor", "aot_eager"]
@@ -38,7 +42,7 @@ def resolve_compile(wanted: str, device: torch.device) -> Backend | None:
 
 
 def compile_layers(decoder: Decoder, backend: Backend) -> None:
-    """Compile the layers of a decoder, in place; a graph is made when its way of routing is first met.
+    """Compile the layers of a decoder, in place, and the loss; a graph is made when its way of routing is first met.
 
     Anything that a graph cannot hold, and more graphs than these layers have ways, end the run with torch's message.
     """
@@ -48,13 +52,25 @@ def compile_layers(decoder: Decoder, backend: Backend) -> None:
     for layer in decoder.layers.values():
         assert isinstance(layer, DecoderLayer)
         _compile_layer(layer, functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=False))
+    if decoder.has_head:
+        decoder.head.loss_backend = backend  # type: ignore[assignment]
 
 
 def _compile_layer(layer: DecoderLayer, compiled: Callable[[Any], Any]) -> None:
     plain, whole = layer.forward, compiled(layer.forward)
 
-    def forward(hidden: Tensor, rope: Any, donors: Sequence[KV | None], *args: Any, **kwargs: Any) -> Any:
-        return (whole if len(donors) == 1 else plain)(hidden, rope, donors, *args, **kwargs)
+    def forward(
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        donors: Sequence[KV | None] | ArenaLayer,
+        own_is_read: bool,
+        past: KV | None,
+        scopes: Sequence[AttentionScope],
+    ) -> Any:
+        in_parts = (
+            isinstance(donors, ArenaLayer) or len(donors) > 1 or any(scope.changes_with_the_data for scope in scopes)
+        )
+        return (plain if in_parts else whole)(hidden, rope, donors, own_is_read, past, scopes)
 
     # mypy takes an assignment to a method for a mistake.
     setattr(layer, "forward", forward)  # noqa: B010

@@ -11,8 +11,9 @@ Parameter names are those of transformers without the leading `model.`; they are
 checkpoints, exports and initial draws.
 
 A micro-batch has R rows of donors: one for all of its sequences, or one for each. Where there are several, attention
-runs once for each on views of queries, keys and values; everything else runs on the whole micro-batch, a layer's own
-keys and values too, which are computed if any row reads them.
+runs once for each on views of queries, keys and values, or once in all from an arena (`skvr_dist.model.arena`);
+everything else runs on the whole micro-batch, a layer's own keys and values too, which are computed if any row reads
+them.
 
 Shapes: B batch, R rows of donors, S sequence, D hidden, H heads, K key/value heads, E head_dim, L layers, V vocabulary.
 """
@@ -28,10 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.model import FLASH_KERNELS, ModelConfig
 from skvr_dist.config.parallel import ActivationCheckpointing
 from skvr_dist.model import recompute
-from skvr_dist.model.attention import DocumentMask, attend, resolve_backend
+from skvr_dist.model.arena import ArenaGradients, ArenaLayer, StageArena
+from skvr_dist.model.attention import AttentionScope, attend, scopes_of
+from skvr_dist.model.attention_choice import activate, resolve, takes_arena
+from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import Modules, count_labels, shards_of, token_cross_entropy
 from skvr_dist.model.rope import rope_tables, rotate
 from skvr_dist.routing import KVPart
@@ -105,19 +109,20 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        sources: Sequence[KV],
-        document_masks: Sequence[DocumentMask | None],
+        sources: Sequence[KV] | ArenaLayer,
+        scopes: Sequence[AttentionScope],
     ) -> Tensor:
         """Attend from normed hidden states x [B, S, D]; returns [B, S, D].
 
         Args:
-            sources: the keys and values that each of the R rows reads, of T >= S positions.
-            document_masks: what each row is confined to.
+            sources: the keys and values that each of the R rows reads, of T >= S positions; or the arena they are in.
+            scopes: what each row is confined to, and what computes it; the arena knows.
         """
         q = self.queries(x, rope)
-        backend = resolve_backend(self.config.attention, x.device, x.dtype)
-        rows = zip(q.chunk(len(sources)) if len(sources) > 1 else (q,), sources, document_masks, strict=True)
-        out = [attend(part, kv.k, kv.v, backend=backend, document_mask=mask) for part, kv, mask in rows]
+        if isinstance(sources, ArenaLayer):
+            return self.o_proj(sources.attend(q).flatten(2))
+        rows = zip(q.chunk(len(sources)) if len(sources) > 1 else (q,), sources, scopes, strict=True)
+        out = [attend(part, kv.k, kv.v, scope) for part, kv, scope in rows]
         return self.o_proj((out[0] if len(out) == 1 else torch.cat(out)).flatten(2))
 
 
@@ -150,10 +155,10 @@ class DecoderLayer(nn.Module):
         self,
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
-        donors: Sequence[KV | None],
+        donors: Sequence[KV | None] | ArenaLayer,
         own_is_read: bool,
-        past: KV | None = None,
-        document_masks: Sequence[DocumentMask | None] = (None,),
+        past: KV | None,
+        scopes: Sequence[AttentionScope],
     ) -> tuple[Tensor, tuple[KV, ...]]:
         """One layer.
 
@@ -163,18 +168,24 @@ class DecoderLayer(nn.Module):
         Args:
             hidden: [B, S, D].
             rope: cos and sin, each [S, E] or [B, S, E].
-            donors: what each of the R rows reads instead of this layer's own keys and values; None reads its own.
+            donors: what each of the R rows reads instead of this layer's own keys and values, None if it reads its own;
+                or the arena that they are all in.
             own_is_read: whether any row reads this layer's own keys and values; if not, they are not computed.
             past: this layer's own keys and values of earlier positions, from a cache; with one row.
-            document_masks: what each row is confined to; none with a cache.
+            scopes: what each row is confined to, nothing with a cache; and what computes it.
 
         Returns:
             hidden states [B, S, D], and this layer's own keys and values, by row, if they are read.
         """
         x, own = self.before_attention(hidden, rope, own_is_read, past)
-        rows = own.rows(len(donors)) if own is not None else ()
-        sources = [rows[row] if donor is None else donor for row, donor in enumerate(donors)]
-        attended = recompute.run(self.self_attn, x, rope, sources, document_masks, again=self.recompute_attention)
+        sources: Sequence[KV] | ArenaLayer
+        if isinstance(donors, ArenaLayer):
+            rows = donors.keep(own) if own is not None else ()
+            sources = donors
+        else:
+            rows = own.rows(len(donors)) if own is not None else ()
+            sources = [rows[row] if donor is None else donor for row, donor in enumerate(donors)]
+        attended = recompute.run(self.self_attn, x, rope, sources, scopes, again=self.recompute_attention)
         return self.after_attention(hidden, attended), rows
 
     def before_attention(
@@ -220,6 +231,7 @@ class Decoder(nn.Module):
         self.stop = config.num_hidden_layers if stop is None else stop
         self.module_set = modules or Modules()
         self.checkpointing = checkpointing or ActivationCheckpointing()
+        self._arena_gradients = ArenaGradients()
         if self.has_embedding or (self.has_head and config.tie_word_embeddings):
             self.embed_tokens = self.module_set.vocabulary(config)
         # Keyed by the layer's number in the whole decoder, so that names do not depend on the split.
@@ -245,7 +257,11 @@ class Decoder(nn.Module):
         return self.stop == self.config.num_hidden_layers
 
     def forward(
-        self, tokens: Tensor, donors: Sequence[int], cache: Cache | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        donors: Sequence[int],
+        cache: Cache | None = None,
+        documents: Tensor | Documents | None = None,
     ) -> Tensor:
         """The whole decoder: logits [B, S, V] for tokens, int [B, S].
 
@@ -253,7 +269,8 @@ class Decoder(nn.Module):
             donors: the layer that each of the L layers reads (`range(L)` is the standard decoder).
             cache: keys and values of the positions before these tokens, by layer; extended in place by those of these
                 tokens. It holds the layers that `donors` reads and no others.
-            documents: int [B, S], the document that each token belongs to and is confined to; None joins them. Not with
+            documents: those that tokens are confined to: int [B, S], the document of each token, or what was made of
+                it and is on the device already, without which the host waits for the device. None joins them. Not with
                 a cache.
         """
         hidden = self.embed(tokens)
@@ -270,7 +287,7 @@ class Decoder(nn.Module):
         donors: Sequence[Sequence[int]],
         crossing: Mapping[KVPart, KV],
         cache: Cache | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | Documents | None = None,
     ) -> tuple[Tensor, dict[KVPart, KV]]:
         """Run layers `start` to `stop`.
 
@@ -283,9 +300,11 @@ class Decoder(nn.Module):
         Returns:
             hidden states [B, S, D], and the keys and values that are known after the last layer.
         """
+        if isinstance(documents, Tensor):
+            documents = Documents.of(documents, len(donors)).to(hidden.device)
+        arena = self._arena(hidden, donors, crossing, cache, documents)
+        rope, scopes = self.surroundings(hidden, documents, cache, rows=len(donors), in_arena=arena is not None)
         cache = {} if cache is None else cache
-        past = cache[0].k.shape[1] if cache else 0
-        rope, document_masks = self.surroundings(hidden, documents, past, rows=len(donors))
         read = {donor for row in donors for donor in row}
         known = dict(crossing)
         for name, layer in self.layers.items():
@@ -295,32 +314,67 @@ class Decoder(nn.Module):
                 layer,
                 hidden,
                 rope,
-                given,
+                arena.layer(number) if arena else given,
                 number in read,
                 cache.get(number),
-                document_masks,
+                scopes,
                 again=self.checkpointing.covers("layer", number),
             )
             known.update({(number, row): kv for row, kv in enumerate(own)})
         cache.update({number: kv for (number, _), kv in known.items()})
         return hidden, known
 
+    def _arena(
+        self,
+        hidden: Tensor,
+        donors: Sequence[Sequence[int]],
+        crossing: Mapping[KVPart, KV],
+        cache: Cache | None,
+        documents: Documents | None,
+    ) -> StageArena | None:
+        """Where layers leave what later ones read, if our kernel computes attention; arguments as for `run_layers`."""
+        sequence = hidden.shape[1] * self.module_set.sequence_shards
+        if cache is not None or not takes_arena(
+            self.config.attention, hidden.device, hidden.dtype, self.config.head_dim, sequence, len(donors)
+        ):
+            return None
+        layers = range(self.start, self.stop)
+        arena = StageArena(layers, donors, hidden.shape[0], hidden.device, documents, self._arena_gradients)
+        arena.receive(crossing)
+        return arena
+
     def surroundings(
-        self, hidden: Tensor, documents: Tensor | None, past: int = 0, rows: int = 1
-    ) -> tuple[tuple[Tensor, Tensor], list[DocumentMask | None]]:
-        """What all layers take beside the hidden states [B, S, D]: the rotation's tables, each row's document mask.
+        self,
+        hidden: Tensor,
+        documents: Tensor | Documents | None,
+        cache: Cache | None = None,
+        rows: int = 1,
+        in_arena: bool = False,
+    ) -> tuple[tuple[Tensor, Tensor], list[AttentionScope]]:
+        """What all layers take beside the hidden states [B, S, D]: the rotation's tables, the scope of each row.
 
         Args:
-            documents: as for `forward`.
-            past: positions before these.
+            documents, cache: as for `forward`.
             rows: R.
+            in_arena: whether attention reads from an arena, which knows the scopes itself; then there are none.
         """
+        if isinstance(documents, Tensor):
+            documents = Documents.of(documents, rows).to(hidden.device)
         if documents is None:
+            past = cache[0].k.shape[1] if cache else 0
             new = hidden.shape[1] * self.module_set.sequence_shards
-            return rope_tables(self.config, torch.arange(past, past + new, device=hidden.device)), [None] * rows
-        backend = resolve_backend(self.config.attention, hidden.device, hidden.dtype)
-        masks = [DocumentMask(numbers, backend) for numbers in documents.chunk(rows)]
-        return rope_tables(self.config, torch.cat([mask.positions for mask in masks])), [*masks]
+            positions = torch.arange(past, past + new, device=hidden.device)
+        else:
+            positions = documents.positions
+        rope = rope_tables(self.config, positions)
+        if in_arena:
+            return rope, []
+        wanted = "auto" if self.config.attention == "routed" else self.config.attention
+        backend = resolve(wanted, hidden.device, hidden.dtype, self.config.head_dim).name
+        if cache is not None and backend in FLASH_KERNELS:
+            backend = "sdpa"  # mostly single queries, of evaluations, and more keys than queries
+        activate(backend)
+        return rope, scopes_of(backend, documents, rows)
 
     @property
     def head(self) -> nn.Module:

@@ -64,6 +64,9 @@ class TensorShard:
 class Vocabulary(nn.Module):
     """The matrix [V, D] between tokens and hidden states, as an embedding or as the output head."""
 
+    loss_backend: str | None = None
+    """What compiles the loss (`skvr_dist.model.loss.linear_loss`); None: nothing does."""
+
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
@@ -74,7 +77,7 @@ class Vocabulary(nn.Module):
         To `predict`: the logits [B, S, V] of hidden states x, or, with an objective, their losses.
         """
         if objective is not None:
-            return linear_loss(x, self.weight, objective)
+            return linear_loss(x, self.weight, objective, backend=self.loss_backend)
         return F.linear(x, self.weight) if predict else F.embedding(x, self.weight)
 
 

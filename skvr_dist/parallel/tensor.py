@@ -167,6 +167,9 @@ class VocabularyShard(nn.Module):
     logit uses.
     """
 
+    loss_backend: str | None = None
+    """As that of `skvr_dist.model.modules.Vocabulary`."""
+
     def __init__(self, config: ModelConfig, modules: TensorParallelModules) -> None:
         super().__init__()
         self.module_set = modules
@@ -179,7 +182,7 @@ class VocabularyShard(nn.Module):
         """As `skvr_dist.model.modules.Vocabulary` has it; logits are those of this rank's tokens, losses are whole."""
         rows = Rows(self.tokens, self.module_set.mesh.tp_group)
         if objective is not None:
-            return linear_loss(x, self.weight, objective, rows)
+            return linear_loss(x, self.weight, objective, rows, self.loss_backend)
         if predict:
             return F.linear(x, self.weight[: len(self.tokens)])
         local, elsewhere = rows.local(x)

@@ -17,7 +17,7 @@ from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
-from skvr_dist.model.attention import require_backend
+from skvr_dist.model.attention_choice import require_installed
 from skvr_dist.model.trained import is_trained, module_names, parameter_names
 from skvr_dist.parallel.engine.deepspeed_json import require_accepted
 from skvr_dist.parallel.engine.teacher import open_teacher
@@ -45,7 +45,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     """
     replicas = data_parallel_size(config, world_size)
     require_accepted(config, world_size)
-    require_backend(config.model.attention)
+    require_installed(config.model.attention)
     require_few_processes("data.workers", config.data.workers)
     open_teacher(config)
     require_trainable(config)

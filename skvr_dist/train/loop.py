@@ -44,6 +44,7 @@ from skvr_dist.run.code import code_digest
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.run.lock import RunLock
 from skvr_dist.run.log import prints_to, software_versions, start_log, write_versions
+from skvr_dist.train.attention import attention_notices
 from skvr_dist.train.batches import WatchedBatches, training_batches
 from skvr_dist.train.build import build_engine, build_saver, layout_of
 from skvr_dist.train.counts import StepCounts
@@ -174,6 +175,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         write_versions(folder.versions, layout_of(config, mesh.world_size).model_dump())
     with prints_to(folder.log(mesh.rank)), naming_the_operation(mesh, "reading the checkpoint"):
         engine = build_engine(config, mesh)
+        mesh.require_same({"attention": engine.attention.name})  # a package may be on some hosts only
         resumed, left_out = resume(engine, config, fingerprint)
         origin = resumed or load_initial_weights(engine, config)
         brought, lost = to_travel_on(origin, load_tokenizer(config.data.tokenizer))
@@ -217,8 +219,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     jumps = schedule_jumps(resumed, config) if resumed else []
     notices = [f"{problem} (left out)" for problem in left_out] + [f"set aside: {path}" for path in aside]
     notices += [f"moved, as train.on_resume allows: {jump}" for jump in jumps]
-    notices += inputs.examples
-    report_start(run, resumed, notices + ([lost] if lost else []))
+    report_start(run, resumed, notices + inputs.examples + ([lost] if lost else []))
     return run
 
 
@@ -349,6 +350,9 @@ def report_start(run: Run, resumed: Checkpoint | None, notices: list[str]) -> No
         f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
         f"{config.routing.policy}"
     )
+    for notice in attention_notices(config, run.engine.attention, run.engine.device):
+        run.reporter.say(notice)
+        run.log.info(notice)
     if config.train.only:
         run.reporter.say(f"trained are {', '.join(config.train.only)} alone (train.only)")
     if config.distillation:

@@ -111,6 +111,7 @@ def records(run_folder: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_everything_in_its_folder(routed: Path) -> None:
     console = (routed / "console.txt").read_text()
     assert "4 ranks: 2 stages x 2 replicas" in console
+    assert console.count("attention: sdpa (flash kernels are for GPUs)") == 1
     for step in range(1, STEPS + 1):
         assert f"step {step}/{STEPS}  loss " in console
     assert "held-out loss  full " in console
@@ -291,12 +292,17 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
         (["data.tokenizer=pyproject.toml"], "is not a sentencepiece model"),
         (["model.vocab_size=100"], "has a vocabulary of 512, but model.vocab_size is 100"),
         (["data.lanes=8"], "has 4 shards, fewer than data.lanes 8"),
+        (
+            ["train.precision=bf16", "parallel.zero_stage=1", "model.attention=fa4"],
+            "flash-attn-4 is not installed; inst",
+        ),
         (["train.global_batch_size=10"], "which 2 replicas cannot share equally"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_process_group(
-    routed: Path, data: Path, overrides: list[str], message: str
+    routed: Path, data: Path, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("skvr_dist.model.attention_choice._is_installed", lambda module: False)
     overrides = [override.replace("ROUTED", str(routed)) for override in overrides]
     keys = [*SMALL[2:], *data_keys(data), f"train.output_dir={routed}", *overrides]
     config = load_config([ROOT / SMALL[1]], keys)

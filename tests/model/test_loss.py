@@ -40,6 +40,8 @@ class Example:
     temperature: float = 1.0
     own_head: bool = False
     chunk_elements: int = 2**26
+    backend: str | None = None
+    """Of torch.compile; what it would compile runs as it is here."""
 
     def made(self) -> tuple[Tensor, Tensor, Objective]:
         """Hidden states [2, N, D], head [V, D] and the objective, in fp64; labels that mostly are to be predicted."""
@@ -110,7 +112,8 @@ def in_parts(example: Example) -> list[Tensor]:
     own = mine(head).clone().requires_grad_()
     before, module.CHUNK_ELEMENTS = module.CHUNK_ELEMENTS, example.chunk_elements
     try:
-        losses = linear_loss(hidden.requires_grad_(), own, objective, rows)
+        with torch.compiler.set_stance("force_eager"):
+            losses = linear_loss(hidden.requires_grad_(), own, objective, rows, example.backend)
     finally:
         module.CHUNK_ELEMENTS = before
     (3 * losses.total).backward()
@@ -132,6 +135,7 @@ examples = st.builds(
     temperature=st.sampled_from([1.0, 2.5]),
     own_head=st.booleans(),
     chunk_elements=st.sampled_from([1, 40, 2**26]),
+    backend=st.sampled_from([None, "inductor"]),
 )
 
 
@@ -148,6 +152,7 @@ SOME = [
     Example(3, taught=0.4, temperature=2.0, chunk_elements=20),
     Example(4, taught=1.0, own_head=True, soft_cap=4.0, weighted=True),
     Example(5, labelled=0.0, taught=0.5, z_loss=0.1),
+    Example(6, weighted=True, z_loss=0.2, soft_cap=2.0, chunk_elements=12, backend="inductor"),
 ]
 
 
@@ -168,8 +173,9 @@ def test_over_tensor_parallel_ranks(ranks: int) -> None:
         torch.testing.assert_close(torch.cat([each[4] for each in parts]), right[4], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_precisions(dtype: torch.dtype, error: float) -> None:
+def test_precisions(dtype: torch.dtype, error: float, backend: str | None) -> None:
     """Losses are in fp32; in bf16 the logits are rounded, and gradients as often as there are chunks."""
     hidden, head, objective = Example(6, tokens=64, hidden=32, vocabulary=300, labelled=1.0).made()
     hidden, head = hidden.to(dtype) / 2, head.to(dtype) / 2
@@ -178,7 +184,7 @@ def test_precisions(dtype: torch.dtype, error: float) -> None:
     right.backward()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK_ELEMENTS", 300 * 16)
-        losses = linear_loss(hidden.requires_grad_(), head.requires_grad_(), objective)
+        losses = linear_loss(hidden.requires_grad_(), head.requires_grad_(), objective, backend=backend)
     losses.total.backward()
     assert losses.total.dtype == losses.cross_entropy.dtype == torch.float32
     assert losses.total.item() == pytest.approx(right.item(), rel=error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any, get_args
 
@@ -14,9 +13,8 @@ from transformers.models.llama import LlamaConfig
 
 from skvr_dist.config.model import AttentionName, ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
-from skvr_dist.errors import UserError
 from skvr_dist.evaluate.generate import cache_bytes, generate
-from skvr_dist.model.attention import BACKENDS, attend, flash_is_installed, require_backend, resolve_backend
+from skvr_dist.model.attention import BACKENDS, AttentionScope, attend
 from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize, next_token_loss
 from skvr_dist.model.rope import inverse_frequencies, rope_tables, rotate
 from skvr_dist.parallel.split import head_cost, layer_cost, stage_bounds
@@ -61,28 +59,24 @@ def tokens(batch: int, sequence: int) -> torch.Tensor:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_backends_agree(backend: str, queries: int, keys: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the formula: what they return, and the gradients of queries, keys and values."""
-    monkeypatch.setitem(sys.modules, "flash_attn", flash_on_cpu)
+    flash_on_cpu.give_to_torch(monkeypatch)
     inputs = [torch.randn(2, queries, 4, 8), *torch.randn(2, 2, keys, kv_heads, 8)]
     upstream = torch.randn(2, queries, 4, 8)
     found = []
     for name in (backend, "eager"):
         q, k, v = (x.clone().requires_grad_() for x in inputs)
-        out = attend(q, k, v, name)
+        out = attend(q, k, v, AttentionScope(name))
         found.append([out, *torch.autograd.grad(out, (q, k, v), upstream)])
     for ours, formula in zip(*found, strict=True):
         torch.testing.assert_close(ours, formula, rtol=1e-5, atol=1e-5)
 
 
 def test_backend_names() -> None:
-    assert {"auto", *BACKENDS} == set(get_args(AttentionName)), "`model.attention` and `BACKENDS` name others"
-    assert resolve_backend("auto", torch.device("cpu"), torch.bfloat16) == "sdpa"
-    assert resolve_backend("auto", torch.device("cuda"), torch.float32) == "sdpa"
-    assert resolve_backend("eager", torch.device("cuda"), torch.bfloat16) == "eager"
-    if not flash_is_installed():
-        with pytest.raises(UserError, match="flash-attn is not installed"):
-            require_backend("flash")
+    assert {"auto", "flash", "routed", *BACKENDS} == set(get_args(AttentionName)), (
+        "`model.attention` and `BACKENDS` name others"
+    )
     with pytest.raises(ValueError, match="'fsah' is not one of"):
-        attend(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), "fsah")
+        attend(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), AttentionScope("fsah"))
 
 
 SCALINGS = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.lab.verify.cases import LAYOUTS, SEED, SEQUENCE, Case
 from skvr_dist.lab.verify.ranks import run_ranks
-from skvr_dist.model.attention import BACKENDS, DocumentMask
+from skvr_dist.model.attention import BACKENDS
 from skvr_dist.model.decoder import Decoder, initialize, next_token_loss
+from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.gradients import gather_gradient
 from skvr_dist.parallel.mesh import Mesh
@@ -34,16 +34,17 @@ def micro_batches(count: int) -> list[MicroBatch]:
 
 
 def test_positions_begin_anew_with_each_document() -> None:
-    documents = DocumentMask(torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]]), "flash")
-    assert documents.positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
-    assert documents.flash_bounds is not None
-    bounds, longest = documents.flash_bounds
-    assert bounds.tolist() == [0, 3, 4, 6, 7, 12] and longest == 5
+    numbers = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]])
+    together, apart = Documents.of(numbers), Documents.of(numbers, rows=2)
+    assert together.positions.tolist() == apart.positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
+    assert [row.tolist() for row in together.bounds] == [[0, 3, 4, 6, 7, 12]] and together.longest == (5,)
+    assert [row.tolist() for row in apart.bounds] == [[0, 3, 4, 6], [0, 1, 6]] and apart.longest == (3, 5)
+    assert all(row.dtype == torch.int32 for row in together.bounds)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_documents_are_what_each_is_alone(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", flash_on_cpu)
+    flash_on_cpu.give_to_torch(monkeypatch)
     decoder = Decoder(ModelConfig.model_validate({**SHAPE, "attention": backend}))
     initialize(decoder, seed=3)
     (batch,) = micro_batches(1)
@@ -66,9 +67,16 @@ def test_labels_that_are_ignored_cost_nothing() -> None:
     assert next_token_loss(logits, torch.full_like(labels, -100)) == 0
 
 
-def losses_and_gradients(layout: str) -> dict[str, Any]:
-    config = Case(layout, "none").config()
-    config = config.model_copy(update={"data": config.data.model_copy(update={"documents": "separate"})})
+def losses_and_gradients(layout: str, attention: str, checkpointing: str) -> dict[str, Any]:
+    if attention == "fa2":
+        flash_on_cpu.give_to_torch(pytest.MonkeyPatch())  # this process is of this test alone
+    config = Case(layout, "none", checkpointing).config()
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"attention": attention}),
+            "data": config.data.model_copy(update={"documents": "separate"}),
+        }
+    )
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
     gradients = {}
@@ -85,10 +93,13 @@ def losses_and_gradients(layout: str) -> dict[str, Any]:
     return {"losses": [held_out, loss], "gradients": gradients}
 
 
-@pytest.mark.parametrize("layout", ["single", "PP4 uneven", "TP2 SP"])
-def test_every_layout_trains_on_separate_documents(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "attention", "checkpointing"),
+    [("single", "sdpa", "none"), ("PP4 uneven", "fa2", "none"), ("TP2 SP", "fa2", "attention")],
+)
+def test_every_layout_trains_on_separate_documents(layout: str, attention: str, checkpointing: str) -> None:
     """Against a plain decoder; with four stages those in the middle read documents too."""
-    results = run_ranks(LAYOUTS[layout].ranks, losses_and_gradients, layout)
+    results = run_ranks(LAYOUTS[layout].ranks, losses_and_gradients, layout, attention, checkpointing)
     decoder = Decoder(ModelConfig.model_validate(SHAPE))
     initialize(decoder, SEED)
     batches = micro_batches(4)

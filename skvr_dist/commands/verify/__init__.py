@@ -6,6 +6,7 @@
     skvr-verify hosts
     skvr-verify estimate
     skvr-verify kernels
+    skvr-verify gpu-dry
 
 Each runs on the CPU of this machine. Exit code 1: a figure is missed.
 """
@@ -13,7 +14,7 @@ Each runs on the CPU of this machine. Exit code 1: a figure is missed.
 from __future__ import annotations
 
 from skvr_dist.command import run_command, run_subcommand
-from skvr_dist.commands.verify import estimate, hosts, kernels, kills, layouts, reshard
+from skvr_dist.commands.verify import estimate, gpu_dry, hosts, kernels, kills, layouts, reshard
 
 
 def main() -> None:
@@ -30,5 +31,6 @@ def run() -> int | None:
         "hosts": hosts,
         "estimate": estimate,
         "kernels": kernels,
+        "gpu-dry": gpu_dry,
     }
     return run_subcommand(__doc__, subcommands)

@@ -24,7 +24,8 @@ def deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.num_passes // replicas,
         "gradient_clipping": config.train.gradient_clipping,
         "zero_optimization": {"stage": config.parallel.zero_stage},
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        # The guard has found the gradient finite before; DeepSpeed would wait for the device to look again.
+        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": False},
     }
     if config.train.precision == "bf16":
         generated["data_types"] = {"grad_accum_dtype": "fp32"}

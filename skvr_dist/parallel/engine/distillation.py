@@ -72,11 +72,12 @@ class Distillation:
         for name, each in parts.items():
             self._parts.setdefault(name, []).append(torch.stack([each.sum(), count]))
 
-    def sums(self) -> list[float]:
-        """Sum and labels of each part on this rank; nothing where no step distils."""
+    def sums(self) -> list[Tensor]:
+        """Sum and labels [2] of each part on this rank, where they were computed; nothing where no step distils."""
         if self.passes is None:
             return []
-        return [each for name in PARTS for each in sum(self._parts.get(name, []), torch.zeros(2)).tolist()]
+        found = (self._parts.get(name, []) for name in PARTS)
+        return [sum(parts[1:], parts[0]) if parts else torch.zeros(2) for parts in found]
 
     @staticmethod
     def means(sums: Sequence[float]) -> dict[str, float]:

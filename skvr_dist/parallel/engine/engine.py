@@ -29,10 +29,20 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from skvr_dist.config.model import ModelConfig
-from skvr_dist.data.batch import MicroBatch
+from skvr_dist.data.batch import MicroBatch, to_device
+from skvr_dist.model.attention_choice import resolve
+from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.distillation import Distillation
-from skvr_dist.parallel.engine.gradients import clip_by_global_norm, drop_gradients, gradient_tensors, scale_gradients
+from skvr_dist.parallel.engine.gradients import (
+    add_gradients_in_one_pass,
+    clip_by_global_norm,
+    drop_gradients,
+    gradient_tensors,
+    numbers_of,
+    scale_gradients,
+)
+from skvr_dist.parallel.engine.norms import known_global_norm, take_global_norm
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import Prediction, StageModule
 from skvr_dist.parallel.engine.stopwatch import Stopwatch
@@ -69,6 +79,8 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
     before_update: Callable[[], None] | None = None
     """Called in every step when its gradients are complete and not yet clipped."""
     _mean_loss = 0.0
+    _own_loss: float | None = None  # of the micro-batches that this rank has run, on the last stage
+    _own_parts: Sequence[float] = ()  # sum and labels of each part of it, if it distils
     _labels = 0  # of the micro-batches that this rank has run, on the last stage
     _update_is_admitted = True
     _plans: tuple[PassPlan, ...] = ()
@@ -105,6 +117,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         )
         if self.zero_optimization_stage() == 2:
             reduce_layer_by_layer(self.optimizer, module.decoder.layers.values())
+        add_gradients_in_one_pass(self.optimizer)
         module.compile_layers(torch.device(self.device))
         self.separate_documents = separate_documents
         self.pipe_buffers["documents"] = [None] * self.num_pipe_buffers
@@ -121,6 +134,9 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         """Means of the parts of the last step's loss over the labels concerned, if it distilled (`PARTS`)."""
         self._distillation = distillation or Distillation()
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
+        model = module.model_config
+        self.attention = resolve(model.attention, torch.device(self.device), dtype, model.head_dim)
+        """What attention is computed with here."""
         self._shape = MicroBatchShape(self.micro_batch_size, sequence_length, module.sequence_parallel)
         self._format = HandoverFormat(module.model_config, mesh, self._shape)
         with naming_the_operation(mesh, "connecting the pipeline stages"):
@@ -235,11 +251,11 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         batch: MicroBatch = self._next_batch()
-        self._load_documents(buffer_id, batch)
+        self._load_documents(buffer_id, batch, self._plans[self._loaded])
         if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer_id] = batch.tokens.to(self.device)
+            self.pipe_buffers["inputs"][buffer_id] = to_device(batch.tokens, self.device)
         if self.is_last_stage():
-            self.pipe_buffers["labels"][buffer_id] = batch.labels.to(self.device)
+            self.pipe_buffers["labels"][buffer_id] = to_device(batch.labels, self.device)
             if self._plans[self._loaded].is_first:
                 self._labels += int(count_labels(batch.labels))
         self._loaded += 1
@@ -249,15 +265,16 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.training_dataloader = None
         self.data_iterator = iterator
 
-    def _load_documents(self, buffer_id: int, batch: MicroBatch) -> None:
+    def _load_documents(self, buffer_id: int, batch: MicroBatch, plan: PassPlan) -> None:
         if self.separate_documents:
             assert batch.documents is not None, "micro-batches must name the document of each position"
-            self.pipe_buffers["documents"][buffer_id] = batch.documents.to(self.device)
+            rows = 1 if plan.run.by_teacher else len(plan.donors)
+            self.pipe_buffers["documents"][buffer_id] = Documents.of(batch.documents, rows).to(self.device)
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
         assert self.before is not None
         if self.separate_documents and not self.is_last_stage():  # the schedule lets only the outer stages load
-            self._load_documents(buffer_id, self._next_batch())
+            self._load_documents(buffer_id, self._next_batch(), self._plan_of(buffer_id))
         packed, plan = self.before.activations.receive(), self._plan_of(buffer_id)
         handover = self._format_of(plan).unpack(packed, plan.entering)
         for tensor in handover.tensors():
@@ -354,12 +371,31 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             super()._exec_reduce_grads()
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
-        square = float(torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))) ** 2
-        square, weight = self._sum_over_batch(square)
+        bound = torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))
+        norm = take_global_norm(self.optimizer)
+        own_bound, *own_norm = self._read_losses([bound] if norm is None else [bound, norm])
+        square, weight = self._sum_over_batch(own_bound**2)
         self._update_is_admitted = self.guard.admits(self._mean_loss, square * weight**2, self.predicted_tokens)
         if self._update_is_admitted and weight != 1.0:
             scale_gradients(self.optimizer, self.module, weight)
-        super()._exec_optimizer_step(lr_kwargs)
+        with known_global_norm(self.optimizer, own_norm[0] * weight if own_norm else None):
+            super()._exec_optimizer_step(lr_kwargs)
+
+    def _read_losses(self, others: Sequence[Tensor] = ()) -> list[float]:
+        """Read what this rank's losses have added up to; here the host waits for the device, once in a step.
+
+        Args:
+            others: numbers [] that are to be read with them.
+
+        Returns:
+            these numbers.
+        """
+        losses = [self.total_loss] if self.is_last_stage() and self.total_loss is not None else []
+        numbers = numbers_of([*others, *losses, *self._distillation.sums()])
+        count = len(others)
+        self._own_loss = numbers[count] if losses else None
+        self._own_parts = numbers[count + len(losses) :]
+        return numbers[:count]
 
     def _sum_over_batch(self, square: float = 0.0) -> tuple[float, float]:
         """Set the mean loss, the number of labels and the counts of what all ranks have just run; collective.
@@ -372,10 +408,10 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
             multiplied by. If all labels are ignored there is nothing to average, and it is 0.
         """
         mine = [0.0, 0.0, 0.0]
-        if self.is_last_stage() and self.total_loss is not None:
+        if self._own_loss is not None:
             positions = self._shape.batch * self._shape.sequence
-            mine = [float(self.total_loss) * positions, float(self._labels), float(len(self._plans) * positions)]
-        distilled = self._distillation.sums()
+            mine = [self._own_loss * positions, float(self._labels), float(len(self._plans) * positions)]
+        distilled = self._own_parts
         sums = self.mesh.host_group.sum([square, *mine, *distilled, *self.counts_to_sum()])
         square, loss, labels, positions_of_all, *parts = sums
         self.losses_by_part = self._distillation.means(parts[: len(distilled)])
@@ -395,6 +431,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
 
     def _bcast_pipe_scalar(self, *args: Any, **kwargs: Any) -> Tensor:
         """The mean loss, which `eval_batch` returns; the same on all ranks."""
+        self._read_losses()
         self._sum_over_batch()
         return torch.tensor(self._mean_loss, dtype=torch.float64)
 

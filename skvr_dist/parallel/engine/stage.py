@@ -20,6 +20,7 @@ from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.model.compiled import compile_layers, resolve_compile
 from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize
+from skvr_dist.model.documents import Documents
 from skvr_dist.model.loss import Losses, Objective
 from skvr_dist.model.modules import TensorShard, shards_of
 from skvr_dist.model.trained import train_only
@@ -99,7 +100,7 @@ class StageModule(PipelineModule):
         inputs: Tensor | Handover,
         donors: Sequence[Sequence[int]],
         leaving: Sequence[KVPart],
-        documents: Tensor | None,
+        documents: Documents | None,
         objective: Objective | None = None,
     ) -> Handover | Prediction:
         """Run the slice.
@@ -108,7 +109,7 @@ class StageModule(PipelineModule):
             inputs: on the first stage tokens, int [B, S]; else what the stage before hands over.
             donors: int [R][L], the donors of this micro-batch: one row for all of its sequences, or one for each.
             leaving: keys and values that go out, received ones among them.
-            documents: int [B, S], if attention stays within documents.
+            documents: those that attention stays within, if it does, on the device.
             objective: on the last stage, what is to be predicted; None: nothing.
 
         Returns:

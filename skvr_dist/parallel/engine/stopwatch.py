@@ -72,14 +72,12 @@ class Stopwatch:
     def read(self) -> tuple[float, float]:
         """Seconds of this rank's own part, and (by the host's clock) of what it does with others, since `clear`; once.
 
-        The own part of a step is over when the host has seen its loss, so that no device is waited for.
+        No device is waited for: the own part of a step is over when the host has seen its loss.
         """
         pending, self._late = [*self._late, *self._events], []
         self._events.clear()
         for part, first, last in pending:
-            if part in _OWN:
-                last.synchronize()
-            elif not last.query():
+            if not last.query():
                 self._late.append((part, first, last))
                 continue
             self.parts[part] += first.elapsed_time(last) / 1000

@@ -19,7 +19,9 @@ from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
+from skvr_dist.model.attention_choice import resolve, resolve_beside
 from skvr_dist.model.decoder import Decoder
+from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import shards_of
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.parallel.pipeline.boundary import Handover
@@ -70,7 +72,11 @@ class FrozenTeacher:
     """
 
     def __init__(self, checkpoint: Checkpoint, config: Config, mesh: Mesh) -> None:
-        self.model_config = checkpoint.model_config.model_copy(update={"attention": config.model.attention})
+        device = torch.device(get_accelerator().current_device_name())
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        own = resolve(config.model.attention, device, dtype, config.model.head_dim)
+        attention = resolve_beside(own, device, dtype, checkpoint.model_config.head_dim).name
+        self.model_config = checkpoint.model_config.model_copy(update={"attention": attention})
         parallel = _layout(config, self.model_config)
         modules = None
         if mesh.tp_size > 1:
@@ -84,19 +90,18 @@ class FrozenTeacher:
             parameter.zero_()  # what pads a shard
             pieces[WEIGHTS + name] = pieces_of(shards[name], tuple(parameter.shape), parameter.detach().view(-1))
         checkpoint.read(pieces if mesh.dp_rank == 0 else {}, mesh.host_group, mesh.tp_group_on_host)
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self._decoder = decoder.to(get_accelerator().current_device_name(), dtype).eval()
+        self._decoder = decoder.to(device, dtype).eval()
         if mesh.dp_size > 1:  # the other replicas get what the first one has read
             for parameter in self._decoder.parameters():
                 dist.broadcast(parameter.detach(), group=mesh.devices.get_group("dp"), group_src=0)
 
     @torch.no_grad()
-    def run(self, inputs: Tensor | Handover, documents: Tensor | None) -> Tensor | Handover:
+    def run(self, inputs: Tensor | Handover, documents: Documents | None) -> Tensor | Handover:
         """Run the slice at full retention.
 
         Args:
             inputs: on the first stage tokens, int [B, S]; else what the stage before hands over.
-            documents: int [B, S], if attention stays within documents.
+            documents: those that attention stays within, if it does, on the device.
 
         Returns:
             on the last stage what the head sees, [B, S, D]; on the others what the next stage gets.

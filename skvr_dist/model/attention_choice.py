@@ -1,0 +1,257 @@
+"""Which attention a model takes on a device, and why: the fastest flash kernel that is there, else SDPA.
+
+PyTorch has FlashAttention 2 built in, and runs FA3 or FA4 in its place where their packages are installed. One of them
+is in force in a process at a time (`activate`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch.nn import attention as torch_attention
+
+from skvr_dist.config.model import FLASH_KERNELS, AttentionName
+from skvr_dist.errors import UserError
+
+LARGEST_HEAD = 256
+"""Elements of the largest head of all three kernels, forwards and backwards; sizes are multiples of 8."""
+LONGEST_FROM_ARENA = 1024
+"""Positions of a sequence up to which our kernel is taken for donors of each sequence: up to there it is the fastest on
+an H100 (docs/attention.md)."""
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What attention is computed with."""
+
+    name: AttentionName
+    """One of `skvr_dist.model.attention.BACKENDS`."""
+    reason: str
+    """Why, in words."""
+
+    def __str__(self) -> str:
+        return f"attention: {self.name} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class _Package:
+    """What PyTorch runs instead of its own kernel."""
+
+    implementation: str
+    """Its name in `torch.nn.attention`."""
+    distribution: str
+    module: str
+    generations: tuple[int, ...]
+    """Major compute capabilities that it has kernels for."""
+    install: str
+    """How to get it, in words."""
+
+
+_PACKAGES = {
+    "fa4": _Package(
+        "FA4", "flash-attn-4", "flash_attn.cute", (9, 10), "install it with `pip install --pre flash-attn-4`"
+    ),
+    "fa3": _Package(
+        "FA3",
+        "flash-attn-3",
+        "flash_attn_interface",
+        (9,),
+        "install it, which compiles its kernels, from the folder hopper of the flash-attention repository",
+    ),
+}
+
+
+def require_installed(wanted: AttentionName) -> None:
+    """Check that the package of a kernel is there; looks at no device.
+
+    Args:
+        wanted: the value of `model.attention`.
+
+    Raises:
+        UserError: it is not, with the way to get it.
+    """
+    if wanted in _PACKAGES and not _is_installed(_PACKAGES[wanted].module):
+        raise UserError(_refusal(wanted, _not_installed(wanted)))
+    if wanted == "routed" and not _is_installed("skvr_kernels"):
+        resolve(wanted, torch.device("cpu"), torch.float32, 64)
+
+
+@functools.cache
+def resolve(wanted: AttentionName, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+    """The attention that `model.attention` means on a device; looked up once.
+
+    Raises:
+        UserError: a flash kernel is asked for that cannot be had, with what is missing and how to get it.
+    """
+    if wanted in ("sdpa", "eager"):
+        return Choice(wanted, "as model.attention says")
+    if wanted == "routed":
+        if obstacle := _arena_obstacle(device, dtype, head_dim):
+            raise UserError(f"model.attention is routed, but {obstacle}; use auto or sdpa")
+        return Choice(wanted, "as model.attention says")
+    unfit = _unfit(device, dtype, head_dim)
+    passed_over: dict[str, str] = {}
+    for name in FLASH_KERNELS if wanted in ("auto", "flash") else (wanted,):
+        obstacle = unfit or _obstacle(name, device, dtype, head_dim)
+        if obstacle is None:
+            reasons = [_version(name), f"{_DTYPES[dtype]} on {torch.cuda.get_device_name(device)}"]
+            return Choice(name, "; ".join(reasons + [f"not {other}: {why}" for other, why in passed_over.items()]))
+        passed_over[name] = obstacle
+    reason = unfit or passed_over.get(wanted) or "; ".join(f"not {name}: {why}" for name, why in passed_over.items())
+    if wanted == "auto":
+        return Choice("sdpa", reason)
+    raise UserError(_refusal(wanted, reason))
+
+
+@functools.cache
+def takes_arena(
+    wanted: AttentionName, device: torch.device, dtype: torch.dtype, head_dim: int, sequence: int, rows: int
+) -> bool:
+    """Whether our kernel computes attention in training: where it is asked for, and where `auto` prefers it.
+
+    Args:
+        wanted: the value of `model.attention`.
+        sequence: positions of a sequence.
+        rows: R, of donors.
+
+    Raises:
+        UserError: it is asked for, and cannot be had.
+    """
+    if wanted == "routed":
+        return resolve(wanted, device, dtype, head_dim).name == wanted
+    is_faster = rows > 1 and sequence <= LONGEST_FROM_ARENA and device.type == "cuda"
+    return wanted == "auto" and is_faster and _arena_obstacle(device, dtype, head_dim) is None
+
+
+def _arena_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why our kernel cannot be taken, if so."""
+    if not _is_installed("skvr_kernels"):
+        return "the package skvr_kernels is not installed: install it with `pip install ./kernels`"
+    if not _is_installed("triton"):
+        return "Triton, which skvr_kernels needs, is not installed: builds of torch for GPUs bring it along"
+    from skvr_kernels import require_possible
+
+    try:
+        require_possible(head_dim, dtype, device)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def activate(name: str) -> None:
+    """Let PyTorch run a kernel wherever it runs flash attention, from now on; backward passes under way as well.
+
+    Args:
+        name: one of `skvr_dist.model.attention.BACKENDS`; those that are no flash kernels change nothing.
+    """
+    if name not in FLASH_KERNELS:
+        return
+    _put_in_force(_PACKAGES[name].implementation if name in _PACKAGES else None)
+
+
+def _put_in_force(wanted: str | None) -> None:
+    """Of an implementation that PyTorch knows; None: its own."""
+    if torch_attention.current_flash_attention_impl() == wanted:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel of PyTorch is overridden, which is what is wanted
+        if wanted:
+            torch_attention.activate_flash_attention_impl(wanted)
+        else:
+            torch_attention.restore_flash_attention_impl()
+
+
+def resolve_beside(choice: Choice, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+    """The attention of another model of the same process, which has head sizes of its own.
+
+    The same kernel, or SDPA where that cannot do these heads: a second flash kernel would be in force for both.
+    """
+    try:
+        return resolve(choice.name, device, dtype, head_dim)
+    except UserError as error:
+        return Choice("sdpa", str(error))
+
+
+def _refusal(wanted: str, obstacle: str) -> str:
+    how = _PACKAGES[wanted].install + ", or " if wanted in _PACKAGES and obstacle == _not_installed(wanted) else ""
+    return f"model.attention is {wanted}, but {obstacle}; {how}use auto or sdpa"
+
+
+def _unfit(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why no flash kernel can be taken at all, if so."""
+    if device.type != "cuda":
+        return "flash kernels are for GPUs"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{_DTYPES.get(dtype, dtype)} is not for flash kernels, which take bf16"
+    if head_dim % 8 or head_dim > LARGEST_HEAD:
+        return f"head_dim {head_dim} is not for flash kernels, which take multiples of 8 up to {LARGEST_HEAD}"
+    return None
+
+
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a flash kernel cannot be taken, if so; one that is installed is tried."""
+    capability = torch.cuda.get_device_capability(device)
+    on = f"compute capability {capability[0]}.{capability[1]} of {torch.cuda.get_device_name(device)}"
+    if name not in _PACKAGES:
+        if capability < (8, 0):
+            return f"it has no kernels for {on}, only from 8.0 on"
+        # As PyTorch says itself: too little shared memory for the backward pass.
+        if (capability in ((8, 6), (8, 9)) or capability[0] == 12) and 192 < head_dim <= 224:
+            return f"it has no backward pass for head_dim {head_dim} on {on}"
+        return None if torch.backends.cuda.is_flash_attention_available() else "this build of torch is without it"
+    package = _PACKAGES[name]
+    if capability[0] not in package.generations:
+        return f"it has no kernels for {on}"
+    if capability[0] == 10 and 128 < head_dim < LARGEST_HEAD:
+        return f"it has no kernels for head_dim {head_dim} on {on}, only up to 128, and 256"
+    if not _is_installed(package.module):
+        return _not_installed(name)
+    return _failure(name, device, dtype, head_dim)
+
+
+def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What comes of running a kernel forwards and backwards on a few tokens, if it is not what it should be.
+
+    These packages compile when they are first run, with whatever driver and compiler are there: better now than in the
+    first step.
+    """
+    before = torch_attention.current_flash_attention_impl()
+    try:
+        activate(name)
+        with torch.inference_mode(False), torch.enable_grad():
+            q = torch.zeros(1, 128, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
+            out, *_ = torch.ops.aten._flash_attention_forward(q, q, q, None, None, 128, 128, 0.0, True, False)
+            out.sum().backward()
+    except Exception as error:  # of any kind: of imports, of the compiler, of the driver
+        _put_in_force(before)
+        words = (str(error).strip() or "no reason given").splitlines()[0]
+        return f"{_version(name)} does not run here ({type(error).__name__}: {words})"
+    return None
+
+
+def _not_installed(name: str) -> str:
+    return f"the package {_PACKAGES[name].distribution} is not installed"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except Exception:  # the package around it does not import
+        return False
+
+
+def _version(name: str) -> str:
+    """Where a kernel comes from."""
+    if name not in _PACKAGES:
+        return f"built into torch {torch.__version__}"
+    distribution = _PACKAGES[name].distribution
+    try:
+        return f"{distribution} {importlib.metadata.version(distribution)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{distribution} of unknown version"

@@ -1,0 +1,55 @@
+"""What a run says of its attention at its start: which it takes and why, and what that costs where it is slow."""
+
+from __future__ import annotations
+
+import torch
+
+from skvr_dist.config.tree import Config
+from skvr_dist.model.attention_choice import LARGEST_HEAD, Choice
+
+_SHORT = 1024  # tokens, below which scores are small beside the rest
+
+
+def attention_notices(config: Config, choice: Choice, device: torch.device) -> list[str]:
+    """What is taken, and a warning if it costs much more than flash kernels would.
+
+    Args:
+        choice: of the run's model.
+        device: that trains.
+    """
+    warning = _sdpa_warning(config, choice) if choice.name == "sdpa" and device.type == "cuda" else None
+    return [str(choice), *([warning] if warning else [])]
+
+
+def _sdpa_warning(config: Config, choice: Choice) -> str | None:
+    """What SDPA costs on a GPU where documents are separate, for which it takes a mask; None: nothing worth a word."""
+    model, sequence = config.model, config.data.sequence_length
+    if sequence < _SHORT:
+        return None
+    if config.data.documents == "joined":
+        return None  # a flash kernel of its own, or the memory-efficient one
+    if config.train.precision == "fp32" or model.head_dim % 8 == 0:
+        cost = (
+            f"a mask of {sequence:,} x {sequence:,} for each sequence, under which all scores are computed, those "
+            f"between documents too"
+        )
+    else:  # the memory-efficient kernel takes no mask in bf16 for such heads
+        batch, heads = config.train.micro_batch_size, model.num_attention_heads // config.parallel.tensor
+        cost = (
+            f"PyTorch's math path, which keeps all scores: {batch} x {heads} heads x {sequence:,} x {sequence:,}, "
+            f"{batch * heads * sequence**2 * 2 / 2**30:.1f} GiB for each of several copies in a layer"
+        )
+    return f"WARNING: attention takes {cost}; {_way_out(config, choice)}"
+
+
+def _way_out(config: Config, choice: Choice) -> str:
+    if config.model.head_dim % 8 or config.model.head_dim > LARGEST_HEAD:
+        return f"no flash kernel takes model.head_dim {config.model.head_dim}, only multiples of 8 up to {LARGEST_HEAD}"
+    settings = []
+    if config.train.precision == "fp32":
+        settings.append("train.precision to bf16")
+    if config.model.attention == "sdpa":
+        settings.append("model.attention to auto")
+    if settings:
+        return f"set {' and '.join(settings)}, which takes a flash kernel"
+    return f"no flash kernel can be had: {choice.reason}"

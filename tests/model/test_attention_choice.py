@@ -1,0 +1,154 @@
+"""Which attention is taken on which GPU, with which packages; and what is said where one is asked for in vain."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from skvr_dist.errors import UserError
+from skvr_dist.model import attention_choice
+from skvr_dist.model.attention_choice import activate, require_installed, resolve, resolve_beside
+
+CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16
+H100, A100, B200, RTX4090, V100 = "NVIDIA H100", "NVIDIA A100", "NVIDIA B200", "NVIDIA RTX 4090", "Tesla V100"
+CAPABILITIES = {H100: (9, 0), A100: (8, 0), B200: (10, 0), RTX4090: (8, 9), V100: (7, 0)}
+MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface"}
+
+
+class Machine:
+    """A machine with a GPU and packages, as far as the choice looks at it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch = patch
+
+    def have(self, gpu: str, *packages: str, broken: str = "") -> None:
+        """Stand for a machine: its GPU, the kernels that are installed, and one of them that fails when it is run."""
+        resolve.cache_clear()
+        installed = [MODULES[name] for name in packages]
+        self._patch.setattr(torch.cuda, "get_device_capability", lambda _: CAPABILITIES[gpu])
+        self._patch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
+        self._patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        self._patch.setattr(attention_choice, "_is_installed", lambda module: module in installed)
+        self._patch.setattr(attention_choice, "_version", lambda name: f"{name} of a test")
+        failure = "its package does not run here (RuntimeError: no driver)"
+        self._patch.setattr(attention_choice, "_failure", lambda name, *_: failure if name == broken else None)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    yield Machine(monkeypatch)
+    resolve.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "packages", "head_dim", "taken"),
+    [
+        (H100, ("fa4", "fa3"), 128, "fa4"),
+        (H100, ("fa3",), 128, "fa3"),
+        (H100, (), 128, "fa2"),
+        (A100, ("fa4", "fa3"), 128, "fa2"),
+        (B200, ("fa4", "fa3"), 128, "fa4"),
+        (B200, ("fa4",), 192, "fa2"),
+        (B200, ("fa4",), 256, "fa4"),
+        (RTX4090, (), 192, "fa2"),
+        (RTX4090, (), 208, "sdpa"),
+        (RTX4090, (), 256, "fa2"),
+        (V100, (), 128, "sdpa"),
+        (H100, ("fa4",), 264, "sdpa"),
+        (H100, ("fa4",), 100, "sdpa"),
+    ],
+)
+def test_auto_takes_the_fastest_that_is_there(
+    gpu: str, packages: tuple[str, ...], head_dim: int, taken: str, machine: Machine
+) -> None:
+    machine.have(gpu, *packages)
+    assert resolve("auto", CUDA, BF16, head_dim).name == taken
+    if taken == "sdpa":
+        with pytest.raises(UserError, match=r"model\.attention is flash, but .*; use auto or sdpa"):
+            resolve("flash", CUDA, BF16, head_dim)
+    else:
+        assert resolve("flash", CUDA, BF16, head_dim).name == resolve(taken, CUDA, BF16, head_dim).name == taken
+
+
+def test_the_line_of_a_run_says_why(machine: Machine) -> None:
+    machine.have(H100, "fa4")
+    assert str(resolve("auto", CUDA, BF16, 128)) == "attention: fa4 (fa4 of a test; bf16 on NVIDIA H100)"
+    fp32 = resolve("auto", CUDA, torch.float32, 128)
+    assert str(fp32) == "attention: sdpa (fp32 is not for flash kernels, which take bf16)"
+    machine.have(H100, "fa4", broken="fa4")
+    assert str(resolve("auto", CUDA, BF16, 128)) == (
+        "attention: fa2 (fa2 of a test; bf16 on NVIDIA H100; not fa4: its package does not run here (RuntimeError: no "
+        "driver); not fa3: the package flash-attn-3 is not installed)"
+    )
+    assert str(resolve("sdpa", CUDA, BF16, 128)) == "attention: sdpa (as model.attention says)"
+    assert str(resolve("auto", torch.device("cpu"), BF16, 128)) == "attention: sdpa (flash kernels are for GPUs)"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpu", "options", "sentence"),
+    [
+        (
+            "fa4",
+            H100,
+            {},
+            "model.attention is fa4, but the package flash-attn-4 is not installed; install it with `pip install --pre "
+            "flash-attn-4`, or use auto or sdpa",
+        ),
+        (
+            "fa3",
+            A100,
+            {},
+            "model.attention is fa3, but it has no kernels for compute capability 8.0 of NVIDIA A100; use auto or sdpa",
+        ),
+        (
+            "fa2",
+            H100,
+            {"head_dim": 320},
+            "model.attention is fa2, but head_dim 320 is not for flash kernels, which take multiples of 8 up to 256; "
+            "use auto or sdpa",
+        ),
+        (
+            "fa2",
+            H100,
+            {"device": torch.device("cpu")},
+            "model.attention is fa2, but flash kernels are for GPUs; use auto or sdpa",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_be_had_is_refused(
+    wanted: Any, gpu: str, options: dict[str, Any], sentence: str, machine: Machine
+) -> None:
+    machine.have(gpu)
+    with pytest.raises(UserError) as refused:
+        resolve(wanted, options.get("device", CUDA), BF16, options.get("head_dim", 128))
+    assert str(refused.value) == sentence
+
+
+def test_a_missing_package_is_refused_before_anything_starts() -> None:
+    for name, module in MODULES.items():
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            with pytest.raises(UserError, match=f"model.attention is {name}, but the package .* is not installed"):
+                require_installed(name)  # type: ignore[arg-type]
+    for name in ("auto", "flash", "fa2", "sdpa", "eager"):
+        require_installed(name)  # type: ignore[arg-type]
+
+
+def test_a_second_model_takes_the_same_kernel_or_none(machine: Machine) -> None:
+    machine.have(B200, "fa4")
+    own = resolve("auto", CUDA, BF16, 128)
+    assert [resolve_beside(own, CUDA, BF16, size).name for size in (64, 192)] == ["fa4", "sdpa"]
+
+
+def test_kernels_are_put_in_force_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_force: list[str | None] = [None]
+    calls = torch.nn.attention
+    monkeypatch.setattr(calls, "current_flash_attention_impl", lambda: in_force[-1])
+    monkeypatch.setattr(calls, "activate_flash_attention_impl", in_force.append)
+    monkeypatch.setattr(calls, "restore_flash_attention_impl", lambda: in_force.append(None))
+    for name in ("fa2", "sdpa", "fa4", "fa4", "eager", "fa3", "fa2", "fa2"):
+        activate(name)
+    assert in_force == [None, "FA4", "FA3", None]
