@@ -243,7 +243,7 @@ def test_numbers_that_json_does_not_have_become_null(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there() -> None:
     assert usable_device("cpu") == "cpu" and usable_device(None) in ("cpu", "cuda")
-    with pytest.raises(UserError, match="--device abacus is not to be had here .*; use cpu"):
+    with pytest.raises(UserError, match=r"--device abacus is not to be had here .*; use cpu"):
         usable_device("abacus")
 
 
