@@ -349,7 +349,7 @@ class Checkpoint:
     def load_decoder(self) -> Decoder:
         """The whole trained decoder, in float32 on the CPU, for evaluation."""
         model = self.model_config
-        if model.attention in ("flash", *FLASH_KERNELS):  # of the GPUs and the precision that it was trained with
+        if model.attention in ("flash", "routed", *FLASH_KERNELS):  # of the GPUs that it was trained on
             model = model.model_copy(update={"attention": "auto"})
         with torch.device("meta"):  # no initial weights are drawn
             decoder = Decoder(model)

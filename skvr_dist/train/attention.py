@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from skvr_dist.config.tree import Config
-from skvr_dist.model.attention_choice import LARGEST_HEAD, Choice
+from skvr_dist.model.attention_choice import LARGEST_HEAD, Choice, takes_arena
 
 _SHORT = 1024  # tokens, below which scores are small beside the rest
 
@@ -17,6 +17,12 @@ def attention_notices(config: Config, choice: Choice, device: torch.device) -> l
         choice: of the run's model.
         device: that trains.
     """
+    model, sequence = config.model, config.data.sequence_length
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    rows = config.train.micro_batch_size if config.routing.draws_per == "sequence" else 1
+    if choice.name != "routed" and takes_arena(model.attention, device, dtype, model.head_dim, sequence, rows):
+        others = f"where they share donors {choice.name} ({choice.reason})"
+        return [f"attention: routed (sequences of {sequence:,} tokens have donors each); {others}"]
     warning = _sdpa_warning(config, choice) if choice.name == "sdpa" and device.type == "cuda" else None
     return [str(choice), *([warning] if warning else [])]
 

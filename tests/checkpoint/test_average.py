@@ -95,9 +95,10 @@ def test_others_read_it(run: Path, tmp_path: Path) -> None:
     assert torch.equal(average.load_decoder().get_parameter("norm.weight"), average.weight("norm.weight"))
 
 
-def test_a_checkpoint_of_a_flash_kernel_is_evaluated_with_what_is_there(run: Path) -> None:
+def test_a_checkpoint_of_a_kernel_for_gpus_is_evaluated_with_what_is_there(run: Path) -> None:
     (checkpoint,) = last_checkpoints(run, 1)
-    for trained_with, evaluated_with in {"fa4": "auto", "flash": "auto", "sdpa": "sdpa", "eager": "eager"}.items():
+    wanted = {"fa4": "auto", "flash": "auto", "routed": "auto", "sdpa": "sdpa", "eager": "eager"}
+    for trained_with, evaluated_with in wanted.items():
         checkpoint.model_config = checkpoint.model_config.model_copy(update={"attention": trained_with})
         assert checkpoint.load_decoder().config.attention == evaluated_with
 

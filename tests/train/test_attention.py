@@ -9,7 +9,9 @@ import torch
 
 from skvr_dist.config.tree import Config
 from skvr_dist.lab.verify.cases import BF16, Case
+from skvr_dist.model import attention_choice
 from skvr_dist.model.attention_choice import Choice
+from skvr_dist.routing import RoutingConfig
 from skvr_dist.train.attention import attention_notices
 
 CUDA = torch.device("cuda", 0)
@@ -53,6 +55,19 @@ def test_slow_attention_on_a_gpu_is_not_passed_over_in_silence(of: Config, costs
         assert warning.startswith("WARNING: attention takes ") and costs is not None
         assert costs in warning and way_out in warning
     assert len(attention_notices(of, Choice("fa2", ""), CUDA)) == 1
+
+
+def test_our_kernel_is_named_where_short_sequences_have_donors_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_choice, "_arena_obstacle", lambda *_: None)
+    attention_choice.takes_arena.cache_clear()
+    each = {"routing": RoutingConfig(policy="uniform", cross_layer_prob=0.5, draws_per="sequence")}
+    fa2 = Choice("fa2", "so it is")
+    for sequence, line in {
+        1024: "attention: routed (sequences of 1,024 tokens have donors each); where they share donors fa2 (so it is)",
+        1025: "attention: fa2 (so it is)",
+    }.items():
+        assert attention_notices(config(sequence).model_copy(update=each), fa2, CUDA) == [line]
+    attention_choice.takes_arena.cache_clear()
 
 
 def test_the_cost_of_scores_is_named() -> None:

@@ -1,0 +1,80 @@
+"""A decoder whose layers read from an arena, against the formula: outputs and gradients, however it is cut or run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from skvr_dist.config.model import ModelConfig
+from skvr_dist.config.parallel import ActivationCheckpointing
+from skvr_dist.errors import UserError
+from skvr_dist.model.attention_choice import resolve
+from skvr_dist.model.decoder import KV, Decoder, initialize
+
+MODEL = ModelConfig(
+    architecture="qwen3",
+    vocab_size=31,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=10,
+    max_position_embeddings=64,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    qk_norm=True,
+    tie_word_embeddings=False,
+)
+DOCUMENTS = torch.tensor([[0] * 15 + [1] * 22, [0] * 5 + [1] * 20 + [2] * 12])
+ONE, EACH = [[0, 0, 2, 1, 2]], [[0, 0, 2, 1, 2], [0, 1, 1, 0, 4]]
+
+
+def outputs_and_gradients(
+    attention: str, donors: list[list[int]], cuts: tuple[int, ...], documents: Tensor | None, recompute: str
+) -> Iterator[Tensor]:
+    """Of a decoder cut into stages before these layers."""
+    config = MODEL.model_copy(update={"attention": attention})
+    stages = [
+        Decoder(config, start, stop, checkpointing=ActivationCheckpointing(recompute=recompute))
+        for start, stop in zip((0, *cuts), (*cuts, 5), strict=True)
+    ]
+    for stage in stages:
+        initialize(stage, seed=0)
+    tokens = torch.randint(0, 31, (2, 37), generator=torch.Generator().manual_seed(1))
+    hidden, known = stages[0].embed(tokens), dict[tuple[int, int], KV]()
+    for stage in stages:
+        hidden, known = stage.run_layers(hidden, donors, known, documents=documents)
+    logits = stages[-1].logits(hidden)
+    logits.square().sum().backward()
+    yield logits.detach()
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            assert parameter.grad is not None, name
+            yield parameter.grad
+
+
+@pytest.mark.parametrize(
+    ("donors", "cuts", "documents", "recompute"),
+    [
+        (ONE, (), None, "none"),
+        (ONE, (2,), DOCUMENTS, "layer"),
+        (EACH, (), DOCUMENTS, "none"),
+        (EACH, (1, 4), None, "attention"),
+        (EACH, (2, 3), DOCUMENTS, "layer"),
+    ],
+)
+def test_follows_the_formula(
+    donors: list[list[int]], cuts: tuple[int, ...], documents: Tensor | None, recompute: str
+) -> None:
+    found = outputs_and_gradients("routed", donors, cuts, documents, recompute)
+    for ours, right in zip(found, outputs_and_gradients("eager", donors, cuts, documents, recompute), strict=True):
+        assert (ours - right).norm() <= 1e-5 * right.norm()
+
+
+def test_what_the_kernel_cannot_do_is_refused_in_one_sentence() -> None:
+    with pytest.raises(UserError, match="takes even head sizes up to 128 in float32, not 130; use auto or sdpa"):
+        resolve("routed", torch.device("cpu"), torch.float32, 130)
