@@ -78,7 +78,8 @@ newest-env:
 # What stands in for parts of other packages, or reads their files: transformers, DeepSpeed, torch, webdataset,
 # sentencepiece, tokenizers, safetensors; and Triton, whose tests are in kernels/.
 FOREIGN := tests/hf/test_versions.py tests/hf/test_generate.py tests/hf/test_layers.py tests/hf/test_exported_tokenizer.py \
-    tests/lab/test_verify.py tests/checkpoint/test_checkpoint.py tests/data/test_reader.py tests/data/test_tokenizers.py
+    tests/evaluate/test_combined.py tests/lab/test_verify.py tests/checkpoint/test_checkpoint.py tests/data/test_reader.py \
+    tests/data/test_tokenizers.py
 # Of the slow ones, the layouts with the most of DeepSpeed in them.
 FOREIGN_CASES := not test_verify and not test_checkpoint or quick_matrix and PP2xDP2 and not TP2x or in_any_other and single
 test-newest: export OMP_NUM_THREADS := 1

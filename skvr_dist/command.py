@@ -200,6 +200,22 @@ def a_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def usable_device(name: str | None) -> str:
+    """The device that `--device` names, or by default a GPU if there is one.
+
+    Raises:
+        UserError: this build or this machine has no such device.
+    """
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of a build without CUDA
+        raise UserError(f"--device {device} is not to be had here ({str(error).splitlines()[0]}); use cpu") from None
+    return device
+
+
 def write_json(file: Path, record: Any) -> None:
     """Write figures as JSON, as `skvr_dist.files.as_json` makes it.
 

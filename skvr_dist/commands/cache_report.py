@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +16,12 @@ from skvr_dist.files import as_json, write_whole
 
 if TYPE_CHECKING:
     from skvr_dist.checkpoint.folder import Checkpoint
-    from skvr_dist.evaluate.cache_report.content import Memory
+    from skvr_dist.evaluate.cache_report.content import CacheReport, Memory
     from skvr_dist.routing import CacheStrategy
 
 _GIB = 2**30
+_SHARES = [Fraction(eighths, 8) for eighths in range(1, 8)]
+"""Of the layers, in each family: close enough that one of them is near the smallest cache within the bound."""
 
 
 def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
@@ -29,12 +34,11 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     from skvr_dist.commands.retention import FAMILIES, of_families
     from skvr_dist.data.tokenizers.load import load_tokenizer
     from skvr_dist.evaluate.cache_report import content
-    from skvr_dist.evaluate.cache_report.markdown import as_markdown
-    from skvr_dist.evaluate.cache_report.page import as_page
     from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
     from skvr_dist.evaluate.outputs import FULL
     from skvr_dist.hf.convert.opened import open_model
     from skvr_dist.routing import CacheStrategy
+    from skvr_dist.sweep.results import source_commit
 
     checkpoint = open_model(options.model)
     if checkpoint.tokenizer_file is None:
@@ -44,7 +48,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     layers, profiles = checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
     context = _context(checkpoint, options.context)
     held_out = HeldOutData.of(checkpoint, options.data, options.sequence_length)
-    names = options.strategies or [*of_families(FAMILIES, layers), *profiles]
+    names = options.strategies or [*of_families(FAMILIES, layers, _SHARES), *profiles]
     strategies = CacheStrategy.parse_all(list(dict.fromkeys([FULL, *names])), layers, profiles)
     measurement = evaluate_checkpoint(
         checkpoint, held_out, list(strategies), sequences=options.sequences, batch_size=options.batch_size
@@ -73,12 +77,29 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
         scores=scores,
         cases=cases,
         compared=compared,
+        command=_command(),
+        commit=source_commit(),
     )
+    return _write(report, output)
+
+
+def _write(report: CacheReport, output: Path) -> Path:
+    """All forms of the report; returns the path of the Markdown."""
+    from skvr_dist.evaluate.cache_report.markdown import as_markdown
+    from skvr_dist.evaluate.cache_report.page import as_page
+
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "report.json", as_json(report, indent=2) + "\n")
     write_whole(output / "report.html", as_page(report))
     write_whole(output / "report.md", as_markdown(report))
     return output / "report.md"
+
+
+def _command() -> str:
+    """This command as it was typed, without the folders of the interpreter and of an installed command."""
+    file = Path(sys.argv[0])
+    start = ["python", f"{file.parent.name}/{file.name}"] if file.suffix == ".py" else [file.name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def _add_plan(checkpoint: Checkpoint) -> None:

@@ -8,7 +8,8 @@ CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest che
 prepared with its tokenizer; the layers are searched on the --calibrate texts and judged on the --test texts (default:
 the run's held-out data), which must be others. Each profile names a size: --profile NAME=SHARE, or NAME=SHARE@LAST
 where layers above LAST are to keep nothing, so that a prefill can leave them out. The plan is kept in the checkpoint,
-and an export carries its profiles. Exit code 1: --most-rise was given, and a profile costs more.
+and an export carries its profiles. With --kvsharer the layers that KVSharer (arXiv 2410.18517) would let share are
+searched and tested beside them. Exit code 1: --most-rise was given, and a profile costs more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from skvr_dist.command import Figure, a_path, add_json, at_least, conclude, new_parser, parse, run_command
+from skvr_dist.commands import kvsharer
 from skvr_dist.errors import UserError
 from skvr_dist.files import prove_writable
 
@@ -47,6 +49,7 @@ def run() -> int:
 
     from skvr_dist.checkpoint.folder import Checkpoint
     from skvr_dist.evaluate.cache_plan import PLAN_FILE, named_strategies, plan_caches
+    from skvr_dist.evaluate.kvsharer import against_plan
 
     checkpoint = Checkpoint(options.checkpoint)
     layers = checkpoint.model_config.num_hidden_layers
@@ -58,8 +61,9 @@ def run() -> int:
     searched = {n: text.batches(options.sequences, options.batch_size, device) for n, text in calibrations.items()}
     tested = {n: text.batches(options.test_sequences, options.batch_size, device) for n, text in tests.items()}
     _require_apart(searched, tested)
+    decoder = checkpoint.load_decoder().to(device)
     plan = plan_caches(
-        checkpoint.load_decoder().to(device),
+        decoder,
         searched,
         tested,
         profiles,
@@ -77,6 +81,10 @@ def run() -> int:
         "plan": _plain(asdict(plan)),
     }
     table = "\n\n".join(_table(plan, test, layers, _bytes_per_layer(checkpoint)) for test in tests)
+    if options.kvsharer is not None:
+        shared = against_plan(decoder, searched, tested, plan, options.kvsharer)
+        record["kvsharer"] = {"threshold": options.kvsharer, "profiles": shared}
+        table = "\n\n".join([table, *(kvsharer.as_table(shared, test, options.kvsharer) for test in tests)])
     code = conclude(_figures(plan, options.most_rise), table=table, record=record, json_file=json_file)
     print(f"\n{_sharing(plan)}\nwritten: {json_file}; tools/export_hf.py {options.checkpoint} OUT carries the profiles")
     return code
@@ -113,8 +121,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--most-rise", type=float, metavar="NATS", help="a profile that costs more on a test text misses its figure"
     )
+    kvsharer.add_kvsharer(parser)
     add_json(parser, "default: cache-plan.json in the checkpoint")
     options = parse(parser)
+    kvsharer.require_comparable(options)
     if options.last is not None and options.retention is None and options.budget is None:
         parser.error("--last goes with --retention or --budget; a profile names its own: NAME=SHARE@LAST")
     return options

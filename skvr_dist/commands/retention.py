@@ -3,11 +3,13 @@
     skvr-retention runs/quickstart/routed --strategies full every:2 every:4
     skvr-retention runs/quickstart/routed --families even prefix suffix sandwich
     skvr-retention runs/quickstart/routed --gate every:2=0.05 --gate every:4=0.2
+    skvr-retention exports/routed --data data/stdlib/validation --sequence-length 256 --bits 8 4 --windows 64 128
 
 MODEL is a checkpoint's folder, or a run's, which stands for its latest checkpoint, or an export. Imports and exports
 have no held-out data of their own: give it with --data, and sequences of another length than 1024 with
 --sequence-length. With --gate STRATEGY=NATS the exit code is 1 if that strategy costs more than so many nats per token
-over full retention.
+over full retention. With --bits or --windows every strategy of an export is measured with caches of these forms too, by
+the caches of transformers; a gate then names a combination, such as every:2+int4+window:64.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from skvr_dist.command import (
     Figure,
@@ -25,13 +28,15 @@ from skvr_dist.command import (
     new_parser,
     parse,
     run_command,
+    usable_device,
     write_json,
 )
+from skvr_dist.commands.combined_caches import add_combinations, measure_combinations
 from skvr_dist.errors import UserError
 from skvr_dist.files import prove_writable
 
 FAMILIES = ("even", "prefix", "suffix", "sandwich")
-_PARTS = (2, 3, 4, 8)
+_SHARES = tuple(Fraction(1, part) for part in (2, 3, 4, 8))
 
 
 def main() -> None:
@@ -67,6 +72,7 @@ def _options() -> argparse.Namespace:
         metavar="S=NATS",
         help="most that a strategy or profile may cost",
     )
+    add_combinations(parser)
     add_json(parser, "default: retention.json in the model's folder")
     parser.add_argument("--png", type=a_path, metavar="FILE", help="default: beside the JSON")
     return parse(parser)
@@ -76,25 +82,21 @@ def run() -> int:
     """Measure the curve, write and print it; returns the exit code."""
     options = _options()
 
-    import torch
-
     from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
     from skvr_dist.evaluate.retention import RETENTION_FILE, as_table, plot
     from skvr_dist.hf.convert.opened import open_model
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # of a build without CUDA
-        raise UserError(f"--device {device} is not to be had here ({str(error).splitlines()[0]}); use cpu") from None
+    device = usable_device(options.device)
     checkpoint = open_model(options.checkpoint)
+    strategies = options.strategies or of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
+    if options.bits or options.windows:
+        return measure_combinations(options, checkpoint, strategies, device)
     if (options.data or options.sequence_length) and checkpoint.is_trained and not options.json:
         raise UserError(
             "--data and --sequence-length need --json: the checkpoint keeps the curve over its own held-out data"
         )
     json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)
     png_file = prove_writable(options.png or json_file.with_suffix(".png"))
-    strategies = options.strategies or of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
     gates = dict(options.gate)
     if gates:  # rises are over the first one
         strategies = list(dict.fromkeys(["full", *strategies, *gates]))
@@ -138,13 +140,13 @@ def _gate(text: str) -> tuple[str, float]:
     return name, bound
 
 
-def of_families(families: Sequence[str], num_layers: int) -> Sequence[str]:
-    """Strategies of each family at the usual sizes; the usual five without one."""
+def of_families(families: Sequence[str], num_layers: int, shares: Sequence[Fraction] = _SHARES) -> Sequence[str]:
+    """Strategies of each family with these shares of the layers; the usual five without a family."""
     from skvr_dist.evaluate.curve import DEFAULT_STRATEGIES
 
     if not families:
         return DEFAULT_STRATEGIES
-    sizes = sorted({max(1, num_layers // part) for part in _PARTS}, reverse=True)
+    sizes = sorted({max(1, int(num_layers * share)) for share in shares}, reverse=True)
     return ["full", *(f"{family}:{size}" for family in families for size in sizes)]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from skvr_dist.command import Figure, conclude, write_json
+from skvr_dist.command import Figure, conclude, usable_device, write_json
 from skvr_dist.config.presets import find_config, preset_names
 from skvr_dist.errors import UserError
 
@@ -239,6 +239,12 @@ def test_numbers_that_json_does_not_have_become_null(tmp_path: Path) -> None:
     write_json(file, {"ratio": math.nan, "speeds": (Speed([1.0, math.inf]),), "steps": 3, "name": "NaN"})
     read = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert read == {"ratio": None, "speeds": [{"seconds": [1.0, None]}], "steps": 3, "name": "NaN"}
+
+
+def test_a_device_that_is_not_there() -> None:
+    assert usable_device("cpu") == "cpu" and usable_device(None) in ("cpu", "cuda")
+    with pytest.raises(UserError, match=r"--device abacus is not to be had here .*; use cpu"):
+        usable_device("abacus")
 
 
 def test_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

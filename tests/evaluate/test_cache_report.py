@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from support.datasets import write_dataset
 from support.gguf_models import MODELS, write
 
 from skvr_dist.commands import report
+from skvr_dist.commands.cache_report import _SHARES
+from skvr_dist.commands.retention import of_families
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.cache_report.chart import quality_chart
-from skvr_dist.evaluate.cache_report.content import by_family, change, recommended_point, shown_strategies
+from skvr_dist.evaluate.cache_report.content import by_family, change, next_smaller, recommended_point, shown_strategies
 from skvr_dist.evaluate.intervals import Interval
 from skvr_dist.evaluate.retention import RetentionPoint
 from skvr_dist.hf.convert.import_model import import_model
@@ -41,12 +44,21 @@ def test_the_smallest_cache_that_surely_costs_less_is_recommended() -> None:
     assert recommended_point(POINTS, 0.06).strategy == "standard"
     assert recommended_point(POINTS, 0.001).strategy == "full"
     assert shown_strategies(POINTS, POINTS[2]) == ["prefix:4", "even:2"]
+    following = [next_smaller(POINTS, chosen) for chosen in (POINTS[0], POINTS[1], POINTS[4])]
+    assert [each and each.strategy for each in following] == ["prefix:4", "standard", None]
     families = by_family(POINTS, {"standard": "0,2,4"})
     assert {name: [p.strategy for p in of] for name, of in families.items()} == {
         "even": ["full", "even:4", "even:2"],
         "prefix": ["full", "prefix:4"],
         "planned": ["full", "standard"],
     }
+
+
+def test_families_are_measured_at_sizes_close_enough_for_a_recommendation() -> None:
+    """Halves and less alone would recommend all layers of a model that can spare two of eight."""
+    sizes = [f"even:{size}" for size in range(7, 0, -1)]
+    assert of_families(["even"], 8, _SHARES) == ["full", *sizes]
+    assert of_families(["even"], 4, _SHARES) == ["full", "even:3", "even:2", "even:1"]
 
 
 def test_change_of_texts() -> None:
@@ -59,6 +71,16 @@ def test_a_chart_stays_within_its_frame() -> None:
     numbers = [float(number) for number in re.findall(r'c?[xy][12]?="(-?[\d.]+)"', svg)]
     assert numbers and min(numbers) >= 0 and max(numbers) <= 360
     assert svg.count("<polyline") == 3 and "NaN" not in svg and "nan" not in svg
+
+
+def test_a_line_goes_through_the_best_of_each_size_and_shares_do_not_touch() -> None:
+    points = [point("full", 8, 0, 0), *(point(f"even:{size}", size, 0.1, 0.2) for size in range(7, 0, -1))]
+    svg = quality_chart({"planned": [points[0], POINTS[2], POINTS[1]], "even": points}, 0.05)
+    lines = [line.split() for line in re.findall(r'<polyline points="([^"]*)"', svg)]
+    assert [len(line) for line in lines] == [2, 8]
+    assert lines[0][1].split(",")[1] == re.findall(r'cy="([\d.]+)" r="3" fill="[^"]*"><title>prefix:4', svg)[0]
+    shares = [float(place) for place in re.findall(r'x="([\d.]+)" y="251" text-anchor="middle">[\d.]+%', svg)]
+    assert len(shares) == 8 and min(b - a for a, b in pairwise(shares)) > 34 and shares[-1] <= 345
 
 
 class Links(HTMLParser):
@@ -108,7 +130,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         report.run()
         return capsys.readouterr().out
 
-    assert "continuations of held-out text" in started(*words)
+    continued = started(*words)
+    assert "continuations of held-out text" in continued
+    assert f"Made by `skvr-report --model {tmp_path / 'model'} --data" in continued
     asked = started(*words, "--work", str(tmp_path / "asked.jsonl"), "--decode", "4")
     assert asked.splitlines()[2].startswith("Keep the cache of ")
     page = (tmp_path / "out/report.html").read_text()

@@ -9,14 +9,17 @@ from html import escape
 from skvr_dist.evaluate.retention import RetentionPoint, percent
 
 _WIDTH, _HEIGHT = 360, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 16, 12, 44
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """That people with any colour vision tell apart (Okabe and Ito)."""
 _TICKS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def quality_chart(families: Mapping[str, Sequence[RetentionPoint]], most_rise: float) -> str:
-    """Rise of the loss against cache bytes, a line per family with its intervals, on an axis of square roots."""
+    """Rise of the loss against cache bytes, on an axis of square roots.
+
+    Points with their intervals; a line per family, through the best of each size.
+    """
     points = [point for of in families.values() for point in of]
     most_bytes = max(point.cache_bytes_per_token for point in points)
     top = max(most_rise, *(point.rise.high for point in points if point.rise))
@@ -31,7 +34,8 @@ def quality_chart(families: Mapping[str, Sequence[RetentionPoint]], most_rise: f
     dashed = f'y1="{y(most_rise):.1f}" y2="{y(most_rise):.1f}"'
     parts.append(f'<line class="most" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {dashed}/>')
     for colour, of in zip(_cycle(len(families)), families.values(), strict=True):
-        at = " ".join(f"{x(p.cache_bytes_per_token):.1f},{y(p.rise.mean if p.rise else 0):.1f}" for p in of)
+        best = {p.retained: p for p in sorted(of, key=lambda p: (-p.retained, -p.loss))}.values()
+        at = " ".join(f"{x(p.cache_bytes_per_token):.1f},{y(p.rise.mean if p.rise else 0):.1f}" for p in best)
         parts.append(f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         for point in of:
             if point.rise:
@@ -55,8 +59,8 @@ def _axes(points: Sequence[RetentionPoint], top: float, x: Callable[..., float],
     taken, shares = -math.inf, {point.cache_bytes_per_token: point.retention for point in points}
     for size, share in sorted(shares.items()):
         if (at := x(size)) - taken >= 34:
-            taken, anchor = at, "end" if at > _WIDTH - 25 else "middle"
-            where = f'x="{at:.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="{anchor}"'
+            taken = at
+            where = f'x="{at:.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle"'
             parts.append(f"<text {where}>{percent(share)}</text>")
     caption = f"share of the cache (all: {max(shares):,} bytes per token)"
     parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 10}" text-anchor="middle">{caption}</text>')

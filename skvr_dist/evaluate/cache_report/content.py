@@ -79,6 +79,10 @@ class CacheReport:
     """The texts that change most, by strategy."""
     compared: int
     """Texts that the cases are chosen from."""
+    command: str
+    """That made the report."""
+    commit: str | None
+    """Of the code; None for an installed release."""
 
 
 def recommended_point(points: Sequence[RetentionPoint], most_rise: float) -> RetentionPoint:
@@ -176,7 +180,32 @@ def sentences(report: CacheReport) -> list[str]:
     mine, fulls = held.get(point.strategy), held.get(full.strategy)
     if mine and fulls:
         found.append(f"On {report.server} that holds {mine.sequences:,} sequences at once, not {fulls.sequences:,}.")
-    return found
+    if smaller := next_smaller(report.measurement.points, point):
+        assert smaller.rise is not None
+        kept = ", ".join(map(str, report.retained[smaller.strategy]))
+        found.append(f"The next smaller one ({kept}: `{smaller.strategy}`) costs {smaller.rise.mean:+.4f}.")
+    return [*found, f"Exports serve it with `kv_profile={point.strategy}`."]
+
+
+def next_smaller(points: Sequence[RetentionPoint], chosen: RetentionPoint) -> RetentionPoint | None:
+    """The best of the largest caches that are smaller than the chosen one; None below the smallest."""
+    return min(
+        (point for point in points if point.rise and point.retained < chosen.retained),
+        key=lambda point: (-point.retained, point.loss),
+        default=None,
+    )
+
+
+def origin(report: CacheReport) -> str:
+    """The last sentence of both forms: how to make the report again."""
+    measured, code = report.measurement, ""
+    if report.commit:
+        changed = ", with changes that were not committed" if report.commit.endswith("+") else ""
+        code = f" at commit {report.commit[:7]}{changed}"
+    return (
+        f"Measured over {measured.sequences:,} sequences of {measured.sequence_length:,} tokens from "
+        f"{measured.data} ({measured.data_fingerprint}). Made by `{report.command}`{code}."
+    )
 
 
 def name_of(checkpoint: Checkpoint) -> str:

@@ -7,7 +7,7 @@ import re
 from tabulate import tabulate
 
 from skvr_dist.evaluate.cache_report import tables
-from skvr_dist.evaluate.cache_report.content import CacheReport, sentences
+from skvr_dist.evaluate.cache_report.content import CacheReport, origin, sentences
 
 
 def as_markdown(report: CacheReport) -> str:
@@ -25,6 +25,7 @@ def as_markdown(report: CacheReport) -> str:
             parts += [_fenced(case.prompt), "at full retention", _fenced(case.at_full), f"at `{strategy}`"]
             parts.append(_fenced(case.at_smaller))
             parts += [] if case.right is None else ["right is", _fenced(case.right)]
+    parts += ["## How this was made", origin(report)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -7,7 +7,7 @@ from html import escape
 
 from skvr_dist.evaluate.cache_report import tables
 from skvr_dist.evaluate.cache_report.chart import bar_chart, legend, quality_chart
-from skvr_dist.evaluate.cache_report.content import CacheReport, Case, sentences
+from skvr_dist.evaluate.cache_report.content import CacheReport, Case, origin, sentences
 from skvr_dist.evaluate.cache_report.tables import Table
 
 _STYLE = """
@@ -39,13 +39,10 @@ td::before{text-align:left;white-space:nowrap;content:attr(data-name);color:var(
 def as_page(report: CacheReport) -> str:
     """The whole report."""
     advice = " ".join(_in_html(sentence) for sentence in sentences(report))
-    measured = report.measurement
     held = [(memory.strategy, memory.sequences) for memory in report.memory]
     body = [
         f"<h1>Caches of {escape(report.model)}</h1>",
         f'<p class="advice">{advice}</p>',
-        f'<p class="soft">Measured over {measured.sequences:,} sequences of {measured.sequence_length:,} tokens from '
-        f"{escape(measured.data)} ({escape(measured.data_fingerprint)}).</p>",
         "<h2>Quality against cache bytes</h2>",
         quality_chart(report.families, report.most_rise),
         legend(list(report.families)),
@@ -67,6 +64,7 @@ def as_page(report: CacheReport) -> str:
     for strategy, cases in report.cases.items():
         body.append(f"<h3>At {escape(strategy)}</h3>")
         body += [_case(case, strategy) for case in cases] or ["<p>No text changes.</p>"]
+    body.append(f'<h2>How this was made</h2><p class="soft">{_in_html(origin(report))}</p>')
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

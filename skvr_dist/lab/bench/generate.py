@@ -1,4 +1,4 @@
-"""Time to first token and decoding speed of a Hugging Face model at several cache strategies, measured in one run."""
+"""Time to first token, decoding speed and memory of a Hugging Face model at several cache strategies, in one run."""
 
 from __future__ import annotations
 
@@ -13,57 +13,137 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
+from skvr_dist.lab.bench import memory
+
 
 @dataclass
 class Speed:
-    """One strategy; seconds in the order of the rounds."""
+    """One strategy at one length and batch; seconds in the order of the rounds, none if memory ran out."""
 
     strategy: str
     retention: float
+    prompt_tokens: int
+    batch: int
     cache_bytes_per_token: int = 0
-    """Measured."""
+    """Measured, behind the prompt."""
+    peak_bytes: int | None = None
+    """Of all rounds (`skvr_dist.lab.bench.memory`); None where the system does not tell."""
+    ran_out_of_memory: bool = False
     first_token_seconds: list[float] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
     """For all tokens after the first."""
 
-    def ratio_to(self, full: Speed, what: str) -> float:
-        """Median over the rounds of this strategy's seconds over those of `full` in the same round."""
+    def ratio_to(self, full: Speed, what: str) -> float | None:
+        """Median over the rounds of this strategy's seconds over those of `full` in the same round, if both ran."""
+        if self.ran_out_of_memory or full.ran_out_of_memory:
+            return None
         pairs = zip(getattr(self, what), getattr(full, what), strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class LargestBatch:
+    """The most sequences at once within a limit of memory."""
+
+    strategy: str
+    prompt_tokens: int
+    batch: int
+    """0 if not even one fits."""
+    peak_bytes: int | None
+    """At that batch."""
+    tried: list[int]
+
+
 def measure_speed(model: Any, prompt: Tensor, new_tokens: int, strategies: Sequence[str], rounds: int) -> list[Speed]:
     """Greedy decoding at each strategy in turn, so that a noisy neighbour meets all of them.
 
     Every round runs each strategy once, in an order that turns with the round; the first round warms up and is not
-    counted.
+    counted. A strategy that runs out of memory is left out from then on.
 
     Args:
         model: one of `skvr_dist.hf`.
         prompt: int [B, S].
         new_tokens: to decode after the first.
     """
-    speeds = []
+    speeds, (batch, length) = [], prompt.shape
     for spec in strategies:
         model.set_cache_strategy(spec)
-        speeds.append(Speed(spec, len(model.retained_layers) / model.config.num_hidden_layers))
-    for number in tqdm(range(rounds + 1), desc="rounds", disable=None):
+        speeds.append(Speed(spec, len(model.retained_layers) / model.config.num_hidden_layers, length, batch))
+    for number in tqdm(range(rounds + 1), desc=f"rounds of {batch} x {length:,} tokens", disable=None):
         for offset in range(len(speeds)):
             speed = speeds[(number + offset) % len(speeds)]
-            model.set_cache_strategy(speed.strategy)
-            cache = DynamicCache()
-            started = time.perf_counter()
-            token = _next_token(model, prompt, cache)
-            first = time.perf_counter()
-            speed.cache_bytes_per_token = cache_bytes(cache) // prompt.numel()
-            decode_started = time.perf_counter()
-            for _ in range(new_tokens):
-                token = _next_token(model, token, cache)
-            if number > 0:
-                speed.first_token_seconds.append(first - started)
-                speed.decode_seconds.append(time.perf_counter() - decode_started)
+            if not speed.ran_out_of_memory:
+                _run_once(model, prompt, new_tokens, speed, counts=number > 0)
     return speeds
+
+
+def largest_batch(
+    model: Any, prompt_tokens: int, new_tokens: int, strategy: str, *, limit: int, most: int
+) -> LargestBatch:
+    """The most sequences whose prompt and continuation stay within a limit.
+
+    Args:
+        limit: bytes of memory, the weights and (on a CPU) the process itself among them.
+        most: sequences to try.
+
+    Raises:
+        UserError: the model alone takes more.
+    """
+    model.set_cache_strategy(strategy)
+    device, peaks = model.device, {}
+    tried: list[int] = []
+
+    def fits(batch: int) -> bool:
+        tried.append(batch)
+        memory.give_back(device.type)
+        speed = Speed(strategy, 0.0, prompt_tokens, batch)
+        with memory.limited(device.type, limit):
+            _run_once(model, random_prompt(model, batch, prompt_tokens), new_tokens, speed, counts=False)
+        peaks[batch] = speed.peak_bytes
+        return not speed.ran_out_of_memory and (speed.peak_bytes is None or speed.peak_bytes <= limit)
+
+    found = memory.largest(fits, most)
+    return LargestBatch(strategy, prompt_tokens, found, peaks.get(found), tried)
+
+
+def random_prompt(model: Any, batch: int, tokens: int) -> Tensor:
+    """int [B, S] on the model's device, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
+
+
+@torch.inference_mode()
+def _run_once(model: Any, prompt: Tensor, new_tokens: int, speed: Speed, *, counts: bool) -> None:
+    """Read a prompt and decode at `speed.strategy`, and note what that took."""
+    model.set_cache_strategy(speed.strategy)
+    memory.reset_peak(prompt.device.type)
+    try:
+        first, decode, speed.cache_bytes_per_token = _seconds(model, prompt, new_tokens)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        speed.ran_out_of_memory, speed.first_token_seconds, speed.decode_seconds = True, [], []
+    if speed.ran_out_of_memory:
+        memory.give_back(prompt.device.type)  # here the error no longer holds what was allocated
+        return
+    peak = memory.peak_bytes(prompt.device.type)
+    speed.peak_bytes = peak if peak is None else max(peak, speed.peak_bytes or 0)
+    if counts:
+        speed.first_token_seconds.append(first)
+        speed.decode_seconds.append(decode)
+
+
+def _seconds(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float, int]:
+    """Seconds to the first token and for those after it, and the cache's bytes per token behind the prompt."""
+    cache = DynamicCache()
+    started = time.perf_counter()
+    token = _next_token(model, prompt, cache)
+    first = time.perf_counter() - started
+    held = cache_bytes(cache) // prompt.numel()
+    started = time.perf_counter()
+    for _ in range(new_tokens):
+        token = _next_token(model, token, cache)
+    return first, time.perf_counter() - started, held
 
 
 def _next_token(model: Any, tokens: Tensor, cache: Cache) -> Tensor:
