@@ -34,8 +34,9 @@ ROOMS = [
     "command",
     "commands",
 ]
-# It prepares other people's models for their own DeepSpeed, which they have if they use it.
-OTHERS_WITH_DEEPSPEED = {"skvr_dist.hf.model.rcla"}
+# One prepares other people's models for their own DeepSpeed, which they have if they use it; one is the loop that they
+# would write with it.
+OTHERS_WITH_DEEPSPEED = {"skvr_dist.hf.model.rcla", "skvr_dist.lab.bench.plain_loop"}
 
 
 def trees(*folders: str) -> Iterator[tuple[str, ast.Module]]:

@@ -81,11 +81,11 @@ class StageArena:
         own = [layer for layer in layers if layer in read]
         # Of earlier stages' layers each row reads others: the first that each of them reads share a slot, and so on.
         self._crossing = [sorted({row[layer] for layer in layers if row[layer] < layers.start}) for row in donors]
-        waves = max(map(len, self._crossing))
+        self._waves = max(map(len, self._crossing))
         self._slots = {(layer, row): slot for slot, layer in enumerate(own) for row in range(self.rows)}
         for row, crossing in enumerate(self._crossing):
             self._slots |= {(layer, row): len(own) + wave for wave, layer in enumerate(crossing)}
-        self._count = len(own) + waves
+        self._count = len(own) + self._waves
         numbers = [self._of_sequences([self._slots[row[layer], r] for r, row in enumerate(donors)]) for layer in layers]
         numbers += [[slot] * batch for slot in range(self._count)]
         table = torch.tensor(numbers, dtype=torch.int64)
@@ -101,14 +101,15 @@ class StageArena:
 
     def receive(self, crossing: Mapping[KVPart, _KV]) -> None:
         """Write the keys and values of earlier stages' layers that are read here."""
-        for wave in range(max(map(len, self._crossing))):
-            parts = [crossing[layers[wave], row] if wave < len(layers) else None
-                     for row, layers in enumerate(self._crossing)]  # fmt: skip
+        for wave in range(self._waves):
+            parts = [
+                crossing[layers[wave], row] if wave < len(layers) else None for row, layers in enumerate(self._crossing)
+            ]
             one = next(part for part in parts if part is not None)
             nothing = torch.zeros_like(one.k)
             k = torch.cat([nothing if part is None else part.k for part in parts])
             v = torch.cat([nothing if part is None else part.v for part in parts])
-            self._write(self._count - max(map(len, self._crossing)) + wave, k, v)
+            self._write(self._count - self._waves + wave, k, v)
 
     def layer(self, number: int) -> ArenaLayer:
         """What a layer of this stage writes and reads."""

@@ -4,8 +4,11 @@
     deepspeed --num_gpus 2 tools/bench.py step --json bench.json parallel.pipeline=2
     skvr-bench step --config bench --config qwen3-1.7b --least-mfu 0.55 train.precision=bf16 data.sequence_length=4096 \
         train.micro_batch_size=1
+    skvr-bench step --against hf
 
-Keys and values that nobody reads are not computed, so routing should cost nothing. On a GPU tokens per second, MFU and
+Keys and values that nobody reads are not computed, so routing should cost nothing. Routed steps are those of the
+configuration, uniform at 0.5 if it names none. `--against hf` times the same model, optimizer and batch in a loop of
+transformers and DeepSpeed beside them, on one stage without tensor parallelism. On a GPU tokens per second, MFU and
 memory are printed too (docs/metrics.md). Exit code 1: the median ratio is above the bound (`--bound`), or an MFU below
 `--least-mfu`.
 """
@@ -30,9 +33,11 @@ from skvr_dist.command import (
     exit_code_of,
     share,
 )
+from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
     from skvr_dist.lab.bench.step import StepTimes
+    from skvr_dist.parallel.mesh import Mesh
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -40,6 +45,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_configs(parser, default="bench")
     parser.add_argument("--rounds", type=at_least(2), default=40, help="steps of each kind (default: 40)")
     add_bound(parser, 1.0, "largest ratio allowed")
+    parser.add_argument("--against", choices=("hf",), help="also time a plain loop of transformers and DeepSpeed")
+    add_bound(parser, 1.0, "least time of the plain loop over that of standard steps", name="--against-bound")
     parser.add_argument(
         "--least-mfu", type=share, metavar="X", help="least MFU allowed, of both kinds of steps; on GPUs"
     )
@@ -57,9 +64,14 @@ def run(options: Namespace) -> int:
     from skvr_dist.parallel.engine.process_group import start_process_group
 
     config = load_config(options.config, options.overrides)
+    if options.against and (config.parallel.pipeline > 1 or config.parallel.tensor > 1):
+        raise UserError(
+            f"--against hf has data-parallel replicas alone, but parallel.pipeline is {config.parallel.pipeline} and "
+            f"parallel.tensor {config.parallel.tensor}; set both to 1"
+        )
     data_parallel_size(config, announced_world_size())
 
-    from skvr_dist.lab.bench.step import Ratio, interleaved_step_times
+    from skvr_dist.lab.bench.step import Kind, interleaved_step_times
     from skvr_dist.parallel.mesh import Mesh
     from skvr_dist.routing import RoutingConfig
     from skvr_dist.train.build import build_engine
@@ -68,29 +80,44 @@ def run(options: Namespace) -> int:
     start_process_group()
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
-    routings = [RoutingConfig(policy="none"), RoutingConfig(policy="uniform", cross_layer_prob=0.5)]
-    standard, routed = interleaved_step_times(config, engine, mesh, routings, options.rounds)
-    ratio = Ratio.of(routed, standard)
-    figure = Figure(
-        f"routed / standard: {ratio.median:.3f} (quartiles {ratio.lower_quartile:.3f} to {ratio.upper_quartile:.3f}, "
-        f"{options.rounds} pairs, {mesh.pp_size} stages x {mesh.dp_size} replicas)",
-        f"{options.bound:.2f}",
-        ratio.median <= options.bound,
-    )
-    figures = [figure]
+    routing = config.routing
+    if routing.policy == "none":
+        routing = RoutingConfig(policy="uniform", cross_layer_prob=0.5)
+    unrouted = RoutingConfig(policy="none")
+    kinds = [Kind("standard", engine.train_step, unrouted), Kind("routed", engine.train_step, routing)]
+    if options.against:
+        from skvr_dist.lab.bench.plain_loop import PlainLoop
+
+        plain = PlainLoop(config, mesh)
+        kinds.append(Kind("transformers + DeepSpeed", lambda batches, _: plain.step(batches), unrouted))
+    standard, routed, *others = times = interleaved_step_times(config, mesh, kinds, options.rounds)
+    figures = [_ratio_figure(routed, standard, options.bound, mesh)]
+    figures += [_ratio_figure(other, standard, options.against_bound, mesh, at_least=True) for other in others]
     if options.least_mfu is not None:
-        figures += [_mfu_figure(times, options.least_mfu) for times in (standard, routed)]
+        figures += [_mfu_figure(each, options.least_mfu) for each in (standard, routed)]
     if mesh.rank != 0:
         return exit_code_of(figures)
     tokens = config.train.global_batch_size * config.data.sequence_length
-    record: dict[str, object] = {"ratio": ratio, "bound": options.bound, "tokens": tokens}
-    record |= {"stages": mesh.pp_size, "replicas": mesh.dp_size}
-    record |= {"standard": standard.seconds, "routed": routed.seconds}
+    record: dict[str, object] = {"tokens": tokens, "stages": mesh.pp_size, "replicas": mesh.dp_size}
+    record |= {"bound": options.bound, "seconds": {each.name: each.seconds for each in times}}
     memory = memory_of_rank(mesh.devices.device_type == "cuda").get("allocated_peak_gib")
     if memory is not None:
         record |= {"mfu": [standard.mfu, routed.mfu], "peak_gib": memory, "device": torch.cuda.get_device_name()}
-    table = _table([standard, routed], tokens, memory)
+    table = _table(times, tokens, memory)
     return conclude(figures, table=table, record=record, json_file=options.json)
+
+
+def _ratio_figure(one: StepTimes, other: StepTimes, bound: float, mesh: Mesh, at_least: bool = False) -> Figure:
+    """Time of one kind of step over that of another, at most or at least the bound."""
+    from skvr_dist.lab.bench.step import Ratio
+
+    ratio = Ratio.of(one, other)
+    return Figure(
+        f"{one.name} / {other.name}: {ratio.median:.3f} (quartiles {ratio.lower_quartile:.3f} to "
+        f"{ratio.upper_quartile:.3f}, {len(one.seconds)} pairs, {mesh.pp_size} stages x {mesh.dp_size} replicas)",
+        f"{bound:.2f}",
+        ratio.median >= bound if at_least else ratio.median <= bound,
+    )
 
 
 def _table(kinds: Sequence[StepTimes], tokens: int, memory: float | None) -> str:
@@ -100,10 +127,10 @@ def _table(kinds: Sequence[StepTimes], tokens: int, memory: float | None) -> str
         tokens: of a step.
         memory: the most GiB that this rank's GPU held; None on CPUs.
     """
-    headers = ["routing", "median step (ms)", "K/V projections skipped", "tokens/s"]
+    headers = ["steps", "median step (ms)", "K/V projections skipped", "tokens/s"]
     rows = [
         [
-            each.routing.policy,
+            each.name,
             f"{1e3 * each.median:.1f}",
             f"{each.skipped_kv_share:.0%}",
             f"{tokens / each.median:,.0f}",
@@ -118,4 +145,4 @@ def _table(kinds: Sequence[StepTimes], tokens: int, memory: float | None) -> str
 
 def _mfu_figure(times: StepTimes, least: float) -> Figure:
     mfu = math.nan if times.mfu is None else times.mfu
-    return Figure(f"MFU of {times.routing.policy}: {mfu:.1%}", f"{least:.0%}", mfu >= least)
+    return Figure(f"MFU of {times.name}: {mfu:.1%}", f"{least:.0%}", mfu >= least)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.mesh import Mesh
-from skvr_dist.routing import RoutingConfig
+from skvr_dist.routing import RoutingConfig, RoutingPlan
 from skvr_dist.train.batches import WatchedBatches
 from skvr_dist.train.mfu import UtilisationMeter
 from skvr_dist.train.plans import plan_of_step
@@ -23,7 +23,7 @@ from skvr_dist.train.plans import plan_of_step
 class StepTimes:
     """Seconds of the steps of one kind, in the order they ran."""
 
-    routing: RoutingConfig
+    name: str
     seconds: list[float]
     skipped_kv_share: float
     """Mean share of key/value projections that were not computed."""
@@ -51,9 +51,9 @@ class Ratio:
     upper_quartile: float
 
     @classmethod
-    def of(cls, routed: StepTimes, standard: StepTimes) -> Ratio:
-        """Time of routed steps over that of standard ones, pair by pair."""
-        return cls.between([a / b for a, b in zip(routed.seconds, standard.seconds, strict=True)])
+    def of(cls, one: StepTimes, other: StepTimes) -> Ratio:
+        """Time of steps of one kind over that of another's, pair by pair."""
+        return cls.between([a / b for a, b in zip(one.seconds, other.seconds, strict=True)])
 
     @classmethod
     def between(cls, ratios: Sequence[float]) -> Ratio:
@@ -62,35 +62,43 @@ class Ratio:
         return cls(median, lower, upper)
 
 
-def interleaved_step_times(
-    config: Config, engine: RoutedPipelineEngine, mesh: Mesh, routings: list[RoutingConfig], rounds: int
-) -> list[StepTimes]:
-    """Time optimizer steps of one engine under several routings in turn, so that a noisy neighbour meets all of them.
+@dataclass(frozen=True)
+class Kind:
+    """Steps that are timed beside others."""
 
-    Every round runs one step of each routing, in an order that turns with the round; the first round warms up and is
-    not counted. Tokens are random: only the time matters. Collective over all ranks.
+    name: str
+    step: Callable[[Iterator[MicroBatch], RoutingPlan], object]
+    """Runs an optimizer step on that plan, which it may know nothing of."""
+    routing: RoutingConfig
+    """What the plans of its steps are drawn by."""
+
+
+def interleaved_step_times(config: Config, mesh: Mesh, kinds: Sequence[Kind], rounds: int) -> list[StepTimes]:
+    """Time optimizer steps of several kinds in turn, so that a noisy neighbour meets all of them.
+
+    Every round runs one step of each kind, in an order that turns with the round; the first round warms up and is not
+    counted. Tokens are random: only the time matters. Collective over all ranks.
     """
     batches, meter = random_batches(config), UtilisationMeter(config, mesh)
-    times: list[list[float]] = [[] for _ in routings]
-    skipped: list[list[float]] = [[] for _ in routings]
-    utilisation: list[list[dict[str, float]]] = [[] for _ in routings]
+    seconds: list[list[float]] = [[] for _ in kinds]
+    skipped: list[list[float]] = [[] for _ in kinds]
+    utilisation: list[list[dict[str, float]]] = [[] for _ in kinds]
     for number in range(rounds + 1):
-        for offset in range(len(routings)):
-            kind = (number + offset) % len(routings)
-            plan = plan_of_step(config, number, routings[kind])
+        for offset in range(len(kinds)):
+            kind = (number + offset) % len(kinds)
+            plan = plan_of_step(config, number, kinds[kind].routing)
             mesh.host_group.sum([0.0])  # all ranks start together
             started = time.perf_counter()
-            engine.train_step(batches, plan)
+            kinds[kind].step(batches, plan)
             if mesh.devices.device_type == "cuda":
                 torch.cuda.synchronize()  # the optimizer's kernels, which nobody waits for in a step
             if number > 0:
-                seconds = time.perf_counter() - started
-                times[kind].append(seconds)
+                seconds[kind].append(time.perf_counter() - started)
                 skipped[kind].append(plan.skipped_kv_share)
-                utilisation[kind].append(meter.values(1, plan, seconds, 0.0))
+                utilisation[kind].append(meter.values(1, plan, seconds[kind][-1], 0.0))
     return [
-        StepTimes(routing, seconds, statistics.mean(shares), values)
-        for routing, seconds, shares, values in zip(routings, times, skipped, utilisation, strict=True)
+        StepTimes(kind.name, times, statistics.mean(shares), values)
+        for kind, times, shares, values in zip(kinds, seconds, skipped, utilisation, strict=True)
     ]
 
 
