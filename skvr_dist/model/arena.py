@@ -3,7 +3,8 @@
 A stage's layers write their keys and values into an arena, from which later layers read; those that come from earlier
 stages are written before the first layer runs. Autograd sees no arena, only a token that runs through all writes and
 reads in their order (`skvr_kernels.attention`). It lies in the arena of the micro-batch, not among the arguments of
-layers: where a layer is recomputed it writes again what is there already, and the order stays that of the first time.
+layers: where a layer is recomputed it writes again what is there already, with a token of its own that nobody keeps,
+and the order stays that of the first time.
 
 Shapes: B batch, S sequence, R rows of donors, H query heads, K key/value heads, E head_dim, L layers.
 """
@@ -94,6 +95,7 @@ class StageArena:
         self._reads, self._writes = table.to(device, non_blocking=True).split([len(layers), self._count])
         self._arena: skvr_kernels.Arena | None = None
         self._token: Tensor | None = None
+        self._is_open = True
         self._bounds: skvr_kernels.Documents | None = None
 
     def _of_sequences(self, rows: Sequence[int]) -> list[int]:
@@ -124,18 +126,32 @@ class StageArena:
         """Causal attention of a layer's queries [B, S, H, E] to what its donors have written; of the same shape."""
         import skvr_kernels
 
-        assert self._arena is not None and self._token is not None and self._bounds is not None
+        assert self._arena is not None and self._bounds is not None
         reads = self._reads[layer - self._layers.start]
-        out, self._token = skvr_kernels.attend(self._arena, reads, q, self._bounds, self._token)
+        out, token = skvr_kernels.attend(self._arena, reads, q, self._bounds, self._token_now())
+        self._go_on_from(token)
         return out
+
+    def close(self) -> None:
+        """All layers have run: whatever comes is recomputed for the backward pass, of which no graph is to be kept."""
+        self._is_open, self._token = False, None
+
+    def _token_now(self) -> Tensor:
+        import skvr_kernels
+
+        return skvr_kernels.arena_token(self._device) if self._token is None else self._token
+
+    def _go_on_from(self, token: Tensor) -> None:
+        if self._is_open:
+            self._token = token
 
     def _write(self, slot: int, k: Tensor, v: Tensor) -> None:
         import skvr_kernels
 
         if self._arena is None:
             self._make_arena(k)
-        assert self._arena is not None and self._token is not None
-        self._token = skvr_kernels.write(self._arena, self._writes[slot], k, v, self._token)
+        assert self._arena is not None
+        self._go_on_from(skvr_kernels.write(self._arena, self._writes[slot], k, v, self._token_now()))
 
     def _make_arena(self, k: Tensor) -> None:
         import skvr_kernels
@@ -143,7 +159,6 @@ class StageArena:
         shape = (self._count, *k.shape)
         gradients = self._gradients.of((self._count, 2, *k.shape), k.device)
         self._arena = skvr_kernels.Arena(*shape, dtype=k.dtype, device=k.device, gradients=gradients)
-        self._token = skvr_kernels.arena_token(k.device)
         if self._documents is None:
             self._bounds = skvr_kernels.Documents.joined(k.shape[0], k.shape[1], k.device)
         else:

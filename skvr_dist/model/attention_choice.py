@@ -125,8 +125,10 @@ def takes_arena(
     """
     if wanted == "routed":
         return resolve(wanted, device, dtype, head_dim).name == wanted
-    is_faster = rows > 1 and sequence <= LONGEST_FROM_ARENA and device.type == "cuda"
-    return wanted == "auto" and is_faster and _arena_obstacle(device, dtype, head_dim) is None
+    if wanted != "auto" or rows == 1 or sequence > LONGEST_FROM_ARENA or device.type != "cuda":
+        return False
+    was_measured = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
+    return was_measured and _arena_obstacle(device, dtype, head_dim) is None
 
 
 def _arena_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -321,6 +321,8 @@ class Decoder(nn.Module):
                 again=self.checkpointing.covers("layer", number),
             )
             known.update({(number, row): kv for row, kv in enumerate(own)})
+        if arena:
+            arena.close()
         cache.update({number: kv for (number, _), kv in known.items()})
         return hidden, known
 

@@ -10,6 +10,19 @@ from skvr_dist.model.attention_choice import LARGEST_HEAD, Choice, takes_arena
 _SHORT = 1024  # tokens, below which scores are small beside the rest
 
 
+def reads_from_arena(config: Config, device: torch.device) -> bool:
+    """Whether our kernel computes attention in the passes of a run that are trained on this device."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    rows = config.train.micro_batch_size if config.routing.draws_per == "sequence" else 1
+    model = config.model
+    return takes_arena(model.attention, device, dtype, model.head_dim, config.data.sequence_length, rows)
+
+
+def kernels_of(config: Config, choice: Choice, device: torch.device) -> dict[str, object]:
+    """What all ranks of a run must agree on, by what it is called."""
+    return {"attention": choice.name, "attention from an arena": reads_from_arena(config, device)}
+
+
 def attention_notices(config: Config, choice: Choice, device: torch.device) -> list[str]:
     """What is taken, and a warning if it costs much more than flash kernels would.
 
@@ -17,12 +30,9 @@ def attention_notices(config: Config, choice: Choice, device: torch.device) -> l
         choice: of the run's model.
         device: that trains.
     """
-    model, sequence = config.model, config.data.sequence_length
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    rows = config.train.micro_batch_size if config.routing.draws_per == "sequence" else 1
-    if choice.name != "routed" and takes_arena(model.attention, device, dtype, model.head_dim, sequence, rows):
+    if choice.name != "routed" and reads_from_arena(config, device):
         others = f"where they share donors {choice.name} ({choice.reason})"
-        return [f"attention: routed (sequences of {sequence:,} tokens have donors each); {others}"]
+        return [f"attention: routed (sequences of {config.data.sequence_length:,} tokens have donors each); {others}"]
     warning = _sdpa_warning(config, choice) if choice.name == "sdpa" and device.type == "cuda" else None
     return [str(choice), *([warning] if warning else [])]
 

@@ -44,7 +44,7 @@ from skvr_dist.run.code import code_digest
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.run.lock import RunLock
 from skvr_dist.run.log import prints_to, software_versions, start_log, write_versions
-from skvr_dist.train.attention import attention_notices
+from skvr_dist.train.attention import attention_notices, kernels_of
 from skvr_dist.train.batches import WatchedBatches, training_batches
 from skvr_dist.train.build import build_engine, build_saver, layout_of
 from skvr_dist.train.counts import StepCounts
@@ -175,7 +175,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         write_versions(folder.versions, layout_of(config, mesh.world_size).model_dump())
     with prints_to(folder.log(mesh.rank)), naming_the_operation(mesh, "reading the checkpoint"):
         engine = build_engine(config, mesh)
-        mesh.require_same({"attention": engine.attention.name})  # a package may be on some hosts only
+        mesh.require_same(kernels_of(config, engine.attention, engine.device))  # a package may be on some hosts only
         resumed, left_out = resume(engine, config, fingerprint)
         origin = resumed or load_initial_weights(engine, config)
         brought, lost = to_travel_on(origin, load_tokenizer(config.data.tokenizer))

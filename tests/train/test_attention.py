@@ -59,6 +59,7 @@ def test_slow_attention_on_a_gpu_is_not_passed_over_in_silence(of: Config, costs
 
 def test_our_kernel_is_named_where_short_sequences_have_donors_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_choice, "_arena_obstacle", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     attention_choice.takes_arena.cache_clear()
     each = {"routing": RoutingConfig(policy="uniform", cross_layer_prob=0.5, draws_per="sequence")}
     fa2 = Choice("fa2", "so it is")

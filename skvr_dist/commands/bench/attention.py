@@ -12,6 +12,7 @@ each. Every way is checked against the formula before it is timed. Exit code 1: 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,13 @@ def run(options: Namespace) -> int:
         raise UserError("skvr-bench attention needs the package skvr_kernels; install it: pip install ./kernels")
 
     from skvr_dist.lab.bench.attention import SHAPES, attention_times
+    from skvr_dist.model.attention_choice import resolve
 
-    has_fa4 = importlib.util.find_spec("flash_attn") is not None and _has("flash_attn.cute")
+    try:
+        has_fa4 = bool(resolve("fa4", torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, 128))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        has_fa4 = False
     taken = {
         shape: attention_times(shape, shape.ways(has_fa4), options.rounds, options.milliseconds) for shape in SHAPES
     }
@@ -57,13 +63,6 @@ def run(options: Namespace) -> int:
     record: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     record["milliseconds"] = {str(shape): {each.way: vars(each) for each in times} for shape, times in taken.items()}
     return conclude(figures, table=f"{torch.cuda.get_device_name()}\n{table}", record=record, json_file=options.json)
-
-
-def _has(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
 
 
 def _rows(shape: Shape, times: list[Times]) -> list[list[str]]:

@@ -9,8 +9,8 @@
 Keys and values that nobody reads are not computed, so routing should cost nothing. Routed steps are those of the
 configuration, uniform at 0.5 if it names none. `--against hf` times the same model, optimizer and batch in a loop of
 transformers and DeepSpeed beside them, on one stage without tensor parallelism. On a GPU tokens per second, MFU and
-memory are printed too (docs/metrics.md). Exit code 1: the median ratio is above the bound (`--bound`), or an MFU below
-`--least-mfu`.
+memory, of all that is timed together, are printed too (docs/metrics.md). Exit code 1: the median ratio is above the
+bound (`--bound`), the plain loop's below its own, or an MFU below `--least-mfu`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def run(options: Namespace) -> int:
     from skvr_dist.parallel.engine.process_group import start_process_group
 
     config = load_config(options.config, options.overrides)
+    if options.against and config.distillation:
+        raise UserError("--against hf has one pass for each micro-batch, but the configuration distils; leave one out")
     if options.against and (config.parallel.pipeline > 1 or config.parallel.tensor > 1):
         raise UserError(
             f"--against hf has data-parallel replicas alone, but parallel.pipeline is {config.parallel.pipeline} and "

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from skvr_kernels import Arena, Documents, arena_token, attend
 from torch import Tensor
-from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 from triton.testing import do_bench
+
+from skvr_dist.model.attention_choice import activate
 
 Way = Literal["own", "FA2", "FA4", "FA2 on views", "FA2 on a gathered copy", "FA4 on a gathered copy", "SDPA, no flash"]
 """How attention is computed. `own` reads every sequence's donor from the arena; the others have the keys and values as
@@ -183,11 +184,11 @@ def _implementation(way: Way) -> Iterator[None]:
     if not way.startswith("FA4"):
         yield
         return
-    activate_flash_attention_impl("FA4")
+    activate("fa4")
     try:
         yield
     finally:
-        restore_flash_attention_impl()
+        activate("fa2")
 
 
 def attention_times(shape: Shape, ways: Sequence[Way], rounds: int, milliseconds: int) -> list[Times]:

@@ -96,8 +96,10 @@ def decoder_step(config: Config) -> dict[str, Any]:
 
 def loss_step(config: Config) -> dict[str, Any]:
     """What the loss of a micro-batch asks for, and takes beside the gradients of hidden states and head."""
+    from skvr_dist.model.compiled import resolve_compile
     from skvr_dist.model.loss import Objective, linear_loss
 
+    backend = resolve_compile(config.parallel.compile, torch.device("cuda"))
     tokens, size = config.train.micro_batch_size * config.data.sequence_length, config.model.hidden_size
     with torch.device("cuda"):
         hidden = torch.empty(1, tokens, size, dtype=torch.bfloat16, requires_grad=True)
@@ -106,7 +108,7 @@ def loss_step(config: Config) -> dict[str, Any]:
 
     def step() -> None:
         hidden.grad = head.grad = None
-        linear_loss(hidden, head, Objective(labels)).total.backward()
+        linear_loss(hidden, head, Objective(labels), backend=backend).total.backward()
 
     found = _second_of(step)
     own = hidden.nbytes + head.nbytes

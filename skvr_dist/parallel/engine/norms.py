@@ -31,7 +31,8 @@ def take_global_norm(optimizer: Any) -> Tensor | None:
     """The norm [] that an optimizer's `step` would take of the gradients as they are; collective over all ranks.
 
     Returns:
-        it, on the device, and -1 if it is not a number, as DeepSpeed has it; None where `step` takes it for itself.
+        it, on the device, and -1 or infinity if it is not a number, as DeepSpeed has it; None where `step` takes it for
+        itself.
     """
     with contextlib.ExitStack() as masks:
         for module in _MASKING:
