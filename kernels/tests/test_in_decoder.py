@@ -11,24 +11,11 @@ from torch import Tensor
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ActivationCheckpointing
 from skvr_dist.errors import UserError
+from skvr_dist.lab.verify.cases import Case
 from skvr_dist.model.attention_choice import resolve
 from skvr_dist.model.decoder import KV, Decoder, initialize
 
-MODEL = ModelConfig(
-    architecture="qwen3",
-    vocab_size=31,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=5,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=10,
-    max_position_embeddings=64,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    qk_norm=True,
-    tie_word_embeddings=False,
-)
+MODEL = ModelConfig.model_validate(Case("single").shape)
 DOCUMENTS = torch.tensor([[0] * 15 + [1] * 22, [0] * 5 + [1] * 20 + [2] * 12])
 ONE, EACH = [[0, 0, 2, 1, 2]], [[0, 0, 2, 1, 2], [0, 1, 1, 0, 4]]
 
@@ -44,7 +31,7 @@ def outputs_and_gradients(
     ]
     for stage in stages:
         initialize(stage, seed=0)
-    tokens = torch.randint(0, 31, (2, 37), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, MODEL.vocab_size, (2, 37), generator=torch.Generator().manual_seed(1))
     hidden, known = stages[0].embed(tokens), dict[tuple[int, int], KV]()
     for stage in stages:
         hidden, known = stage.run_layers(hidden, donors, known, documents=documents)

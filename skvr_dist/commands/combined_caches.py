@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from skvr_dist.command import Figure, conclude
+from skvr_dist.command import Figure, at_least, conclude
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def add_combinations(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bits", nargs="+", type=int, choices=(16, 8, 4), help="of cached elements (16: bf16)")
     group.add_argument("--windows", nargs="+", type=_window, metavar="N", help="tokens that are kept, or none: all")
     group.add_argument(
-        "--recent", type=_recent, default=32, metavar="N", help="tokens between two quantizations (default: 32)"
+        "--recent", type=at_least(1), default=32, metavar="N", help="tokens between two quantizations (default: 32)"
     )
 
 
@@ -148,11 +148,4 @@ def _figures(points: Mapping[str, CombinedPoint], gates: Mapping[str, float]) ->
 
 def _window(text: str) -> int | None:
     """An argparse type: tokens, or none."""
-    return None if text == "none" else _recent(text)
-
-
-def _recent(text: str) -> int:
-    """An argparse type: a number of tokens."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; give 1 or more")
-    return int(text)
+    return None if text == "none" else at_least(1)(text)

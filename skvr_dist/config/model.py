@@ -78,7 +78,7 @@ class ModelConfig(Section):
     """Standard deviation of the initial matrices."""
     attention: AttentionName = "auto"
     """`auto`: `flash` on a GPU in bf16, else PyTorch's SDPA; where the sequences of a micro-batch have donors each and
-    are short, `routed` if that is installed.
+    are short, `routed` on an H100 or H200 in bf16, if it is installed.
 
     `routed`: our kernel, of `pip install ./kernels`, in which every sequence reads a donor of its own.
     `fa4`, `fa3`, `fa2`: FlashAttention of that generation, and `flash` the newest of them that is there. FA2 is built

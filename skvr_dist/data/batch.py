@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 IGNORED = -100
@@ -46,13 +45,3 @@ class MicroBatch(NamedTuple):
         """The micro-batch on another device."""
         documents = None if self.documents is None else self.documents.to(device)
         return self._replace(tokens=self.tokens.to(device), labels=self.labels.to(device), documents=documents)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device that trains, without waiting for what the device is doing.
-
-    Only from pinned memory is a copy free of the host, and only if nothing has to be made contiguous for it.
-    """
-    if device.type == "cpu":
-        return tensor.to(device)
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.model.decoder import KV, Decoder
+from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import token_cross_entropy
 from skvr_dist.routing import CacheStrategy
 
@@ -86,7 +87,8 @@ class _Walk:
         self._kept_path, self._kept = kept_path, kept
         embedded = decoder.embed(batch.tokens)
         self._start = _State(embedded, {})
-        self._rope, self._scopes = decoder.surroundings(embedded, batch.documents)
+        documents = None if batch.documents is None else Documents.of(batch.documents).to(embedded.device)
+        self._rope, self._scopes = decoder.surroundings(embedded, documents)
         self.evaluated_layers = 0
 
     def losses(self, paths: Sequence[tuple[int, ...]]) -> Mapping[tuple[int, ...], Tensor]:

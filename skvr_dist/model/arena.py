@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from skvr_dist.model.devices import to_device
 from skvr_dist.model.documents import Documents
 from skvr_dist.routing import KVPart
 
@@ -89,10 +90,8 @@ class StageArena:
         self._count = len(own) + self._waves
         numbers = [self._of_sequences([self._slots[row[layer], r] for r, row in enumerate(donors)]) for layer in layers]
         numbers += [[slot] * batch for slot in range(self._count)]
-        table = torch.tensor(numbers, dtype=torch.int64)
-        if device.type == "cuda":  # from pinned memory, so that the host goes on at once
-            table = table.pin_memory()
-        self._reads, self._writes = table.to(device, non_blocking=True).split([len(layers), self._count])
+        table = to_device(torch.tensor(numbers, dtype=torch.int64), device)
+        self._reads, self._writes = table.split([len(layers), self._count])
         self._arena: skvr_kernels.Arena | None = None
         self._token: Tensor | None = None
         self._is_open = True

@@ -309,12 +309,16 @@ class Decoder(nn.Module):
         known = dict(crossing)
         for name, layer in self.layers.items():
             number = int(name)
-            given = [None if each[number] == number else known[each[number], row] for row, each in enumerate(donors)]
+            given: Sequence[KV | None] | ArenaLayer
+            if arena:
+                given = arena.layer(number)
+            else:
+                given = [None if row[number] == number else known[row[number], r] for r, row in enumerate(donors)]
             hidden, own = recompute.run(
                 layer,
                 hidden,
                 rope,
-                arena.layer(number) if arena else given,
+                given,
                 number in read,
                 cache.get(number),
                 scopes,
@@ -348,7 +352,7 @@ class Decoder(nn.Module):
     def surroundings(
         self,
         hidden: Tensor,
-        documents: Tensor | Documents | None,
+        documents: Documents | None,
         cache: Cache | None = None,
         rows: int = 1,
         in_arena: bool = False,
@@ -356,12 +360,11 @@ class Decoder(nn.Module):
         """What all layers take beside the hidden states [B, S, D]: the rotation's tables, the scope of each row.
 
         Args:
-            documents, cache: as for `forward`.
+            documents: those that tokens are confined to, on the device.
+            cache: as for `forward`.
             rows: R.
             in_arena: whether attention reads from an arena, which knows the scopes itself; then there are none.
         """
-        if isinstance(documents, Tensor):
-            documents = Documents.of(documents, rows).to(hidden.device)
         if documents is None:
             past = cache[0].k.shape[1] if cache else 0
             new = hidden.shape[1] * self.module_set.sequence_shards

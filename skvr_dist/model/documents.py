@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skvr_dist.model.devices import to_device
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
@@ -41,10 +43,6 @@ class Documents:
         return cls(positions, bounds, tuple(int(row.diff().max()) for row in bounds))
 
     def to(self, device: torch.device) -> Documents:
-        """These on a device. To a GPU the copies leave from pinned memory, so that the host goes on at once."""
-        if device.type != "cuda" or self.positions.is_cuda:
-            return Documents(self.positions.to(device), tuple(row.to(device) for row in self.bounds), self.longest)
-        positions, *bounds = (
-            each.pin_memory().to(device, non_blocking=True) for each in (self.positions, *self.bounds)
-        )
-        return Documents(positions, tuple(bounds), self.longest)
+        """These on a device, without waiting for it."""
+        bounds = tuple(to_device(row, device) for row in self.bounds)
+        return Documents(to_device(self.positions, device), bounds, self.longest)

@@ -19,6 +19,8 @@ from skvr_dist.lab.bench import generate, memory
 from skvr_dist.lab.bench.generate import Speed, measure_speed, random_prompt
 from skvr_dist.lab.bench.paper import has_papers_shape, paper_row
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize(
     ("right", "most", "tried"), [(0, 64, [1]), (5, 64, [1, 2, 4, 8, 6, 5]), (9, 9, [1, 2, 4, 8, 9])]
@@ -41,21 +43,21 @@ def test_the_largest_is_never_beyond_what_may_be_tried() -> None:
 
 def test_a_peak_is_seen_and_a_limit_holds() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    memory.reset_peak("cpu")
-    start = memory.peak_bytes("cpu")
+    memory.reset_peak(CPU)
+    start = memory.peak_bytes(CPU)
     torch.ones(40 * 2**20, dtype=torch.uint8)
-    grown = memory.peak_bytes("cpu")
-    memory.reset_peak("cpu")
-    after = memory.peak_bytes("cpu")
+    grown = memory.peak_bytes(CPU)
+    memory.reset_peak(CPU)
+    after = memory.peak_bytes(CPU)
     assert start and grown and after
     assert 35 * 2**20 < grown - start < 60 * 2**20 and grown - after > 30 * 2**20
-    with memory.limited("cpu", after + 50 * 2**20):
+    with memory.limited(CPU, after + 50 * 2**20):
         with pytest.raises(RuntimeError) as failed:
             torch.empty(2**30, dtype=torch.uint8)
         assert memory.is_out_of_memory(failed.value)
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     assert not memory.is_out_of_memory(RuntimeError("shapes do not match"))
-    with pytest.raises(UserError, match=r"--memory-gib 0\.000\d+ is less than the"), memory.limited("cpu", 2**20):
+    with pytest.raises(UserError, match=r"--memory-gib 0\.000\d+ is less than the"), memory.limited(CPU, 2**20):
         pass
 
 

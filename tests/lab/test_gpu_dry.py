@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,6 @@ def test_a_pytorch_without_cuda_is_refused_with_a_sentence(monkeypatch: pytest.M
         library.build(Path("nowhere"))
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc builds the driver")
 def test_the_driver_that_runs_nothing_can_be_built_and_called(tmp_path: Path) -> None:
     source = tmp_path / "driver.c"
     stubs = library._stubs({"cuInit"}, "count")

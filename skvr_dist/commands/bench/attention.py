@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from argparse import ArgumentParser, Namespace
+from statistics import median
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
@@ -66,8 +67,6 @@ def run(options: Namespace) -> int:
 
 
 def _rows(shape: Shape, times: list[Times]) -> list[list[str]]:
-    from statistics import median
-
     rows = []
     for each in times:
         forward, backward = median(each.forward), median(each.backward)

@@ -18,6 +18,7 @@ from skvr_kernels import Arena, Documents, arena_token, attend
 from torch import Tensor
 from triton.testing import do_bench
 
+from skvr_dist.model import attention
 from skvr_dist.model.attention_choice import activate
 
 Way = Literal["own", "FA2", "FA4", "FA2 on views", "FA2 on a gathered copy", "FA4 on a gathered copy", "SDPA, no flash"]
@@ -130,10 +131,7 @@ class _Inputs:
         return self._flash(self.q, self.k[0], self.v[0], self.bounds)
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
-        # What `varlen_attn` calls; PyTorch 2.11 gives that windows, which FA4 refuses in the backward pass.
-        flat = (each.flatten(0, 1) for each in (q, k, v))
-        lengths = bounds, bounds, self.longest, self.longest
-        return torch.ops.aten._flash_attention_forward(*flat, *lengths, 0.0, True, False)[0].view_as(q)
+        return attention.attend(q, k, v, attention.AttentionScope("fa2", bounds=bounds, longest=self.longest))
 
     def _without_flash(self) -> Tensor:
         """What a mask leaves: the kernel that holds no scores, if it takes grouped heads, and else the formula."""

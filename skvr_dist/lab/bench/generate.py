@@ -95,9 +95,9 @@ def largest_batch(
 
     def fits(batch: int) -> bool:
         tried.append(batch)
-        memory.give_back(device.type)
+        memory.give_back(device)
         speed = Speed(strategy, 0.0, prompt_tokens, batch)
-        with memory.limited(device.type, limit):
+        with memory.limited(device, limit):
             _run_once(model, random_prompt(model, batch, prompt_tokens), new_tokens, speed, counts=False)
         peaks[batch] = speed.peak_bytes
         return not speed.ran_out_of_memory and (speed.peak_bytes is None or speed.peak_bytes <= limit)
@@ -116,7 +116,7 @@ def random_prompt(model: Any, batch: int, tokens: int) -> Tensor:
 def _run_once(model: Any, prompt: Tensor, new_tokens: int, speed: Speed, *, counts: bool) -> None:
     """Read a prompt and decode at `speed.strategy`, and note what that took."""
     model.set_cache_strategy(speed.strategy)
-    memory.reset_peak(prompt.device.type)
+    memory.reset_peak(prompt.device)
     try:
         first, decode, speed.cache_bytes_per_token = _seconds(model, prompt, new_tokens)
     except (RuntimeError, MemoryError) as error:
@@ -124,9 +124,9 @@ def _run_once(model: Any, prompt: Tensor, new_tokens: int, speed: Speed, *, coun
             raise
         speed.ran_out_of_memory, speed.first_token_seconds, speed.decode_seconds = True, [], []
     if speed.ran_out_of_memory:
-        memory.give_back(prompt.device.type)  # here the error no longer holds what was allocated
+        memory.give_back(prompt.device)  # here the error no longer holds what was allocated
         return
-    peak = memory.peak_bytes(prompt.device.type)
+    peak = memory.peak_bytes(prompt.device)
     speed.peak_bytes = peak if peak is None else max(peak, speed.peak_bytes or 0)
     if counts:
         speed.first_token_seconds.append(first)

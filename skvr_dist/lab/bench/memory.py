@@ -19,18 +19,18 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # man 5 proc: sets VmHWM to what is resident now
 
 
-def reset_peak(device: str) -> None:
+def reset_peak(device: torch.device) -> None:
     """Count the peak from now on."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
         _CLEAR.write_text(_RESET_PEAK)
 
 
-def peak_bytes(device: str) -> int | None:
+def peak_bytes(device: torch.device) -> int | None:
     """The peak since `reset_peak`; None where the system does not tell."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return _resident("VmHWM") if _CLEAR.exists() else None
 
 
@@ -40,9 +40,9 @@ def _resident(what: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def give_back(device: str) -> None:
+def give_back(device: torch.device) -> None:
     """Return what a GPU's allocator keeps for later; a limit counts it."""
-    if device == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -55,19 +55,19 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def limited(device: str, limit: int) -> Iterator[None]:
+def limited(device: torch.device, limit: int) -> Iterator[None]:
     """Let allocations fail that would pass a limit in bytes, so that the machine itself is not driven out of memory.
 
     Raises:
         UserError: the process holds more already, or the system tells nothing of it.
     """
-    if device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
         return
     if not _CLEAR.exists():
         raise UserError(f"the largest batch on a CPU needs Linux's {_CLEAR}, which is not here; leave out --memory-gib")

@@ -98,7 +98,7 @@ def measurements() -> list[Measurement]:
         *(Measurement("qwen3-0.6b", routed=True, zero_stage=stage) for stage in (2, 3)),
     ]
     decoder = [Measurement("qwen3-1.7b", "decoder", routed, compiled=True) for routed in (False, True)]
-    return [*steps, *others, *decoder, *(Measurement(model, "loss") for model in MODELS)]
+    return [*steps, *others, *decoder, *(Measurement(model, "loss", compiled=True) for model in MODELS)]
 
 
 def measure(rows: Iterable[Measurement], folder: Path, attention: str = "auto") -> Iterator[dict[str, Any]]:

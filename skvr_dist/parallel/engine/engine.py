@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from skvr_dist.config.model import ModelConfig
-from skvr_dist.data.batch import MicroBatch, to_device
+from skvr_dist.data.batch import MicroBatch
 from skvr_dist.model.attention_choice import resolve
+from skvr_dist.model.devices import to_device
 from skvr_dist.model.documents import Documents
 from skvr_dist.model.modules import count_labels
 from skvr_dist.parallel.engine.distillation import Distillation
