@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skvr_dist.command import typed_command
 from skvr_dist.commands.estimate.serve import BLOCK, OTHER_GIB, UTILIZATION
 from skvr_dist.errors import UserError
 from skvr_dist.files import as_json, write_whole
@@ -77,7 +76,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
         scores=scores,
         cases=cases,
         compared=compared,
-        command=_command(),
+        command=typed_command(),
         commit=source_commit(),
     )
     return _write(report, output)
@@ -93,13 +92,6 @@ def _write(report: CacheReport, output: Path) -> Path:
     write_whole(output / "report.html", as_page(report))
     write_whole(output / "report.md", as_markdown(report))
     return output / "report.md"
-
-
-def _command() -> str:
-    """This command as it was typed, without the folders of the interpreter and of an installed command."""
-    file = Path(sys.argv[0])
-    start = ["python", f"{file.parent.name}/{file.name}"] if file.suffix == ".py" else [file.name]
-    return shlex.join([*start, *sys.argv[1:]])
 
 
 def _add_plan(checkpoint: Checkpoint) -> None:
