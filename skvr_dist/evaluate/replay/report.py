@@ -139,10 +139,11 @@ def _what(report: ReplayReport) -> str:
 
 
 def _case(answer: ChangedAnswer, first: str, profile: str) -> list[str]:
-    named = f"{answer.name}, " if answer.name else ""
+    place = Path(answer.place).name
+    named = f"**{answer.name}** ({place})" if answer.name else f"**{place}**"
     heading = (
-        f"**{named}{answer.place}**: cost {answer.cost:.4f}; the worst token {answer.worst_token!r}: "
-        f"{answer.worst_cost:.2f}; the texts part at token {answer.parts_at}"
+        f"{named}: cost {answer.cost:.4f}; the worst token {answer.worst_token!r}: {answer.worst_cost:.2f}; the texts "
+        f"part at token {answer.parts_at}"
     )
     return [
         heading,
