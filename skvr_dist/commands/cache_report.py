@@ -35,6 +35,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     from skvr_dist.evaluate.cache_report import content
     from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
     from skvr_dist.evaluate.outputs import FULL
+    from skvr_dist.evaluate.replay.report import read_report
     from skvr_dist.hf.convert.opened import open_model
     from skvr_dist.routing import CacheStrategy
     from skvr_dist.sweep.results import source_commit
@@ -42,6 +43,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     checkpoint = open_model(options.model)
     if checkpoint.tokenizer_file is None:
         raise UserError(f"model {checkpoint.folder} has no tokenizer to write texts with; give another one")
+    replayed = None if options.replay is None else read_report(options.replay)
     tokenizer = load_tokenizer(checkpoint.tokenizer_file)
     _add_plan(checkpoint)
     layers, profiles = checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
@@ -76,6 +78,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
         scores=scores,
         cases=cases,
         compared=compared,
+        replayed=replayed,
         command=typed_command(),
         commit=source_commit(),
     )

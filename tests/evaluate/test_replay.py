@@ -17,12 +17,13 @@ from skvr_dist.commands import replay as command
 from skvr_dist.data.prepare.corpus import Document
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.replay.client import Outcome, TokenScores, read_counters
-from skvr_dist.evaluate.replay.compare import compare, parting
+from skvr_dist.evaluate.replay.compare import Comparison, compare, parting
 from skvr_dist.evaluate.replay.figures import figures_of
 from skvr_dist.evaluate.replay.play import Replayed, Settings, replay
 from skvr_dist.evaluate.replay.report import ReplayReport, as_markdown, read_report
 from skvr_dist.evaluate.replay.trace import Request, as_lines, poisson_arrivals, read_trace
 from skvr_dist.evaluate.replay.workloads import Workload, code_assistant, support_desk
+from skvr_dist.files import as_json
 
 MODULE = '''"""Boxes that are opened and shut."""
 
@@ -119,7 +120,7 @@ def test_times_are_counted_from_arrivals_and_throughput_between_warm_up_and_drai
     assert nothing.first_token_median is None and nothing.steady_tokens_per_second is None
 
 
-def test_answers_rank_by_what_they_cost_and_not_by_their_texts() -> None:
+def test_answers_rank_by_what_they_cost_and_not_by_their_texts(tmp_path: Path) -> None:
     """The first text changes from its first token, by a near-tie; in the second a late token is improbable."""
     requests = [Request(0.0, 8, prompt=name, name=name) for name in ("tie", "error", "same", "failed")]
     full = [
@@ -149,13 +150,15 @@ def test_answers_rank_by_what_they_cost_and_not_by_their_texts() -> None:
     assert (found.answers[0].worst_token, found.answers[0].parts_at) == ("c", 2)
     assert found.mean_cost == pytest.approx(6.1 / 7) and found.agreement == pytest.approx(5 / 7) and found.same == 1
     assert parting([1, 2], [1, 2, 3]) == 2 and parting([], []) is None
+    (tmp_path / "replay.json").write_text(as_json(report(found)))
+    assert read_report(tmp_path / "replay.json") == report(found)
     page = as_markdown(report(found), cases=5)
     assert page.index("**error**") < page.index("**tie**") and "**same**" not in page
 
 
-def report(comparison: object) -> ReplayReport:
+def report(comparison: Comparison) -> ReplayReport:
     full = figures_of(Replayed("full", [], [outcome(0, [1], [1])]), 0.1)
-    return ReplayReport("t.jsonl", "m", 1, 0.0, False, [full], [comparison], "replay", None)  # type: ignore[list-item]
+    return ReplayReport("t.jsonl", "m", 1, 0.0, False, [full], [comparison], "replay", None)
 
 
 def test_counters_of_the_engine_are_read() -> None:

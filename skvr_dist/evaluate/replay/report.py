@@ -40,6 +40,15 @@ class ReplayReport:
     commit: str | None
     """Of the code; None for an installed release."""
 
+    @property
+    def name(self) -> str:
+        """The trace's file."""
+        return Path(self.trace).name
+
+    def changed(self, comparison: Comparison, most: int) -> list[ChangedAnswer]:
+        """The answers that change most, of those whose texts are not the same."""
+        return [answer for answer in comparison.answers if answer.parts_at is not None][:most]
+
 
 def read_report(file: Path) -> ReplayReport:
     """A report that was written as JSON.
@@ -106,57 +115,72 @@ def as_markdown(report: ReplayReport, cases: int) -> str:
     Args:
         cases: answers shown for each profile.
     """
-    parts = [f"# {Path(report.trace).name}, replayed", _what(report), table_of(report), _LEGEND]
-    first = report.profiles[0].profile
-    if report.comparisons:
-        parts += ["## What changes most", _MEASURE.format(first=first)]
-    for comparison in report.comparisons:
-        parts.append(f"### At `{comparison.profile}`")
-        changed = [answer for answer in comparison.answers if answer.parts_at is not None][:cases]
-        parts += [] if changed else ["No answer changes."]
-        for answer in changed:
-            parts += _case(answer, first, comparison.profile)
+    parts = [f"# {report.name}, replayed", *markdown_parts(report, cases, level=2)]
     parts += ["## How this was made", f"`{report.command}`" + (f", commit {report.commit}" if report.commit else "")]
     return "\n\n".join(parts) + "\n"
 
 
-_LEGEND = (
+def markdown_parts(report: ReplayReport, cases: int, level: int) -> list[str]:
+    """Its paragraphs, without title and origin.
+
+    Args:
+        level: of the headings.
+    """
+    parts = [what_was_replayed(report), table_of(report), LEGEND]
+    first, heading = report.profiles[0].profile, "#" * level
+    if report.comparisons:
+        parts += [f"{heading} What changes most", measure_in_words(report)]
+    for comparison in report.comparisons:
+        parts.append(f"{heading}# At `{comparison.profile}`")
+        changed = report.changed(comparison, cases)
+        parts += [] if changed else ["No answer changes."]
+        for answer in changed:
+            parts += [f"**{subject(answer)}**: {costs(answer)}, after", fenced(answer.prompt)]
+            parts += [f"at `{first}`", fenced(answer.at_first)]
+            parts += [f"at `{comparison.profile}`", fenced(answer.at_thinner)]
+    return parts
+
+
+LEGEND = (
     "First tokens are counted from a request's arrival; time per token is that of an answer after its first token; "
     "tokens/s are those of all answers between the warm-up and the last arrival. The cache's tokens, its largest use "
     "and preemptions are the engine's own counters."
 )
-_MEASURE = (
-    "Ranked by what the answer of `{first}` costs at the profile: the mean, over the tokens of that answer, of the log "
-    "probability at `{first}` less that at the profile, in nats, each token after the same tokens before it. Texts do "
-    "not rank, because one near-tie turns them into others. «Chosen alike» are the tokens that the profile would have "
-    "chosen too, after the same tokens."
-)
 
 
-def _what(report: ReplayReport) -> str:
+def measure_in_words(report: ReplayReport) -> str:
+    """What answers are ranked by."""
+    first = report.profiles[0].profile
+    return (
+        f"Ranked by what the answer of `{first}` costs at the profile: the mean, over the tokens of that answer, of "
+        f"the log probability at `{first}` less that at the profile, in nats, each token after the same tokens before "
+        f"it. Texts do not rank, because one near-tie turns them into others. «Chosen alike» are the tokens that the "
+        f"profile would have chosen too, after the same tokens."
+    )
+
+
+def what_was_replayed(report: ReplayReport) -> str:
+    """A sentence on the trace and its servers."""
     ended = "Every answer has the tokens wanted." if report.exact_tokens else "Answers end where the model ends them."
     return f"{report.requests} requests in {report.seconds:,.1f} seconds, greedily, from {report.model}. {ended}"
 
 
-def _case(answer: ChangedAnswer, first: str, profile: str) -> list[str]:
+def subject(answer: ChangedAnswer) -> str:
+    """What a request is about, and where it stands in the trace."""
     place = Path(answer.place).name
-    named = f"**{answer.name}** ({place})" if answer.name else f"**{place}**"
-    heading = (
-        f"{named}: cost {answer.cost:.4f}; the worst token {answer.worst_token!r}: {answer.worst_cost:.2f}; the texts "
-        f"part at token {answer.parts_at}"
+    return f"{answer.name} ({place})" if answer.name else place
+
+
+def costs(answer: ChangedAnswer) -> str:
+    """What an answer costs, and where its text parts from the first one's."""
+    return (
+        f"cost {answer.cost:.4f}, the worst token {answer.worst_token!r} {answer.worst_cost:.2f}, parting at token "
+        f"{answer.parts_at}"
     )
-    return [
-        heading,
-        _fenced(answer.prompt),
-        f"at `{first}`",
-        _fenced(answer.at_first),
-        f"at `{profile}`",
-        _fenced(answer.at_thinner),
-    ]
 
 
-def _fenced(text: str) -> str:
-    """A block of text, between fences that are longer than any in it."""
+def fenced(text: str) -> str:
+    """A block of Markdown, between fences that are longer than any in it."""
     fence = "`" * (1 + max([3, *map(len, re.findall("`+", text))]))
     return f"{fence}text\n{text}\n{fence}"
 
