@@ -122,7 +122,9 @@ def test_times_are_counted_from_arrivals_and_throughput_between_warm_up_and_drai
 
 def test_answers_rank_by_what_they_cost_and_not_by_their_texts(tmp_path: Path) -> None:
     """The first text changes from its first token, by a near-tie; in the second a late token is improbable."""
-    requests = [Request(0.0, 8, prompt=name, name=name) for name in ("tie", "error", "same", "failed")]
+    requests = [
+        Request(0.0, 8, prompt=name, name=name, place="t.jsonl, line 1") for name in ("tie", "error", "same", "failed")
+    ]
     full = [
         outcome(0, [1, 1, 1], [1, 2, 3]),
         outcome(0, [1, 1, 1], [4, 5, 6]),
@@ -153,7 +155,7 @@ def test_answers_rank_by_what_they_cost_and_not_by_their_texts(tmp_path: Path) -
     (tmp_path / "replay.json").write_text(as_json(report(found)))
     assert read_report(tmp_path / "replay.json") == report(found)
     page = as_markdown(report(found), cases=5)
-    assert page.index("**error**") < page.index("**tie**") and "**same**" not in page
+    assert page.index("**error (t.jsonl, line 1)**") < page.index("**tie (") and "**same (" not in page
 
 
 def report(comparison: Comparison) -> ReplayReport:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.model_executor.models.llama import LlamaAttention
 
-from skvr_dist.commands import replay
+from skvr_dist.commands import bench, replay
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.prepare.corpus import Document
 from skvr_dist.data.tokenizers.train import train_tokenizer
@@ -369,3 +369,24 @@ def test_a_server_that_does_not_start_says_why(exports: Mapping[str, Path], tmp_
         vllm_server(exports["qwen3"], "full", tmp_path / "log", options=options),
     ):
         pass
+
+
+def test_generation_is_timed(exports: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form of what is timed of transformers, with the bytes per token that the engine holds."""
+    figures = tmp_path / "figures.json"
+    words = ["--model", str(exports["qwen3"]), "--strategies", "every:4", "--prompt-tokens", "8", "--batch", "2"]
+    words += ["--new-tokens", "2", "--rounds", "2", "--memory-gib", "20", "--most-batch", "1", "--json", str(figures)]
+    monkeypatch.setattr("sys.argv", ["bench", "generate", "--engine", "vllm", *words])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # which the command sets aside, and the next test needs
+        assert bench.run() == 0
+    record = json.loads(figures.read_text())
+    full, quarter = record["speeds"]
+    assert (full["cache_bytes_per_token"], quarter["cache_bytes_per_token"]) == (8 * 2 * 2 * 32 * 4, 2 * 2 * 2 * 32 * 4)
+    for speed in (full, quarter):
+        assert len(speed["first_token_seconds"]) == len(speed["decode_seconds"]) == 2 and speed["peak_bytes"] > 10**8
+        assert min(speed["first_token_seconds"] + speed["decode_seconds"]) > 0
+    assert [each["tried"] for each in record["largest_batches"]] == [[1], [1]]
+    with pytest.raises(UserError, match=r"--device cuda: vLLM was built for cpu; leave the option out"):
+        monkeypatch.setattr("sys.argv", ["bench", "generate", "--engine", "vllm", "--device", "cuda"])
+        bench.run()

@@ -59,7 +59,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--profiles", nargs="+", metavar="S", help="profiles or strategies (default: all of the export)"
     )
-    parser.add_argument("--server-options", default="", metavar="'...'", help="further options of vllm serve")
+    parser.add_argument("--server-options", default="", metavar="...", help="further ones of vllm serve, after =")
     parser.add_argument("--url", nargs="+", type=_named, metavar="PROFILE=URL", help="servers that run already")
     parser.add_argument("--speed", type=positive, default=1.0, metavar="X", help="arrivals come X times as fast (1)")
     parser.add_argument("--timeout", type=positive, default=600.0, metavar="S", help="then a request has failed (600)")
