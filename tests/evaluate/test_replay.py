@@ -24,6 +24,7 @@ from skvr_dist.evaluate.replay.report import ReplayReport, as_markdown, read_rep
 from skvr_dist.evaluate.replay.trace import Request, as_lines, poisson_arrivals, read_trace
 from skvr_dist.evaluate.replay.workloads import Workload, code_assistant, support_desk
 from skvr_dist.files import as_json
+from skvr_dist.serve.server import split_options, vllm_server
 
 MODULE = '''"""Boxes that are opened and shut."""
 
@@ -274,3 +275,12 @@ def test_what_cannot_be_replayed_is_refused(
         command.run()
     with pytest.raises(UserError, match=r"is no replay.json"):
         read_report(tmp_path / "trace.jsonl")
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    """Here vLLM is not installed, which only its process finds out."""
+    ended = r"^the server of full ended before it answered: .*(No module named 'vllm'|Error).*; see .*server.log$"
+    with pytest.raises(UserError, match=ended), vllm_server(tmp_path / "absent", "full", tmp_path / "server.log"):
+        pass
+    with pytest.raises(UserError, match=r"^--hf-overrides={} is set for every server that is started here; leave it out"):
+        split_options("--dtype float32 --hf-overrides='{}'")

@@ -362,15 +362,6 @@ def test_what_the_server_cannot_read_is_refused(
         replayed(servers, tmp_path, [request_])
 
 
-def test_a_server_that_does_not_start_says_why(exports: Mapping[str, Path], tmp_path: Path) -> None:
-    options = ["--max-model-len", "many"]
-    with (
-        pytest.raises(UserError, match=r"^the server of full ended before it answered: .*invalid.*; see .*log$"),
-        vllm_server(exports["qwen3"], "full", tmp_path / "log", options=options),
-    ):
-        pass
-
-
 def test_generation_is_timed(exports: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the form of what is timed of transformers, with the bytes per token that the engine holds."""
     figures = tmp_path / "figures.json"

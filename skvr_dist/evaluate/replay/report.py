@@ -17,6 +17,8 @@ from skvr_dist.section import in_words
 
 HEADERS = ["profile", "failed", "first token (s)", "95 %", "per token (ms)", "95 %", "tokens/s", "tokens"]
 HEADERS += ["cache tokens", "cache in use", "preempted"]
+_LATE = 0.05
+"""Seconds by which a request may be sent too late without a word."""
 COST_HEADERS = ["profile", "answers", "same", "tokens chosen alike", "cost per token", "largest"]
 
 
@@ -103,10 +105,16 @@ def table_of(report: ReplayReport) -> str:
     """The tables for a terminal."""
     tables = [_table(HEADERS, speed_rows(report))]
     tables += [_table(COST_HEADERS, cost_rows(report))] if report.comparisons else []
-    failures = [
+    notes = [
         f"{each.profile}: {count} failed ({why})" for each in report.profiles for why, count in each.failures.items()
     ]
-    return "\n\n".join([*tables, *failures])
+    notes += [
+        f"{each.profile}: 5 % of the requests were sent {each.late_p95:.2f} s or more after their arrival, by a client "
+        f"that was too slow; their times to first token hold that"
+        for each in report.profiles
+        if each.late_p95 is not None and each.late_p95 > _LATE
+    ]
+    return "\n\n".join([*tables, *notes])
 
 
 def as_markdown(report: ReplayReport, cases: int) -> str:
