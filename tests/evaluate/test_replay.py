@@ -179,8 +179,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def failing_server(complete: Handler) -> AsyncIterator[str]:
-    """A server that knows no model, but how vLLM's addresses are called."""
+async def failing_server(complete: Handler, *, dies: bool = False) -> AsyncIterator[str]:
+    """A server that knows no model, but how vLLM's addresses are called.
+
+    Args:
+        dies: after the warm-up.
+    """
 
     async def models(_: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "m", "max_model_len": 16}]})
@@ -189,7 +193,7 @@ async def failing_server(complete: Handler) -> AsyncIterator[str]:
         return web.json_response({"tokens": [1] * len((await request.json())["prompt"])})
 
     async def health(_: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(status=503 if dies else 200)
 
     app = web.Application()
     app.add_routes([web.get("/v1/models", models), web.get("/health", health), web.get("/metrics", health)])
@@ -243,15 +247,25 @@ def test_requests_that_fail_are_counted_and_the_others_go_on() -> None:
     assert late.tokens == [5, 6] and late.text == "ab" and late.arrival <= late.token_seconds[0] < 0.55
 
 
-def test_a_prompt_beyond_the_context_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("prompt", "dies", "shown"),
+    [
+        (
+            "0123456789",
+            False,
+            r"^t.jsonl, line 1: a prompt of 10 tokens and 7 wanted are more than the 16 that .*; short",
+        ),
+        ("break", True, r"^the server of full at http://.* died after 0 of 1 answers; its log says why$"),
+    ],
+    ids=["too long", "dies"],
+)
+def test_what_ends_a_replay(prompt: str, dies: bool, shown: str) -> None:
     async def run() -> None:
-        async with failing_server(_answer) as url:
-            requests = [Request(0.0, 7, prompt="0123456789", place="t.jsonl, line 1")]
+        async with failing_server(_answer, dies=dies) as url:
+            requests = [Request(0.0, 7, prompt=prompt, place="t.jsonl, line 1")]
             await replay("full", url, requests, Settings(1, exactly=False, with_answers=False), None)
 
-    with pytest.raises(
-        UserError, match=r"^t.jsonl, line 1: a prompt of 10 tokens and 7 wanted are more than the 16 that .*; shorten"
-    ):
+    with pytest.raises(UserError, match=shown):
         asyncio.run(run())
 
 
@@ -282,5 +296,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     ended = r"^the server of full ended before it answered: .*(No module named 'vllm'|Error).*; see .*server.log$"
     with pytest.raises(UserError, match=ended), vllm_server(tmp_path / "absent", "full", tmp_path / "server.log"):
         pass
-    with pytest.raises(UserError, match=r"^--hf-overrides={} is set for every server that is started here; leave it out"):
+    with pytest.raises(
+        UserError, match=r"^--hf-overrides={} is set for every server that is started here; leave it out"
+    ):
         split_options("--dtype float32 --hf-overrides='{}'")
