@@ -273,6 +273,8 @@ def test_what_ends_a_replay(prompt: str, dies: bool, shown: str) -> None:
     ("words", "shown"),
     [
         ("", r"a trace is replayed at servers of --model, or at those of --url; give one of both$"),
+        ("--url full=http://127.0.0.1:9 --profiles half", r"^--profiles and --server-options are for servers that"),
+        ("--url full=http://127.0.0.1:9 --max-cost 1 --no-answers", r"^--max-cost judges answers, which --no-answers"),
         ("--url full=http://127.0.0.1:9", r"^no server answers at http://127.0.0.1:9 \(connection refused\); start it"),
         ("--model EXPORT --profiles bulk", r"cannot read cache strategy 'bulk'; .* or a named profile \(half\)$"),
         ("--model absent", r"^--model absent is not an export .*; give the folder of one$"),

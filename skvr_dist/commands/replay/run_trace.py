@@ -85,11 +85,12 @@ def run(options: Namespace) -> int:
     from skvr_dist.evaluate.replay.report import as_markdown, table_of
     from skvr_dist.evaluate.replay.trace import read_trace
 
-    if bool(options.model) == bool(options.url):
-        raise UserError("a trace is replayed at servers of --model, or at those of --url; give one of both")
+    _require_consistent(options)
     requests = read_trace(options.trace)
     output = prove_folder(options.output)
     servers = list(_running(options) if options.url else _started(options, output))
+    if options.max_cost is not None and len(servers) < 2:
+        raise UserError("--max-cost compares answers with those of the first profile, which is alone; name another one")
     output.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _end)
     report = _replay(options, requests, servers)
@@ -98,6 +99,18 @@ def run(options: Namespace) -> int:
     code = conclude(_figures(options, report), table=table_of(report), record=report, json_file=options.json)
     print(f"written: {output / 'replay.md'}")
     return code
+
+
+def _require_consistent(options: Namespace) -> None:
+    """Raises `UserError` if an option would have no effect."""
+    if bool(options.model) == bool(options.url):
+        raise UserError("a trace is replayed at servers of --model, or at those of --url; give one of both")
+    if options.url and (options.profiles or options.server_options):
+        raise UserError(
+            "--profiles and --server-options are for servers that --model starts; leave them out with --url"
+        )
+    if options.max_cost is not None and options.no_answers:
+        raise UserError("--max-cost judges answers, which --no-answers leaves out; give one of both")
 
 
 def _end(_: int, __: object) -> NoReturn:
