@@ -45,7 +45,7 @@ from skvr_dist.run.folder import RunFolder
 from skvr_dist.run.lock import RunLock
 from skvr_dist.run.log import prints_to, software_versions, start_log, write_versions
 from skvr_dist.train.attention import attention_notices, kernels_of
-from skvr_dist.train.batches import WatchedBatches, training_batches
+from skvr_dist.train.batches import WatchedBatches, open_reader, training_batches
 from skvr_dist.train.build import build_engine, build_saver, layout_of
 from skvr_dist.train.counts import StepCounts
 from skvr_dist.train.gradient_norms import LayerGradientNorms
@@ -173,6 +173,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     if mesh.rank == 0:
         write_whole(folder.config, dump_config(config))
         write_versions(folder.versions, layout_of(config, mesh.world_size).model_dump())
+    reader = open_reader(config, inputs.sequences, mesh)  # before the model, whose memory its processes would hold too
     with prints_to(folder.log(mesh.rank)), naming_the_operation(mesh, "reading the checkpoint"):
         engine = build_engine(config, mesh)
         mesh.require_same(kernels_of(config, engine.attention, engine.device))  # a package may be on some hosts only
@@ -182,7 +183,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     first_step = resumed.step if resumed else 0
     aside = settle_resume(config, resumed) if mesh.rank == 0 else []
     interrupts = InterruptListener()
-    watched = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
+    watched = WatchedBatches(training_batches(config, reader, mesh, first_step), log)
     run = Run(
         config,
         mesh,
