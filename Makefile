@@ -45,7 +45,7 @@ PRETRAIN := PATH=$(abspath $(BIN)):$$PATH deepspeed --num_gpus 4 --log_level err
 $(QUICKSTART)/standard/finished: $(DATA)
 	$(PRETRAIN) train.output_dir=$(@D) routing.policy=none routing.cross_layer_prob=null && touch $@
 $(QUICKSTART)/routed/finished: $(DATA)
-	$(PRETRAIN) train.output_dir=$(@D) && touch $@
+	$(PRETRAIN) --config configs/experiment/self-distillation.yaml train.output_dir=$(@D) && touch $@
 
 $(QUICKSTART)/report.md: $(QUICKSTART)/standard/finished $(QUICKSTART)/routed/finished
 	$(BIN)/python tools/report.py --standard $(QUICKSTART)/standard --routed $(QUICKSTART)/routed --output $(QUICKSTART) \
