@@ -21,7 +21,7 @@ Shapes: B batch, R rows of donors, S sequence, D hidden, H heads, K key/value he
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ from skvr_dist.model.arena import ArenaGradients, ArenaLayer, StageArena
 from skvr_dist.model.attention import AttentionScope, attend, scopes_of
 from skvr_dist.model.attention_choice import activate, resolve, takes_arena
 from skvr_dist.model.documents import Documents
-from skvr_dist.model.modules import Modules, count_labels, shards_of, token_cross_entropy
+from skvr_dist.model.modules import Modules, TensorShard, count_labels, shards_of, token_cross_entropy
 from skvr_dist.model.rope import rope_tables, rotate
 from skvr_dist.routing import KVPart
 
@@ -429,22 +429,49 @@ def zero_gradients(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def initialize(decoder: Decoder, seed: int) -> None:
+def initialize(
+    decoder: Decoder,
+    seed: int,
+    device: torch.device | str = "cpu",
+    take: Callable[[nn.Module], None] | None = None,
+) -> None:
     """Draw the initial weights: normal(0, initializer_range) matrices, unit norms, zero biases.
 
     Each weight is drawn on its own and whole, in float32 on the CPU, from a generator keyed by (seed, canonical name),
-    and then cut, so that any split of the decoder over ranks starts from the same weights.
+    and then cut, so that any split of the decoder over ranks starts from the same weights. A decoder on the meta device
+    comes into being here, module by module: beside it there is never more than the one weight that is being drawn.
+
+    Args:
+        device: where modules that are on the meta device get their weights.
+        take: called with every module that has weights of its own as soon as they are drawn, in the order of the
+            decoder; with ZeRO-3 it leaves this rank a part of them.
     """
     shards = shards_of(decoder)
-    for name, parameter in decoder.named_parameters():
-        if name.endswith(".bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-            shard = shards[name]
-            drawn = torch.empty(shard.shape).normal_(0.0, decoder.config.initializer_range, generator=generator)
-            parameter.zero_()  # what pads a shard
-            shard.unpadded(parameter).copy_(shard.cut(drawn))
+    for path, module in decoder.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device=device, recurse=False)
+        for name, parameter in module.named_parameters(recurse=False):
+            _draw(f"{path}.{name}", parameter, shards[f"{path}.{name}"], decoder.config.initializer_range, seed)
+        if take:
+            take(module)
+
+
+def _draw(name: str, parameter: nn.Parameter, shard: TensorShard, deviation: float, seed: int) -> None:
+    """Give a parameter its initial weights.
+
+    Args:
+        name: the canonical one.
+        deviation: the standard deviation of matrices.
+    """
+    if name.endswith(".bias"):
+        parameter.zero_()
+    elif parameter.dim() == 1:
+        parameter.fill_(1.0)
+    else:
+        key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+        drawn = torch.empty(shard.shape).normal_(0.0, deviation, generator=generator)
+        parameter.zero_()  # what pads a shard
+        shard.unpadded(parameter).copy_(shard.cut(drawn))
