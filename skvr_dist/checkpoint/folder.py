@@ -22,7 +22,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,14 @@ class Checkpoint:
                 raise UserError(self._damage(damaged))
             self._tensors_are_whole = True
 
-    def read(self, pieces: Pieces, group: HostGroup, neighbours: dist.ProcessGroup | None = None) -> None:
+    def read(
+        self,
+        pieces: Pieces,
+        group: HostGroup,
+        neighbours: dist.ProcessGroup | None = None,
+        *,
+        besides: Collection[str] | None = (),
+    ) -> None:
         """Fill pieces, whatever layout they were written by; collective over `group`.
 
         All tensors are compared with their digests: those that any rank reads by the ranks that read
@@ -243,11 +250,15 @@ class Checkpoint:
 
         Args:
             neighbours: as in `Index.read_pieces`.
+            besides: tensors that this rank reads in further calls, and which are compared there; None in these calls,
+                which compare nothing but what they read.
 
         Raises:
             UserError: on all ranks: a tensor is missing or has another shape, or a file is damaged.
         """
-        parts = self._comparisons(self._wanted_anywhere(pieces, group))
+        parts = []
+        if besides is not None:
+            parts = self._comparisons(self._wanted_anywhere({*pieces, *besides}, group))
 
         def compare_my_share() -> None:
             for compare in parts[group.rank :: group.size]:
@@ -255,10 +266,14 @@ class Checkpoint:
 
         self.index.read_pieces(pieces, group, neighbours, before=compare_my_share)
 
-    def _wanted_anywhere(self, pieces: Pieces, group: HostGroup) -> set[str]:
-        """The tensors of this checkpoint that any rank has pieces of; collective."""
+    def _wanted_anywhere(self, here: Collection[str], group: HostGroup) -> set[str]:
+        """The tensors of this checkpoint that any rank wants; collective.
+
+        Args:
+            here: those that this one does.
+        """
         names = self.index.names()
-        wanted = group.sum([float(name in pieces) for name in names])
+        wanted = group.sum([float(name in here) for name in names])
         return {name for name, ranks in zip(names, wanted, strict=True) if ranks}
 
     def _comparisons(self, wanted: set[str]) -> list[Callable[[], object]]:

@@ -319,14 +319,31 @@ class Index:
         problem = None
         for index, readers in plan.items():
             try:
-                content = self._fetch(index, readers, wanted.get(index, set()), neighbours)
+                targets = [
+                    (item, _rectangle(piece.tensor.detach(), item.dest_offsets, item.lengths))
+                    for item, piece in mine.get(index, [])
+                ]
+                content = self._memory(index, targets)
+                self._fetch(index, content, readers, wanted.get(index, set()), neighbours)
             except (UserError, OSError) as error:
                 problem = problem or self._problem(error)
                 continue
-            for item, piece in mine.get(index, []):
-                target = _rectangle(piece.tensor.detach(), item.dest_offsets, item.lengths)
-                target.copy_(self._part(item, content))
+            for item, target in targets:
+                part = self._part(item, content)
+                if part.data_ptr() != target.data_ptr():
+                    target.copy_(part)
         return problem
+
+    def _memory(self, index: MetadataIndex, targets: list[tuple[ReadItem, Tensor]]) -> Tensor:
+        """Where the bytes of a stored rectangle go: at once to where they are wanted, if that is one place of their
+        shape; so a large tensor is in memory once."""
+        length = self.stored[index].length
+        if len(targets) == 1:
+            target = targets[0][1]
+            fits = target.nbytes == length and target.is_contiguous() and target.is_cpu and target.dim() > 0
+            if fits and target.dtype == self.dtype(index.fqn):
+                return target.view(-1).view(torch.uint8)
+        return torch.empty(length, dtype=torch.uint8)  # memory is taken where something is written
 
     def _blocks(self, item: ReadItem) -> range:
         """The blocks of a stored rectangle that an item lies in."""
@@ -352,13 +369,15 @@ class Index:
     def _fetch(
         self,
         index: MetadataIndex,
+        content: Tensor,
         readers: dict[int, int | None],
         wanted: set[int],
         neighbours: dist.ProcessGroup | None,
-    ) -> Tensor:
-        """Bytes of a stored rectangle, of which the wanted blocks are filled; collective over `neighbours`.
+    ) -> None:
+        """Fill the wanted blocks of a stored rectangle; collective over `neighbours`.
 
         Args:
+            content: its bytes, uint8.
             readers: the blocks to read in their order, and the neighbour that reads each for all; None where this rank
                 reads for itself.
 
@@ -366,7 +385,6 @@ class Index:
             OSError, UserError: what went wrong with a block, after all of them.
         """
         stored, problem = self.stored[index], None
-        content = torch.empty(stored.length, dtype=torch.uint8)  # memory is taken where something is written
         rank = neighbours.rank() if neighbours else None
         with contextlib.ExitStack() as stack:
             file = None
@@ -383,7 +401,6 @@ class Index:
                     dist.broadcast(received, group=neighbours, group_src=reader)
         if problem:
             raise problem
-        return content
 
     def _read_block(self, file: io.BufferedReader, index: MetadataIndex, number: int, block: Tensor) -> None:
         """Fill a block of a stored rectangle, uint8, and compare it with its digest, if it has one.

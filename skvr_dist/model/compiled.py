@@ -6,9 +6,9 @@ and all layers share them. What surrounds the layers, engine, hooks of ZeRO and 
 
 Where the sequences of a micro-batch have donors each, there would be a graph for every way in which they can differ. So
 attention, which calls a kernel for each of them or one that reads from an arena, is left out there, and what is before
-and after it is compiled: four graphs (with own keys and values and without; queries; the rest of the layer). So it is
-where a flash kernel keeps to documents: their number and the length of the longest differ from batch to batch, and a
-graph would hold for one alone.
+and after it is compiled: three graphs (queries with own keys and values, or without; the rest of the layer), and one
+more for queries where they are computed again in the backward pass. So it is where a flash kernel keeps to documents:
+their number and the length of the longest differ from batch to batch, and a graph would hold for one alone.
 """
 
 from __future__ import annotations

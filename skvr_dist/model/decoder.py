@@ -21,7 +21,7 @@ Shapes: B batch, R rows of donors, S sequence, D hidden, H heads, K key/value he
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ from skvr_dist.model.arena import ArenaGradients, ArenaLayer, StageArena
 from skvr_dist.model.attention import AttentionScope, attend, scopes_of
 from skvr_dist.model.attention_choice import activate, resolve, takes_arena
 from skvr_dist.model.documents import Documents
-from skvr_dist.model.modules import Modules, count_labels, shards_of, token_cross_entropy
+from skvr_dist.model.modules import Modules, TensorShard, count_labels, shards_of, token_cross_entropy
 from skvr_dist.model.rope import rope_tables, rotate
 from skvr_dist.routing import KVPart
 
@@ -74,6 +74,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, modules: Modules) -> None:
         super().__init__()
         self.config = config
+        self.module_set = modules
         query_size = config.num_attention_heads * config.head_dim
         self.q_proj = modules.column(config.hidden_size, query_size, config.attention_bias)
         self.k_proj = modules.kv_column(config)
@@ -86,12 +87,26 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim))
 
-    def project_kv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> KV:
-        """Keys and values as a cache stores them, from normed hidden states [B, S, D]."""
-        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
-        if self.config.qk_norm:
-            k = self.k_norm(k)
-        return KV(rotate(k, *rope), v)
+    def project(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], *, queries: bool, kv: bool
+    ) -> tuple[Tensor | None, KV | None]:
+        """Queries [B, S, H, E], and keys and values as a cache stores them, of normed hidden states [B, S, D].
+
+        Args:
+            queries, kv: whether they are wanted.
+        """
+        linears = [*((self.k_proj, self.v_proj) if kv else ()), *((self.q_proj,) if queries else ())]
+        if not linears:
+            return None, None
+        heads = [self._heads(each) for each in self.module_set.project(x, linears)]
+        q = self._queries(heads[-1], rope) if queries else None
+        return q, self._kv(heads[0], heads[1], rope) if kv else None
+
+    def _queries(self, q: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return rotate(self.q_norm(q) if self.config.qk_norm else q, *rope)
+
+    def _kv(self, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> KV:
+        return KV(rotate(self.k_norm(k) if self.config.qk_norm else k, *rope), v)
 
     def kv_parameters(self) -> list[nn.Parameter]:
         """The parameters that only keys and values depend on."""
@@ -100,10 +115,9 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Queries [B, S, H, E] of normed hidden states [B, S, D]."""
-        q = self._heads(self.q_proj(x))
-        if self.config.qk_norm:
-            q = self.q_norm(q)
-        return rotate(q, *rope)
+        q, _ = self.project(x, rope, queries=True, kv=False)
+        assert q is not None
+        return q
 
     def forward(
         self,
@@ -115,10 +129,17 @@ class Attention(nn.Module):
         """Attend from normed hidden states x [B, S, D]; returns [B, S, D].
 
         Args:
+            sources, scopes: as for `attend`.
+        """
+        return self.attend(self.queries(x, rope), sources, scopes)
+
+    def attend(self, q: Tensor, sources: Sequence[KV] | ArenaLayer, scopes: Sequence[AttentionScope]) -> Tensor:
+        """Attend from queries [B, S, H, E]; returns [B, S, D].
+
+        Args:
             sources: the keys and values that each of the R rows reads, of T >= S positions; or the arena they are in.
             scopes: what each row is confined to, and what computes it; the arena knows.
         """
-        q = self.queries(x, rope)
         if isinstance(sources, ArenaLayer):
             return self.o_proj(sources.attend(q).flatten(2))
         rows = zip(q.chunk(len(sources)) if len(sources) > 1 else (q,), sources, scopes, strict=True)
@@ -131,12 +152,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, modules: Modules) -> None:
         super().__init__()
+        self.module_set = modules
         self.gate_proj = modules.column(config.hidden_size, config.intermediate_size, False)
         self.up_proj = modules.column(config.hidden_size, config.intermediate_size, False)
         self.down_proj = modules.row(config.intermediate_size, config.hidden_size, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.module_set.project(x, (self.gate_proj, self.up_proj))
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -177,7 +200,7 @@ class DecoderLayer(nn.Module):
         Returns:
             hidden states [B, S, D], and this layer's own keys and values, by row, if they are read.
         """
-        x, own = self.before_attention(hidden, rope, own_is_read, past)
+        x, q, own = self.before_attention(hidden, rope, own_is_read, past)
         sources: Sequence[KV] | ArenaLayer
         if isinstance(donors, ArenaLayer):
             rows = donors.keep(own) if own is not None else ()
@@ -185,19 +208,22 @@ class DecoderLayer(nn.Module):
         else:
             rows = own.rows(len(donors)) if own is not None else ()
             sources = [rows[row] if donor is None else donor for row, donor in enumerate(donors)]
-        attended = recompute.run(self.self_attn, x, rope, sources, scopes, again=self.recompute_attention)
+        if q is None:
+            attended = recompute.run(self.self_attn, x, rope, sources, scopes, again=True)
+        else:
+            attended = self.self_attn.attend(q, sources, scopes)
         return self.after_attention(hidden, attended), rows
 
     def before_attention(
         self, hidden: Tensor, rope: tuple[Tensor, Tensor], own_is_read: bool, past: KV | None
-    ) -> tuple[Tensor, KV | None]:
-        """What attention sees of hidden states [B, S, D], and this layer's own keys and values if they are read."""
+    ) -> tuple[Tensor, Tensor | None, KV | None]:
+        """What attention sees of hidden states [B, S, D]: those normed, queries if they are not computed again in the
+        backward pass, and this layer's own keys and values if they are read."""
         x = self.module_set.enter(self.input_layernorm(hidden))
-        if own_is_read:
-            return x, self.self_attn.project_kv(x, rope).after(past)
-        if torch.is_grad_enabled():
+        if not own_is_read and torch.is_grad_enabled():
             x = zero_gradients(x, self.self_attn.kv_parameters())
-        return x, None
+        q, own = self.self_attn.project(x, rope, queries=not self.recompute_attention, kv=own_is_read)
+        return x, q, own if own is None else own.after(past)
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The layer's output of its input and of what attention made of it, each [B, S, D]."""
@@ -388,7 +414,7 @@ class Decoder(nn.Module):
 
     def final(self, hidden: Tensor) -> Tensor:
         """What the head sees [B, S, D] of the last layer's hidden states [B, S, D]."""
-        return self.module_set.enter(self.norm(hidden))
+        return self.module_set.enter_head(self.norm(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, S, V] of the last layer's hidden states [B, S, D]."""
@@ -429,22 +455,49 @@ def zero_gradients(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def initialize(decoder: Decoder, seed: int) -> None:
+def initialize(
+    decoder: Decoder,
+    seed: int,
+    device: torch.device | str = "cpu",
+    take: Callable[[nn.Module], None] | None = None,
+) -> None:
     """Draw the initial weights: normal(0, initializer_range) matrices, unit norms, zero biases.
 
     Each weight is drawn on its own and whole, in float32 on the CPU, from a generator keyed by (seed, canonical name),
-    and then cut, so that any split of the decoder over ranks starts from the same weights.
+    and then cut, so that any split of the decoder over ranks starts from the same weights. A decoder on the meta device
+    comes into being here, module by module: beside it there is never more than the one weight that is being drawn.
+
+    Args:
+        device: where modules that are on the meta device get their weights.
+        take: called with every module that has weights of its own as soon as they are drawn, in the order of the
+            decoder; with ZeRO-3 it leaves this rank a part of them.
     """
     shards = shards_of(decoder)
-    for name, parameter in decoder.named_parameters():
-        if name.endswith(".bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-            shard = shards[name]
-            drawn = torch.empty(shard.shape).normal_(0.0, decoder.config.initializer_range, generator=generator)
-            parameter.zero_()  # what pads a shard
-            shard.unpadded(parameter).copy_(shard.cut(drawn))
+    for path, module in decoder.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device=device, recurse=False)
+        for name, parameter in module.named_parameters(recurse=False):
+            _draw(f"{path}.{name}", parameter, shards[f"{path}.{name}"], decoder.config.initializer_range, seed)
+        if take:
+            take(module)
+
+
+def _draw(name: str, parameter: nn.Parameter, shard: TensorShard, deviation: float, seed: int) -> None:
+    """Give a parameter its initial weights.
+
+    Args:
+        name: the canonical one.
+        deviation: the standard deviation of matrices.
+    """
+    if name.endswith(".bias"):
+        parameter.zero_()
+    elif parameter.dim() == 1:
+        parameter.fill_(1.0)
+    else:
+        key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+        drawn = torch.empty(shard.shape).normal_(0.0, deviation, generator=generator)
+        parameter.zero_()  # what pads a shard
+        shard.unpadded(parameter).copy_(shard.cut(drawn))

@@ -8,6 +8,7 @@ Shapes: B batch, S sequence, D hidden, K key/value heads, E head_dim, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,18 @@ class Modules:
         return Vocabulary(config.vocab_size, config.hidden_size)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Prepare normed hidden states for `column` layers; tensor-parallel modules may gather them here."""
+        """Prepare normed hidden states for `project`."""
+        return x
+
+    def project(self, x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
+        """What several `column` layers make of the same hidden states; tensor-parallel modules may gather these here.
+
+        Gradients of the hidden states are added up from the last layer to the first.
+        """
+        return [linear(x) for linear in linears]
+
+    def enter_head(self, x: Tensor) -> Tensor:
+        """Prepare normed hidden states for the output head, which takes whole ones."""
         return x
 
 

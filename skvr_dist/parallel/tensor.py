@@ -7,6 +7,7 @@ head.
 
 With sequence parallelism (arXiv 2205.05198) the hidden states between those regions are split by position: the sum
 becomes a reduce-scatter and an all-gather, which together move the same bytes, and norms run on 1/T of the tokens.
+Nothing but these 1/T is kept for the backward pass, which gathers once more.
 
 A weight that several ranks hold, while each sees only part of its gradient, sums its gradient in the backward pass
 itself. So every engine and every ZeRO stage gets whole gradients.
@@ -16,17 +17,18 @@ Shapes: B batch, S sequence, D hidden, V vocabulary, T tensor-parallel ranks.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.model.loss import Losses, Objective, Rows, linear_loss
 from skvr_dist.model.modules import Modules, TensorShard
+from skvr_dist.parallel.collectives import GatherSequence, LinearsOfSequence, ScatterSequence, Sum, SumGradient
 from skvr_dist.parallel.mesh import Mesh
 
 
@@ -80,14 +82,24 @@ class TensorParallelModules(Modules):
         return VocabularyShard(config, self)
 
     def enter(self, x: Tensor) -> Tensor:
+        """Let the gradient of hidden states be summed over the ranks; those split by position stay as they are."""
+        return x if self.sequence_parallel else SumGradient.apply(x, self.mesh.tp_group)
+
+    def project(self, x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
+        """What `column` layers make of hidden states [B, S, D]; of those split by position, once they are gathered."""
+        if not self.sequence_parallel:
+            return super().project(x, linears)
+        used = [each for linear in linears for each in cast(ColumnLinear, linear).weight_and_bias()]
+        return LinearsOfSequence.apply(x, self.mesh.tp_group, *used)
+
+    def enter_head(self, x: Tensor) -> Tensor:
         """Gather hidden states to [B, S, D] if they are split by position; their gradient is summed over the ranks."""
-        group = self.mesh.tp_group
-        return _GatherSequence.apply(x, group) if self.sequence_parallel else _SumGradient.apply(x, group)
+        return GatherSequence.apply(x, self.mesh.tp_group) if self.sequence_parallel else self.enter(x)
 
     def leave(self, x: Tensor) -> Tensor:
         """Sum partial hidden states [B, S, D] over the ranks; with sequence parallelism each gets its positions."""
         group = self.mesh.tp_group
-        return _ScatterSequence.apply(x, group) if self.sequence_parallel else _Sum.apply(x, group)
+        return ScatterSequence.apply(x, group) if self.sequence_parallel else Sum.apply(x, group)
 
 
 class ColumnLinear(nn.Linear):
@@ -116,11 +128,15 @@ class ColumnLinear(nn.Linear):
         }
 
     def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self.weight_and_bias())
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """What inputs are multiplied by, and what is added to that."""
         if self.copies is None:
-            return F.linear(x, self.weight, self.bias)
+            return self.weight, self.bias
         # Each copy serves the query heads of its own rank, and so sees only their share of the gradient.
-        bias = None if self.bias is None else _SumGradient.apply(self.bias, self.copies)
-        return F.linear(x, _SumGradient.apply(self.weight, self.copies), bias)
+        bias = None if self.bias is None else SumGradient.apply(self.bias, self.copies)
+        return SumGradient.apply(self.weight, self.copies), bias
 
 
 class RowLinear(nn.Linear):
@@ -140,7 +156,7 @@ class RowLinear(nn.Linear):
         if self.bias is None:
             return out
         partial = self.module_set.sequence_parallel  # each rank then adds the bias to its own positions only
-        return out + (_SumGradient.apply(self.bias, self.module_set.mesh.tp_group) if partial else self.bias)
+        return out + (SumGradient.apply(self.bias, self.module_set.mesh.tp_group) if partial else self.bias)
 
 
 class WholeNorm(nn.RMSNorm):
@@ -156,7 +172,7 @@ class PartialNorm(WholeNorm):
     """A norm that every rank computes on its own positions or heads; their gradients are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _SumGradient.apply(self.weight, self.module_set.mesh.tp_group)
+        weight = SumGradient.apply(self.weight, self.module_set.mesh.tp_group)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
@@ -188,75 +204,3 @@ class VocabularyShard(nn.Module):
         local, elsewhere = rows.local(x)
         embedded = F.embedding(local, self.weight)
         return self.module_set.leave(embedded.masked_fill(elsewhere[..., None], 0.0))
-
-
-# Each of these is a collective over the tensor-parallel group in its forward pass, its backward pass, or both.
-
-
-class _SumGradient(torch.autograd.Function):
-    """Identity; the gradient is summed over the ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum(grads[0], ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over the ranks; every rank's gradient is that of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _sum(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _GatherSequence(torch.autograd.Function):
-    """[B, S / T, D] of every rank to [B, S, D]; the gradient is summed over the ranks, and each keeps its positions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return gather(x, group, dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter_sequence(grads[0], ctx.group), None
-
-
-class _ScatterSequence(torch.autograd.Function):
-    """The sum over the ranks of [B, S, D], of which each keeps its positions [B, S / T, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _reduce_scatter_sequence(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return gather(grads[0], ctx.group, dim=1), None
-
-
-def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _arrived(collectives.all_reduce(x.contiguous(), "sum", group))
-
-
-def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """Every rank's x, concatenated along `dim` in the order of the ranks."""
-    return _arrived(collectives.all_gather_tensor(x.contiguous(), dim, group))
-
-
-def _reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _arrived(collectives.reduce_scatter_tensor(x, "sum", 1, group))
-
-
-def _arrived(x: Tensor) -> Tensor:
-    """What a functional collective returns, once it is there: such collectives can be compiled."""
-    return collectives.wait_tensor(x)

@@ -28,15 +28,16 @@ from skvr_dist.train.passes import passes_of_step
 
 def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
     """This rank's stage, with initial weights, optimizer and schedule; collective."""
+    options = deepspeed_json(config, mesh.world_size)
     return RoutedPipelineEngine(
-        StageModule(config.model, config.parallel, mesh, config.train.seed, config.train.only),
+        StageModule(config.model, config.parallel, mesh, config.train.seed, options, config.train.only),
         mesh,
         guard=UpdateGuard(
             max_loss_ratio=config.train.max_loss_ratio,
             max_skipped_in_a_row=config.train.max_skipped_steps_in_a_row,
         ),
         sequence_length=config.data.sequence_length,
-        deepspeed_json=deepspeed_json(config, mesh.world_size),
+        deepspeed_json=options,
         optimizer=functools.partial(build_optimizer, config.train),
         lr_scheduler=functools.partial(build_scheduler, config.train),
         separate_documents=config.data.documents == "separate",

@@ -13,7 +13,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.model.trained import is_trained
 from skvr_dist.parallel.engine import optimizers
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
-from skvr_dist.parallel.engine.optimizers import complete_state, state_to_load, state_to_read
+from skvr_dist.parallel.engine.optimizers import complete_state, hand_out, readings, state_to_load
 from skvr_dist.train.optimizer import set_step
 
 _WEIGHTS_DEPEND_ON = (
@@ -90,6 +90,7 @@ def _load(
     engine: RoutedPipelineEngine, checkpoint: Checkpoint, state: Pieces, is_wanted: Callable[[str], bool]
 ) -> None:
     """Fill those tensors of a state that are wanted by name; collective."""
-    reading, mesh = state_to_read(engine, state, is_wanted), engine.mesh
-    checkpoint.read(reading.pieces, mesh.host_group, mesh.tp_group_on_host)
-    complete_state(engine, state, reading, is_wanted)
+    for reading in readings(engine, state, is_wanted):
+        checkpoint.read(reading.pieces, engine.mesh.host_group, engine.mesh.tp_group_on_host, besides=reading.besides)
+        hand_out(engine, reading)
+    complete_state(engine, state, is_wanted)

@@ -118,6 +118,7 @@ CASES = (
     Case("PP2 x DP2, bf16, layers recomputed", 4, {"pipeline": 2, **_LAYER}, "bf16"),
     Case("TP2 SP x PP2, layers recomputed", 4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, **_LAYER}),
     Case("TP2 x PP2, attention recomputed", 4, {"tensor": 2, "pipeline": 2, **_ATTENTION}),
+    Case("TP2 SP, attention recomputed", 2, {"tensor": 2, "sequence_parallel": True, **_ATTENTION}),
     Case("PP4 x DP16, ZeRO-1, bf16", 64, {"pipeline": 4}, "bf16"),
     Case("PP2, every 2nd layer recomputed", 2, {"pipeline": 2, **_EVERY_2ND}),
     Case("PP4 x DP2, ZeRO-1, draws per sequence", 8, {"pipeline": 4}, draws_per="sequence"),

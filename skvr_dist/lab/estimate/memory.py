@@ -85,7 +85,7 @@ class _Activations:
         """A layer that keeps everything, without its input."""
         rank, size, hidden = self.rank, self.rank.element, self.rank.model.hidden_size
         split = rank.split_tokens * hidden
-        norms = 2 * (self.norm(split, rank.split_tokens) + size * rank.tokens * hidden)
+        norms = 2 * (self.norm(split, rank.split_tokens) + size * split)
         between = size * split * self.keeps_inputs_of_norms
         mlp = 4 * size * rank.tokens * rank.inner
         return norms + between + mlp + self.queries(row) + (self.kv() if layer in row.read else 0)

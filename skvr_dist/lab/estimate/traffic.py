@@ -64,14 +64,18 @@ def _add_tensor_parallel(total: _Sum, rank: RankSizes, row: MicroBatch) -> None:
     hidden = size * rank.tokens * model.hidden_size
     split = rank.config.parallel.sequence_parallel
     checkpointing = rank.config.parallel.activation_checkpointing
-    # Of hidden states: how often they enter a region between norms and leave one, forwards and again backwards.
-    enters = leaves = gradients_of_enters = gradients_of_leaves = 0
+    # Of hidden states: how often they enter a region between norms and leave one, forwards and again backwards; and how
+    # often those split by position are gathered for linear layers.
+    leaves = gradients_of_enters = gradients_of_leaves = gathered = 0
     for layer in rank.layers:
         again = checkpointing.covers("layer", layer)
-        enters += 2 * (1 + again)
         leaves += 2 + again  # torch stops to compute again before the last sum, of which nothing is kept
         gradients_of_enters += 2
         gradients_of_leaves += 2
+        gathered += 2 * (2 + again)  # the backward pass needs them once more
+        if checkpointing.covers("attention", layer):  # queries are computed apart, and again
+            gathered += 1 + 2 * split * (layer in row.read)
+            gradients_of_enters += split * (layer in row.read)
         small = model.head_dim * model.qk_norm * (1 + (layer in row.read))
         if split:
             small += model.hidden_size * (2 + model.attention_output_bias)
@@ -81,11 +85,11 @@ def _add_tensor_parallel(total: _Sum, rank: RankSizes, row: MicroBatch) -> None:
     if rank.is_first:
         leaves, gradients_of_leaves = leaves + 1, gradients_of_leaves + 1
     if rank.is_last:
-        enters, gradients_of_enters = enters + 1, gradients_of_enters + 1
+        gathered, gradients_of_enters = gathered + 1, gradients_of_enters + 1
         total.add("tensor", "all_reduce", split * size * model.hidden_size)
         total.add("tensor", "all_gather", 8 * rank.tokens)  # two figures of each token's loss
     if split:
-        total.add("tensor", "all_gather", hidden // rank.tensor * (enters + gradients_of_leaves))
+        total.add("tensor", "all_gather", hidden // rank.tensor * (gathered + gradients_of_leaves))
         total.add("tensor", "reduce_scatter", hidden * (leaves + gradients_of_enters))
     else:
         total.add("tensor", "all_reduce", hidden * (leaves + gradients_of_enters))

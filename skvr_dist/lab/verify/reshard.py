@@ -19,6 +19,7 @@ from skvr_dist.config.load import dump_config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
 from skvr_dist.lab.verify.ranks import run_ranks
+from skvr_dist.parallel.engine import optimizers
 from skvr_dist.parallel.engine.optimizers import state_to_save
 from skvr_dist.parallel.mesh import Mesh, new_host_group
 from skvr_dist.run.folder import RunFolder
@@ -131,6 +132,7 @@ def _train_through(case: Case, folder: str) -> list[float]:
 
 def _resume_each(case: Case, sources: list[tuple[str, str, str]]) -> list[tuple[list[float], float]]:
     """On the target layout, load each source's checkpoint, save it again at once, and train to the end."""
+    optimizers.BYTES_OF_A_TURN = 1 << 12  # so that a small model is read in several turns, as a large one is
     found = []
     for _, saved, again in sources:
         trainer = Trainer(case, again)

@@ -41,7 +41,17 @@ def _name_of(method: str) -> str | None:
 _METHODS = {method: name for method in vars(dist.ProcessGroup) if (name := _name_of(method))}
 
 
-_FUNCTIONS = {"all_reduce": "all_reduce", "all_gather_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+_FUNCTIONS = {
+    function: name
+    for function, name in {
+        "all_reduce": "all_reduce",
+        "all_gather_tensor": "all_gather",
+        "all_gather_single": "all_gather",
+        "reduce_scatter_tensor": "reduce_scatter",
+        "reduce_scatter_single": "reduce_scatter",
+    }.items()
+    if hasattr(_functional_collectives, function)  # versions differ
+}
 
 
 @dataclass(frozen=True)

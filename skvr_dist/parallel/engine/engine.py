@@ -498,8 +498,9 @@ def parameter_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
     Of the parameters that are trained; a group without any is left out.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    dims = [len(getattr(p, "ds_shape", p.shape)) for p in parameters]  # ZeRO-3 may hold a flat part of it
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2]},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p, dim in zip(parameters, dims, strict=True) if dim >= 2]},
+        {"params": [p for p, dim in zip(parameters, dims, strict=True) if dim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

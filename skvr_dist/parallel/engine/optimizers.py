@@ -12,8 +12,9 @@ exists, and never as the bf16 copy made from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from skvr_dist.parallel.engine.stage import TIED_WEIGHT
 
 _TIED_ELEMENTS = 1 << 24
 """Elements of a tied embedding that are put together at a time: 64 MiB in fp32."""
+BYTES_OF_A_TURN = 1 << 28
+"""What a replica reads for all before it hands it out; a larger tensor is read alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,37 +128,69 @@ def adam_steps(engine: RoutedPipelineEngine) -> int:
     return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), default=0)
 
 
+Turn = list[tuple[str, nn.Parameter, int]]
+"""With ZeRO-3, tensors of the state that are read before any of the next turn: name, weight, and the replica that reads
+each for all."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What one rank reads of a checkpoint, for itself and for others."""
+    """What one rank reads of a checkpoint at a time, for itself and for others."""
 
     pieces: Pieces
-    whole: dict[str, Tensor]
-    """With ZeRO-3, tensors of whole shards that this rank hands out to the replicas: flat, padded to equal parts."""
+    besides: Collection[str] | None = ()
+    """Tensors of this rank's further readings; None in these."""
+    turn: Turn = field(default_factory=list)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """Of the turn, the tensors of whole shards that this rank hands out: flat, padded to equal parts."""
 
 
-def state_to_read(engine: RoutedPipelineEngine, state: Pieces, is_loaded: Callable[[str], bool]) -> Reading:
-    """What this rank reads of a state that it holds; the rest it gets from other ranks, in `complete_state`.
+def readings(engine: RoutedPipelineEngine, state: Pieces, is_loaded: Callable[[str], bool]) -> Iterator[Reading]:
+    """What this rank reads of a state that it holds, one after the other, equally many on all ranks; collective.
 
-    Of what all replicas hold, the first one alone reads; of what first and last stage hold, the first one. With ZeRO-3,
-    where each weight is cut into as many parts as there are replicas, the replicas take turns to read whole ones.
+    The rest it gets from other ranks, in `hand_out` after each of them and in `complete_state`. Of what all replicas
+    hold, the first one alone reads; of what first and last stage hold, the first one. With ZeRO-3, where each weight is
+    cut into as many parts as there are replicas, the replicas take turns to read whole ones: so many at a time that a
+    rank's memory holds little beside its own part of the state.
 
     Args:
         state: of `state_to_load`.
         is_loaded: whether a tensor of that name is to be loaded; the same on all ranks.
     """
     if engine.zero_optimization_partition_weights():
-        return _whole_shards(engine, is_loaded)
-    left = {name for name in state if not is_loaded(name) or _is_tied_copy(engine, name)}
-    if engine.mesh.dp_rank != 0:
-        left |= _held_by_all_replicas(engine, state).keys()
-    return Reading({name: pieces for name, pieces in state.items() if name not in left}, {})
+        turns = _turns(_handed_out(engine, is_loaded))
+    else:
+        left = {name for name in state if not is_loaded(name) or _is_tied_copy(engine, name)}
+        if engine.mesh.dp_rank != 0:
+            left |= _held_by_all_replicas(engine, state).keys()
+        yield Reading({name: pieces for name, pieces in state.items() if name not in left})
+        return
+    further: list[str] | None = [
+        name for turn in turns[1:] for name, _, reader in turn if reader == engine.mesh.dp_rank
+    ]
+    for number in range(max(engine.mesh.host_group.gather(len(turns)))):
+        yield _whole_shards(engine, turns[number] if number < len(turns) else [], further)
+        further = None
 
 
-def _whole_shards(engine: RoutedPipelineEngine, is_loaded: Callable[[str], bool]) -> Reading:
+def _turns(tensors: Iterable[tuple[str, nn.Parameter, int]]) -> list[Turn]:
+    """Tensors in turns, in each of which no replica reads much more than `BYTES_OF_A_TURN`; at least one turn."""
+    turns: list[Turn] = [[]]
+    read: dict[int, int] = defaultdict(int)
+    for name, parameter, reader in tensors:
+        size = parameter.ds_numel * torch.float32.itemsize  # type: ignore[attr-defined]
+        if read[reader] and read[reader] + size > BYTES_OF_A_TURN:
+            turns.append([])
+            read.clear()
+        turns[-1].append((name, parameter, reader))
+        read[reader] += size
+    return turns
+
+
+def _whole_shards(engine: RoutedPipelineEngine, turn: Turn, besides: Collection[str] | None) -> Reading:
     shards, replicas = engine.stage.shards, engine.mesh.dp_size
-    reading = Reading({}, {})
-    for name, parameter, reader in _handed_out(engine, is_loaded):
+    reading = Reading({}, besides, turn)
+    for name, parameter, reader in turn:
         if reader == engine.mesh.dp_rank:
             ds_tensor = parameter.ds_tensor  # type: ignore[attr-defined]
             dtype = torch.float32 if parameter.requires_grad else ds_tensor.dtype
@@ -197,21 +232,17 @@ def _held_by_all_replicas(engine: RoutedPipelineEngine, state: Pieces) -> Pieces
 
 
 @torch.no_grad()
-def complete_state(
-    engine: RoutedPipelineEngine, state: Pieces, reading: Reading, is_loaded: Callable[[str], bool]
-) -> None:
-    """Set all parameters, after what `state_to_read` names was read; collective.
+def complete_state(engine: RoutedPipelineEngine, state: Pieces, is_loaded: Callable[[str], bool]) -> None:
+    """Set all parameters, after all `readings`; collective.
 
     No rank reads what another one has read: each replica gets the others' parts of the weights from them, as after an
     optimizer step.
 
     Args:
-        state, is_loaded: as for `state_to_read`.
+        state, is_loaded: as for `readings`.
     """
     optimizer, of_all = engine.optimizer, _held_by_all_replicas(engine, state)
-    if engine.zero_optimization_partition_weights():
-        _hand_out(engine, reading.whole, is_loaded)
-    elif engine.mesh.dp_size > 1:
+    if engine.mesh.dp_size > 1:
         for name, pieces in of_all.items():
             for piece in pieces if is_loaded(name) and not _is_tied_copy(engine, name) else ():
                 dist.broadcast(piece.tensor.detach(), group=engine.mesh.devices.get_group("dp"), group_src=0)
@@ -229,15 +260,18 @@ def complete_state(
             optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _hand_out(engine: RoutedPipelineEngine, whole: dict[str, Tensor], is_loaded: Callable[[str], bool]) -> None:
-    """With ZeRO-3, give each replica its parts of what the replicas have read; collective over them."""
-    held = {partition.name: partition for partition in partitions(engine)}
-    for name, parameter, reader in _handed_out(engine, is_loaded):
+@torch.no_grad()
+def hand_out(engine: RoutedPipelineEngine, reading: Reading) -> None:
+    """Give each replica its parts of what the replicas have read for all, once it was read; collective over them."""
+    held = {partition.name: partition for partition in partitions(engine)} if reading.turn else {}
+    for name, parameter, reader in reading.turn:
+        whole = reading.whole.pop(name, None)
         kind, _, weight = name.partition(".")
         ds_tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         dtype = torch.float32 if parameter.requires_grad else ds_tensor.dtype
         mine = torch.empty(ds_tensor.ds_numel, dtype=dtype, device=engine.device)
-        parts = list(whole.pop(name).to(engine.device).split(ds_tensor.ds_numel)) if name in whole else None
+        parts = None if whole is None else list(whole.to(engine.device).split(ds_tensor.ds_numel))
+        reading.pieces.pop(name, None)
         dist.scatter(mine, parts, group=engine.mesh.devices.get_group("dp"), group_src=reader)
         if weight in held:  # the last parts of a small weight are padding
             _held(engine, held[weight], kind).copy_(mine[: held[weight].count])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -24,7 +25,7 @@ from skvr_dist.model.documents import Documents
 from skvr_dist.model.loss import Losses, Objective
 from skvr_dist.model.modules import TensorShard, shards_of
 from skvr_dist.model.trained import train_only
-from skvr_dist.parallel.engine.zero import TiedWeights
+from skvr_dist.parallel.engine.zero import Partitioner, TiedWeights
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.boundary import Handover
 from skvr_dist.parallel.split import stage_bounds
@@ -61,11 +62,13 @@ class StageModule(PipelineModule):
         parallel: ParallelConfig,
         mesh: Mesh,
         seed: int,
+        deepspeed_json: dict[str, Any],
         only: Collection[str] | None = None,
     ) -> None:
-        """Build the slice.
+        """Build the slice, with initial weights in the precision of the run; with ZeRO-3 only this rank's part of them.
 
         Args:
+            deepspeed_json: DeepSpeed's configuration.
             only: modules whose parameters are trained, by their names; None: all.
         """
         self.model_config = model
@@ -74,6 +77,7 @@ class StageModule(PipelineModule):
         self._mesh = mesh
         self._bounds = stage_bounds(model, parallel)
         self._seed = seed
+        self._deepspeed_json = deepspeed_json
         self._only = only
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds and the topology
             topology = PipeModelDataParallelTopology(num_pp=mesh.pp_size, num_dp=mesh.dp_size, num_mp=mesh.tp_size)
@@ -147,10 +151,16 @@ class StageModule(PipelineModule):
         checkpointing = self._parallel.activation_checkpointing
         with torch.device("meta"):  # torch's own initial weights are never drawn
             decoder = Decoder(self.model_config, self.start, self.stop, modules=modules, checkpointing=checkpointing)
-        self.decoder = decoder.to_empty(device="cpu")
-        initialize(self.decoder, self._seed)
+        # Weights are drawn in the precision of the run, where they stay: neither all of them in float32 nor whole ones
+        # that other replicas hold a part of are ever on the host.
+        self.decoder = decoder.to(torch.bfloat16 if self._deepspeed_json["bf16"]["enabled"] else torch.float32)
         train_only(self.decoder, self._only)
         self.shards = shards_of(self.decoder)
+        device = torch.device(get_accelerator().device_name(self.local_rank))
+        if self._deepspeed_json["zero_optimization"]["stage"] == 3:
+            initialize(self.decoder, self._seed, device, Partitioner(self._deepspeed_json, self.mpu()))
+        else:
+            initialize(self.decoder, self._seed, device)
         for name, parameter in self.decoder.named_parameters():
             _count_in_norm(parameter, self.shards[name].primary)
         # ZeRO-3 fetches and reduces a layer as one: which of its parameters take part depends on the routing, and

@@ -20,14 +20,14 @@ import contextlib
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import engine as pipe_engine
-from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero import Init, partitioned_param_coordinator
 from torch.distributed import distributed_c10d
 
 # Of those that this process has made: all ranks make them in the same order, so it tells those of one apart.
@@ -51,6 +51,35 @@ def _accepting_every_zero_stage() -> Iterator[None]:
         yield
     finally:
         pipe_engine.ZeroStageEnum = refused
+
+
+class Partitioner:
+    """Leaves this rank its part of a module's weights, for ZeRO-3, as DeepSpeed does with a model that is there whole.
+
+    Called with one module after the other, by all replicas: they get the weights that the first of them has.
+
+    Args:
+        deepspeed_json: DeepSpeed's configuration.
+        mpu: the groups of the pipeline, from `PipelineModule.mpu`.
+    """
+
+    def __init__(self, deepspeed_json: dict[str, Any], mpu: Any) -> None:
+        self._deepspeed_json = deepspeed_json
+        self._mpu = mpu
+        self._partition: Callable[[Iterable[torch.nn.Parameter]], None] | None = None
+
+    def __call__(self, module: torch.nn.Module) -> None:
+        """Partition the weights of a module without children."""
+        if self._partition:
+            self._partition(module.parameters())
+            return
+        Init(
+            module,
+            data_parallel_group=self._mpu.get_data_parallel_group(),
+            config_dict_or_path=self._deepspeed_json,
+            mpu=self._mpu,
+        )
+        self._partition = next(module.parameters()).convert_to_zero_parameters  # type: ignore[attr-defined]
 
 
 class ZeroPipelineEngine(pipe_engine.PipelineEngine):

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.model.decoder import KV
+from skvr_dist.parallel.collectives import gather
 from skvr_dist.parallel.mesh import Mesh, new_groups
 from skvr_dist.parallel.pipeline.channel import Channel
-from skvr_dist.parallel.tensor import gather
 from skvr_dist.routing import KVPart
 
 
@@ -89,7 +89,7 @@ class HandoverFormat:
         flat = packed.split([math.prod(shape) for shape in shapes])
         hidden, *kv = (part.view(shape) for part, shape in zip(flat, shapes, strict=True))
         if self._hidden_is_split_for_sending:
-            hidden = gather(hidden, self.mesh.tp_group, dim=0)
+            hidden = gather(hidden, self.mesh.tp_group)
             hidden = hidden.view(self.shape.batch, self.shape.sequence, self.model.hidden_size)
         pairs = zip(crossing, kv[0::2], kv[1::2], strict=True)
         return Handover(hidden, {part: KV(k, v) for part, k, v in pairs})
