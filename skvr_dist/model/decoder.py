@@ -112,13 +112,16 @@ class Attention(nn.Module):
         sources: Sequence[KV] | ArenaLayer,
         scopes: Sequence[AttentionScope],
     ) -> Tensor:
-        """Attend from normed hidden states x [B, S, D]; returns [B, S, D].
+        """Attend from normed hidden states x [B, S, D]; returns [B, S, D]. Arguments as for `read`."""
+        return self.read(self.queries(x, rope), sources, scopes)
+
+    def read(self, q: Tensor, sources: Sequence[KV] | ArenaLayer, scopes: Sequence[AttentionScope]) -> Tensor:
+        """Attend with queries [B, S, H, E]; returns [B, S, D].
 
         Args:
             sources: the keys and values that each of the R rows reads, of T >= S positions; or the arena they are in.
             scopes: what each row is confined to, and what computes it; the arena knows.
         """
-        q = self.queries(x, rope)
         if isinstance(sources, ArenaLayer):
             return self.o_proj(sources.attend(q).flatten(2))
         rows = zip(q.chunk(len(sources)) if len(sources) > 1 else (q,), sources, scopes, strict=True)
@@ -177,7 +180,7 @@ class DecoderLayer(nn.Module):
         Returns:
             hidden states [B, S, D], and this layer's own keys and values, by row, if they are read.
         """
-        x, own = self.before_attention(hidden, rope, own_is_read, past)
+        start, own = self.before_attention(hidden, rope, own_is_read, past)
         sources: Sequence[KV] | ArenaLayer
         if isinstance(donors, ArenaLayer):
             rows = donors.keep(own) if own is not None else ()
@@ -185,19 +188,26 @@ class DecoderLayer(nn.Module):
         else:
             rows = own.rows(len(donors)) if own is not None else ()
             sources = [rows[row] if donor is None else donor for row, donor in enumerate(donors)]
-        attended = recompute.run(self.self_attn, x, rope, sources, scopes, again=self.recompute_attention)
+        if self.recompute_attention:
+            attended = recompute.run(self.self_attn, start, rope, sources, scopes, again=True)
+        else:
+            attended = self.self_attn.read(start, sources, scopes)
         return self.after_attention(hidden, attended), rows
 
     def before_attention(
         self, hidden: Tensor, rope: tuple[Tensor, Tensor], own_is_read: bool, past: KV | None
     ) -> tuple[Tensor, KV | None]:
-        """What attention sees of hidden states [B, S, D], and this layer's own keys and values if they are read."""
-        x = self.module_set.enter(self.input_layernorm(hidden))
+        """What attention starts from, and this layer's own keys and values if they are read.
+
+        It starts from queries [B, S, H, E]; where it is recomputed, from the normed hidden states [B, S, D] that it
+        makes its queries of again.
+        """
+        x, own = self.module_set.enter(self.input_layernorm(hidden)), None
         if own_is_read:
-            return x, self.self_attn.project_kv(x, rope).after(past)
-        if torch.is_grad_enabled():
+            own = self.self_attn.project_kv(x, rope).after(past)
+        elif torch.is_grad_enabled():
             x = zero_gradients(x, self.self_attn.kv_parameters())
-        return x, None
+        return x if self.recompute_attention else self.self_attn.queries(x, rope), own
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The layer's output of its input and of what attention made of it, each [B, S, D]."""
