@@ -176,6 +176,8 @@ def connections(ranks: int) -> int:
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if group.size() == 1:
+        return [tensor]
     found = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(found, tensor, group=group)
     return found

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from skvr_dist.config.deepspeed import offload_device
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.errors import UserError
@@ -33,6 +34,17 @@ def why_not(zero_stage: int, pipeline: bool, precision: str) -> str | None:
             "use zero_stage 1, 2 or 3 (fp32 gradients and master weights) or precision fp32"
         )
     return None
+
+
+def zero_stage_in_use(config: Config, replicas: int) -> int:
+    """The stage of ZeRO that a run trains with: `parallel.zero_stage` where there is anything to share out.
+
+    One replica in fp32 holds everything anyway. Stages 1 and 2 would train a flat copy of its weights, and copy every
+    gradient and every weight twice a step: a seventh of a step of the quickstart's model on a CPU.
+    """
+    stage, is_fp32 = config.parallel.zero_stage, config.train.precision == "fp32"
+    alone = replicas == 1 and is_fp32 and offload_device(config.deepspeed) == "none"
+    return 0 if alone and stage < 3 else stage
 
 
 def support_matrix() -> str:

@@ -37,7 +37,8 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Also split the sequence over those ranks, between their regions."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What data-parallel replicas share: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    """What data-parallel replicas share: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. A single
+    replica that trains in fp32 without offloading has nothing to share, and takes 0 for 1 and 2."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     compile: Literal["auto", "inductor", "aot_eager", "off"] = "auto"
     """Whether layers are compiled (`skvr_dist.model.compiled`): `auto` takes `inductor` on GPUs and `off` on CPUs;

@@ -18,14 +18,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skvr_dist.model.arena import ArenaLayer
 from skvr_dist.model.attention import AttentionScope
 from skvr_dist.model.decoder import KV, Decoder, DecoderLayer
 
 Backend = Literal["inductor", "aot_eager"]
-# At most three graphs of each part for each of: with gradients and without, with documents and without; and for a
+# At most three graphs of a layer for each of: with gradients and without, with documents and without; and for a
 # teacher of another shape.
 _MOST_GRAPHS = 32
 
@@ -74,9 +74,8 @@ def _compile_layer(layer: DecoderLayer, compiled: Callable[[Any], Any]) -> None:
 
     # mypy takes an assignment to a method for a mistake.
     setattr(layer, "forward", forward)  # noqa: B010
-    for module, part in (
-        (layer, "before_attention"),
-        (layer.self_attn, "queries"),
-        (layer, "after_attention"),
-    ):
+    parts: list[tuple[nn.Module, str]] = [(layer, "before_attention"), (layer, "after_attention")]
+    if layer.recompute_attention:
+        parts.append((layer.self_attn, "queries"))
+    for module, part in parts:
         setattr(module, part, compiled(getattr(module, part)))

@@ -12,15 +12,14 @@ from skvr_dist.train.schedules import learning_rate_factor, peak_learning_rate
 
 
 def build_optimizer(train: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW over parameter groups; on a GPU each weight and its moments pass through one kernel, once."""
-    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    """AdamW over parameter groups; each weight and its moments pass through one kernel, once."""
     return torch.optim.AdamW(
         groups,
         lr=peak_learning_rate(train),
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_eps,
         weight_decay=train.weight_decay,
-        fused=on_gpu or None,
+        fused=True,
     )
 
 

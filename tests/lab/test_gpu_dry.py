@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from skvr_dist.commands.verify.gpu_dry import figures_of, tables_of
+from skvr_dist.commands.verify.gpu_dry import figures_of, figures_of_orders, table_of_orders, tables_of
 from skvr_dist.config.load import validate_config
 from skvr_dist.errors import UserError
 from skvr_dist.lab.gpu_dry import library
 from skvr_dist.lab.gpu_dry.measure import measurements
+from skvr_dist.lab.gpu_dry.order import RankLog, order_of
 
 WAIT = {"where": "skvr_dist/model/loss.py:1", "package": "skvr_dist", "called_from": "", "in_update": False, "times": 2}
 
@@ -68,3 +70,47 @@ def test_the_driver_that_runs_nothing_can_be_built_and_called(tmp_path: Path) ->
     assert driver.cuInit(0) == driver.cuDeviceGetCount(ctypes.byref(devices)) == 0
     assert devices.value == 8
     assert {"cudaMalloc", "cudaLaunchKernel", "ncclSend"} <= library._defined("runtime.c")
+
+
+def log_of(rank: int, *calls: str) -> RankLog:
+    """Of one of two ranks of a communicator, whose handle is another one on each rank."""
+    return RankLog.parse("\n".join([f"init 1{rank} 7-1 2 {rank}", *(call.replace("@", f"1{rank}") for call in calls)]))
+
+
+SEND_FIRST = ("send @ 8 1", "recv @ 8 1"), ("send @ 8 0", "recv @ 8 0")
+AT_ONCE = ["group_start 0 0 -1", *SEND_FIRST[0], "group_end 0 0 -1"], list(SEND_FIRST[1])
+
+
+@pytest.mark.parametrize(
+    ("calls", "stuck", "differing"),
+    [
+        ((("send @ 8 1",), ("recv @ 8 0",)), 0, ""),
+        (SEND_FIRST, 2, ""),  # each waits in its first send for the other one to receive
+        (AT_ONCE, 0, ""),
+        ((("all_reduce @ 4 -1", "send @ 8 1"), ("recv @ 8 0", "all_reduce @ 4 -1")), 2, ""),
+        ((("send @ 8 1", "send @ 8 1"), ("recv @ 8 0",)), 0, "2 messages 0 to 1 among ranks [0, 1], 1 received"),
+        ((("all_reduce @ 4 -1",), ("all_reduce @ 5 -1",)), 0, "ranks 0 and 1 differ in their collective 0"),
+    ],
+)
+def test_what_hangs_by_the_rule_of_first_use(
+    calls: tuple[Sequence[str], Sequence[str]], stuck: int, differing: str
+) -> None:
+    order = order_of([log_of(rank, *mine) for rank, mine in enumerate(calls)])
+    assert len(order.stuck) == stuck and order.communicators == 1
+    assert any(differing in each for each in order.differing) if differing else order.differing == []
+
+
+def test_a_rank_that_does_not_come_to_a_communicator_holds_the_others() -> None:
+    order = order_of([RankLog.parse("init a 7-1 2 0"), RankLog()])
+    assert order.stuck == ["rank 0 waits at its first init among ranks [0] for a rank that never comes"]
+    split = "init a 7-1 2 {0}\nsplit b a 0 {0}\nall_reduce b 4 -1"
+    assert order_of([RankLog.parse(split.format(rank)) for rank in range(2)]).stuck == []
+
+
+def test_layouts_that_hang_or_differ_miss_their_figures() -> None:
+    played = {"layout": "PP2", "ranks": 2, "communicators": 1, "collectives": 2, "messages": 3}
+    fine = played | {"stuck": [], "differing": []}
+    assert [figure.met for figure in figures_of_orders([fine])] == [True, True] and not figures_of_orders([])
+    bad = [fine, played | {"stuck": ["rank 0 waits"], "differing": []}]
+    assert [figure.met for figure in figures_of_orders(bad)] == [False, True]
+    assert "no hang" in table_of_orders(bad) and "rank 0 waits" in table_of_orders(bad)

@@ -2,12 +2,15 @@
 
     skvr-verify gpu-dry --json gpu-dry.json
     skvr-verify gpu-dry --only "qwen3-1.7b, engine" --output gpu-dry.md
+    skvr-verify gpu-dry --only "^order" --json order.json
 
 Under PyTorch's CUDA build lies a runtime that runs nothing (docs/gpu-dry.md): every line of Python runs, and what it
 asks of the device is counted. Each row is a process: the second step of one rank with bf16 and ZeRO-1, of two
-micro-batches of one sequence of 4,096 tokens. Exits 1 when a step waits for the device inside a micro-batch or more
-than once, when a compiled decoder launches too many kernels, or when the loss takes too much memory. Needs a CUDA build
-of PyTorch with its wheels, gcc, and no GPU.
+micro-batches of one sequence of 4,096 tokens. Rows "order" are the layouts of the quick matrix, a process for each
+rank: two steps and an evaluation over NCCL, whose calls are written down and played by its rule of first use. Exits 1
+when a step waits for the device inside a micro-batch or more than once, when a compiled decoder launches too many
+kernels, when the loss takes too much memory, or when ranks of a layout would wait for each other for ever or do not
+agree on what they do. Needs a CUDA build of PyTorch with its wheels, gcc, and no GPU.
 """
 
 from __future__ import annotations
@@ -45,28 +48,66 @@ def run(options: argparse.Namespace) -> int:
     """
     from tqdm import tqdm
 
+    from skvr_dist.lab.gpu_dry.layouts import layouts, orders
     from skvr_dist.lab.gpu_dry.library import build
     from skvr_dist.lab.gpu_dry.measure import measure, measurements
 
     output = None if options.output is None else prove_writable(options.output)
     try:
         rows = [row for row in measurements() if re.search(options.only or "", row.name)]
+        names = [name for name in layouts() if re.search(options.only or "", f"order, {name}")]
     except re.error as error:
         raise UserError(f"--only {options.only!r} is not a regular expression: {error}") from None
-    if not rows:
-        raise UserError(f"--only {options.only!r} is in no name of: {'; '.join(row.name for row in measurements())}")
+    if not rows and not names:
+        known = [row.name for row in measurements()] + [f"order, {name}" for name in layouts()]
+        raise UserError(f"--only {options.only!r} is in no name of: {'; '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         bar = tqdm(rows, leave=False, disable=None)
         record = list(measure(bar, Path(folder), options.attention))
-    figures, table = figures_of(record), tables_of(record)
+        played = list(orders(tqdm(names, leave=False, disable=None), Path(folder)))
+    figures = [*figures_of(record), *figures_of_orders(played)]
+    table = "\n\n".join(part for part in (tables_of(record), table_of_orders(played)) if part)
     if output is not None:
         write_whole(output, "\n".join([table, "", *map(str, figures), ""]))
-    return conclude(figures, table=table, record=record, json_file=options.json)
+    return conclude(figures, table=table, record=[*record, *played], json_file=options.json)
+
+
+def table_of_orders(played: Sequence[dict[str, Any]]) -> str:
+    """How the ranks of each layout talk, and where they would wait for each other for ever."""
+    rows = [
+        {
+            "layout": each["layout"],
+            "ranks": each["ranks"],
+            "communicators": each["communicators"],
+            "collectives": each["collectives"],
+            "messages": each["messages"],
+            "order": "; ".join([*each["stuck"], *each["differing"]]) or "no hang",
+        }
+        for each in played
+    ]
+    return tabulate([row.values() for row in rows], headers=list(rows[0]), tablefmt="github") if rows else ""
+
+
+def figures_of_orders(played: Sequence[dict[str, Any]]) -> list[Figure]:
+    """Layouts whose ranks hang by the rule of first use, or differ in what they do."""
+    if not played:
+        return []
+    counts = {what: sum(bool(each[what]) for each in played) for what in ("stuck", "differing")}
+    return [
+        Figure(f"{counts['stuck']} of {len(played)} layouts hang over NCCL", "0", not counts["stuck"]),
+        Figure(
+            f"{counts['differing']} of {len(played)} layouts with ranks that differ in what they do",
+            "0",
+            not counts["differing"],
+        ),
+    ]
 
 
 def tables_of(record: Sequence[dict[str, Any]]) -> str:
     """What each row asked for, and where it waited."""
+    if not record:
+        return ""
     rows = [_row(each) for each in record]
     places = Counter[tuple[str, str, str]]()
     for each in record:
@@ -114,6 +155,8 @@ def _waits(each: dict[str, Any], *, in_update: bool | None, ours: bool) -> int:
 
 def figures_of(record: Sequence[dict[str, Any]]) -> list[Figure]:
     """The figures that the rows have something to say about."""
+    if not record:
+        return []
     return [
         *_most_waits(record, "inside micro-batches", False, 0),
         *_most_waits(record, "of a step's update", True, MOST_WAITS),

@@ -28,13 +28,15 @@ class PlainLoop:
         torch.manual_seed(config.train.seed)
         shape = hf_config(config.model, torch.float32, {})
         model = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa")
+        options = deepspeed_json(config, mesh.world_size)
+        options["zero_optimization"]["stage"] = config.parallel.zero_stage  # as its user would write it
         parameters = [{"params": [each for each in model.parameters() if each.requires_grad]}]
         self._engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameters,
             optimizer=functools.partial(build_optimizer, config.train),
             lr_scheduler=functools.partial(build_scheduler, config.train),
-            config=deepspeed_json(config, mesh.world_size),
+            config=options,
         )
         self._passes = config.num_micro_batches // mesh.dp_size
 

@@ -181,7 +181,7 @@ def state_bytes(rank: RankSizes) -> tuple[int, int, int]:
     DeepSpeed keeps fp32 masters apart from the parameters from ZeRO-1 on, in fp32 runs too; in bf16 with ZeRO-1 whole
     fp32 gradients beside bf16 ones.
     """
-    stage, bf16, all_of_it = rank.config.parallel.zero_stage, rank.element == 2, rank.parameters
+    stage, bf16, all_of_it = rank.zero_stage, rank.element == 2, rank.parameters
     if stage == 3:
         share = sum(-(-weight.elements // rank.replicas) for weight in rank.weights)
         persistent = sum(w.elements for w in rank.weights if is_persistent(rank, w))
@@ -202,8 +202,9 @@ def peak_memory(rank: RankSizes, rows: Sequence[MicroBatch], kernels: Kernels = 
     activations = _Activations(rank, kernels)
     kept = [activations.micro_batch(row) for row in rows]
     moments = [_at_backward(activations, kept, rows, number) for number in range(len(rows))]
-    if rank.config.parallel.zero_stage == 3:
+    if rank.zero_stage == 3 or (rank.zero_stage == 2 and rank.element == 2):
         moments += [_while_reducing(activations, kept, rows, number) for number in range(len(rows))]
+    if rank.zero_stage == 3:
         fetched = _fetched(rank)
         moments += [_while_fetching(activations, kept, rows, number, fetched) for number in range(len(rows))]
     moments += [_at_reduction(rank), _at_update(rank)]
@@ -225,9 +226,9 @@ def _at_backward(activations: _Activations, kept: Sequence[int], rows: Sequence[
     if held + loss < running:
         loss = 0
     parameters, optimizer, gradients = state_bytes(rank)
-    if number == 0 and rank.config.parallel.zero_stage < 3:
+    if number == 0 and rank.zero_stage < 3:
         # They appear while the activations go; but in bf16 with ZeRO-1 those in fp32 are always there.
-        gradients = 4 * rank.parameters if rank.config.parallel.zero_stage == 1 and rank.element == 2 else 0
+        gradients = 4 * rank.parameters if rank.zero_stage == 1 and rank.element == 2 else 0
     return Memory(
         parameters=parameters,
         gradients=gradients,
@@ -284,12 +285,17 @@ def _while_fetching(
 
 
 def _while_reducing(activations: _Activations, kept: Sequence[int], rows: Sequence[MicroBatch], number: int) -> Memory:
-    """While ZeRO-3 reduces the first bucket of micro-batch `number`: a padded copy of it, and the next gradients."""
+    """While the first bucket of micro-batch `number` is reduced.
+
+    ZeRO-3 makes a padded copy of it, beside the next gradients; ZeRO-2 in bf16 a copy in fp32.
+    """
     rank = activations.rank
     last = min(number + rank.in_flight, len(rows))
     others = sum(kept[number + 1 : last])
     parameters, optimizer, gradients = state_bytes(rank)
-    on_their_way = 8 * min(rank.parameters, rank.zero_option("reduce_bucket_size", _BUCKET))
+    on_their_way = (8 if rank.zero_stage == 3 else 4) * min(
+        rank.parameters, rank.zero_option("reduce_bucket_size", _BUCKET)
+    )
     return Memory(
         parameters=parameters,
         gradients=gradients,
@@ -343,7 +349,7 @@ def _pipeline_buffers(
 
 def _bucket(rank: RankSizes) -> int:
     """The bucket that ZeRO holds while gradients come in; ZeRO-3 holds it always."""
-    stage, elements = rank.config.parallel.zero_stage, rank.zero_option("reduce_bucket_size", _BUCKET)
+    stage, elements = rank.zero_stage, rank.zero_option("reduce_bucket_size", _BUCKET)
     if stage == 0 or (stage == 1 and rank.element == 2):
         return 0
     return elements * (2 if stage == 2 and rank.element == 2 else 4)
@@ -351,7 +357,7 @@ def _bucket(rank: RankSizes) -> int:
 
 def _gathered(rank: RankSizes) -> int:
     """Whole weights that ZeRO-3 holds when the backward pass begins."""
-    if rank.config.parallel.zero_stage < 3:
+    if rank.zero_stage < 3:
         return 0
     released = released_modules(rank)
     return rank.element * sum(
@@ -361,7 +367,7 @@ def _gathered(rank: RankSizes) -> int:
 
 def _fetched_again(rank: RankSizes) -> int:
     """The largest layer's weights and gradients, where ZeRO-3 fetches weights again for the backward pass."""
-    if rank.config.parallel.zero_stage < 3 or not released_modules(rank):
+    if rank.zero_stage < 3 or not released_modules(rank):
         return 0
     largest = max(sum(w.elements for w in rank.weights if w.module == f"layer {layer}") for layer in rank.layers)
     return 2 * rank.element * largest
@@ -371,8 +377,10 @@ def _at_reduction(rank: RankSizes) -> Memory:
     """While gradients are reduced over the replicas at the end of the step."""
     parameters, optimizer, gradients = state_bytes(rank)
     bucket = rank.zero_option("reduce_bucket_size", _BUCKET)
-    stage, buffers = rank.config.parallel.zero_stage, _bucket(rank)
+    stage, buffers = rank.zero_stage, _bucket(rank)
     if stage == 0 or (stage == 1 and rank.element == 2):
+        if rank.replicas == 1:  # nothing is reduced
+            return Memory(parameters, gradients, optimizer, 0, 0, 0, 0, "update")
         buffers = 4 * min(rank.parameters, _BUCKET)  # the engine's own, which no option sets
     elif stage == 1:
         buffers += 4 * bucket
@@ -380,15 +388,15 @@ def _at_reduction(rank: RankSizes) -> Memory:
 
 
 def _at_update(rank: RankSizes) -> Memory:
-    """While AdamW updates: it makes two tensors as large as the one that it updates."""
+    """While AdamW updates, in place."""
     parameters, optimizer, gradients = state_bytes(rank)
-    stage, bf16 = rank.config.parallel.zero_stage, rank.element == 2
+    stage, bf16 = rank.zero_stage, rank.element == 2
     if stage == 0:
-        return Memory(parameters, gradients, optimizer, 8 * max(w.elements for w in rank.weights), 0, 0, 0, "update")
+        return Memory(parameters, gradients, optimizer, 0, 0, 0, 0, "update")
     share = flat_shares(rank)
     if stage == 1 and not bf16:
         gradients = 4 * sum(share)
-    extra = 8 * max(share) + (0 if bf16 and stage < 3 else 4 * max(share))
+    extra = 0 if bf16 and stage == 1 else 4 * max(share)  # the gradients of the largest group, made flat
     if stage == 3:
         extra += _bucket(rank)
         parameters = rank.element * (gradients // 4)  # whole weights that were kept are gathered anew afterwards

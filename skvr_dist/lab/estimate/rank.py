@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from skvr_dist.config.layouts import data_parallel_size
+from skvr_dist.config.layouts import data_parallel_size, zero_stage_in_use
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.model.operations import Widths
@@ -53,6 +53,11 @@ class RankSizes:
     def replicas(self) -> int:
         """Data-parallel replicas."""
         return data_parallel_size(self.config, self.gpus)
+
+    @cached_property
+    def zero_stage(self) -> int:
+        """The stage of ZeRO that is in use."""
+        return zero_stage_in_use(self.config, self.replicas)
 
     @cached_property
     def stages(self) -> int:

@@ -96,7 +96,7 @@ def _add_tensor_parallel(total: _Sum, rank: RankSizes, row: MicroBatch) -> None:
 
 
 def _add_replicas(total: _Sum, rank: RankSizes) -> None:
-    stage, reductions = rank.config.parallel.zero_stage, 4 * rank.parameters
+    stage, reductions = rank.zero_stage, 4 * rank.parameters
     if stage == 3:
         padded = sum(-(-weight.elements // rank.replicas) * rank.replicas for weight in rank.weights)
         total.add("replicas", "reduce_scatter", 4 * padded * rank.micro_batches)
@@ -109,7 +109,7 @@ def _add_replicas(total: _Sum, rank: RankSizes) -> None:
 
 def flat_shares(rank: RankSizes) -> list[int]:
     """Elements of this rank's share of each of ZeRO-1's flat groups: matrices, and norms with biases."""
-    parts = 2 * rank.replicas if rank.config.parallel.zero_stage else 1  # DeepSpeed's alignment for NCCL
+    parts = 2 * rank.replicas if rank.zero_stage else 1  # DeepSpeed's alignment for NCCL
     sums = [sum(w.elements for w in rank.weights if w.is_matrix is matrices) for matrices in (True, False)]
     return [-(-each // parts) * parts // max(rank.replicas, 1) for each in sums]
 
@@ -148,7 +148,7 @@ def gathered_bytes(rank: RankSizes) -> int:
 def _add_tied(total: _Sum, rank: RankSizes) -> None:
     table = next(weight for weight in rank.weights if weight.module == "embedding")
     held, copied = table.elements, table.elements
-    if rank.config.parallel.zero_stage == 3:
+    if rank.zero_stage == 3:
         held = -(-table.elements // rank.replicas)
         copied = held + table.elements * is_persistent(rank, table)
     total.add("tied", "all_reduce", 4 * held)

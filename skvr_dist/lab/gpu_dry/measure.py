@@ -120,7 +120,7 @@ def _in_process_of_its_own(row: Measurement, folder: Path, attention: str) -> di
         asked, found = Path(exchange) / "asked.json", Path(exchange) / "found.json"
         asked.write_text(json.dumps(row.asked(attention)))
         command = [sys.executable, "-m", "skvr_dist.lab.gpu_dry.step", str(asked), str(found)]
-        said = subprocess.run(command, env=_environment(folder), capture_output=True, text=True, timeout=_SECONDS)
+        said = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=_SECONDS)
         if not found.exists():
             raise UserError(
                 f"{row.name} ended with code {said.returncode} and no figures: {said.stderr.strip()[-_TRUNCATED:]}; "
@@ -129,7 +129,7 @@ def _in_process_of_its_own(row: Measurement, folder: Path, attention: str) -> di
         return json.loads(found.read_text())
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """That of a process on a machine with GPUs, as far as it can tell."""
     assert (folder / DRIVER).exists()
     return {

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #undef cudaGetDeviceProperties
 
 /* Counters, by name. */
@@ -260,24 +261,40 @@ int cublasLtMatmulAlgoGetHeuristic(void *l, void *o, void *a, void *b, void *c, 
     return 0;
 }
 
-/* NCCL: nothing is sent. Calls are written down, if SKVR_GPU_DRY_NCCL names a file. */
+/* NCCL: nothing is sent. Calls are written down, if SKVR_GPU_DRY_NCCL names a file (`order.py` reads it). */
 
-static void note(const char *operation, void *communicator, size_t count, int peer) {
+typedef struct { long words[16]; } unique_id;
+
+static FILE *nccl_log(void) {
     static FILE *file;
     const char *name = getenv("SKVR_GPU_DRY_NCCL");
-    dry_count(operation);
     if (!file && name) file = fopen(name, "w");
-    if (!file) return;
-    fprintf(file, "%s %lx %zu %d\n", operation, (long)communicator, count, peer);
-    fflush(file);
+    return file;
 }
-static int communicator(void **made) { *made = (void *)handle(); note("init", *made, 0, -1); return 0; }
+static void note(const char *operation, void *communicator, size_t count, int peer) {
+    dry_count(operation);
+    if (!nccl_log()) return;
+    fprintf(nccl_log(), "%s %lx %zu %d\n", operation, (long)communicator, count, peer);
+    fflush(nccl_log());
+}
+/* The same id on all ranks of a communicator; a split one has that of what it is made of, and which split it is. */
+static int communicator(void **made, int ranks, int rank, const unique_id *id) {
+    *made = (void *)handle();
+    if (nccl_log()) fprintf(nccl_log(), "init %lx %lx-%lx %d %d\n", (long)*made, id->words[0], id->words[1], ranks, rank);
+    return 0;
+}
 int ncclGetVersion(int *version) { *version = 22907; return 0; }
-int ncclGetUniqueId(char *id) { static long last; memset(id, 0, 128); long mine = ++last; memcpy(id, &mine, 8); return 0; }
-int ncclCommInitRank(void **made) { return communicator(made); }
-int ncclCommInitRankConfig(void **made) { return communicator(made); }
-int ncclCommInitRankScalable(void **made) { return communicator(made); }
-int ncclCommSplit(void *of, int color, int key, void **made, void *config) { return communicator(made); }
+int ncclGetUniqueId(unique_id *id) { static long last; memset(id, 0, sizeof *id); id->words[0] = getpid(); id->words[1] = ++last; return 0; }
+int ncclCommInitRank(void **made, int ranks, unique_id id, int rank) { return communicator(made, ranks, rank, &id); }
+int ncclCommInitRankConfig(void **made, int ranks, unique_id id, int rank, void *config) { return communicator(made, ranks, rank, &id); }
+int ncclCommInitRankScalable(void **made, int ranks, int rank, int ids, const unique_id *id, void *config) { return communicator(made, ranks, rank, id); }
+int ncclCommSplit(void *of, int color, int key, void **made, void *config) {
+    *made = (void *)handle();
+    if (nccl_log()) fprintf(nccl_log(), "split %lx %lx %d %d\n", (long)*made, (long)of, color, key);
+    return 0;
+}
+int ncclGroupStart(void) { note("group_start", 0, 0, -1); return 0; }
+int ncclGroupEnd(void) { note("group_end", 0, 0, -1); return 0; }
 int ncclCommGetAsyncError(void *of, int *error) { *error = 0; return 0; }
 int ncclCommCount(void *of, int *count) { *count = 1; return 0; }
 int ncclCommUserRank(void *of, int *rank) { *rank = 0; return 0; }

@@ -14,7 +14,7 @@ from skvr_dist.lab.verify.compare import Outcome, compare
 from skvr_dist.lab.verify.measure import run_cases
 from skvr_dist.lab.verify.ranks import run_ranks
 
-_SECONDS_PER_CASE = 120.0
+_SECONDS_PER_CASE, _SECONDS_PER_COMPILED_CASE = 120.0, 900.0
 
 
 def run_matrix(cases: Iterable[Case], *, first_use: bool = False) -> Iterator[Outcome]:
@@ -25,7 +25,7 @@ def run_matrix(cases: Iterable[Case], *, first_use: bool = False) -> Iterator[Ou
     """
     for layout, group in itertools.groupby(cases, key=lambda case: case.layout):
         together = list(group)
-        seconds = _SECONDS_PER_CASE * len(together)
+        seconds = sum(_SECONDS_PER_CASE if case.compile == "off" else _SECONDS_PER_COMPILED_CASE for case in together)
         by_rank = run_ranks(LAYOUTS[layout].ranks, run_cases, together, first_use, seconds=seconds)
         for case, *results in zip(together, *by_rank, strict=True):
             yield compare(case, results)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skvr_dist.config.layouts import zero_stage_in_use
 from skvr_dist.lab.verify.cases import Case
 from skvr_dist.lab.verify.first_use import first_use_blocks
 from skvr_dist.model.modules import TensorShard
@@ -125,7 +126,7 @@ def expected_bytes(case: Case, mesh: Mesh, parameters: int) -> dict[str, int]:
     gradients that the host gets a copy of.
     """
     config, bf16 = case.config(), case.precision == "bf16"
-    zero, offload = config.parallel.zero_stage, config.offloads_optimizer
+    zero, offload = zero_stage_in_use(config, mesh.dp_size), config.offloads_optimizer
     shared = parameters // mesh.dp_size
     adam = 8
     gradients = 4 * (shared if zero >= 1 else parameters)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from skvr_dist.config.layouts import data_parallel_size
+from skvr_dist.config.layouts import data_parallel_size, zero_stage_in_use
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 
@@ -23,7 +23,7 @@ def deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.num_passes // replicas,
         "gradient_clipping": config.train.gradient_clipping,
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": {"stage": zero_stage_in_use(config, replicas)},
         # The guard has found the gradient finite before; DeepSpeed would wait for the device to look again.
         "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": False},
     }

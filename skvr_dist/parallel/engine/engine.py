@@ -370,7 +370,9 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.sum_tied_gradients(self.module.get_tied_weights_and_groups())
 
     def _exec_reduce_grads(self) -> None:
-        if not self.reduces_in_backward:
+        # The gradients of one replica are complete; but its optimizer of ZeRO-1 in fp32 takes them in there.
+        is_complete = self.mesh.dp_size == 1 and (self.using_bf16_optimizer or not self.zero_optimization())
+        if not (self.reduces_in_backward or is_complete):
             super()._exec_reduce_grads()
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:

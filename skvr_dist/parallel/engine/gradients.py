@@ -97,10 +97,11 @@ def clip_by_global_norm(module: nn.Module, max_norm: float, group: dist.ProcessG
         the norm before, []: over all stages and shards, what several ranks hold counted once.
     """
     counted = [p.grad for p in module.parameters() if p.grad is not None and not getattr(p, PIPE_REPLICATED)]
-    nothing = torch.zeros((), device=get_accelerator().current_device_name())
-    total = torch.stack([nothing, *(gradient.square().sum() for gradient in counted)]).sum()
-    dist.all_reduce(total, group=group)
-    norm = total.sqrt()
+    norm = torch.nn.utils.get_total_norm(counted).to(get_accelerator().current_device_name())
+    if group.size() > 1:
+        total = norm.square()
+        dist.all_reduce(total, group=group)
+        norm = total.sqrt()
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(list(module.parameters()), max_norm, norm)
     return norm
