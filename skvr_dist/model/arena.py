@@ -87,11 +87,12 @@ class StageArena:
         self._slots = {(layer, row): slot for slot, layer in enumerate(own) for row in range(self.rows)}
         for row, crossing in enumerate(self._crossing):
             self._slots |= {(layer, row): len(own) + wave for wave, layer in enumerate(crossing)}
-        self._count = len(own) + self._waves
+        self.slots = len(own) + self._waves
+        """Places for the keys and values of a layer."""
         numbers = [self._of_sequences([self._slots[row[layer], r] for r, row in enumerate(donors)]) for layer in layers]
-        numbers += [[slot] * batch for slot in range(self._count)]
+        numbers += [[slot] * batch for slot in range(self.slots)]
         table = to_device(torch.tensor(numbers, dtype=torch.int64), device)
-        self._reads, self._writes = table.split([len(layers), self._count])
+        self._reads, self._writes = table.split([len(layers), self.slots])
         self._arena: skvr_kernels.Arena | None = None
         self._token: Tensor | None = None
         self._is_open = True
@@ -110,7 +111,7 @@ class StageArena:
             nothing = torch.zeros_like(one.k)
             k = torch.cat([nothing if part is None else part.k for part in parts])
             v = torch.cat([nothing if part is None else part.v for part in parts])
-            self._write(self._count - self._waves + wave, k, v)
+            self._write(self.slots - self._waves + wave, k, v)
 
     def layer(self, number: int) -> ArenaLayer:
         """What a layer of this stage writes and reads."""
@@ -155,8 +156,8 @@ class StageArena:
     def _make_arena(self, k: Tensor) -> None:
         import skvr_kernels
 
-        shape = (self._count, *k.shape)
-        gradients = self._gradients.of((self._count, 2, *k.shape), k.device)
+        shape = (self.slots, *k.shape)
+        gradients = self._gradients.of((self.slots, 2, *k.shape), k.device)
         self._arena = skvr_kernels.Arena(*shape, dtype=k.dtype, device=k.device, gradients=gradients)
         if self._documents is None:
             self._bounds = skvr_kernels.Documents.joined(k.shape[0], k.shape[1], k.device)

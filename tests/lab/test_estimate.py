@@ -22,8 +22,11 @@ from skvr_dist.lab.estimate.check import CASES, Case, Comparison, compare
 from skvr_dist.lab.estimate.layout import estimate
 from skvr_dist.lab.estimate.page import command, section
 from skvr_dist.lab.estimate.propose import propose, require_any
+from skvr_dist.lab.estimate.rank import RankSizes
 from skvr_dist.lab.estimate.speed import PRESETS
 from skvr_dist.lab.virtual.memory import LiveMemory
+from skvr_dist.model.arena import ArenaGradients, StageArena
+from skvr_dist.train.plans import plan_of_step
 
 ROOT = Path(__file__).parents[2]
 CASE = {case.name: case for case in CASES}
@@ -35,6 +38,17 @@ def test_closed_forms_are_what_virtual_ranks_do(name: str) -> None:
     for each in compare(CASE[name]):
         assert each.differing == [] and each.traffic
         assert abs(each.error) <= check.MEMORY_BOUND, each
+
+
+def test_as_many_slots_are_counted_as_an_arena_has() -> None:
+    rank = RankSizes(CASE["PP4 x DP4, ZeRO-1, from an arena"].config(), 16, 2)
+    plan = plan_of_step(rank.config, 0)
+    found = [row.slots for row in rank.rows(plan)]
+    made = [
+        StageArena(rank.layers, row.donors, 2, torch.device("cpu"), None, ArenaGradients()).slots
+        for row in rank.rows(plan)
+    ]
+    assert found == made and len({*found}) > 1
 
 
 def test_an_error_of_the_forms_is_a_miss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

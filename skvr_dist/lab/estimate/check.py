@@ -6,7 +6,7 @@ import contextlib
 import gc
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,6 @@ _SHAPE: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "qk_norm": True,
     "tie_word_embeddings": False,
-    "attention": "sdpa",
 }
 _NO_DATA = {"train": "-", "validation": "-", "tokenizer": "-"}
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -67,6 +66,7 @@ class Case:
     zero: dict[str, Any] = field(default_factory=dict)
     sequence: int = 64
     draws_per: str = "micro_batch"
+    attention: str = "sdpa"
 
     def config(self) -> Config:
         """The configuration of a run; its data sets are not opened."""
@@ -75,7 +75,9 @@ class Case:
         zero = {"reduce_bucket_size": 70_000, **self.zero}
         return validate_config(
             {
-                "model": {**_SHAPE, **_FAMILIES[self.family], "tie_word_embeddings": self.tied},
+                "model": _SHAPE
+                | _FAMILIES[self.family]
+                | {"tie_word_embeddings": self.tied, "attention": self.attention},
                 "routing": routing,
                 "parallel": self.parallel,
                 "data": {**_NO_DATA, "sequence_length": self.sequence, "lanes": 32},
@@ -98,6 +100,7 @@ _EVERY_2ND = {"activation_checkpointing": {"recompute": "layer", "every": 2}}
 _PARTITION_ALL = {"stage3_param_persistence_threshold": 0}
 _FETCH_TWICE = {**_PARTITION_ALL, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 _SPLIT = {"tensor": 2, "sequence_parallel": True, "pipeline": 2}
+_FROM_ARENA: dict[str, Any] = {"draws_per": "sequence", "attention": "routed"}
 CASES = (
     Case("single, ZeRO-0", 1, {"zero_stage": 0}),
     Case("PP2, ZeRO-0", 2, {"pipeline": 2, "zero_stage": 0}, policy="strategy"),
@@ -124,6 +127,9 @@ CASES = (
     Case("PP4 x DP2, ZeRO-1, draws per sequence", 8, {"pipeline": 4}, draws_per="sequence"),
     Case("TP2 SP x PP2, bf16, draws per sequence", 4, _SPLIT, "bf16", draws_per="sequence"),
     Case("PP4, layers recomputed, draws per sequence", 4, {"pipeline": 4, **_LAYER}, draws_per="sequence"),
+    Case("PP4 x DP4, ZeRO-1, from an arena", 16, {"pipeline": 4}, **_FROM_ARENA),
+    Case("PP2 x DP4, layers recomputed, from an arena", 8, {"pipeline": 2, **_LAYER}, **_FROM_ARENA),
+    Case("TP2 SP x PP2 x DP4, bf16, from an arena", 16, _SPLIT, "bf16", **_FROM_ARENA),
     Case("DP2, ZeRO-3, layers recomputed", 2, {"zero_stage": 3, **_LAYER}, zero=_PARTITION_ALL),
     Case("PP2 x DP2, ZeRO-3, layers recomputed", 4, {"pipeline": 2, "zero_stage": 3, **_LAYER}, zero=_PARTITION_ALL),
     Case("DP2, ZeRO-3, layers recomputed, fetched twice", 2, {"zero_stage": 3, **_LAYER}, zero=_FETCH_TWICE),
@@ -207,6 +213,8 @@ def _measure(config: Config, rank: int, world_size: int) -> Measured:
     with Recorder(make_up=True) as recorder, LiveMemory() as memory:
         mesh = Mesh.build(config.parallel, config.model)
         engine = build_engine(config, mesh)
+        if config.model.attention == "routed":
+            _let_kernels_give_zeros()
         plans = plan_stream(config, mesh, 0)
         micro_batches = config.num_micro_batches // mesh.dp_size
         for _ in range(_STEP + 1):
@@ -217,6 +225,29 @@ def _measure(config: Config, rank: int, world_size: int) -> Measured:
             engine.train_step(batches, plans.next())
     operations = [event for event in recorder.events[started:] if isinstance(event, Operation)]
     return Measured(memory.peak, _by_link(operations, mesh.pp_size, mesh.tp_size, world_size))
+
+
+_OUTPUTS = {"write": (), "unwrite": (2, 3), "forward": (2, 3), "queries": (4, 6), "keys": ()}
+"""Which arguments of the kernels of `skvr_kernels` are made by them."""
+
+
+def _let_kernels_give_zeros() -> None:
+    """Let nothing be computed from arenas: Triton's interpreter would take minutes, and memory is all that counts."""
+    from skvr_kernels import attention
+
+    class Kernel:
+        def __init__(self, outputs: tuple[int, ...]) -> None:
+            self._outputs = outputs
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return self._run
+
+        def _run(self, *args: Any, **options: Any) -> None:
+            for number in self._outputs:
+                args[number].zero_()
+
+    for name, outputs in _OUTPUTS.items():
+        setattr(attention, f"{name}_kernel", Kernel(outputs))
 
 
 def _by_link(operations: list[Operation], stages: int, tensor: int, world_size: int) -> Traffic:

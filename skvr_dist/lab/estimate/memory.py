@@ -6,6 +6,7 @@ norm keeps differs: the fused kernel of CUDA its input, the composite one of the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -69,17 +70,32 @@ class _Activations:
         rows = elements // rank.model.head_dim
         return size + self.norm(elements, rows) + size * self.keeps_inputs_of_norms
 
+    @property
+    def from_arena(self) -> bool:
+        """Whether attention reads from an arena; `auto` is taken for a kernel that does not."""
+        return self.rank.model.attention == "routed"
+
+    def arena(self, row: MicroBatch) -> int:
+        """The keys and values that layers of this stage read, where they lie in an arena, and bounds of documents."""
+        slot = 2 * self.rank.element * self.rank.tokens * self.rank.kv
+        return (row.slots * slot + 8 * self.rank.tokens) * self.from_arena
+
+    def arena_gradients(self, rows: Sequence[MicroBatch]) -> int:
+        """Those of the arena in float32, which is always held for the micro-batch that reads most."""
+        return 8 * self.rank.tokens * self.rank.kv * max(row.slots for row in rows) * self.from_arena
+
     def queries(self, row: MicroBatch) -> int:
         """Queries, what attention keeps of them, and its output; where rows attend on their own, theirs too."""
         rank = self.rank
         elements = rank.tokens * rank.queries
-        outputs = rank.element * elements * (1 + (len(row.donors) > 1))
+        outputs = rank.element * elements * (1 + (len(row.donors) > 1 and not self.from_arena))
         return self._heads(elements) + outputs + 4 * elements // rank.model.head_dim
 
-    def kv(self) -> int:
-        """Keys and values that are computed here."""
+    def kv(self, layer: int, row: MicroBatch) -> int:
+        """Keys and values that are computed here; beside an arena only if they go to the stage after."""
         elements = self.rank.tokens * self.rank.kv
-        return self._heads(elements) + self.rank.element * elements
+        size = self.rank.element * elements
+        return self._heads(elements) + size - 2 * size * (self.from_arena and layer not in row.left)
 
     def whole_layer(self, layer: int, row: MicroBatch) -> int:
         """A layer that keeps everything, without its input."""
@@ -88,13 +104,13 @@ class _Activations:
         norms = 2 * (self.norm(split, rank.split_tokens) + size * split)
         between = size * split * self.keeps_inputs_of_norms
         mlp = 4 * size * rank.tokens * rank.inner
-        return norms + between + mlp + self.queries(row) + (self.kv() if layer in row.read else 0)
+        return norms + between + mlp + self.queries(row) + (self.kv(layer, row) if layer in row.read else 0)
 
     def layer(self, layer: int, row: MicroBatch) -> int:
         """What a layer keeps until its backward pass, without its input."""
         rank, checkpointing = self.rank, self.rank.config.parallel.activation_checkpointing
         if checkpointing.covers("layer", layer):
-            return 2 * rank.element * rank.tokens * rank.kv * (layer in row.kept)
+            return 2 * rank.element * rank.tokens * rank.kv * (layer in (row.left if self.from_arena else row.kept))
         whole = self.whole_layer(layer, row)
         return whole - self.queries(row) if checkpointing.covers("attention", layer) else whole
 
@@ -136,7 +152,7 @@ class _Activations:
             bytes of activations, and of whole weights.
         """
         rank, size = self.rank, self.rank.element
-        most, held = (0, 0), self.received(row) + self.tables()
+        most, held = (0, 0), self.received(row) + self.tables() + self.arena(row)
         # Of attention its output, the sum with the layer's input, and the norm of that.
         inside = size * 3 * rank.tokens * (rank.model.hidden_size + rank.inner)
         for layer in rank.layers:
@@ -153,7 +169,8 @@ class _Activations:
         """What a micro-batch keeps between its passes, without the loss; up to layer `stop`, without it."""
         layers = [layer for layer in self.rank.layers if stop is None or layer < stop]
         kept = sum(self.layer(layer, row) + self.input_of(layer) for layer in layers)
-        return kept + self.received(row) + self.tables() + (self.output() if stop is None else 0)
+        kept += self.received(row) + self.tables() + self.arena(row)
+        return kept + (self.output() if stop is None else 0)
 
     def while_running_back(self, row: MicroBatch) -> int:
         """The most that a micro-batch holds in its backward pass, without the loss."""
@@ -162,7 +179,7 @@ class _Activations:
         gradient = size * rank.split_tokens * rank.model.hidden_size
         inner = rank.tokens * rank.inner
         mlp = size * (inner + max(inner, rank.model.hidden_size * rank.inner))
-        most, held = 0, self.received(row) + self.tables() + gradient * rank.is_last
+        most, held = 0, self.received(row) + self.tables() + self.arena(row) + gradient * rank.is_last
         held += 0 if rank.is_last else self.output()
         for layer in rank.layers:
             held += self.layer(layer, row) + self.input_of(layer)
@@ -208,7 +225,8 @@ def peak_memory(rank: RankSizes, rows: Sequence[MicroBatch], kernels: Kernels = 
         fetched = _fetched(rank)
         moments += [_while_fetching(activations, kept, rows, number, fetched) for number in range(len(rows))]
     moments += [_at_reduction(rank), _at_update(rank)]
-    return max(moments, key=lambda memory: memory.total)
+    peak = max(moments, key=lambda memory: memory.total)
+    return dataclasses.replace(peak, activations=peak.activations + activations.arena_gradients(rows))
 
 
 def _at_backward(activations: _Activations, kept: Sequence[int], rows: Sequence[MicroBatch], number: int) -> Memory:

@@ -195,9 +195,17 @@ class RankSizes:
                 entering=len(_crossing(donors, start)) / len(donors) if start else 0.0,
                 leaving=len(_crossing(donors, stop)) / len(donors),
                 kept=_read_by_others(donors) | {layer for layer, _ in _crossing(donors, stop)},
+                left=frozenset(layer for layer, _ in _crossing(donors, stop) if layer in self.layers),
+                slots=self._slots(donors),
             )
             for donors in map(plan.of_micro_batch, range(replica, plan.num_micro_batches, self.replicas))
         ]
+
+    def _slots(self, donors: Rows) -> int:
+        """Slots of a micro-batch's arena here: layers of the stage that it reads, and the most that a row gets."""
+        read = [{row[layer] for layer in self.layers} for row in donors]
+        own = {donor for row in read for donor in row if donor in self.layers}
+        return len(own) + max(sum(donor < self.layers.start for donor in row) for row in read)
 
     def packed_elements(self, crossing: float) -> int:
         """Elements of what this rank sends over a boundary for one micro-batch.
@@ -242,3 +250,7 @@ class MicroBatch:
     """How many layers' keys and values go to the stage after, likewise."""
     kept: frozenset[int]
     """Layers whose keys and values another layer reads, here or on a later stage."""
+    left: frozenset[int]
+    """Layers of this stage whose keys and values go to the stage after."""
+    slots: int
+    """Of the arena that attention reads from here, if it does (`skvr_dist.model.arena`)."""
