@@ -171,8 +171,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     # A thousand files that say the same line of every step would help nobody.
     log = start_log(folder.log(mesh.rank), logging.INFO if mesh.rank == 0 else logging.WARNING)
     if mesh.rank == 0:
-        write_whole(folder.config, dump_config(config))
-        write_versions(folder.versions, layout_of(config, mesh.world_size).model_dump())
+        _describe(config, mesh, folder)
     reader = open_reader(config, inputs.sequences, mesh)  # before the model, whose memory its processes would hold too
     with prints_to(folder.log(mesh.rank)), naming_the_operation(mesh, "reading the checkpoint"):
         engine = build_engine(config, mesh)
@@ -222,6 +221,12 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     notices += [f"moved, as train.on_resume allows: {jump}" for jump in jumps]
     report_start(run, resumed, notices + inputs.examples + ([lost] if lost else []))
     return run
+
+
+def _describe(config: Config, mesh: Mesh, folder: RunFolder) -> None:
+    """Write down what runs here: the resolved configuration, versions and layout."""
+    write_whole(folder.config, dump_config(config))
+    write_versions(folder.versions, layout_of(config, mesh.world_size).model_dump())
 
 
 def load_initial_weights(engine: RoutedPipelineEngine, config: Config) -> Checkpoint | None:
