@@ -254,7 +254,7 @@ def servers(exports: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactor
     with ExitStack() as stack:
         yield {
             profile: stack.enter_context(
-                vllm_server(exports["qwen3"], profile, logs / f"{profile}.log", options=options, seconds=180)
+                vllm_server(exports["qwen3"], profile, logs / f"{profile}.log", options=options)
             )
             for profile in ("full", "irregular")
         }

@@ -148,6 +148,7 @@ def _vllm(options: Namespace, stack: ExitStack) -> _Engine:
 
     require_vllm()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read by vLLM when it is imported
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to the standard output
     from skvr_dist.lab.bench import generate_vllm
 
     device = generate_vllm.device()

@@ -15,7 +15,16 @@ from skvr_dist.evaluate.replay.compare import ChangedAnswer, Comparison
 from skvr_dist.evaluate.replay.figures import ProfileFigures
 from skvr_dist.section import in_words
 
-HEADERS = ["profile", "failed", "first token (s)", "95 %", "per token (ms)", "95 %", "tokens/s", "tokens"]
+HEADERS = [
+    "profile",
+    "failed",
+    "first token (s)",
+    "of 95 % (s)",
+    "per token (ms)",
+    "of 95 % (ms)",
+    "tokens/s",
+    "tokens",
+]
 HEADERS += ["cache tokens", "cache in use", "preempted"]
 _LATE = 0.05
 """Seconds by which a request may be sent too late without a word."""

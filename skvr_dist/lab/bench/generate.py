@@ -92,13 +92,15 @@ def largest_batch(
     model.set_cache_strategy(strategy)
 
     def run(speed: Speed) -> None:
-        _run_once(model, random_prompt(model, speed.batch, prompt_tokens), new_tokens, speed, counts=False)
+        memory.give_back(model.device)
+        with memory.limited(model.device, limit):
+            _run_once(model, random_prompt(model, speed.batch, prompt_tokens), new_tokens, speed, counts=False)
 
-    return search_batch(run, strategy, prompt_tokens, model.device, limit=limit, most=most)
+    return search_batch(run, strategy, prompt_tokens, limit=limit, most=most)
 
 
 def search_batch(
-    run: Callable[[Speed], None], strategy: str, prompt_tokens: int, device: torch.device, *, limit: int, most: int
+    run: Callable[[Speed], None], strategy: str, prompt_tokens: int, *, limit: int, most: int
 ) -> LargestBatch:
     """Search the largest batch that runs within a limit.
 
@@ -108,10 +110,8 @@ def search_batch(
     peaks: dict[int, int | None] = {}
 
     def fits(batch: int) -> bool:
-        memory.give_back(device)
         speed = Speed(strategy, 0.0, prompt_tokens, batch)
-        with memory.limited(device, limit):
-            run(speed)
+        run(speed)
         peaks[batch] = speed.peak_bytes
         return not speed.ran_out_of_memory and (speed.peak_bytes is None or speed.peak_bytes <= limit)
 

@@ -1,9 +1,9 @@
 """The figures of `skvr_dist.lab.bench.generate` for vLLM: an engine in this process for each case.
 
-Each engine reads the whole batch in one step, as transformers does, and decodes with a cache of just as many blocks as
-the case needs, so that its peak of memory is what the case takes and not what vLLM would set aside. Layers above the
-last retained one see a prompt's last position alone (`--kv-sharing-fast-prefill`), for which vLLM runs without captured
-graphs.
+Each engine has a cache of just as many blocks as the case needs, so that its peak of memory is what the case takes and
+not what vLLM would set aside. Timed ones read the whole batch in one step, as transformers does; for the largest batch
+prompts are read in vLLM's own steps, because a server never reads all of them at once. Layers above the last retained
+one see a prompt's last position alone (`--kv-sharing-fast-prefill`), for which vLLM runs without captured graphs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -58,7 +58,7 @@ def measure_speed(served: Served, prompt_tokens: int, batch: int, new_tokens: in
     speeds = []
     for spec, strategy in served.strategies.items():
         speed = Speed(spec, strategy.retention, prompt_tokens, batch)
-        _run(served, speed, new_tokens, rounds)
+        _run(served, speed, new_tokens, rounds, step_tokens=max(batch * prompt_tokens, prompt_tokens + new_tokens + 1))
         speeds.append(speed)
     return speeds
 
@@ -71,25 +71,33 @@ def largest_batch(
     Raises:
         UserError: the process alone takes more.
     """
-    return search_batch(
-        lambda speed: _run(served, speed, new_tokens, rounds=0),
-        strategy,
-        prompt_tokens,
-        device(),
-        limit=limit,
-        most=most,
-    )
+
+    def run(speed: Speed) -> None:
+        if device().type == "cpu":
+            # Below a limit of the system vLLM's threads would not start, and end the process.
+            speed.ran_out_of_memory = _cache_blocks(served, speed, new_tokens).bytes > memory.room_on_cpu(limit)
+            if not speed.ran_out_of_memory:
+                _run(served, speed, new_tokens, rounds=0, step_tokens=None)
+            return
+        with memory.limited(device(), limit):
+            _run(served, speed, new_tokens, rounds=0, step_tokens=None)
+
+    return search_batch(run, strategy, prompt_tokens, limit=limit, most=most)
 
 
-def _run(served: Served, speed: Speed, new_tokens: int, rounds: int) -> None:
-    """Start an engine for a case, warm up with it, and note what the rounds take."""
+def _run(served: Served, speed: Speed, new_tokens: int, rounds: int, step_tokens: int | None) -> None:
+    """Start an engine for a case, warm up with it, and note what the rounds take.
+
+    Args:
+        step_tokens: that the engine reads at once; None for vLLM's own choice.
+    """
     bar = tqdm(range(rounds + 1), desc=f"{speed.strategy}, {speed.batch} x {speed.prompt_tokens:,}", disable=None)
     with ExitStack() as stack:
         started: list[LLM] = []
 
         def seconds() -> tuple[float, float, int]:
             if not started:  # here, where memory that runs out is noted
-                started.append(stack.enter_context(_engine(served, speed, new_tokens)))
+                started.append(stack.enter_context(_engine(served, speed, new_tokens, step_tokens)))
             return _seconds(started[0], _prompts(served, speed), new_tokens)
 
         for number in bar:
@@ -97,15 +105,30 @@ def _run(served: Served, speed: Speed, new_tokens: int, rounds: int) -> None:
                 note(speed, seconds, device(), counts=number > 0)
 
 
-@contextmanager
-def _engine(served: Served, speed: Speed, new_tokens: int) -> Iterator[LLM]:
-    """An engine whose cache holds a case and no more."""
-    longest = speed.prompt_tokens + new_tokens + 1
-    block = _BLOCK[device().type]
+class _Cache(NamedTuple):
+    """The cache of a case."""
+
+    longest: int
+    """Tokens of a sequence."""
+    block: int
+    """Tokens."""
+    bytes: int
+
+
+def _cache_blocks(served: Served, speed: Speed, new_tokens: int) -> _Cache:
+    """As many blocks as a case needs."""
+    longest, block = speed.prompt_tokens + new_tokens + 1, _BLOCK[device().type]
     blocks = speed.batch * math.ceil(longest / block) + 1  # vLLM keeps one for itself
     per_token = served.strategies[speed.strategy].cache_bytes_per_token(
         kv_heads=served.kv_heads, head_dim=served.head_dim, bytes_per_element=getattr(torch, served.dtype).itemsize
     )
+    return _Cache(longest, block, blocks * block * per_token)
+
+
+@contextmanager
+def _engine(served: Served, speed: Speed, new_tokens: int, step_tokens: int | None) -> Iterator[LLM]:
+    """An engine whose cache holds a case and no more."""
+    cache = _cache_blocks(served, speed, new_tokens)
     os.environ.pop(_OVERRIDES_BYTES, None)
     llm = LLM(
         str(served.folder),
@@ -114,11 +137,11 @@ def _engine(served: Served, speed: Speed, new_tokens: int) -> Iterator[LLM]:
         dtype=served.dtype,
         enforce_eager=True,
         enable_prefix_caching=False,
-        max_model_len=longest,
+        max_model_len=cache.longest,
         max_num_seqs=speed.batch,
-        max_num_batched_tokens=max(longest, speed.batch * speed.prompt_tokens),
-        block_size=block,
-        kv_cache_memory_bytes=blocks * block * per_token,
+        max_num_batched_tokens=step_tokens,
+        block_size=cache.block,
+        kv_cache_memory_bytes=cache.bytes,
         kv_sharing_fast_prefill=True,
         hf_overrides={"kv_profile": speed.strategy},
     )

@@ -69,6 +69,21 @@ def limited(device: torch.device, limit: int) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         return
+    room = room_on_cpu(limit)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_resident("VmData") + room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def room_on_cpu(limit: int) -> int:
+    """Bytes that the process may still take in RAM below a limit.
+
+    Raises:
+        UserError: it holds more already, or the system tells nothing of it.
+    """
     if not _CLEAR.exists():
         raise UserError(f"the largest batch on a CPU needs Linux's {_CLEAR}, which is not here; leave out --memory-gib")
     held = _resident("VmRSS")
@@ -77,12 +92,7 @@ def limited(device: torch.device, limit: int) -> Iterator[None]:
             f"--memory-gib {limit / 2**30:g} is less than the {held / 2**30:.2f} that the process holds with the model "
             f"alone; give more"
         )
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (_resident("VmData") + limit - held, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    return limit - held
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
