@@ -45,7 +45,7 @@ PRETRAIN := PATH=$(abspath $(BIN)):$$PATH deepspeed --num_gpus 4 --log_level err
 $(QUICKSTART)/standard/finished: $(DATA)
 	$(PRETRAIN) train.output_dir=$(@D) routing.policy=none routing.cross_layer_prob=null && touch $@
 $(QUICKSTART)/routed/finished: $(DATA)
-	$(PRETRAIN) train.output_dir=$(@D) && touch $@
+	$(PRETRAIN) --config configs/experiment/self-distillation.yaml train.output_dir=$(@D) && touch $@
 
 $(QUICKSTART)/report.md: $(QUICKSTART)/standard/finished $(QUICKSTART)/routed/finished
 	$(BIN)/python tools/report.py --standard $(QUICKSTART)/standard --routed $(QUICKSTART)/routed --output $(QUICKSTART) \
@@ -134,7 +134,7 @@ SMOKE := runs/smoke
 SMOKE_KEYS := $(addprefix model.,vocab_size=512 hidden_size=36 intermediate_size=48 head_dim=16) \
     $(addprefix data.,train=$(SMOKE)/data/train validation=$(SMOKE)/data/validation \
         tokenizer=$(SMOKE)/data/tokenizer.model sequence_length=32 lanes=16) \
-    train.steps=3 train.warmup_steps=1 train.initial_weights=null evaluate.sequences=16 checkpoint.every_steps=2
+    train.initial_weights=null evaluate.sequences=16
 .PHONY: experiments-smoke
 experiments-smoke: env
 	rm -rf $(SMOKE)
@@ -142,7 +142,7 @@ experiments-smoke: env
 	$(BIN)/python tools/prepare_data.py --input skvr_dist --tokenizer $(SMOKE)/data/tokenizer.model --output $(SMOKE)/data \
 	    --shards 16 --validation-share 0.25
 	for experiment in configs/experiment/sweeps/*.yaml; do \
-	    $(BIN)/python tools/sweep.py $$experiment --place local --seed 0 \
+	    $(BIN)/python tools/sweep.py $$experiment --place local --seed 0 --try-steps 4 \
 	        --output-dir $(SMOKE)/$$(basename $$experiment .yaml) $(SMOKE_KEYS) || exit; \
 	done
 	$(BIN)/python tools/plot.py $(SMOKE)/*/results.jsonl --output $(SMOKE)/figures

@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import select
+import shlex
 import signal
 import sys
 import tempfile
@@ -67,6 +68,13 @@ def _program() -> str:
     """Name of the program as the user started it; for a package (`python -m`) the package's name."""
     started = Path(sys.argv[0])
     return started.parent.name if started.name == "__main__.py" else started.name
+
+
+def typed_command() -> str:
+    """This command as it was typed, without the folders of the interpreter and of an installed command."""
+    file = Path(sys.argv[0])
+    start = ["python", f"{file.parent.name}/{file.name}"] if file.suffix == ".py" else [file.name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def parse(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skvr_dist.command import typed_command
 from skvr_dist.commands.estimate.serve import BLOCK, OTHER_GIB, UTILIZATION
 from skvr_dist.errors import UserError
 from skvr_dist.files import as_json, write_whole
@@ -36,6 +35,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     from skvr_dist.evaluate.cache_report import content
     from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
     from skvr_dist.evaluate.outputs import FULL
+    from skvr_dist.evaluate.replay.report import read_report
     from skvr_dist.hf.convert.opened import open_model
     from skvr_dist.routing import CacheStrategy
     from skvr_dist.sweep.results import source_commit
@@ -43,6 +43,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     checkpoint = open_model(options.model)
     if checkpoint.tokenizer_file is None:
         raise UserError(f"model {checkpoint.folder} has no tokenizer to write texts with; give another one")
+    replayed = None if options.replay is None else read_report(options.replay)
     tokenizer = load_tokenizer(checkpoint.tokenizer_file)
     _add_plan(checkpoint)
     layers, profiles = checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
@@ -77,7 +78,8 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
         scores=scores,
         cases=cases,
         compared=compared,
-        command=_command(),
+        replayed=replayed,
+        command=typed_command(),
         commit=source_commit(),
     )
     return _write(report, output)
@@ -93,13 +95,6 @@ def _write(report: CacheReport, output: Path) -> Path:
     write_whole(output / "report.html", as_page(report))
     write_whole(output / "report.md", as_markdown(report))
     return output / "report.md"
-
-
-def _command() -> str:
-    """This command as it was typed, without the folders of the interpreter and of an installed command."""
-    file = Path(sys.argv[0])
-    start = ["python", f"{file.parent.name}/{file.name}"] if file.suffix == ".py" else [file.name]
-    return shlex.join([*start, *sys.argv[1:]])
 
 
 def _add_plan(checkpoint: Checkpoint) -> None:

@@ -64,13 +64,14 @@ def run(options: Namespace) -> None:
 
     from skvr_dist.lab.profile_steps import profile_steps
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.batches import WatchedBatches, training_batches
+    from skvr_dist.train.batches import WatchedBatches, open_reader, training_batches
     from skvr_dist.train.build import build_engine
 
     start_process_group()
     mesh = Mesh.build(config.parallel, config.model)
+    reader = open_reader(config, inputs.sequences, mesh)
     engine = build_engine(config, mesh)
-    batches = training_batches(config, inputs.sequences, mesh, engine, first_step=0)
+    batches = training_batches(config, reader, mesh, first_step=0)
     found = profile_steps(
         config,
         engine,

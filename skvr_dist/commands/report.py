@@ -7,7 +7,8 @@
 With --model (a run, an import or an export) report.md and report.html begin with the cache to keep: the smallest whose
 cost over full retention is below --most-rise, its interval included. Then come quality against bytes for families of
 strategies and for the plan of tools/plan_cache.py, what fits on a GPU, and the texts that change most: continuations of
-held-out text, or with --work the answers to a file (or corpus) as tools/answers.py takes it.
+held-out text, or with --work the answers to a file (or corpus) as tools/answers.py takes it. --replay adds what a
+workload replayed against vLLM found (tools/replay.py).
 
 With --standard and --routed two runs (either may be an import) are compared: retention curves in one picture, table,
 continuations, speed. Both are measured over the held-out data of the first that was trained here, or over that of
@@ -90,6 +91,7 @@ def _options() -> argparse.Namespace:
     caches.add_argument("--decode", type=at_least(1, 10**5), default=32, metavar="N", help="tokens of an answer (32)")
     caches.add_argument("--count", type=at_least(1), default=50, metavar="N", help="answers (default: 50)")
     caches.add_argument("--validation-share", type=share, default=0.05, metavar="X", help="of a corpus (0.05)")
+    caches.add_argument("--replay", type=a_path, metavar="FILE", help="replay.json, to be a section of the report")
     caches.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
     options = parse(parser)
     pair = (options.standard, options.routed)

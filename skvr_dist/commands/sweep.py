@@ -2,12 +2,12 @@
 
     skvr-sweep configs/experiment/sweeps/recipes.yaml
     skvr-sweep recipes.yaml --place print
-    skvr-sweep recipes.yaml --seed 0 --output-dir runs/try train.steps=20
+    skvr-sweep recipes.yaml --seed 0 --output-dir runs/try --try-steps 4
 
 Each run has a folder of its own in the experiment's `output_dir`. Runs that are finished are left alone and others go
 on from their newest checkpoint, so the same command continues a sweep that was ended or killed. When a run fails the
-others go on; the exit code is 1 then. `section.key=value` overrides a key of all runs. results.jsonl holds a line per
-run with its losses. docs/experiments.md has the keys of an experiment.
+others go on; the exit code is 1 then. `section.key=value` overrides a key of all runs; --try-steps tries a file out.
+results.jsonl holds a line per run with its losses. docs/experiments.md has the keys of an experiment.
 """
 
 from __future__ import annotations
@@ -62,15 +62,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--place", choices=_PLACES, help="where to run, instead of place.kind")
     parser.add_argument("--at-once", type=at_least(1), metavar="N", help="runs at a time, instead of place.at_once")
     parser.add_argument("--seed", type=int, action="append", metavar="N", help="instead of seeds; may be repeated")
+    parser.add_argument("--try-steps", type=at_least(4), metavar="N", help="runs and branches of N steps each")
     add_overrides(parser)
     return parse(parser)
 
 
 def _experiment(options: argparse.Namespace) -> Experiment:
     """The experiment as its file and the command line have it."""
-    from skvr_dist.sweep.experiment import read_experiment
+    from skvr_dist.sweep.experiment import read_experiment, shortened
 
     experiment = read_experiment(options.experiment)
+    if options.try_steps:
+        experiment = shortened(experiment, options.try_steps)
     place = {"kind": options.place, "at_once": options.at_once}
     update = {"output_dir": options.output_dir, "seeds": options.seed}
     changed = {key: value for key, value in update.items() if value is not None}

@@ -12,15 +12,16 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from itertools import count, islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from skvr_dist.data.batch import IGNORED, MicroBatch
 from skvr_dist.data.order import Lane, Mixtures
@@ -207,8 +208,11 @@ class MicroBatchReader(Iterator[MicroBatch]):
     Micro-batch q of step t holds sequences t * Q * B + q * B to t * Q * B + (q + 1) * B - 1 of the run. Replica r of
     R runs q = r, r + R, ... So no sequence changes with R, and each replica reads lanes of its own.
 
-    The place of a run is the number of sequences that it has consumed, Q * B per step; `start_step` goes there at
-    once, and the fingerprint of the sequences tells whether the number still means the same.
+    The place of a run is the number of sequences that it has consumed, Q * B per step; `start_step` and `go_to` go
+    there at once, and the fingerprint of the sequences tells whether the number still means the same.
+
+    Processes that read ahead are forks of this one, with its memory as it is now: a weight that is updated after that
+    is held twice. So a rank makes its reader before its model, and says where to begin once a checkpoint is read.
 
     Args:
         sequences: the sequences of the run; its lanes must suit B x R.
@@ -244,19 +248,27 @@ class MicroBatchReader(Iterator[MicroBatch]):
             )
         if micro_batches_per_step % replicas:
             raise UserError(f"{micro_batches_per_step} micro-batches of a step cannot be shared by {replicas} replicas")
-        self._sequences, self._size, self._stride = sequences, micro_batch_size, replicas
+        self._stride = replicas
         # A step has as many micro-batches for one replica as for another, so those of replica r are r, r + R, ... of
         # the whole run too.
-        self._next = start_step * micro_batches_per_step + replica
-        self._rows: Iterator[Rows | UserError] = iter(self._rest())
-        if workers:
-            self._rows = _read_ahead(self._rest(), workers, prefetch)
+        self._per_step, self._replica = micro_batches_per_step, replica
+        self._dataset = _MicroBatches(sequences, micro_batch_size)
+        self._workers = _Workers(self._dataset, workers, prefetch) if workers else None
+        self.go_to(start_step)
 
-    def _rest(self) -> _ReplicaRows:
-        return _ReplicaRows(self._sequences, self._next, self._stride, self._size)
+    def go_to(self, step: int) -> None:
+        """Read on at the first micro-batch of a step."""
+        self._next = step * self._per_step + self._replica
+        self._rows: Iterator[Rows | UserError] | None = None
+
+    def _begin(self) -> Iterator[Rows | UserError]:
+        numbers = count(self._next, self._stride)
+        return self._workers.read(numbers) if self._workers else map(self._dataset.__getitem__, numbers)
 
     def __next__(self) -> MicroBatch:
         try:
+            if self._rows is None:
+                self._rows = self._begin()
             rows = next(self._rows)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -265,7 +277,8 @@ class MicroBatchReader(Iterator[MicroBatch]):
             # still to save. What they had read ahead is read again.
             reason = " ".join(str(error).split())
             logging.getLogger("skvr_dist").warning("a process that reads ahead was ended (%s); its rank reads", reason)
-            self._rows = iter(self._rest())
+            self._workers = None
+            self._rows = self._begin()
             rows = next(self._rows)
         if isinstance(rows, UserError):
             raise rows
@@ -275,23 +288,41 @@ class MicroBatchReader(Iterator[MicroBatch]):
         return MicroBatch(tokens, labels, documents, rows.lost_tokens, rows.damage)
 
 
-def _read_ahead(rows: _ReplicaRows, workers: int, prefetch: int) -> Iterator[Rows | UserError]:
-    """The rows, from processes that read ahead; `next` raises RuntimeError when one of them was ended."""
-    loader = DataLoader(
-        rows,
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        worker_init_fn=_leave_interrupts,
-    )
-    before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # torch has a handler raise the error wherever the rank is, in the middle of a step; without it, `next` finds
-        # out for itself, within 5 s.
-        signal.signal(signal.SIGCHLD, before)
-    return iterator
+class _Workers:
+    """Processes that read micro-batches ahead, forked at once and idle until `read` names the first."""
+
+    def __init__(self, dataset: _MicroBatches, workers: int, prefetch: int) -> None:
+        self._numbers = _Numbers()
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self._numbers,
+            collate_fn=_unchanged,
+            num_workers=workers,
+            prefetch_factor=prefetch,
+            persistent_workers=True,  # those of the first, empty pass, which forks them, read in the second
+            worker_init_fn=_leave_interrupts,
+        )
+        before = signal.getsignal(signal.SIGCHLD)
+        iter(self._loader)
+        if threading.current_thread() is threading.main_thread():
+            # torch has a handler raise the error wherever the rank is, in the middle of a step; without it, `next`
+            # finds out for itself, within 5 s.
+            signal.signal(signal.SIGCHLD, before)
+
+    def read(self, numbers: Iterable[int]) -> Iterator[Rows | UserError]:
+        """The micro-batches of these numbers, in order; this and `next` raise RuntimeError when a process was ended."""
+        self._numbers.numbers = numbers
+        return iter(self._loader)
+
+
+class _Numbers(Iterable[int]):
+    """The micro-batches that a pass of the workers reads; none at first."""
+
+    numbers: Iterable[int] = ()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
 
 
 def _leave_interrupts(_: int) -> None:
@@ -299,21 +330,17 @@ def _leave_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _ReplicaRows(IterableDataset[Rows | UserError]):
-    """Micro-batches `first`, `first + stride`, ... of a run; in a worker of torch's loader, that worker's share."""
+class _MicroBatches(TorchDataset[Rows | UserError]):
+    """The micro-batches of a run by number, each of `size` sequences."""
 
-    def __init__(self, sequences: Sequences, first: int, stride: int, size: int) -> None:
-        self._sequences, self._first, self._stride, self._size = sequences, first, stride, size
+    def __init__(self, sequences: Sequences, size: int) -> None:
+        self._sequences, self._size = sequences, size
 
-    def __iter__(self) -> Iterator[Rows | UserError]:
-        worker = get_worker_info()
-        offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number in islice(count(self._first, self._stride), offset, None, step):
-            try:
-                yield self._sequences.read(number * self._size, self._size)
-            except UserError as error:  # as a value: the loader would bury its sentence in a traceback
-                yield error
-                return
+    def __getitem__(self, number: int) -> Rows | UserError:
+        try:
+            return self._sequences.read(number * self._size, self._size)
+        except UserError as error:  # as a value: the loader would bury its sentence in a traceback
+            return error
 
 
 def _unchanged(rows: Any) -> Any:

@@ -77,3 +77,40 @@ def read_experiment(file: Path) -> Experiment:
 
 def _base_files(names: Sequence[str], folder: Path) -> list[Path]:
     return [beside if (beside := folder / name).is_file() else find_config(name) for name in names]
+
+
+_OF_THE_LENGTH = (
+    *("train.steps", "train.schedule_steps", "train.warmup_steps", "evaluate.every_steps"),
+    *("checkpoint.every_steps", "checkpoint.keep_every_steps"),
+)
+"""Keys that belong to the length of a run."""
+
+
+def shortened(experiment: Experiment, steps: int) -> Experiment:
+    """The same runs, of a few steps each: to try a file out before it takes a cluster.
+
+    Every step is saved. A decay takes the last two steps, and a branch begins before them (one off another branch a
+    step later). A grid over the length of runs stays what it is.
+
+    Args:
+        steps: at least 4, for a warm-up, a level step and a decay.
+    """
+    length = [f"train.steps={steps}", "train.warmup_steps=1", f"evaluate.every_steps={steps}"]
+    length += ["checkpoint.every_steps=1", "checkpoint.keep_every_steps=1"]
+    branches: dict[str, Branch] = {}
+    for name, branch in experiment.branches.items():
+        step = branches[branch.trunk].step + 1 if branch.trunk in branches else steps - 2
+        branches[name] = branch.model_copy(update={"step": step, "overrides": _without_length(branch.overrides)})
+    return experiment.model_copy(
+        update={
+            "overrides": [*_without_length(experiment.overrides), *length],
+            "runs": {name: _without_length(overrides) for name, overrides in experiment.runs.items()},
+            "branches": branches,
+        }
+    )
+
+
+def _without_length(overrides: Sequence[str]) -> list[str]:
+    kept = [each for each in overrides if each.partition("=")[0] not in _OF_THE_LENGTH]
+    decay = "train.decay_steps="
+    return [f"{decay}2" if each.startswith(decay) and each != f"{decay}null" else each for each in kept]

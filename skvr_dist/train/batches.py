@@ -17,34 +17,46 @@ from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.reader import MicroBatchReader, SequenceStream
 from skvr_dist.errors import UserError
-from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.failure import naming_the_operation
 from skvr_dist.parallel.mesh import Mesh
 
 
+def open_reader(config: Config, sequences: SequenceStream, mesh: Mesh) -> MicroBatchReader | None:
+    """What reads this replica's micro-batches, on the rank that does it for its stage; to be opened before the model.
+
+    None where another rank reads them, or no token is read.
+    """
+    if mesh.tp_rank != 0 or not _reads_tokens(config, mesh):
+        return None
+    return MicroBatchReader(
+        sequences,
+        micro_batch_size=config.train.micro_batch_size,
+        micro_batches_per_step=config.num_micro_batches,
+        replica=mesh.dp_rank,
+        replicas=mesh.dp_size,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )
+
+
 def training_batches(
-    config: Config, sequences: SequenceStream, mesh: Mesh, engine: RoutedPipelineEngine, first_step: int
+    config: Config, reader: MicroBatchReader | None, mesh: Mesh, first_step: int
 ) -> Iterator[MicroBatch]:
     """This replica's micro-batches from step `first_step` on; nothing on stages that read no tokens."""
-    if not (engine.is_first_stage() or engine.is_last_stage() or engine.separate_documents):
+    if not _reads_tokens(config, mesh):
         return iter(())
-    reader = None
-    if mesh.tp_rank == 0:
-        reader = MicroBatchReader(
-            sequences,
-            micro_batch_size=config.train.micro_batch_size,
-            micro_batches_per_step=config.num_micro_batches,
-            replica=mesh.dp_rank,
-            replicas=mesh.dp_size,
-            start_step=first_step,
-            workers=config.data.workers,
-            prefetch=config.data.prefetch,
-        )
+    if reader is not None:
+        reader.go_to(first_step)
     if mesh.tp_group_on_host is None:
         assert reader is not None
         return reader
     shape = config.train.micro_batch_size, config.data.sequence_length
-    return SharedBatches(reader, mesh, shape, separate_documents=engine.separate_documents)
+    return SharedBatches(reader, mesh, shape, separate_documents=config.data.documents == "separate")
+
+
+def _reads_tokens(config: Config, mesh: Mesh) -> bool:
+    """The first stage embeds tokens, the last one has labels; the bounds of documents are needed by all."""
+    return mesh.pp_rank in (0, mesh.pp_size - 1) or config.data.documents == "separate"
 
 
 class SharedBatches(Iterator[MicroBatch]):

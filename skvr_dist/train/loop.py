@@ -45,7 +45,7 @@ from skvr_dist.run.folder import RunFolder
 from skvr_dist.run.lock import RunLock
 from skvr_dist.run.log import prints_to, software_versions, start_log, write_versions
 from skvr_dist.train.attention import attention_notices, kernels_of
-from skvr_dist.train.batches import WatchedBatches, training_batches
+from skvr_dist.train.batches import WatchedBatches, open_reader, training_batches
 from skvr_dist.train.build import build_engine, build_saver, layout_of
 from skvr_dist.train.counts import StepCounts
 from skvr_dist.train.gradient_norms import LayerGradientNorms
@@ -171,8 +171,8 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     # A thousand files that say the same line of every step would help nobody.
     log = start_log(folder.log(mesh.rank), logging.INFO if mesh.rank == 0 else logging.WARNING)
     if mesh.rank == 0:
-        write_whole(folder.config, dump_config(config))
-        write_versions(folder.versions, layout_of(config, mesh.world_size).model_dump())
+        _describe(config, mesh, folder)
+    reader = open_reader(config, inputs.sequences, mesh)  # before the model, whose memory its processes would hold too
     with prints_to(folder.log(mesh.rank)), naming_the_operation(mesh, "reading the checkpoint"):
         engine = build_engine(config, mesh)
         mesh.require_same(kernels_of(config, engine.attention, engine.device))  # a package may be on some hosts only
@@ -182,7 +182,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     first_step = resumed.step if resumed else 0
     aside = settle_resume(config, resumed) if mesh.rank == 0 else []
     interrupts = InterruptListener()
-    watched = WatchedBatches(training_batches(config, inputs.sequences, mesh, engine, first_step), log)
+    watched = WatchedBatches(training_batches(config, reader, mesh, first_step), log)
     run = Run(
         config,
         mesh,
@@ -221,6 +221,12 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     notices += [f"moved, as train.on_resume allows: {jump}" for jump in jumps]
     report_start(run, resumed, notices + inputs.examples + ([lost] if lost else []))
     return run
+
+
+def _describe(config: Config, mesh: Mesh, folder: RunFolder) -> None:
+    """Write down what runs here: the resolved configuration, versions and layout."""
+    write_whole(folder.config, dump_config(config))
+    write_versions(folder.versions, layout_of(config, mesh.world_size).model_dump())
 
 
 def load_initial_weights(engine: RoutedPipelineEngine, config: Config) -> Checkpoint | None:

@@ -220,6 +220,7 @@ def test_a_full_disk_and_no_memory_are_told(tmp_path: Path) -> None:
         ["average.py", "absent", "out"],
         ["retention.py", "absent"],
         ["answers.py", "absent", "absent"],
+        ["replay.py", "run", "absent", "--output", "out"],
     ],
     ids=lambda tool: tool[0],
 )

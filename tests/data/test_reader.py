@@ -192,6 +192,18 @@ def test_the_tokens_do_not_depend_on_readers_that_are_killed(
     assert "a process that reads ahead was ended" in caplog.text
 
 
+def test_readers_are_forked_before_they_know_where_to_begin(
+    dataset: Dataset, straight: list[bytes], other: Dataset
+) -> None:
+    """So what a rank makes after its reader, the model above all, is not held by them too."""
+    reader = reader_of(stream_of(dataset, other), workers=1)
+    children = psutil.Process().children()
+    for step in (5, 3):
+        reader.go_to(step)
+        assert [b"".join(ids_of(next(reader)) for _ in range(8)) for _ in range(2)] == straight[step : step + 2]
+    assert children and psutil.Process().children() == children
+
+
 def test_the_tokens_do_not_depend_on_stops(dataset: Dataset, other: Dataset, straight: list[bytes]) -> None:
     """20 random stops, each followed by another number of replicas."""
     generator = random.Random(0)

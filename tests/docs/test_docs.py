@@ -21,6 +21,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 # Benchmarks are dated: they name the commands of their commit.
 CURRENT = [page for page in PAGES if page.parent.name != "benchmarks"]
+WITH_SUBCOMMANDS = ("tools/bench.py", "tools/estimate.py", "tools/replay.py", "tools/verify.py")
 
 
 @cache
@@ -61,7 +62,7 @@ def test_commands_name_what_exists(page: Path) -> None:
         # `PROGRAM=launch/finetune.py launch/deepspeed.sh --from ...` starts that program through a file of launch/.
         at = next(i for i, word in enumerate(words) if re.fullmatch(r"(PROGRAM=)?(tools|launch)/\w+\.py", word))
         script, arguments = words[at].removeprefix("PROGRAM="), words[at + 1 :]
-        subcommand = arguments[:1] if script in ("tools/bench.py", "tools/estimate.py", "tools/verify.py") else []
+        subcommand = arguments[:1] if script in WITH_SUBCOMMANDS else []
         known = options_of(script, *subcommand)
         assert {word.split("=")[0] for word in arguments if word.startswith("--")} <= known, shlex.join(words)
         configs = [Path(word) for word in arguments if word.startswith("configs/")]

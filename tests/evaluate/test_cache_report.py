@@ -22,7 +22,11 @@ from skvr_dist.errors import UserError
 from skvr_dist.evaluate.cache_report.chart import quality_chart
 from skvr_dist.evaluate.cache_report.content import by_family, change, next_smaller, recommended_point, shown_strategies
 from skvr_dist.evaluate.intervals import Interval
+from skvr_dist.evaluate.replay.compare import ChangedAnswer, Comparison
+from skvr_dist.evaluate.replay.figures import ProfileFigures
+from skvr_dist.evaluate.replay.report import ReplayReport
 from skvr_dist.evaluate.retention import RetentionPoint
+from skvr_dist.files import as_json
 from skvr_dist.hf.convert.import_model import import_model
 
 
@@ -102,6 +106,15 @@ class Links(HTMLParser):
         assert self.open.pop() == tag
 
 
+SPEED = ProfileFigures("full", 2, 0, {}, 0.5, 0.9, 0.02, 0.03, 40.0, 60, 0.0, {"cache_tokens": 4096})
+ANSWER = ChangedAnswer(
+    "desk.jsonl, line 7", "json.dumps", "What is <it>?", 9, "a text", "another", 1.25, 3.0, "text", 1
+)
+REPLAYED = ReplayReport(
+    "desk.jsonl", "export", 2, 1.0, False, [SPEED], [Comparison("bulk", 2, 0.7, 0.9, 1, [ANSWER])], "replay", None
+)
+
+
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "model.gguf", MODELS["llama"])
     import_model(str(tmp_path / "model.gguf"), tmp_path / "model", check=False)
@@ -133,13 +146,17 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     continued = started(*words)
     assert "continuations of held-out text" in continued
     assert f"Made by `skvr-report --model {tmp_path / 'model'} --data" in continued
-    asked = started(*words, "--work", str(tmp_path / "asked.jsonl"), "--decode", "4")
+    (tmp_path / "replay.json").write_text(as_json(REPLAYED))
+    more = ("--work", str(tmp_path / "asked.jsonl"), "--decode", "4", "--replay", str(tmp_path / "replay.json"))
+    asked = started(*words, *more)
+    assert "## Under load: desk.jsonl" in asked and "#### At `bulk`" in asked
     assert asked.splitlines()[2].startswith("Keep the cache of ")
     page = (tmp_path / "out/report.html").read_text()
     links = Links()
     links.feed(page)
     assert links.loaded == [] and links.open == [] and "<svg" in page and "url(" not in page
     assert page.index("Keep the cache of") < page.index("<svg")
+    assert "Under load: desk.jsonl" in page and "json.dumps (desk.jsonl, line 7): cost 1.2500" in page
     assert "exact match" in page and 'name="viewport"' in page
     record = json.loads((tmp_path / "out/report.json").read_text())
     assert record["recommended"]["strategy"] in record["retained"] and record["memory"][0]["strategy"] == "full"

@@ -12,7 +12,7 @@ import torch
 from support.hf_models import routed_model, shape_of
 
 from skvr_dist.commands import bench
-from skvr_dist.commands.bench.generate import _table
+from skvr_dist.commands.bench.generate_tables import speed_table
 from skvr_dist.errors import UserError
 from skvr_dist.hf.convert.model_config import hf_config
 from skvr_dist.lab.bench import generate, memory
@@ -75,7 +75,7 @@ def test_a_strategy_that_runs_out_of_memory_is_left_out(monkeypatch: pytest.Monk
     assert full.ran_out_of_memory and not full.decode_seconds and full.peak_bytes is None
     assert len(quarter.decode_seconds) == 2 and quarter.ratio_to(full, "decode_seconds") is None
     assert quarter.cache_bytes_per_token == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, elements, bytes
-    table = _table([full, quarter], 2, beside_paper=False).splitlines()
+    table = speed_table([full, quarter], 2, beside_paper=False).splitlines()
     assert "out of memory" in table[2] and "every:4" in table[3]
 
 
@@ -89,7 +89,9 @@ def test_the_papers_figures_stand_beside_ours() -> None:
     cases = [("full", 8192, 1), ("every:4", 8192, 16), ("full", 8192, 16)]
     speeds = [Speed(name, 1.0, tokens, batch, 147456, 10**9, False, [0.3], [2.0]) for name, tokens, batch in cases]
     speeds[2].ran_out_of_memory = True
-    rows = [[cell.strip() for cell in line.split("|")[-5:-1]] for line in _table(speeds, 64, True).splitlines()[2:]]
+    rows = [
+        [cell.strip() for cell in line.split("|")[-5:-1]] for line in speed_table(speeds, 64, True).splitlines()[2:]
+    ]
     assert rows == [["1,170", "297", "34", ""], ["", "4,696", "8", "60,306"], ["", "", "", "out of memory"]]
 
 

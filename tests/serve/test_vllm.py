@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,11 @@ import torch
 import vllm
 from support.hf_models import STRATEGIES, export_checkpoint, random_weights, reference_tokens, shape_of
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.model_executor.models.llama import LlamaAttention
 
-from skvr_dist.cluster.launcher import free_port
+from skvr_dist.commands import bench, replay
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.prepare.corpus import Document
 from skvr_dist.data.tokenizers.train import train_tokenizer
@@ -33,6 +30,7 @@ from skvr_dist.hf.convert.export import export_model
 from skvr_dist.hf.convert.import_model import import_model
 from skvr_dist.lab.estimate.serve import tokens_that_fit
 from skvr_dist.routing import CacheStrategy, RoutingConfig
+from skvr_dist.serve.server import vllm_server
 from skvr_dist.serve.sharing import reader_weights, require_known_attention, require_one_stage
 
 LAYERS, NEW_TOKENS = 8, 64
@@ -248,48 +246,21 @@ def test_attention_of_another_version_is_refused() -> None:
         require_known_attention(attention)
 
 
-@pytest.fixture
-def server(exports: Mapping[str, Path], tmp_path: Path) -> Iterator[str]:
-    """The address of a server with the OpenAI interface."""
-    port = free_port()
-    arguments = [
-        "--model",
-        str(exports["qwen3"]),
-        "--served-model-name",
-        "model",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-    ]
-    arguments += ["--max-model-len", "128", "--hf-overrides", '{"kv_profile": "irregular"}']
-    log = tmp_path / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            # The package of the CPU build has another name, under which the command `vllm` does not find its version.
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+@pytest.fixture(scope="module")
+def servers(exports: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The addresses of servers with the OpenAI interface, by their profiles."""
+    options = ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    logs = tmp_path_factory.mktemp("logs")
+    with ExitStack() as stack:
+        yield {
+            profile: stack.enter_context(
+                vllm_server(exports["qwen3"], profile, logs / f"{profile}.log", options=options, seconds=180)
+            )
+            for profile in ("full", "irregular")
+        }
 
 
-def test_over_http(server: str) -> None:
+def test_over_http(servers: Mapping[str, str]) -> None:
     inputs = prompts()[:4]
     body = {
         "model": "model",
@@ -300,10 +271,112 @@ def test_over_http(server: str) -> None:
         "return_token_ids": True,
     }
     request = urllib.request.Request(
-        f"{server}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{servers['irregular']}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=60) as response:
         answer = json.load(response)
     found = [choice["token_ids"] for choice in answer["choices"]]
     assert found == wanted_tokens(CONFIGS["qwen3"], STRATEGIES["irregular"], inputs)
     assert all(choice["text"] for choice in answer["choices"])
+
+
+def replayed(
+    servers: Mapping[str, str], folder: Path, requests: Sequence[Mapping[str, Any]], words: Sequence[str] = ()
+) -> int | None:
+    """Run the command on a trace, at full retention and at one profile; returns its exit code."""
+    (folder / "trace.jsonl").write_text("".join(f"{json.dumps(request)}\n" for request in requests))
+    urls = [f"{profile}={url}" for profile, url in servers.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        start = ["replay", "run", str(folder / "trace.jsonl"), "--output", str(folder / "out")]
+        patch.setattr("sys.argv", [*start, *words, "--url", *urls])
+        return replay.run()
+
+
+REQUESTS = [
+    {"arrival": 0.2 * number, "prompt": text, "max_tokens": 12 + number, "name": f"request {number}"}
+    for number, text in enumerate(("def serve(folder", "import pytest\n", "@pytest.fixture\ndef ", "return prompts"))
+]
+
+
+def test_a_trace_is_replayed(servers: Mapping[str, str], exports: Mapping[str, Path], tmp_path: Path) -> None:
+    """Answers of greedy decoding cost what transformers computes for its own."""
+    assert replayed(servers, tmp_path, REQUESTS, ["--max-failed", "0", "--exact-tokens"]) == 0
+    report = json.loads((tmp_path / "out/replay.json").read_text())
+    for figures in report["profiles"]:
+        assert figures["requests"] == 4 and figures["failed"] == 0
+        assert figures["tokens"] == sum(12 + number for number in range(4))
+        assert 0 < figures["first_token_median"] <= figures["first_token_p95"] < 60 and figures["per_token_median"] > 0
+        assert figures["counters"]["num_preemptions_total"] == 0
+    full, irregular = (figures["counters"]["cache_tokens"] for figures in report["profiles"])
+    assert irregular == capacity(CONFIGS["qwen3"], 4) and full == capacity(CONFIGS["qwen3"], 8)
+    (compared,) = report["comparisons"]
+    costs = [answer["cost"] for answer in compared["answers"]]
+    assert compared["compared"] == 4 and costs == sorted(costs, reverse=True) and costs[0] > 0
+    models = [
+        AutoModelForCausalLM.from_pretrained(exports["qwen3"], kv_profile=name).eval() for name in ("full", "irregular")
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(exports["qwen3"])
+    for answer in compared["answers"]:
+        request = next(each for each in REQUESTS if each["name"] == answer["name"])
+        prompt = tokenizer(request["prompt"], return_tensors="pt").input_ids
+        wanted = request["max_tokens"]
+        options = {"max_new_tokens": wanted, "min_new_tokens": wanted, "do_sample": False}
+        tokens = models[0].generate(prompt, **options)
+        before, after = (log_probs(model, tokens, prompt.shape[1]) for model in models)
+        assert answer["cost"] == pytest.approx(float((before - after).mean()), abs=1e-4)
+        assert answer["worst_cost"] == pytest.approx(float((before - after).max()), abs=1e-4)
+    page = (tmp_path / "out/replay.md").read_text()
+    assert "### At `irregular`" in page and compared["answers"][0]["at_first"] in page
+
+
+@torch.inference_mode()
+def log_probs(model: Any, tokens: Tensor, prompt: int) -> Tensor:
+    """[answer] of what follows the prompt."""
+    found = model(tokens).logits[0].log_softmax(-1)
+    return found[:-1].gather(-1, tokens[0, 1:, None])[prompt - 1 :, 0]
+
+
+def test_a_bound_that_is_missed_ends_with_1(servers: Mapping[str, str], tmp_path: Path) -> None:
+    assert replayed(servers, tmp_path, REQUESTS[:1], ["--max-cost", "1e-9"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "shown"),
+    [
+        (
+            {"arrival": 0, "prompt": "import " * 200, "max_tokens": 8},
+            r"line 1: a prompt of \d+ tokens and 8 wanted are more than the 128 that the server at .* reads; shorten",
+        ),
+        (
+            {"arrival": 0, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8},
+            r"line 1: the server at .* cannot read it \(.*chat template.*\); correct it$",
+        ),
+    ],
+    ids=["too long", "chat"],
+)
+def test_what_the_server_cannot_read_is_refused(
+    request_: Mapping[str, Any], shown: str, servers: Mapping[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=shown):
+        replayed(servers, tmp_path, [request_])
+
+
+def test_generation_is_timed(exports: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form of what is timed of transformers, with the bytes per token that the engine holds."""
+    figures = tmp_path / "figures.json"
+    words = ["--model", str(exports["qwen3"]), "--strategies", "every:4", "--prompt-tokens", "8", "--batch", "2"]
+    words += ["--new-tokens", "2", "--rounds", "2", "--memory-gib", "20", "--most-batch", "1", "--json", str(figures)]
+    monkeypatch.setattr("sys.argv", ["bench", "generate", "--engine", "vllm", *words])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # which the command sets aside, and the next test needs
+        assert bench.run() == 0
+    record = json.loads(figures.read_text())
+    full, quarter = record["speeds"]
+    assert (full["cache_bytes_per_token"], quarter["cache_bytes_per_token"]) == (8 * 2 * 2 * 32 * 4, 2 * 2 * 2 * 32 * 4)
+    for speed in (full, quarter):
+        assert len(speed["first_token_seconds"]) == len(speed["decode_seconds"]) == 2 and speed["peak_bytes"] > 10**8
+        assert min(speed["first_token_seconds"] + speed["decode_seconds"]) > 0
+    assert [each["tried"] for each in record["largest_batches"]] == [[1], [1]]
+    with pytest.raises(UserError, match=r"--device cuda: vLLM was built for cpu; leave the option out"):
+        monkeypatch.setattr("sys.argv", ["bench", "generate", "--engine", "vllm", "--device", "cuda"])
+        bench.run()

@@ -10,7 +10,7 @@ import yaml
 
 from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy
-from skvr_dist.sweep.experiment import read_experiment
+from skvr_dist.sweep.experiment import read_experiment, shortened
 from skvr_dist.sweep.folder import SweepFolder
 from skvr_dist.sweep.plan import PlannedRun, plan_runs
 
@@ -113,6 +113,21 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         folder.require_of("mine", changed)
     with pytest.raises(UserError, match=r"holds mine\.yaml, not the experiment mine; give another output_dir"):
         SweepFolder(tmp_path).require_of("mine", runs)
+
+
+def test_a_trial_has_the_same_runs_and_branches(tmp_path: Path) -> None:
+    decay = ["train.learning_rate_decay=linear", "train.decay_steps=100"]
+    runs: dict[str, Any] = {"trunk": ["train.learning_rate_decay=constant", *KEEPING, "train.steps=400"]}
+    branches = {
+        "decay": {"trunk": "trunk", "step": 400, "overrides": ["train.steps=500", *decay]},
+        "on": {"trunk": "decay", "step": 500, "overrides": ["train.steps=600"]},
+    }
+    whole = planned(tmp_path, runs=runs, branches=branches)
+    short = plan_runs(shortened(read_experiment(tmp_path / "mine.yaml"), 5))
+    assert [run.name for run in short] == [run.name for run in whole]
+    assert {(run.config.train.steps, run.config.train.warmup_steps) for run in short} == {(5, 1)}
+    assert [run.config.train.decay_steps for run in short] == [None, 2, 2]
+    assert [run.trunk and run.trunk.name for run in short] == [None, "step-00000003", "step-00000004"]
 
 
 def test_every_experiment_of_the_project_can_be_planned() -> None:

@@ -106,7 +106,7 @@ def _waiting(folder: Path, tokenizer: Tokenizer, options: Namespace) -> _Measure
     from skvr_dist.lab.bench.step import data_wait_share
     from skvr_dist.parallel.engine.process_group import start_process_group
     from skvr_dist.parallel.mesh import Mesh
-    from skvr_dist.train.batches import WatchedBatches, training_batches
+    from skvr_dist.train.batches import WatchedBatches, open_reader, training_batches
     from skvr_dist.train.build import build_engine
     from skvr_dist.train.inputs import training_sequences
 
@@ -114,9 +114,9 @@ def _waiting(folder: Path, tokenizer: Tokenizer, options: Namespace) -> _Measure
     config = load_config(options.config, [*options.overrides, f"data.train={folder / 'train'}"])
     start_process_group()
     mesh = Mesh.build(config.parallel, config.model)
+    reader = open_reader(config, training_sequences(config.data, config.train.seed, config.train), mesh)
     engine = build_engine(config, mesh)
-    sequences = training_sequences(config.data, config.train.seed, config.train)
-    batches = training_batches(config, sequences, mesh, engine, first_step=0)
+    batches = training_batches(config, reader, mesh, first_step=0)
     watched = WatchedBatches(batches, logging.getLogger("skvr_dist"))
     wait = data_wait_share(config, engine, watched, options.steps)
     return _Measured("data wait in the step", f"{wait:.3%}", "below 1 %", wait < WAIT_BOUND, wait)

@@ -4,6 +4,9 @@
     skvr-bench generate --model exports/mine --prompt-tokens 1024 4096 --batch 1 8
     skvr-bench generate --config qwen3-8b --strategies full every:4 --prompt-tokens 8192 --batch 1 2 4 8 --memory-gib 76
 
+With --engine vllm the same is measured of vLLM: an engine for each strategy, length and batch, whose cache holds just
+that (`make serve-env` makes an environment with vLLM).
+
 Without --model the model has the shape of --config and random weights: only time and memory matter. On a GPU, in
 bfloat16 and with the shape of Qwen3-8B, the figures of the paper's Tables 4 and 5 stand beside ours. With --memory-gib
 the largest batch of each strategy is searched, by doubling and then bisecting; on a CPU that is memory of the whole
@@ -13,13 +16,14 @@ than `--bound` of the time to first token, at the longest prompt and the least b
 
 from __future__ import annotations
 
-import math
-import statistics
+import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-
-from tabulate import tabulate
 
 from skvr_dist.command import (
     Figure,
@@ -32,16 +36,20 @@ from skvr_dist.command import (
     positive,
     usable_device,
 )
+from skvr_dist.commands.bench.generate_tables import largest_table, speed_table
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from skvr_dist.lab.bench.generate import LargestBatch, Speed
 
-_MB = 10**6
+HF, VLLM = "hf", "vllm"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the arguments."""
+    parser.add_argument("--engine", choices=(HF, VLLM), default=HF, help="transformers (default), or vLLM")
     parser.add_argument("--model", metavar="FOLDER", type=a_path, help="an export")
     add_configs(parser, default="tiny")
     parser.add_argument("--strategies", nargs="+", metavar="S", help="default: full, every:2, every:4, prefix:L/2")
@@ -59,37 +67,132 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Measure on one process; returns the exit code."""
+    with ExitStack() as stack:
+        engine = _vllm(options, stack) if options.engine == VLLM else _transformers(options)
+        speeds = [
+            speed
+            for tokens in options.prompt_tokens
+            for batch in options.batch
+            for speed in engine.measure_speed(tokens, batch)
+        ]
+        found: list[LargestBatch] = []
+        if options.memory_gib is not None:
+            limit = int(options.memory_gib * 2**30)
+            found = [
+                engine.largest_batch(tokens, strategy, limit)
+                for tokens in options.prompt_tokens
+                for strategy in engine.strategies
+            ]
+    figures, ratio = _figures(speeds, _half(engine.config), options.bound)
+    beside_paper = engine.device.type == "cuda" and engine.dtype == "bfloat16" and _has_papers_shape(engine.config)
+    table = speed_table(speeds, options.new_tokens, beside_paper)
+    if found:
+        table += f"\n\nLargest batch in {options.memory_gib:g} GiB\n\n{largest_table(found, options.most_batch)}"
+    record = {"speeds": speeds, "largest_batches": found, "ratio": ratio, "bound": options.bound}
+    record |= {"prompt_tokens": options.prompt_tokens, "batch": options.batch, "new_tokens": options.new_tokens}
+    record |= {"device": _name_of(engine.device), "dtype": engine.dtype, "memory_gib": options.memory_gib}
+    return conclude(figures, table=table, record=record | {"engine": options.engine}, json_file=options.json)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What is measured."""
+
+    config: Any
+    """Of the model, as transformers has it."""
+    strategies: list[str]
+    """Full retention first."""
+    device: torch.device
+    dtype: str
+    measure_speed: Callable[[int, int], list[Speed]]
+    """Of every strategy, at a length of the prompt and a batch."""
+    largest_batch: Callable[[int, str, int], LargestBatch]
+    """At a length of the prompt, a strategy and a limit in bytes."""
+
+
+def _transformers(options: Namespace) -> _Engine:
+    """transformers, with the model in this process."""
     from skvr_dist.lab.bench.generate import largest_batch, measure_speed, random_prompt
 
     device = usable_device(options.device)
-    dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    dtype = _dtype(options, device)
     model = _load(options, device, dtype)
-    half = f"prefix:{max(1, model.config.num_hidden_layers // 2)}"
-    strategies = list(dict.fromkeys(["full", *(options.strategies or ["every:2", "every:4", half])]))
+    strategies = _strategies(options, model.config)
     for strategy in strategies:  # a mistake in one is met before anything is measured
         model.set_cache_strategy(strategy)
-    speeds: list[Speed] = []
-    for tokens in options.prompt_tokens:
-        for batch in options.batch:
-            prompt = random_prompt(model, batch, tokens)
-            speeds += measure_speed(model, prompt, options.new_tokens, strategies, options.rounds)
-    found: list[LargestBatch] = []
-    if options.memory_gib is not None:
-        limit = int(options.memory_gib * 2**30)
-        found = [
-            largest_batch(model, tokens, options.new_tokens, strategy, limit=limit, most=options.most_batch)
-            for tokens in options.prompt_tokens
-            for strategy in strategies
-        ]
-    figures, ratio = _figures(speeds, half, options.bound)
-    beside_paper = device.startswith("cuda") and dtype == "bfloat16" and _has_papers_shape(model)
-    table = _table(speeds, options.new_tokens, beside_paper)
-    if found:
-        table += f"\n\nLargest batch in {options.memory_gib:g} GiB\n\n{_largest_table(found, options.most_batch)}"
-    record = {"speeds": speeds, "largest_batches": found, "ratio": ratio, "bound": options.bound}
-    record |= {"prompt_tokens": options.prompt_tokens, "batch": options.batch, "new_tokens": options.new_tokens}
-    record |= {"device": _name_of(device), "dtype": dtype, "memory_gib": options.memory_gib}
-    return conclude(figures, table=table, record=record, json_file=options.json)
+    return _Engine(
+        model.config,
+        strategies,
+        model.device,
+        dtype,
+        lambda tokens, batch: measure_speed(
+            model, random_prompt(model, batch, tokens), options.new_tokens, strategies, options.rounds
+        ),
+        lambda tokens, strategy, limit: largest_batch(
+            model, tokens, options.new_tokens, strategy, limit=limit, most=options.most_batch
+        ),
+    )
+
+
+def _vllm(options: Namespace, stack: ExitStack) -> _Engine:
+    """vLLM, with an engine in this process for each case.
+
+    Args:
+        stack: ends what is needed until all is measured.
+
+    Raises:
+        UserError: vLLM is not installed, or computes elsewhere than asked.
+    """
+    from skvr_dist.routing import CacheStrategy
+    from skvr_dist.serve.server import require_vllm
+
+    require_vllm()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read by vLLM when it is imported
+    from skvr_dist.lab.bench import generate_vllm
+
+    device = generate_vllm.device()
+    if options.device not in (None, device.type):
+        raise UserError(f"--device {options.device}: vLLM was built for {device.type}; leave the option out")
+    dtype = _dtype(options, device.type)
+    config, folder = _export_config(options), options.model
+    if folder is None:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="skvr-bench-")))
+        config = _config_of_shape(options, dtype)
+        config.save_pretrained(folder)
+    strategies = _strategies(options, config)
+    served = generate_vllm.Served(
+        folder,
+        has_weights=options.model is not None,
+        dtype=dtype,
+        strategies=CacheStrategy.parse_all(
+            strategies, config.num_hidden_layers, getattr(config, "kv_profiles", None) or {}
+        ),
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+    )
+    return _Engine(
+        config,
+        strategies,
+        device,
+        dtype,
+        lambda tokens, batch: generate_vllm.measure_speed(served, tokens, batch, options.new_tokens, options.rounds),
+        lambda tokens, strategy, limit: generate_vllm.largest_batch(
+            served, tokens, options.new_tokens, strategy, limit=limit, most=options.most_batch
+        ),
+    )
+
+
+def _dtype(options: Namespace, device: str) -> str:
+    return str(options.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+
+
+def _half(config: Any) -> str:
+    return f"prefix:{max(1, config.num_hidden_layers // 2)}"
+
+
+def _strategies(options: Namespace, config: Any) -> list[str]:
+    return list(dict.fromkeys(["full", *(options.strategies or ["every:2", "every:4", _half(config)])]))
 
 
 def _figures(speeds: Sequence[Speed], half: str, bound: float) -> tuple[list[Figure], float | None]:
@@ -105,111 +208,55 @@ def _figures(speeds: Sequence[Speed], half: str, bound: float) -> tuple[list[Fig
     return [Figure(what, f"{bound:.2f}", ratio is not None and ratio <= bound)], ratio
 
 
-def _table(speeds: Sequence[Speed], new_tokens: int, beside_paper: bool) -> str:
-    """A row for each strategy, length and batch; the paper's figures behind ours."""
-    full = {(speed.prompt_tokens, speed.batch): speed for speed in speeds if speed.strategy == "full"}
-    rows = []
-    for speed in speeds:
-        row = _row(speed, full[speed.prompt_tokens, speed.batch], new_tokens)
-        rows.append([*row, *_papers(speed)] if beside_paper else row)
-    header = [
-        "prompt",
-        "batch",
-        "strategy",
-        "retention",
-        "cache bytes/token",
-        "cache (MB)",
-        "first token (ms)",
-        "of full",
-    ]
-    header += ["tokens/s each", "of full", "peak (MB)"]
-    if beside_paper:
-        header += ["paper: cache (MB)", "first token (ms)", "tokens/s each", "peak (MB)"]
-    return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)
-
-
-def _row(speed: Speed, full: Speed, new_tokens: int) -> list[str]:
-    from skvr_dist.evaluate.retention import percent
-
-    row = [f"{speed.prompt_tokens:,}", f"{speed.batch}", speed.strategy, percent(speed.retention)]
-    if speed.ran_out_of_memory:
-        return [*row, *[""] * 6, "out of memory"]
-    first, decode = (statistics.median(each) for each in (speed.first_token_seconds, speed.decode_seconds))
-    cache = speed.cache_bytes_per_token * speed.prompt_tokens * speed.batch / _MB
-    row += [f"{speed.cache_bytes_per_token:,}", f"{cache:,.1f}"]
-    row += [f"{1e3 * first:.1f}", _ratio(speed.ratio_to(full, "first_token_seconds"))]
-    slower = speed.ratio_to(full, "decode_seconds")
-    row += [f"{new_tokens / decode:.1f}", _ratio(None if slower is None else 1 / slower)]
-    return [*row, _megabytes(speed.peak_bytes)]
-
-
-def _papers(speed: Speed) -> list[str]:
-    """The paper's cache, time to first token, tokens per second and peak for a case."""
-    from skvr_dist.lab.bench.paper import OUT_OF_MEMORY, paper_row
-
-    case = (speed.strategy, speed.prompt_tokens, speed.batch)
-    if case == OUT_OF_MEMORY:
-        return ["", "", "", "out of memory"]
-    row = paper_row(*case)
-    if row is None:
-        return [""] * 4
-    shown = (row.cache_mb, row.first_token_ms, row.tokens_per_second, row.peak_mb)
-    return ["" if figure is None else f"{figure:,g}" for figure in shown]
-
-
-def _largest_table(found: Sequence[LargestBatch], most: int) -> str:
-    full = {each.prompt_tokens: each.batch for each in found if each.strategy == "full"}
-    rows = [
-        [
-            f"{each.prompt_tokens:,}",
-            each.strategy,
-            f"{each.batch}" + (" or more" if each.batch == most else ""),
-            _ratio(each.batch / full[each.prompt_tokens] if full[each.prompt_tokens] else None),
-            _megabytes(each.peak_bytes),
-        ]
-        for each in found
-    ]
-    header = ["prompt", "strategy", "largest batch", "of full", "peak (MB)"]
-    return tabulate(rows, headers=header, tablefmt="github", stralign="right", disable_numparse=True)
-
-
-def _ratio(ratio: float | None) -> str:
-    return "" if ratio is None or not math.isfinite(ratio) else f"{ratio:.3f}"
-
-
-def _megabytes(size: int | None) -> str:
-    return "n/a" if size is None else f"{size / _MB:,.0f}"
-
-
 def _has_papers_shape(model: Any) -> bool:
     from skvr_dist.lab.bench.paper import has_papers_shape
 
     return has_papers_shape(model.config)
 
 
-def _name_of(device: str) -> str:
+def _name_of(device: torch.device) -> str:
     import torch
 
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _load(options: Namespace, device: str, dtype: str) -> Any:
     """The export, or a model of the configuration's shape; in evaluation mode, with its whole cache."""
     import torch
+    from transformers import AutoModelForCausalLM
+
+    of_dtype = getattr(torch, dtype)
+    if options.model:
+        _export_config(options)
+        model = AutoModelForCausalLM.from_pretrained(options.model, kv_profile="full", dtype=of_dtype)
+        return model.to(device).eval()
+    config = _config_of_shape(options, dtype)
+    config.kv_profile = "full"
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=of_dtype).eval()
+
+
+def _export_config(options: Namespace) -> Any:
+    """The configuration of an export; None where there is none to measure."""
+    from transformers import AutoConfig
+
+    if options.model is None:
+        return None
+    if not (options.model / "config.json").exists():
+        raise UserError(f"--model {options.model} is not an export: it has no config.json; give the folder of one")
+    return AutoConfig.from_pretrained(options.model)
+
+
+def _config_of_shape(options: Namespace, dtype: str) -> Any:
+    """A configuration of the shape of --config, with room for the prompts."""
+    import torch
     import yaml
     from pydantic import ValidationError
-    from transformers import AutoModelForCausalLM
 
     from skvr_dist.config.model import ModelConfig
     from skvr_dist.hf.convert.model_config import hf_config
     from skvr_dist.section import in_words
 
-    of_dtype = getattr(torch, dtype)
-    if options.model:
-        if not (options.model / "config.json").exists():
-            raise UserError(f"--model {options.model} is not an export: it has no config.json; give the folder of one")
-        model = AutoModelForCausalLM.from_pretrained(options.model, kv_profile="full", dtype=of_dtype)
-        return model.to(device).eval()
     file = options.config[-1]
     positions = max(options.prompt_tokens) + options.new_tokens + 1
     try:
@@ -218,7 +265,4 @@ def _load(options: Namespace, device: str, dtype: str) -> Any:
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         reason = in_words(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
         raise UserError(f"cannot read a model section from {file} ({reason})") from None
-    config = hf_config(model_config, of_dtype, {})
-    config.kv_profile = "full"
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=of_dtype).eval()
+    return hf_config(model_config, getattr(torch, dtype), {})

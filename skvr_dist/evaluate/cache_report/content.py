@@ -19,13 +19,15 @@ from skvr_dist.evaluate.curve import Measurement
 from skvr_dist.evaluate.generate import decode_all
 from skvr_dist.evaluate.metrics import similarity
 from skvr_dist.evaluate.outputs import FULL
+from skvr_dist.evaluate.replay.report import ReplayReport
 from skvr_dist.evaluate.retention import RetentionPoint
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.routing import CacheStrategy
 
 PLANNED = "planned"
 _CONTINUED, _PROMPT_TOKENS, _NEW_TOKENS = 16, 96, 32
-_SHOWN = 5
+SHOWN = 5
+"""Texts, for each strategy."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class CacheReport:
     """The texts that change most, by strategy."""
     compared: int
     """Texts that the cases are chosen from."""
+    replayed: ReplayReport | None
+    """A workload under load, if one was replayed."""
     command: str
     """That made the report."""
     commit: str | None
@@ -156,7 +160,7 @@ def _ranked(
     answers: Sequence[str | None] = right or [None] * len(prompts)
     texts = zip(prompts, full, less, answers, strict=True)
     cases = [Case(prompt, one, other, change(one, other), answer) for prompt, one, other, answer in texts]
-    return [case for case in sorted(cases, key=lambda case: -case.change) if case.change > 0][:_SHOWN]
+    return [case for case in sorted(cases, key=lambda case: -case.change) if case.change > 0][:SHOWN]
 
 
 def sentences(report: CacheReport) -> list[str]:

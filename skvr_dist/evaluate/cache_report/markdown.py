@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from tabulate import tabulate
 
 from skvr_dist.evaluate.cache_report import tables
-from skvr_dist.evaluate.cache_report.content import CacheReport, origin, sentences
+from skvr_dist.evaluate.cache_report.content import SHOWN, CacheReport, origin, sentences
+from skvr_dist.evaluate.replay.report import fenced, markdown_parts
 
 
 def as_markdown(report: CacheReport) -> str:
@@ -22,9 +21,11 @@ def as_markdown(report: CacheReport) -> str:
         parts += [] if cases else ["No text changes."]
         for case in cases:
             parts.append(f"Change {case.change:.2f}, after")
-            parts += [_fenced(case.prompt), "at full retention", _fenced(case.at_full), f"at `{strategy}`"]
-            parts.append(_fenced(case.at_smaller))
-            parts += [] if case.right is None else ["right is", _fenced(case.right)]
+            parts += [fenced(case.prompt), "at full retention", fenced(case.at_full), f"at `{strategy}`"]
+            parts.append(fenced(case.at_smaller))
+            parts += [] if case.right is None else ["right is", fenced(case.right)]
+    if report.replayed:
+        parts += [f"## Under load: {report.replayed.name}", *markdown_parts(report.replayed, SHOWN, level=3)]
     parts += ["## How this was made", origin(report)]
     return "\n\n".join(parts) + "\n"
 
@@ -34,9 +35,3 @@ def _measure(report: CacheReport) -> str:
         f"Of {report.compared} texts ({report.work}), those that differ most from full retention's: 1 less twice the "
         f"characters that both have in the same order over those of both."
     )
-
-
-def _fenced(text: str) -> str:
-    """A block of text, between fences that are longer than any in it."""
-    fence = "`" * (1 + max([3, *map(len, re.findall("`+", text))]))
-    return f"{fence}text\n{text}\n{fence}"

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
 
 from skvr_dist.evaluate.cache_report import tables
 from skvr_dist.evaluate.cache_report.chart import bar_chart, legend, quality_chart
-from skvr_dist.evaluate.cache_report.content import CacheReport, Case, origin, sentences
+from skvr_dist.evaluate.cache_report.content import SHOWN, CacheReport, Case, origin, sentences
 from skvr_dist.evaluate.cache_report.tables import Table
+from skvr_dist.evaluate.replay.report import (
+    LEGEND,
+    ReplayReport,
+    costs,
+    measure_in_words,
+    subject,
+    what_was_replayed,
+)
 
 _STYLE = """
 :root{color-scheme:light dark;--text:#222;--back:#fff;--soft:#666;--line:#ddd;--box:#f4f6f8}
@@ -64,6 +73,7 @@ def as_page(report: CacheReport) -> str:
     for strategy, cases in report.cases.items():
         body.append(f"<h3>At {escape(strategy)}</h3>")
         body += [_case(case, strategy) for case in cases] or ["<p>No text changes.</p>"]
+    body += _replayed(report.replayed) if report.replayed else []
     body.append(f'<h2>How this was made</h2><p class="soft">{_in_html(origin(report))}</p>')
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -85,12 +95,35 @@ def _table(table: Table) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
 
 
+def _replayed(report: ReplayReport) -> list[str]:
+    """The section on a replayed workload."""
+    first = report.profiles[0].profile
+    found = [f"<h2>Under load: {escape(report.name)}</h2>", f"<p>{_in_html(what_was_replayed(report))}</p>"]
+    found += [_table(table) for table in tables.replayed(report)]
+    found.append(f'<p class="soft">{_in_html(LEGEND)}</p>')
+    if report.comparisons:
+        found.append(f'<p class="soft">{_in_html(measure_in_words(report))}</p>')
+    for comparison in report.comparisons:
+        found.append(f"<h3>At {escape(comparison.profile)}</h3>")
+        changed = report.changed(comparison, SHOWN)
+        found += [] if changed else ["<p>No answer changes.</p>"]
+        for answer in changed:
+            title = f"{subject(answer)}: {costs(answer)}, after"
+            both = ((f"at {first}", answer.at_first), (f"at {comparison.profile}", answer.at_thinner))
+            found.append(_side_by_side(_titled(title, answer.prompt), both))
+    return found
+
+
 def _case(case: Case, strategy: str) -> str:
     both = (("at full retention", case.at_full), (f"at {strategy}", case.at_smaller))
-    pair = "".join(f"<div>{_titled(title, text)}</div>" for title, text in both)
     right = "" if case.right is None else _titled("right is", case.right)
-    prompt = _titled(f"change {case.change:.2f}, after", case.prompt)
-    return f'<div class="case">{prompt}<div class="pair">{pair}</div>{right}</div>'
+    return _side_by_side(_titled(f"change {case.change:.2f}, after", case.prompt), both, right)
+
+
+def _side_by_side(prompt: str, both: Sequence[tuple[str, str]], below: str = "") -> str:
+    """Two texts (title, text) between what is read before them and what stands below."""
+    pair = "".join(f"<div>{_titled(title, text)}</div>" for title, text in both)
+    return f'<div class="case">{prompt}<div class="pair">{pair}</div>{below}</div>'
 
 
 def _titled(title: str, text: str) -> str:

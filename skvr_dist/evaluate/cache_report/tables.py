@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from skvr_dist.evaluate.cache_report.content import CacheReport
+from skvr_dist.evaluate.replay.report import COST_HEADERS, HEADERS, ReplayReport, cost_rows, speed_rows
 from skvr_dist.evaluate.retention import percent
 
 _GIB = 2**30
@@ -71,3 +72,9 @@ def scores(report: CacheReport) -> Table:
             shown = "" if point.strategy == report.scores[0].strategy else f"{mean} ({low} to {high})"
             rows.append([point.strategy, name, f"{unit * score.mean:.{digits}f}", shown])
     return Table(f"Scores: {report.work}", ["strategy", "score", "value", "change over full"], rows)
+
+
+def replayed(report: ReplayReport) -> list[Table]:
+    """What a replayed workload found: speed, and what the answers cost."""
+    tables = [Table("Speed", HEADERS, speed_rows(report))]
+    return [*tables, Table("Answers", COST_HEADERS, cost_rows(report))] if report.comparisons else tables

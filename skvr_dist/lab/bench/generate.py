@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,20 +90,33 @@ def largest_batch(
         UserError: the model alone takes more.
     """
     model.set_cache_strategy(strategy)
-    device, peaks = model.device, {}
-    tried: list[int] = []
+
+    def run(speed: Speed) -> None:
+        _run_once(model, random_prompt(model, speed.batch, prompt_tokens), new_tokens, speed, counts=False)
+
+    return search_batch(run, strategy, prompt_tokens, model.device, limit=limit, most=most)
+
+
+def search_batch(
+    run: Callable[[Speed], None], strategy: str, prompt_tokens: int, device: torch.device, *, limit: int, most: int
+) -> LargestBatch:
+    """Search the largest batch that runs within a limit.
+
+    Args:
+        run: runs the case of a `Speed` once and notes its peak, or that memory ran out.
+    """
+    peaks: dict[int, int | None] = {}
 
     def fits(batch: int) -> bool:
-        tried.append(batch)
         memory.give_back(device)
         speed = Speed(strategy, 0.0, prompt_tokens, batch)
         with memory.limited(device, limit):
-            _run_once(model, random_prompt(model, batch, prompt_tokens), new_tokens, speed, counts=False)
+            run(speed)
         peaks[batch] = speed.peak_bytes
         return not speed.ran_out_of_memory and (speed.peak_bytes is None or speed.peak_bytes <= limit)
 
     found = memory.largest(fits, most)
-    return LargestBatch(strategy, prompt_tokens, found, peaks.get(found), tried)
+    return LargestBatch(strategy, prompt_tokens, found, peaks.get(found), list(peaks))
 
 
 def random_prompt(model: Any, batch: int, tokens: int) -> Tensor:
@@ -112,27 +125,38 @@ def random_prompt(model: Any, batch: int, tokens: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
 
 
-@torch.inference_mode()
 def _run_once(model: Any, prompt: Tensor, new_tokens: int, speed: Speed, *, counts: bool) -> None:
     """Read a prompt and decode at `speed.strategy`, and note what that took."""
     model.set_cache_strategy(speed.strategy)
-    memory.reset_peak(prompt.device)
+    note(speed, lambda: _seconds(model, prompt, new_tokens), prompt.device, counts=counts)
+
+
+def note(speed: Speed, seconds: Callable[[], tuple[float, float, int]], device: torch.device, *, counts: bool) -> None:
+    """Run a case once and note in `speed` what that took, or that memory ran out.
+
+    Args:
+        seconds: runs it; returns seconds to the first token, seconds for the tokens after it, and the cache's bytes per
+            token.
+        counts: whether the seconds are kept.
+    """
+    memory.reset_peak(device)
     try:
-        first, decode, speed.cache_bytes_per_token = _seconds(model, prompt, new_tokens)
+        first, decode, speed.cache_bytes_per_token = seconds()
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
         speed.ran_out_of_memory, speed.first_token_seconds, speed.decode_seconds = True, [], []
     if speed.ran_out_of_memory:
-        memory.give_back(prompt.device)  # here the error no longer holds what was allocated
+        memory.give_back(device)  # here the error no longer holds what was allocated
         return
-    peak = memory.peak_bytes(prompt.device)
+    peak = memory.peak_bytes(device)
     speed.peak_bytes = peak if peak is None else max(peak, speed.peak_bytes or 0)
     if counts:
         speed.first_token_seconds.append(first)
         speed.decode_seconds.append(decode)
 
 
+@torch.inference_mode()
 def _seconds(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float, int]:
     """Seconds to the first token and for those after it, and the cache's bytes per token behind the prompt."""
     cache = DynamicCache()

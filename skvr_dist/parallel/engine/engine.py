@@ -43,6 +43,7 @@ from skvr_dist.parallel.engine.gradients import (
     numbers_of,
     scale_gradients,
 )
+from skvr_dist.parallel.engine.muon import import_muon_uncompiled
 from skvr_dist.parallel.engine.norms import known_global_norm, take_global_norm
 from skvr_dist.parallel.engine.schedule import sends_first
 from skvr_dist.parallel.engine.stage import Prediction, StageModule
@@ -105,6 +106,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         distillation: Distillation | None = None,
     ) -> None:
         compare_module_order_within(f"{mesh.pp_rank}/{mesh.tp_rank}")
+        import_muon_uncompiled()
         super().__init__(
             args=None,
             model=module,

@@ -2,8 +2,11 @@
 
 import gc
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  compiles a function, so it imports torch's compiler
 import torch._dynamo  # noqa: F401  torch's optimizers
+
+from skvr_dist.parallel.engine.muon import import_muon_uncompiled
+
+import_muon_uncompiled()
 
 # Nothing of this is ever freed, so a rank's collector need not walk through it, nor copy the pages that it is on.
 gc.collect()
