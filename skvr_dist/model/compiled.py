@@ -2,7 +2,8 @@
 
 A layer sees its routing as arguments: a donor's keys and values or none, and whether its own are read. So however
 donors are drawn there are three graphs (its own read by itself; its own computed and a donor's read; a donor's alone),
-and all layers share them. What surrounds the layers, engine, hooks of ZeRO and recomputation, stays as it is.
+and one for passes in which every layer reads itself, and all layers share them. What surrounds the layers, engine,
+hooks of ZeRO and recomputation, stays as it is.
 
 Where the sequences of a micro-batch have donors each, there would be a graph for every way in which they can differ. So
 attention, which calls a kernel for each of them or one that reads from an arena, is left out there, and what is before
@@ -66,11 +67,12 @@ def _compile_layer(layer: DecoderLayer, compiled: Callable[[Any], Any]) -> None:
         own_is_read: bool,
         past: KV | None,
         scopes: Sequence[AttentionScope],
+        hands_out: bool = True,
     ) -> Any:
         in_parts = (
             isinstance(donors, ArenaLayer) or len(donors) > 1 or any(scope.changes_with_the_data for scope in scopes)
         )
-        return (plain if in_parts else whole)(hidden, rope, donors, own_is_read, past, scopes)
+        return (plain if in_parts else whole)(hidden, rope, donors, own_is_read, past, scopes, hands_out)
 
     # mypy takes an assignment to a method for a mistake.
     setattr(layer, "forward", forward)  # noqa: B010

@@ -182,6 +182,7 @@ class DecoderLayer(nn.Module):
         own_is_read: bool,
         past: KV | None,
         scopes: Sequence[AttentionScope],
+        hands_out: bool = True,
     ) -> tuple[Tensor, tuple[KV, ...]]:
         """One layer.
 
@@ -196,9 +197,10 @@ class DecoderLayer(nn.Module):
             own_is_read: whether any row reads this layer's own keys and values; if not, they are not computed.
             past: this layer's own keys and values of earlier positions, from a cache; with one row.
             scopes: what each row is confined to, nothing with a cache; and what computes it.
+            hands_out: whether another layer may read this layer's own keys and values.
 
         Returns:
-            hidden states [B, S, D], and this layer's own keys and values, by row, if they are read.
+            hidden states [B, S, D], and this layer's own keys and values, by row, if they are read and handed out.
         """
         x, q, own = self.before_attention(hidden, rope, own_is_read, past)
         sources: Sequence[KV] | ArenaLayer
@@ -212,7 +214,7 @@ class DecoderLayer(nn.Module):
             attended = recompute.run(self.self_attn, x, rope, sources, scopes, again=True)
         else:
             attended = self.self_attn.attend(q, sources, scopes)
-        return self.after_attention(hidden, attended), rows
+        return self.after_attention(hidden, attended), rows if hands_out else ()
 
     def before_attention(
         self, hidden: Tensor, rope: tuple[Tensor, Tensor], own_is_read: bool, past: KV | None
@@ -324,7 +326,8 @@ class Decoder(nn.Module):
             cache, documents: as for `forward`; a cache only with one row.
 
         Returns:
-            hidden states [B, S, D], and the keys and values that are known after the last layer.
+            hidden states [B, S, D], and the keys and values that are known after the last layer; no more than those
+            received in a pass with gradients in which each layer reads itself.
         """
         if isinstance(documents, Tensor):
             documents = Documents.of(documents, len(donors)).to(hidden.device)
@@ -332,6 +335,9 @@ class Decoder(nn.Module):
         rope, scopes = self.surroundings(hidden, documents, cache, rows=len(donors), in_arena=arena is not None)
         cache = {} if cache is None else cache
         read = {donor for row in donors for donor in row}
+        # A compiled layer makes zeros for the gradients of keys and values that it hands out to nobody.
+        is_routed = any(donor != layer for row in donors for layer, donor in enumerate(row))
+        hands_out = is_routed or bool(cache) or not torch.is_grad_enabled()
         known = dict(crossing)
         for name, layer in self.layers.items():
             number = int(name)
@@ -348,6 +354,7 @@ class Decoder(nn.Module):
                 number in read,
                 cache.get(number),
                 scopes,
+                hands_out,
                 again=self.checkpointing.covers("layer", number),
             )
             known.update({(number, row): kv for row, kv in enumerate(own)})
@@ -435,13 +442,14 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, *parameters: Tensor) -> Tensor:
         # Not the parameters themselves: ZeRO-3 may have taken their contents away by the backward pass.
-        ctx.like = [(p.new_zeros(()), p.shape) for p in parameters]  # type: ignore[attr-defined]
+        ctx.zero = parameters[0].new_zeros(())  # type: ignore[attr-defined]
+        ctx.shapes = [parameter.shape for parameter in parameters]  # type: ignore[attr-defined]
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
         # A zero expanded to the parameter's shape costs no memory; accumulating it costs one addition.
-        zeros = (zero.expand(shape) for zero, shape in ctx.like)  # type: ignore[attr-defined]
+        zeros = (ctx.zero.expand(shape) for shape in ctx.shapes)  # type: ignore[attr-defined]
         return (grads[0], *zeros)
 
 

@@ -196,16 +196,16 @@ def state_bytes(rank: RankSizes) -> tuple[int, int, int]:
     """Bytes of parameters, optimizer and gradients between two micro-batches of a step.
 
     DeepSpeed keeps fp32 masters apart from the parameters from ZeRO-1 on, in fp32 runs too; in bf16 with ZeRO-1 whole
-    fp32 gradients beside bf16 ones.
+    fp32 gradients.
     """
-    stage, bf16, all_of_it = rank.zero_stage, rank.element == 2, rank.parameters
+    stage, all_of_it = rank.zero_stage, rank.parameters
     if stage == 3:
         share = sum(-(-weight.elements // rank.replicas) for weight in rank.weights)
         persistent = sum(w.elements for w in rank.weights if is_persistent(rank, w))
         return rank.element * (share + persistent), 12 * share, 4 * share
     share = sum(flat_shares(rank))
     optimizer = 12 * share if stage else 8 * all_of_it
-    gradients = 4 * share if stage == 2 else (6 if bf16 else 4) * all_of_it
+    gradients = 4 * share if stage == 2 else 4 * all_of_it
     return rank.element * all_of_it, optimizer, gradients
 
 

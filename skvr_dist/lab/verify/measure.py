@@ -122,7 +122,7 @@ def expected_bytes(case: Case, mesh: Mesh, parameters: int) -> dict[str, int]:
     """Bytes that this rank should hold, from its number of parameters (before ZeRO shares them out).
 
     DeepSpeed keeps fp32 master weights apart from the parameters from ZeRO-1 on, in fp32 runs too; in bf16 with ZeRO-1
-    whole fp32 gradients beside the bf16 ones; and with an offloaded optimizer, in bf16 with ZeRO-1 and 2, the fp32
+    whole fp32 gradients; and with an offloaded optimizer, in bf16 with ZeRO-1 and 2, the fp32
     gradients that the host gets a copy of.
     """
     config, bf16 = case.config(), case.precision == "bf16"
@@ -133,7 +133,7 @@ def expected_bytes(case: Case, mesh: Mesh, parameters: int) -> dict[str, int]:
     if bf16 and offload and zero < 3:
         gradients = 8 * shared
     elif bf16 and zero == 1:
-        gradients = 6 * parameters
+        gradients = 4 * parameters
     return {
         "parameters": (2 if bf16 else 4) * (shared if zero == 3 else parameters),
         "gradients": gradients,

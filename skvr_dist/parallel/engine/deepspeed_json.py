@@ -24,8 +24,13 @@ def deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.num_passes // replicas,
         "gradient_clipping": config.train.gradient_clipping,
         "zero_optimization": {"stage": zero_stage_in_use(config, replicas)},
-        # The guard has found the gradient finite before; DeepSpeed would wait for the device to look again.
-        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": False},
+        "bf16": {
+            "enabled": config.train.precision == "bf16",
+            # The guard has found the gradient finite before; DeepSpeed would wait for the device to look again.
+            "check_grad_overflow": False,
+            # With ZeRO-1 each gradient goes to its fp32 sum as it comes: none is kept, added up or zeroed in bf16.
+            "immediate_grad_update": True,
+        },
     }
     if config.train.precision == "bf16":
         generated["data_types"] = {"grad_accum_dtype": "fp32"}

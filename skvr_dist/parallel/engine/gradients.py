@@ -2,7 +2,7 @@
 
 ZeRO-0      in `grad` of the parameters
 ZeRO-1, 2   this rank's partitions, by parameter group, in `averaged_gradients`
-bf16 ZeRO-1 whole and in fp32, flat by parameter group (BF16_Optimizer), beside `grad` in bf16
+bf16 ZeRO-1 whole and in fp32, flat by parameter group (BF16_Optimizer), where each goes as it comes
 ZeRO-3      this rank's partitions, by subgroup, in `averaged_gradients`
 offloaded   in `grad` of the fp32 masters on the host, with ZeRO-1, 2 and 3
 """
