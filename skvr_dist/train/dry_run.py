@@ -8,7 +8,7 @@ from statistics import mean
 import torch
 from tabulate import tabulate
 
-from skvr_dist.config.layouts import data_parallel_size
+from skvr_dist.config.layouts import data_parallel_size, zero_stage_in_use
 from skvr_dist.config.tree import Config
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
@@ -62,7 +62,7 @@ def describe(config: Config, world_size: int) -> str:
             "ranks",
             f"{world_size} = {len(bounds)} stages x {replicas} replicas x {config.parallel.tensor} tensor-parallel",
         ],
-        ["ZeRO stage, precision", f"{config.parallel.zero_stage}, {config.train.precision}"],
+        ["ZeRO stage, precision", f"{zero_stage_in_use(config, replicas)}, {config.train.precision}"],
         ["micro-batches per step", f"{config.num_micro_batches}, {config.num_micro_batches // replicas} per replica"],
         ["passes per step", f"{config.num_passes}, {config.num_passes // replicas} per replica"],
         ["tokens per step, in all", f"{tokens_per_step:,}, {total_tokens:,}"],

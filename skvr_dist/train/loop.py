@@ -26,6 +26,7 @@ from skvr_dist.cluster.launcher import (
     is_other_rank,
 )
 from skvr_dist.cluster.variables import in_words, passed_variables
+from skvr_dist.config.layouts import zero_stage_in_use
 from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
@@ -352,8 +353,8 @@ def report_start(run: Run, resumed: Checkpoint | None, notices: list[str]) -> No
     config, mesh = run.config, run.mesh
     run.reporter.say(
         f"{mesh.world_size} ranks: {mesh.pp_size} stages x {mesh.dp_size} replicas x {mesh.tp_size} tensor-parallel, "
-        f"ZeRO {config.parallel.zero_stage}, {config.train.precision}; {config.num_micro_batches} micro-batches of "
-        f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
+        f"ZeRO {zero_stage_in_use(config, mesh.dp_size)}, {config.train.precision}; {config.num_micro_batches} "
+        f"micro-batches of {config.train.micro_batch_size} x {config.data.sequence_length} tokens per step; routing "
         f"{config.routing.policy}"
     )
     for notice in attention_notices(config, run.engine.attention, run.engine.device):
