@@ -159,7 +159,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.module_set.project(x, (self.gate_proj, self.up_proj))
-        return self.down_proj(F.silu(gate) * up)
+        inner = F.silu(gate)
+        del gate  # nothing else holds it where no gradient is wanted, or this is computed again
+        inner = inner * up
+        del up
+        return self.down_proj(inner)
 
 
 class DecoderLayer(nn.Module):
@@ -214,6 +218,7 @@ class DecoderLayer(nn.Module):
             attended = recompute.run(self.self_attn, x, rope, sources, scopes, again=True)
         else:
             attended = self.self_attn.attend(q, sources, scopes)
+        del x, q  # nothing else holds them where no gradient is wanted, or this layer is computed again
         return self.after_attention(hidden, attended), rows if hands_out else ()
 
     def before_attention(
