@@ -29,6 +29,11 @@ TOLERANCE = 1e-5
 With the same attention kernel on both sides the difference was 0.0 at 28 and 32 layers of random weights; with
 another kernel rounding alone made 6e-6.
 """
+DECODING_TOLERANCE = 1e-4
+"""The same for decoding with a cache beside none, where products of one row and of many round differently.
+
+Trained weights enlarge that: SmolLM2's 30 layers made 3.0e-5, those of random weights below 1e-5.
+"""
 ATTENTION = "sdpa"
 """Attention kernel of both sides."""
 SEQUENCE_LENGTH = 128
@@ -93,10 +98,10 @@ class CheckReport:
                 f"largest one; {TOLERANCE:.0e} is accepted"
             )
         for where, error in self.decoding_errors.items():
-            if not error <= TOLERANCE:
+            if not error <= DECODING_TOLERANCE:
                 found.append(
                     f"greedy decoding at {where} gives logits that differ by {error:.3g} of the largest one from those "
-                    f"without a cache; {TOLERANCE:.0e} is accepted"
+                    f"without a cache; {DECODING_TOLERANCE:.0e} is accepted"
                 )
         if self.differing_texts:
             found.append(

@@ -24,7 +24,7 @@ from skvr_dist.files import prove_new_folder, published
 from skvr_dist.hf.convert.brought_files import copy_brought, open_tokenizer
 from skvr_dist.hf.convert.bundle import add_code, describe_routing
 from skvr_dist.hf.convert.card import Training, model_card
-from skvr_dist.hf.convert.check import SAMPLE_TEXTS, TOLERANCE, CheckReport, check_export
+from skvr_dist.hf.convert.check import DECODING_TOLERANCE, SAMPLE_TEXTS, TOLERANCE, CheckReport, check_export
 from skvr_dist.hf.convert.model_config import hf_config, write_config
 from skvr_dist.hf.convert.tokenizer import convert_tokenizer, special_ids, write_tokenizer
 from skvr_dist.hf.convert.weights import WeightReader, check_names, parameter_shapes, pruned_names, write_weights
@@ -53,6 +53,7 @@ class ExportReport:
             **asdict(self.check),
             "relative_logit_difference": self.check.relative_logit_difference,
             "tolerance": TOLERANCE,
+            "decoding_tolerance": DECODING_TOLERANCE,
             "failures": self.check.failures(),
         }
 

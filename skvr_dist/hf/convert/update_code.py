@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from skvr_dist.errors import UserError
 from skvr_dist.files import PARTIAL_SUFFIX, full_disk, naming_failure, naming_full_disk, prove_folder
 from skvr_dist.hf.convert.bundle import CODE_FILES, add_code
-from skvr_dist.hf.convert.check import ATTENTION, DECODED_TOKENS, TOLERANCE
+from skvr_dist.hf.convert.check import ATTENTION, DECODED_TOKENS, DECODING_TOLERANCE, TOLERANCE
 from skvr_dist.hf.convert.weight_files import weight_files
 from skvr_dist.hf.model.causal_lm import decoding_error
 
@@ -47,12 +47,15 @@ class CodeUpdate:
         """One sentence per figure that was missed."""
         found = [f"weight {name} is not what is stored" for name in self.differing_weights[:1]]
         found += [f"strategy {name} retains other layers than before" for name in self.changed_strategies]
-        for what, errors in (("without a cache", self.logit_differences), ("with a cache", self.decoding_errors)):
+        for what, errors, accepted in (
+            ("without a cache", self.logit_differences, TOLERANCE),
+            ("with a cache", self.decoding_errors, DECODING_TOLERANCE),
+        ):
             found += [
-                f"logits at strategy {name} {what} are off by {error:.3g} of the largest one; {TOLERANCE:.0e} is "
+                f"logits at strategy {name} {what} are off by {error:.3g} of the largest one; {accepted:.0e} is "
                 f"accepted"
                 for name, error in errors.items()
-                if not error <= TOLERANCE
+                if not error <= accepted
             ]
         return found
 
