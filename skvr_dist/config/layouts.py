@@ -40,7 +40,7 @@ def zero_stage_in_use(config: Config, replicas: int) -> int:
     """The stage of ZeRO that a run trains with: `parallel.zero_stage` where there is anything to share out.
 
     One replica in fp32 holds everything anyway. Stages 1 and 2 would train a flat copy of its weights, and copy every
-    gradient and every weight twice a step: a seventh of a step of the quickstart's model on a CPU.
+    gradient and every weight twice a step (docs/benchmarks/2026-11-26-cpu-step.md).
     """
     stage, is_fp32 = config.parallel.zero_stage, config.train.precision == "fp32"
     alone = replicas == 1 and is_fp32 and offload_device(config.deepspeed) == "none"
