@@ -52,11 +52,12 @@ class Schema:
     def of(cls, file: Path) -> Schema:
         """The schema in a file; raises `UserError` if it cannot be read or is none."""
         with naming_failure(file):
-            content = file.read_bytes()
+            text = file.read_bytes()
         try:
-            return cls(json.loads(content), str(file))
+            content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is no JSON schema: it is not JSON ({_short(str(error))}); correct it") from None
+        return cls(content, str(file))
 
     def accepts(self, value: Any) -> bool:
         """Whether a JSON value fits; raises `UserError` for a reference to what is not in the schema."""

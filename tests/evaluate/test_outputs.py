@@ -98,8 +98,9 @@ def test_calls_are_equal_by_name_and_arguments() -> None:
 def test_a_schema_that_is_none(tmp_path: Path, content: str, sentence: str) -> None:
     file = tmp_path / "schema.json"
     file.write_text(content)
-    with pytest.raises(UserError, match=re.escape(sentence)):
+    with pytest.raises(UserError, match=re.escape(sentence)) as caught:
         Schema.of(file)
+    assert str(caught.value).count("is no JSON schema") == 1
 
 
 def test_nothing_is_fetched_for_a_schema() -> None:
