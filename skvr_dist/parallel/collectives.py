@@ -1,7 +1,8 @@
 """Collectives over a tensor-parallel group, with their gradients: what a layer needs of other ranks.
 
-They are torch's functional collectives, which can be compiled. None of them waits: what is started is waited for where
-it is used, so that something can be computed meanwhile.
+They are the operations below torch's functional collectives, which can be compiled. None of them waits: what is started
+is waited for where it is used, so that something can be computed meanwhile. The functions around these operations would
+wrap each result in a tensor that waits by itself, which takes the host four times as long.
 
 Shapes: B batch, S sequence, D hidden, T tensor-parallel ranks, N outputs of a linear layer.
 """
@@ -12,16 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-# PyTorch 2.13 has other names for them, and warns of the older ones at every call.
-_GATHER, _REDUCE_SCATTER = (
-    new if hasattr(functional, new) else old
-    for new, old in (("all_gather_single", "all_gather_tensor"), ("reduce_scatter_single", "reduce_scatter_tensor"))
-)
+_OPERATIONS = torch.ops._c10d_functional
 
 
 class SumGradient(torch.autograd.Function):
@@ -55,7 +51,7 @@ class GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _sequence(_started_gather(x, group), x)
+        return _sequence(all_gather(x, group), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -72,7 +68,7 @@ class ScatterSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sequence(_started_gather(grads[0], ctx.group), grads[0]), None
+        return _sequence(all_gather(grads[0], ctx.group), grads[0]), None
 
 
 class LinearsOfSequence(torch.autograd.Function):
@@ -90,7 +86,7 @@ class LinearsOfSequence(torch.autograd.Function):
         weights, biases = used[0::2], used[1::2]
         ctx.group = group
         ctx.save_for_backward(x, *weights)
-        whole = _sequence(_started_gather(x, group), x)
+        whole = _sequence(all_gather(x, group), x)
         return tuple(F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
@@ -129,8 +125,7 @@ def gather_again(x: Tensor, gradient: Tensor, group: str) -> Tensor:
         gradient: any that the backward pass has got.
         group: its name.
     """
-    started = _started_gather(x, _group_of(group))
-    return started.elem if isinstance(started, functional.AsyncCollectiveTensor) else started
+    return all_gather(x, _group_of(group))
 
 
 @gather_again.register_fake
@@ -144,16 +139,11 @@ def _group_of(name: str) -> dist.ProcessGroup:
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's x, concatenated along the first dimension in the order of the ranks."""
-    return _arrived(_started_gather(x, group))
+    return _arrived(all_gather(x, group))
 
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _arrived(functional.all_reduce(x.contiguous(), "sum", group))
-
-
-def _started_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    started: Tensor = getattr(functional, _GATHER)(x.contiguous(), 0, group)
-    return started
+    return _arrived(all_reduce(x, group))
 
 
 def _started_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -162,9 +152,7 @@ def _started_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     Along the first dimension, as collectives want it, which for a batch of one moves nothing here.
     """
     batch, ranks = x.shape[0], group.size()
-    parts = x.unflatten(1, (ranks, -1)).transpose(0, 1).reshape(ranks * batch, -1, x.shape[2])
-    started: Tensor = getattr(functional, _REDUCE_SCATTER)(parts.contiguous(), "sum", 0, group)
-    return started
+    return reduce_scatter(x.unflatten(1, (ranks, -1)).transpose(0, 1).reshape(ranks * batch, -1, x.shape[2]), group)
 
 
 def _sequence(gathered: Tensor, part: Tensor) -> Tensor:
@@ -172,6 +160,25 @@ def _sequence(gathered: Tensor, part: Tensor) -> Tensor:
     return _arrived(gathered).unflatten(0, (-1, part.shape[0])).transpose(0, 1).flatten(1, 2)
 
 
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Start to sum x over the ranks; the result has to be waited for, as that of the two below."""
+    started: Tensor = _OPERATIONS.all_reduce(x.contiguous(), "sum", group.group_name)
+    return started
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Start to gather x [N, ...] of all T ranks, [T * N, ...]."""
+    started: Tensor = _OPERATIONS.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+    return started
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Start to sum x [T * N, ...] over the T ranks, of which each gets its part [N, ...]."""
+    started: Tensor = _OPERATIONS.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+    return started
+
+
 def _arrived(x: Tensor) -> Tensor:
-    """What a functional collective returns, once it is there."""
-    return functional.wait_tensor(x)
+    """What one of those has started, once it is there."""
+    arrived: Tensor = _OPERATIONS.wait_tensor(x)
+    return arrived

@@ -21,7 +21,7 @@ from skvr_dist.hf.convert.model_config import hf_config
 from skvr_dist.hf.convert.weights import hf_name
 from skvr_dist.hf.model.families import CLASSES
 from skvr_dist.lab.verify import reference
-from skvr_dist.model.decoder import Decoder
+from skvr_dist.model.decoder import KV, Decoder
 from skvr_dist.routing import CacheStrategy
 
 STRATEGIES = {"every:2": (0, 2, 4, 6), "every:4": (0, 4), "prefix:3": (0, 1, 2), "irregular": (0, 3, 4, 7)}
@@ -127,11 +127,30 @@ def reference_tokens(
 ) -> Tensor:
     """Inputs int [B, S] and `count` greedy tokens, without a cache, by the reference that shares no code with us.
 
-    The weights are `random_weights` of that scale.
+    The weights are `random_weights` of that scale. The reference reads a guess of all tokens at once. What it says is
+    greedy as far as the guess was, and one token further: so it is asked again until the guess is what it says. A wrong
+    guess costs time, and changes nothing.
     """
     weights, shape = random_weights(config, scale), config.model_dump()
     sources = list(CacheStrategy(config.num_hidden_layers, retained).kv_source_layers)
+    first, guess = inputs.shape[1] - 1, _guessed_tokens(config, weights, sources, inputs, count)
+    for _ in range(count + 1):
+        said = reference.logits(weights, shape, guess[:, :-1], sources)[:, first:].argmax(-1)
+        if torch.equal(said, guess[:, first + 1 :]):
+            return guess
+        guess = torch.cat((inputs, said), dim=1)
+    raise AssertionError("the reference does not agree with itself: rounding decides between two tokens")
+
+
+def _guessed_tokens(
+    config: ModelConfig, weights: dict[str, Tensor], sources: list[int], inputs: Tensor, count: int
+) -> Tensor:
+    """Greedy tokens of our decoder, which has a cache."""
+    decoder = Decoder(config)
+    decoder.load_state_dict(weights)
+    held: dict[int, KV] = {}
+    new, found = inputs, inputs
     for _ in range(count):
-        logits = reference.logits(weights, shape, inputs, sources)[:, -1]
-        inputs = torch.cat((inputs, logits.argmax(-1, keepdim=True)), dim=1)
-    return inputs
+        new = decoder(new, sources, held)[:, -1].argmax(-1, keepdim=True)
+        found = torch.cat((found, new), dim=1)
+    return found

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
-from torch.distributed import _functional_collectives
+
+from skvr_dist.parallel import collectives
 
 # What the methods of a process group begin with (`allgather`, `_allgather_base`, `all_gather_single`: versions differ),
 # and the functions of torch.distributed that call them. The first that fits counts.
@@ -41,17 +42,8 @@ def _name_of(method: str) -> str | None:
 _METHODS = {method: name for method in vars(dist.ProcessGroup) if (name := _name_of(method))}
 
 
-_FUNCTIONS = {
-    function: name
-    for function, name in {
-        "all_reduce": "all_reduce",
-        "all_gather_tensor": "all_gather",
-        "all_gather_single": "all_gather",
-        "reduce_scatter_tensor": "reduce_scatter",
-        "reduce_scatter_single": "reduce_scatter",
-    }.items()
-    if hasattr(_functional_collectives, function)  # versions differ
-}
+# Of `skvr_dist.parallel.collectives`: what they start calls no method of a process group.
+_FUNCTIONS = ("all_reduce", "all_gather", "reduce_scatter")
 
 
 @dataclass(frozen=True)
@@ -106,8 +98,8 @@ class Recorder:
     def __enter__(self) -> Recorder:
         for method, name in _METHODS.items():
             self._replace(dist.ProcessGroup, method, functools.partial(self._asking, name))
-        for function, name in _FUNCTIONS.items():
-            self._replace(_functional_collectives, function, functools.partial(self._calling, name))
+        for name in _FUNCTIONS:
+            self._replace(collectives, name, functools.partial(self._calling, name))
         for kind in (dist.Work, FakeWork):
             self._replace(kind, "wait", self._waiting)
         return self
@@ -131,15 +123,14 @@ class Recorder:
         return ask
 
     def _calling(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A functional collective, which no method of a process group is called for, and whose result is waited for."""
+        """A collective that no method of a process group is called for, and whose result is waited for."""
 
-        def call(x: Tensor, *args: Any) -> Tensor:
-            group = args[-1]
+        def call(x: Tensor, group: dist.ProcessGroup) -> Tensor:
             ranks = tuple(dist.get_process_group_ranks(group))
             self.events.append(Operation(name, group.group_name, ranks, x.nbytes, None, _caller()))
             self.events.append(Wait(self._operations))
             self._operations += 1
-            return _made_up(name, x, args, ranks) if self._make_up else original(x, *args)
+            return _made_up(name, x, ranks) if self._make_up else original(x, group)
 
         return call
 
@@ -163,12 +154,12 @@ class Recorder:
         self._operations += 1
 
 
-def _made_up(name: str, x: Tensor, args: tuple[Any, ...], ranks: tuple[int, ...]) -> Tensor:
-    """What a functional collective would return if all ranks had given this one's tensor; of sums, this rank's part."""
+def _made_up(name: str, x: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """What a collective would return if all ranks had given this one's tensor; of sums, this rank's part."""
     if name == "all_gather":
-        return torch.cat([x] * len(ranks), dim=args[0])
+        return torch.cat([x] * len(ranks))
     if name == "reduce_scatter":
-        return x.chunk(len(ranks), dim=args[1])[ranks.index(dist.get_rank())].contiguous()
+        return x.chunk(len(ranks))[ranks.index(dist.get_rank())].contiguous()
     return x.clone()
 
 
