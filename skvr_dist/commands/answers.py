@@ -4,7 +4,8 @@
     skvr-answers runs/finetune data/finetune/dev-v2.0.json --format squad --count 200 --decode 32
     skvr-answers runs/retrieval/rise_seed-0 data/retrieval/held-out.jsonl
     skvr-answers runs/quickstart/routed stdlib --format code --decode 48
-    skvr-answers runs/assistant data/tools.jsonl --format prompts --schema data/reply.schema.json --decode 200
+    skvr-answers runs/assistant data/tools.jsonl --format prompts --schema data/reply.schema.json --decode 200 \
+        --gate every:2:valid=1 --gate every:2:calls=5
 
 MODEL is a checkpoint's folder, or a run's, which stands for its latest checkpoint, or an export. `exact` is the share
 of the answers that greedy decoding gives to the last token, `loss` is in nats per token of the answers. With --decode,
@@ -18,6 +19,9 @@ documents lines are to be completed: exact match and edit similarity of the next
 With --format prompts, FILE holds prompts, or chats with the tools that the assistant may call, and what is decoded is
 read as a program would: the share that is JSON and fits --schema (the arguments of a call: the tool's own parameters),
 and how often calls, and whole outputs, are those of full retention.
+
+With --gate STRATEGY:SCORE=WORSE the exit code is 1 if a score of the table is worse than at full retention by more than
+that: points of a share, nats of a loss. Such as `standard:F1=3`, `every:2:loss=0.05` or `bulk:calls=2`.
 """
 
 from __future__ import annotations
@@ -26,9 +30,20 @@ import argparse
 import math
 from dataclasses import asdict
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from skvr_dist.command import a_path, add_json, at_least, new_parser, parse, run_command, share, write_json
+from skvr_dist.command import (
+    Figure,
+    a_path,
+    add_json,
+    at_least,
+    exit_code_of,
+    new_parser,
+    parse,
+    run_command,
+    share,
+    write_json,
+)
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,10 +56,21 @@ if TYPE_CHECKING:
     from skvr_dist.evaluate.outputs import OutputPoint
     from skvr_dist.routing import CacheStrategy
 
+    Worse = Mapping[str, Mapping[str, float]]
+    """By strategy and score: by how much it is worse than at full retention, in nats (`loss`) or points."""
+
 PROMPTS, CODE = "prompts", "code"
 QUESTIONS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", CODE)
 _FORMATS = (*QUESTIONS, "chat", PROMPTS)
 _STRATEGIES = ("full", "every:2", "every:4")
+
+
+class Gate(NamedTuple):
+    """The most by which a score may be worse than at full retention."""
+
+    strategy: str
+    score: str
+    most: float
 
 
 def main() -> None:
@@ -52,13 +78,16 @@ def main() -> None:
     run_command(run)
 
 
-def run() -> None:
-    """Ask, and print and write what came of it.
+def run() -> int:
+    """Ask, and print and write what came of it; returns the exit code.
 
     Raises:
-        UserError: checkpoint or file cannot be used.
+        UserError: checkpoint or file cannot be used, or a gate is on what is not measured.
     """
     options = _options()
+    named = options.strategies
+    if options.gate:  # changes are over the first one
+        named = list(dict.fromkeys(["full", *named, *(gate.strategy for gate in options.gate)]))
 
     from skvr_dist.data.tokenizers.load import load_tokenizer
     from skvr_dist.hf.convert.opened import open_model
@@ -69,22 +98,35 @@ def run() -> None:
         raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to read questions with; give another one")
     tokenizer = load_tokenizer(checkpoint.tokenizer_file)
     strategies = CacheStrategy.parse_all(
-        options.strategies, checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
+        named, checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
     )
     measure = _measure_outputs if options.format == PROMPTS else _measure_answers
-    points = measure(options, checkpoint, tokenizer, strategies)
+    points, worse = measure(options, checkpoint, tokenizer, strategies)
+    figures = _figures(options.gate, worse)
     if options.json:
         record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "file": str(options.file)}
         write_json(options.json, {**record, "points": [asdict(point) for point in points]})
+    for figure in figures:
+        print(figure)
+    return exit_code_of(figures)
 
 
 def _measure_answers(
     options: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer, strategies: Mapping[str, CacheStrategy]
-) -> Sequence[AnswerPoint]:
+) -> tuple[Sequence[AnswerPoint], Worse]:
+    from skvr_dist.evaluate.answers import ALL
+
     asked, answers = ask(options, checkpoint, tokenizer, strategies)
     print(_table(answers.points))
     print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
-    return answers.points
+    worse = {
+        point.strategy: {
+            name: change.mean if name == "loss" else -100 * change.mean for name, change in point.changes.items()
+        }
+        for point in answers.points
+        if point.group == ALL
+    }
+    return answers.points, worse
 
 
 def ask(
@@ -137,7 +179,7 @@ def ask(
 
 def _measure_outputs(
     options: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer, strategies: Mapping[str, CacheStrategy]
-) -> Sequence[OutputPoint]:
+) -> tuple[Sequence[OutputPoint], Worse]:
     from skvr_dist.data.finetune.prompts import read_prompts, require_room
     from skvr_dist.evaluate.outputs import measure_outputs, stop_tokens
     from skvr_dist.evaluate.structured import Schema
@@ -160,7 +202,37 @@ def _measure_outputs(
     ).points
     print(_table_of_outputs(points))
     print(f"\n{options.file}: {len(prompts):,} prompts, {options.decode} new tokens at most; {checkpoint.folder}")
-    return points
+    full = points[0]
+    worse = {
+        point.strategy: {
+            "valid": 100 * (full.valid.mean - point.valid.mean),
+            "calls": 100 * (1 - point.same_calls.mean),
+            "texts": 100 * (1 - point.same_text.mean),
+        }
+        for point in points
+    }
+    return points, worse
+
+
+def _scores(options: argparse.Namespace) -> tuple[str, ...]:
+    """Names of what will be measured, as gates name it."""
+    if options.format == PROMPTS:
+        return "valid", "calls", "texts"
+    from skvr_dist.evaluate import completion
+    from skvr_dist.evaluate.answers import EXACT, LOSS
+    from skvr_dist.evaluate.metrics import METRICS
+
+    of_decoded = completion.METRICS if options.format == CODE else METRICS.get(options.format, ())
+    return EXACT, LOSS, *(metric.name for metric in of_decoded if options.decode)
+
+
+def _figures(gates: Sequence[Gate], worse: Worse) -> list[Figure]:
+    figures = []
+    for strategy, score, most in gates:
+        found, unit = worse[strategy][score], "nats per token" if score == "loss" else "points"
+        what = f"{score} at {strategy} is worse than at full retention by {found:+.4g} {unit}"
+        figures.append(Figure(what, f"<= {most:g}", found <= most))
+    return figures
 
 
 def _options() -> argparse.Namespace:
@@ -179,6 +251,14 @@ def _options() -> argparse.Namespace:
         "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens of an example (default: the run's)"
     )
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
+    parser.add_argument(
+        "--gate",
+        action="append",
+        type=_gate,
+        default=[],
+        metavar="S:SCORE=WORSE",
+        help="most by which a score may be worse than at full retention",
+    )
     add_json(parser)
     options = parse(parser)
     if options.schema is not None and options.format != PROMPTS:
@@ -187,7 +267,24 @@ def _options() -> argparse.Namespace:
         raise UserError(f"--format {options.format} judges what is decoded; give --decode N, the most tokens of it")
     if options.decode and options.format == "chat":
         raise UserError("--decode needs one answer per example, but chats have several; leave it out")
+    scores = _scores(options)
+    if unknown := next((gate for gate in options.gate if gate.score not in scores), None):
+        name = f"--gate {unknown.strategy}:{unknown.score}"
+        raise UserError(f"{name} is on no score that is measured; name one of {', '.join(scores)}")
     return options
+
+
+def _gate(text: str) -> Gate:
+    """An argparse type."""
+    name, _, most = text.rpartition("=")
+    strategy, _, score = name.rpartition(":")
+    try:
+        bound = float(most)
+    except ValueError:
+        bound = math.nan
+    if not (strategy and score and math.isfinite(bound)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no gate; write STRATEGY:SCORE=WORSE, such as every:2:loss=0.05")
+    return Gate(strategy, score, bound)
 
 
 def _table(points: Sequence[AnswerPoint]) -> str:

@@ -9,11 +9,12 @@ Shapes: N sequences, S sequence length, D hidden, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.model.decoder import KV, Decoder
@@ -42,20 +43,23 @@ class PrefixTree:
         self._decoder, self._batches = decoder, batches
         self._kept_path: tuple[int, ...] = ()
         self._kept: list[list[_State]] = []
-        self.evaluated_layers = 0
+        self._layer_calls = 0
+
+    @property
+    def evaluated_layers(self) -> int:
         """Layers that were run over all batches so far."""
+        return self._layer_calls // max(1, len(self._batches))
 
     @torch.inference_mode()
     def token_losses(self, strategies: Sequence[CacheStrategy]) -> list[Tensor]:
         """Cross entropy in nats of every token at each strategy, float32 [N, S] on the CPU; 0 where it is ignored."""
         paths = list(dict.fromkeys(strategy.kv_source_layers for strategy in strategies))
         found: dict[tuple[int, ...], list[Tensor]] = {path: [] for path in paths}
-        for number, batch in enumerate(self._batches):
-            walk = _Walk(self._decoder, batch, self._kept_path, self._kept[number] if self._kept else [])
-            for path, losses in walk.losses(paths).items():
-                found[path].append(losses)
-        if self._batches:
-            self.evaluated_layers += walk.evaluated_layers
+        layers, what = self._layers_to_run(paths) * len(self._batches), f"{len(paths)} strategies"
+        with tqdm(total=layers, desc=what, unit="layer", leave=False, disable=None) as bar:
+            for number, batch in enumerate(self._batches):
+                for path, losses in self._walk(number, batch, bar.update).losses(paths).items():
+                    found[path].append(losses)
         return [torch.cat(found[strategy.kv_source_layers]) for strategy in strategies]
 
     @torch.inference_mode()
@@ -64,14 +68,21 @@ class PrefixTree:
 
         That takes `below` x N x S x D elements, and the keys and values of the retained layers.
         """
-        path, layers = strategy.kv_source_layers[:below], 0
-        kept = []
-        for number, batch in enumerate(self._batches):
-            walk = _Walk(self._decoder, batch, self._kept_path, self._kept[number] if self._kept else [])
-            kept.append(walk.states(path))
-            layers = walk.evaluated_layers
-        self._kept_path, self._kept = path, kept
-        self.evaluated_layers += layers
+        path = strategy.kv_source_layers[:below]
+        self._kept = [self._walk(number, batch).states(path) for number, batch in enumerate(self._batches)]
+        self._kept_path = path
+
+    def _walk(self, number: int, batch: MicroBatch, show: Callable[[], object] = lambda: None) -> _Walk:
+        def count() -> None:
+            self._layer_calls += 1
+            show()
+
+        return _Walk(self._decoder, batch, self._kept_path, self._kept[number] if self._kept else [], count)
+
+    def _layers_to_run(self, paths: Sequence[tuple[int, ...]]) -> int:
+        """Edges of the tree of these paths that are not kept."""
+        prefixes = {path[:length] for path in paths for length in range(1, len(path) + 1)}
+        return sum(prefix != self._kept_path[: len(prefix)] for prefix in prefixes)
 
 
 class _Walk:
@@ -80,16 +91,23 @@ class _Walk:
     Args:
         kept_path: the donors of a path's first layers.
         kept: what `states` said of it.
+        on_layer: called after each layer that was run.
     """
 
-    def __init__(self, decoder: Decoder, batch: MicroBatch, kept_path: tuple[int, ...], kept: list[_State]) -> None:
-        self._decoder, self._batch = decoder, batch
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch: MicroBatch,
+        kept_path: tuple[int, ...],
+        kept: list[_State],
+        on_layer: Callable[[], object],
+    ) -> None:
+        self._decoder, self._batch, self._on_layer = decoder, batch, on_layer
         self._kept_path, self._kept = kept_path, kept
         embedded = decoder.embed(batch.tokens)
         self._start = _State(embedded, {})
         documents = None if batch.documents is None else Documents.of(batch.documents).to(embedded.device)
         self._rope, self._scopes = decoder.surroundings(embedded, documents)
-        self.evaluated_layers = 0
 
     def losses(self, paths: Sequence[tuple[int, ...]]) -> Mapping[tuple[int, ...], Tensor]:
         """Token losses [B, S] of each path, int [L]."""
@@ -122,9 +140,9 @@ class _Walk:
 
     def _step(self, state: _State, layer: int, donor: int) -> _State:
         """One layer further; a layer's own keys and values are read if it reads them itself (`CacheStrategy`)."""
-        self.evaluated_layers += 1
         given = None if donor == layer else state.known[donor]
         hidden, own = self._decoder.layers[str(layer)](
             state.hidden, self._rope, [given], own_is_read=given is None, past=None, scopes=self._scopes
         )
+        self._on_layer()
         return _State(hidden, {**state.known, layer: own[0]} if own else state.known)

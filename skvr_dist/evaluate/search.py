@@ -1,9 +1,11 @@
 """Which layers should keep their cache: the set of each size that costs the least on given text.
 
 Elimination begins with all layers and drops the one whose loss is then the lowest, again and again; swaps then exchange
-a retained layer for another one at the same size. Sets are judged by the loss and as a whole: the loss is not a sum of
-what each layer is worth (EvoPress, arXiv 2410.14649), and likeness of keys and values is no guide to it (KVSharer,
-arXiv 2410.18517).
+a retained layer for another one at the same size. Elimination is lazy (Minoux, "Accelerated greedy algorithms for
+maximizing submodular set functions", 1978): what a layer costs seldom falls while others are dropped, so only those are
+tried again that cost less, when they were tried last, than the best one does now. Sets are judged by the loss and as a
+whole: the loss is not a sum of what each layer is worth (EvoPress, arXiv 2410.14649), and likeness of keys and values
+is no guide to it (KVSharer, arXiv 2410.18517).
 
 Shapes: L layers.
 """
@@ -11,6 +13,7 @@ Shapes: L layers.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -106,11 +109,18 @@ class Search:
         """Drop one layer after another, down to `size` layers; returns the set that was reached at each size."""
         current = room.largest
         reached = {len(current): current}
+        rises = dict.fromkeys(room.optional, -math.inf)  # what dropping a layer has cost when it was tried last
         while len(current) > max(size, len(room.required)):
-            droppable = [layer for layer in current if layer not in room.required]
-            self._tree.keep(CacheStrategy(self._num_layers, current), below=droppable[-1])
-            candidates = [_without(current, layer) for layer in droppable]
-            current = self._best(candidates)
+            droppable = sorted((layer for layer in current if layer not in room.required), key=lambda at: rises[at])
+            self._tree.keep(CacheStrategy(self._num_layers, current), below=max(droppable))
+            [loss] = self.measure([current])
+            now: dict[int, float] = {}
+            for layer in droppable:
+                if now and rises[layer] >= min(now.values()):  # and so are those that follow
+                    break
+                now[layer] = self.measure([_without(current, layer)])[0] - loss
+            rises |= now
+            current = _without(current, min(now, key=lambda at: (now[at], at)))
             reached[len(current)] = current
         return reached
 

@@ -89,7 +89,8 @@ def test_elimination_and_swaps_find_good_sets_with_half_of_the_layers(decoder: D
     search = Search(decoder, text)
     reached = search.eliminate(room, 1)
     sets_tried = sum(len(retained) - 1 for retained in reached.values())
-    assert search.evaluated_layers <= 0.6 * LAYERS * (sets_tried + 1)  # the deeper the model the nearer to a half
+    assert len(search.measured) < sets_tried + 1  # it is lazy
+    assert search.evaluated_layers <= 0.55 * LAYERS * (sets_tried + 1)
     for size in range(1, LAYERS + 1):
         losses = every.measure(list(room.sets(size)))
         found = every.measure([search.swap(room, reached[size], rounds=5)])[0]

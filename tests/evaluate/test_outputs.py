@@ -143,16 +143,20 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: pyte
     file, schema = folder / "prompts.jsonl", folder / "schema.json"
     chat = {"messages": [{"role": "user", "content": "Rain?"}], "tools": [WEATHER]}
 
-    def started(record: dict[str, Any], *words: str) -> None:
+    def started(record: dict[str, Any], *words: str) -> int:
         file.write_text(json.dumps(record) + "\n")
         given = ["skvr-answers", str(folder / "model"), str(file), "--format", "prompts", "--decode", "5", *words]
         monkeypatch.setattr(sys, "argv", given)
-        answers.run()
+        return answers.run()
 
-    started({"prompt": "x"}, "--schema", str(schema), "--strategies", "every:2", "--json", str(folder / "found.json"))
+    gates = ["--gate", "every:2:valid=0", "--gate", "prefix:1:calls=100"]  # nobody calls, so nobody knows
+    found = ["--strategies", "every:2", "--json", str(folder / "found.json")]
+    assert started({"prompt": "x"}, "--schema", str(schema), *found, *gates[:2]) == 0
+    assert "valid at every:2 is worse than at full retention by +0 points; bound <= 0: met" in capsys.readouterr().out
+    assert started({"prompt": "x"}, "--schema", str(schema), *found, *gates) == 1
     assert re.search(r"every:2 \|\s+66.7% \|\s+1 \|\s+0.0 \(0.0 to 0.0\) \|\s+n/a", capsys.readouterr().out)
     points = json.loads((folder / "found.json").read_text())["points"]
-    assert [point["strategy"] for point in points] == ["full", "every:2"]
+    assert [point["strategy"] for point in points] == ["full", "every:2", "prefix:1"]
     assert points[1]["same_calls"] == [None, None, None]  # nobody calls a tool
     for record, words, sentence in (
         (chat, [], "line 1: the chat template of .* has no place for tools; leave them out"),
@@ -160,6 +164,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: pyte
         ({"text": "x"}, [], r"line 1 is no record of prompts \(has not one of prompt and messages\); expected a text"),
         ({"prompt": "x"}, ["--decode", "9999", "--schema", str(schema)], "new ones are more than the model's"),
         ({"prompt": "x"}, ["--format", "chat", "--schema", str(schema)], "leave it out with --format chat"),
+        ({"prompt": "x"}, ["--gate", "full:F1=1"], "full:F1 is on no score that is measured; name one of valid, calls"),
     ):
         with pytest.raises(UserError, match=sentence):
             started(record, *words)

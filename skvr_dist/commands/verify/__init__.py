@@ -1,4 +1,4 @@
-"""Prove that training is right, whatever the layout and whatever dies.
+"""Prove that training is right, whatever the layout and whatever dies, and that tools find what they promise.
 
     skvr-verify layouts --matrix quick
     skvr-verify reshard --matrix quick
@@ -7,6 +7,7 @@
     skvr-verify estimate
     skvr-verify kernels
     skvr-verify gpu-dry
+    skvr-verify search runs/quickstart/routed --calibrate data/stdlib/train
 
 Each runs on the CPU of this machine. Exit code 1: a figure is missed.
 """
@@ -14,7 +15,7 @@ Each runs on the CPU of this machine. Exit code 1: a figure is missed.
 from __future__ import annotations
 
 from skvr_dist.command import run_command, run_subcommand
-from skvr_dist.commands.verify import estimate, gpu_dry, hosts, kernels, kills, layouts, reshard
+from skvr_dist.commands.verify import estimate, gpu_dry, hosts, kernels, kills, layouts, reshard, search
 
 
 def main() -> None:
@@ -32,5 +33,6 @@ def run() -> int | None:
         "estimate": estimate,
         "kernels": kernels,
         "gpu-dry": gpu_dry,
+        "search": search,
     }
     return run_subcommand(__doc__, subcommands)

@@ -30,7 +30,6 @@ from skvr_dist.routing import CacheStrategy
 # What vLLM takes by itself, on a CPU and on a GPU.
 _BLOCK = {"cpu": 128, "cuda": 16}
 _OVERRIDES_BYTES = "VLLM_CPU_KVCACHE_SPACE"
-"""With this variable vLLM's build for CPUs ignores the bytes that it is given for the cache."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ class Served:
     kv_heads: int
     head_dim: int
     vocab_size: int
+
+
+def let_bytes_be_given() -> None:
+    """Set aside a variable that makes vLLM's build for CPUs ignore `kv_cache_memory_bytes`."""
+    os.environ.pop(_OVERRIDES_BYTES, None)
 
 
 def device() -> torch.device:
@@ -129,7 +133,7 @@ def _cache_blocks(served: Served, speed: Speed, new_tokens: int) -> _Cache:
 def _engine(served: Served, speed: Speed, new_tokens: int, step_tokens: int | None) -> Iterator[LLM]:
     """An engine whose cache holds a case and no more."""
     cache = _cache_blocks(served, speed, new_tokens)
-    os.environ.pop(_OVERRIDES_BYTES, None)
+    let_bytes_be_given()
     llm = LLM(
         str(served.folder),
         load_format="auto" if served.has_weights else "dummy",

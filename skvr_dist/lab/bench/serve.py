@@ -13,6 +13,8 @@ import torch
 from tqdm import tqdm
 from vllm import LLM, SamplingParams
 
+from skvr_dist.lab.bench.generate_vllm import let_bytes_be_given
+
 
 @dataclass
 class Serving:
@@ -63,6 +65,7 @@ def measure_serving(
 
 
 def _serve(model: Path, found: Serving, load: Load, dtype: str, budget_bytes: int) -> None:
+    let_bytes_be_given()
     longest = max(load.prompt_tokens + load.new_tokens, load.long_prompt_tokens + 1)
     llm = LLM(
         str(model),
