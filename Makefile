@@ -99,7 +99,7 @@ $(SERVE_VENV)/installed: requirements-serve.txt pyproject.toml
 	touch $@
 
 test-serve: serve-env
-	$(SERVE_VENV)/bin/python -m pytest tests/serve
+	$(SERVE_VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder tests/serve
 
 format: env
 	$(BIN)/ruff check --fix .

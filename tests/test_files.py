@@ -25,6 +25,12 @@ from skvr_dist.files import (
 )
 
 
+def test_groups_of_tests_reach_xdist(request: pytest.FixtureRequest) -> None:
+    """Or each of its processes would make the fixtures of a module again (`tests/conftest.py`)."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@test_files")
+
+
 def everything(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 

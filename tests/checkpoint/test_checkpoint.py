@@ -5,8 +5,6 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from support.programs import run_here
 from support.tokenizers import train_hugging_face
 from support.trainers import start_from_weights
 
@@ -34,8 +33,6 @@ from skvr_dist.train.build import build_saver
 from skvr_dist.train.plans import plan_of_step
 from skvr_dist.train.resume import resume, resume_candidates, settle_resume
 from skvr_dist.train.state import load_state, load_weights, progress_facts, require_weights_fit
-
-ROOT = Path(__file__).parents[2]
 
 
 @given(st.data())
@@ -313,10 +310,7 @@ def test_another_format_and_a_folder_without_a_checkpoint_are_refused(run_folder
 
 def test_inspect(run_folder: Path) -> None:
     def inspect(code: int) -> str:
-        command = [sys.executable, "tools/inspect_checkpoint.py", str(run_folder), "--tensors"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        return run_here("tools/inspect_checkpoint.py", str(run_folder), "--tensors", code=code)
 
     output = inspect(0)
     assert "| exp_avg.layers.4.mlp.up_proj.weight" in output and "all whole" in output
@@ -324,7 +318,8 @@ def test_inspect(run_folder: Path) -> None:
     content = bytearray(tensors.read_bytes())
     content[len(content) // 2] ^= 1
     tensors.write_bytes(content)
-    assert not inspect(2)
+    refused = inspect(2)
+    assert refused.startswith("error: ") and refused.count("\n") == 1
 
 
 def test_initial_weights_do_not_depend_on_the_split() -> None:

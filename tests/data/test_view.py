@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.programs import run_here
 
 from skvr_dist.data.batch import IGNORED
 from skvr_dist.data.finetune.encode import Counts, Encoder
@@ -21,7 +20,6 @@ from skvr_dist.data.reader import Rows
 from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.data.view import passages, render
 
-ROOT = Path(__file__).parents[2]
 TOKENIZER = train_tokenizer(
     (document for document in open_corpus("stdlib") if document.id.startswith("json/")), vocab_size=500
 )
@@ -72,12 +70,10 @@ def test_the_command_prints_what_a_run_reads(data: Path, tmp_path: Path) -> None
         "data.lanes=4",
         "data.sequence_length=50",
     ]
-    command = [sys.executable, "tools/show_data.py", "--config", "configs/experiment/quickstart.yaml", *keys]
 
     def show(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
-        return done.stdout + done.stderr
+        given = ["--config", "configs/experiment/quickstart.yaml", *keys, *arguments]
+        return run_here("tools/show_data.py", *given, code=code)
 
     printed = show("--first", "3", "--count", "2", "--json", str(tmp_path / "shown.json"))
     assert "======== sequence 3 from train: 50 tokens, 50 of them predicted" in printed

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.programs import run_here
 
 from skvr_dist.command import parse
 from skvr_dist.commands.estimate import train
@@ -135,11 +134,10 @@ def test_rates_of_zero_are_refused(option: str, value: str, capsys: pytest.Captu
 
 
 def test_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/estimate.py", "train", "--config", "quickstart", "--config", "qwen3-1.7b"]
+    command = ["tools/estimate.py", "train", "--config", "quickstart", "--config", "qwen3-1.7b"]
     command += ["parallel.pipeline=2", "--gpus", "8", "--gpu", "h200", "--json", str(tmp_path / "estimate.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "worst rank: stage " in done.stdout and "predicted, not measured: step " in done.stdout
+    printed = run_here(*command)
+    assert "worst rank: stage " in printed and "predicted, not measured: step " in printed
     record = json.loads((tmp_path / "estimate.json").read_text())
     assert [stage["stage"] for stage in record["stages"]] == [0, 1]
 

@@ -7,14 +7,12 @@ import functools
 import json
 import math
 import re
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.programs import run_here
 
 from skvr_dist.lab.verify import reference
 from skvr_dist.lab.verify.cases import (
@@ -33,8 +31,6 @@ from skvr_dist.lab.verify.matrix import run_matrix
 from skvr_dist.lab.verify.measure import RankResult, run_case
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.routing import plan
-
-ROOT = Path(__file__).parents[2]
 
 
 def by_layout(cases: list[Case]) -> dict[str, list[Case]]:
@@ -268,10 +264,7 @@ def test_the_quick_matrix_has_every_variation() -> None:
 
 
 def verify_layouts(*arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "tools/verify.py", "layouts", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return run_here("tools/verify.py", "layouts", *arguments, code=code)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -282,31 +275,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert "no layout of the quick matrix has 'TP3' in its name" in verify_layouts("--layout", "TP3", code=2)
 
 
-def test_the_command_goes_on_where_it_was_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def here(*arguments: str, code: int = 0) -> str:
-        """In this process, which has imported everything."""
-        monkeypatch.setattr(sys, "argv", ["tools/verify.py", "layouts", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "tools/verify.py"), run_name="__main__")
-        shown = capsys.readouterr()
-        assert (ended.value.code or 0) == code, shown.out + shown.err
-        return shown.out + shown.err
-
+def test_the_command_goes_on_where_it_was_ended(tmp_path: Path) -> None:
     file = tmp_path / "parity.json"
-    names = here("--only", "^single,", "--list").splitlines()
+    names = verify_layouts("--only", "^single,", "--list").splitlines()
     assert len(names) == 2
-    assert "1 cases in " in here("--only", re.escape(names[0]) + "$", "--json", str(file))
+    assert "1 cases in " in verify_layouts("--only", re.escape(names[0]) + "$", "--json", str(file))
     before = json.loads(file.read_text())
-    assert "2 cases (1 kept) in " in here("--only", "^single,", "--json", str(file), "--resume")
+    assert "2 cases (1 kept) in " in verify_layouts("--only", "^single,", "--json", str(file), "--resume")
     after = json.loads(file.read_text())
     assert after[:1] == before and len(after) == 2
     file.write_text(json.dumps([{"case": {"layout": "single"}}]))
-    assert "does not hold outcomes of this version" in here("--resume", "--json", str(file), code=2)
-    assert "no case of the quick matrix has 'TP3' in its name" in here("--only", "TP3", code=2)
-    assert "'(' is not a regular expression" in here("--only", "(", code=2)
-    assert "--resume needs --json FILE" in here("--resume", code=2)
+    assert "does not hold outcomes of this version" in verify_layouts("--resume", "--json", str(file), code=2)
+    assert "no case of the quick matrix has 'TP3' in its name" in verify_layouts("--only", "TP3", code=2)
+    assert "'(' is not a regular expression" in verify_layouts("--only", "(", code=2)
+    assert "--resume needs --json FILE" in verify_layouts("--resume", code=2)
 
 
 def test_a_matrix_with_another_policy_family_or_attention() -> None:

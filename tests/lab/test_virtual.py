@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.programs import run_here
 
 from skvr_dist.lab.verify.cases import LAYOUTS, Case
 from skvr_dist.lab.verify.ranks import run_alone, run_ranks
@@ -17,7 +16,6 @@ from skvr_dist.lab.virtual.rank import Trace, trace_rank, train_recorded
 from skvr_dist.lab.virtual.record import Event, Operation, Recorder, Wait
 from skvr_dist.parallel.pipeline.channel import Channel
 
-ROOT = Path(__file__).parents[2]
 STEPS = 2
 
 
@@ -133,19 +131,15 @@ def test_records_are_matched(first: list[Event], second: list[Event], found: str
 
 
 def test_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/dryrun.py", "--config", "quickstart", "train.global_batch_size=64"]
+    command = ["tools/dryrun.py", "--config", "quickstart", "train.global_batch_size=64"]
     command += ["data.lanes=64", "parallel.pipeline=4", "parallel.stage_layers=null", "parallel.tensor=2"]
-    done = subprocess.run(
-        [*command, "--gpus", "64", "--json", str(tmp_path / "dryrun.json")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "64 ranks (4 stages x 8 replicas x 2 tensor-parallel), 11 of them traced over 2 steps" in done.stdout
+    printed = run_here(*command, "--gpus", "64", "--json", str(tmp_path / "dryrun.json"))
+    assert "64 ranks (4 stages x 8 replicas x 2 tensor-parallel), 11 of them traced over 2 steps" in printed
     record = json.loads((tmp_path / "dryrun.json").read_text())
     assert record["wrong"] == [] and len(record["ranks"]) == 11
     # The plan, and everything that is summed; a grid of 8 x 8, twice, the other tensor-parallel rank and the store.
     assert {row["world collectives a step"] for row in record["ranks"]} == {2}
     assert {row["sockets"] for row in record["ranks"]} == {2 * (7 + 7) + 1 + 1}
-    refused = subprocess.run([*command, "--gpus", "60"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "error: --gpus 60 cannot be laid out as parallel.pipeline 4 x parallel.tensor 2" in refused.stderr
-    assert refused.stderr.strip().endswith("the nearest that can: 32 and 64")
+    refused = run_here(*command, "--gpus", "60", code=2)
+    assert "error: --gpus 60 cannot be laid out as parallel.pipeline 4 x parallel.tensor 2" in refused
+    assert refused.strip().endswith("the nearest that can: 32 and 64")

