@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,7 @@ _OURS = ("--model", "--host", "--port", "--hf-overrides")
 _SECONDS_TO_END = 30.0
 _SHOWN = 300
 """Characters of a log that an error shows."""
+_AN_ERROR = re.compile(r"\w*(Error|Exception): .*")
 
 
 def require_vllm() -> None:
@@ -74,7 +76,7 @@ def vllm_server(
         deadline = time.monotonic() + seconds
         while not _answers(url):
             if process.poll() is not None:
-                raise UserError(f"the server of {profile} ended before it answered: {_last_error(log)}; see {log}")
+                raise UserError(f"the server of {profile} ended before it answered: {last_error(log)}; see {log}")
             if time.monotonic() > deadline:
                 raise UserError(f"the server of {profile} did not answer in {seconds:g} seconds; see {log}")
             time.sleep(0.5)
@@ -96,8 +98,9 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _last_error(log: Path) -> str:
-    """The last line of a log that names an error."""
+def last_error(log: Path) -> str:
+    """The last error that a log names; not one that says that another one is the cause."""
     lines = log.read_text(errors="replace").splitlines() or ["it printed nothing"]
-    errors = [line for line in lines if "Error" in line]
-    return (errors or lines)[-1].strip()[-_SHOWN:]
+    named = [found.group() for line in lines if (found := _AN_ERROR.search(line))]
+    causes = [error for error in named if "root cause" not in error]
+    return (causes or named or lines)[-1].strip()[:_SHOWN]

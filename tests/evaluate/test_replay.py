@@ -24,7 +24,7 @@ from skvr_dist.evaluate.replay.report import ReplayReport, as_markdown, read_rep
 from skvr_dist.evaluate.replay.trace import Request, as_lines, poisson_arrivals, read_trace
 from skvr_dist.evaluate.replay.workloads import Workload, code_assistant, support_desk
 from skvr_dist.files import as_json
-from skvr_dist.serve.server import split_options, vllm_server
+from skvr_dist.serve.server import last_error, split_options, vllm_server
 
 MODULE = '''"""Boxes that are opened and shut."""
 
@@ -291,6 +291,20 @@ def test_what_cannot_be_replayed_is_refused(
         command.run()
     with pytest.raises(UserError, match=r"is no replay.json"):
         read_report(tmp_path / "trace.jsonl")
+
+
+def test_an_error_that_names_another_one_is_not_the_cause(tmp_path: Path) -> None:
+    """The end of what vLLM writes when its worker does not start."""
+    log = tmp_path / "server.log"
+    log.write_text(
+        "(VllmWorker-0 pid=2) ERROR 11-26 19:42:54 [multiproc_executor.py:953] ValueError: Available memory is less\n"
+        "(EngineCore pid=1) Exception: WorkerProc initialization failed. See stack trace for root cause.\n"
+        "    raise RuntimeError(\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert last_error(log) == "ValueError: Available memory is less"
+    log.write_text("")
+    assert last_error(log) == "it printed nothing"
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
