@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from skvr_dist.lab.bench.generate import Speed, measure_speed, random_prompt
 from skvr_dist.lab.bench.paper import has_papers_shape, paper_row
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,15 @@ def test_doubling_then_bisecting(right: int, most: int, tried: list[int]) -> Non
         return number <= right
 
     assert memory.largest(fits, most) == right and asked == tried
+
+
+def test_an_export_is_timed(tmp_path: Path) -> None:
+    """By a process that imports what the command does alone: in this one the Auto classes know caches anyway."""
+    routed_model(shape_of("qwen3")).save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--strategies", "every:2", "--prompt-tokens", "8", "--new-tokens", "2"]
+    command = [sys.executable, str(ROOT / "tools/bench.py"), "generate", *words, "--rounds", "1", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "every:2" in done.stdout, done.stderr
 
 
 def test_the_largest_is_never_beyond_what_may_be_tried() -> None:

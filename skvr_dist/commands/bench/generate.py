@@ -226,6 +226,8 @@ def _load(options: Namespace, device: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    import skvr_dist.hf  # noqa: F401  # with it the Auto classes take kv_profile
+
     of_dtype = getattr(torch, dtype)
     if options.model:
         _export_config(options)
