@@ -2,7 +2,7 @@
 
 They are the operations below torch's functional collectives, which can be compiled. None of them waits: what is started
 is waited for where it is used, so that something can be computed meanwhile. The functions around these operations would
-wrap each result in a tensor that waits by itself, which takes the host four times as long.
+wrap each result in a tensor that waits by itself, at the host's cost.
 
 Shapes: B batch, S sequence, D hidden, T tensor-parallel ranks, N outputs of a linear layer.
 """
