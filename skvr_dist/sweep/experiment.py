@@ -33,7 +33,7 @@ class Place(Section):
     ranks: int = Field(default=1, gt=0, le=10**5)
     """Ranks of each run; a run is on one host."""
     at_once: int | None = Field(default=None, gt=0, le=10**4)
-    """Runs at a time; null: as many as there are GPUs or cores for their ranks, and with Slurm all."""
+    """Runs at a time; null: as many as there are GPUs or cores for their ranks, and with Slurm all. More share GPUs."""
     retries: int = Field(default=3, ge=0, le=10**4)
     """How often a run that ended with exit code 75 is started again without a new checkpoint between."""
     slurm: dict[str, Any] = Field(default={})

@@ -41,13 +41,14 @@ class Machine(Protocol):
 class ThisMachine:
     """Runs packed on the GPUs of this host, or on its cores where there are none (or DS_ACCELERATOR is cpu).
 
-    Each run has GPUs of its own, or its share of the cores.
+    Each run has GPUs of its own, or its share of the cores. With more runs at once than GPUs have room for, several
+    share each GPU: small models leave most of one idle.
 
     Args:
         folder: of the experiment; processes that an earlier sweep into it has left are ended.
 
     Raises:
-        UserError: there are not as many GPUs as asked for.
+        UserError: a run needs more GPUs than there are.
     """
 
     def __init__(self, place: Place, folder: Path) -> None:
@@ -56,12 +57,9 @@ class ThisMachine:
         cores = len(os.sched_getaffinity(0))
         fitting = (gpus or max(cores, place.ranks)) // place.ranks
         self.at_once = place.at_once or fitting
-        if gpus and (not fitting or self.at_once > fitting):
-            raise UserError(
-                f"place.at_once {self.at_once} of place.ranks {place.ranks} needs {self.at_once * place.ranks} GPUs, "
-                f"but there are {gpus}; lower one of them"
-            )
-        self._has_gpus = bool(gpus)
+        if gpus and not fitting:
+            raise UserError(f"place.ranks {place.ranks} needs {place.ranks} GPUs, but there are {gpus}; lower it")
+        self._places_on_gpus = fitting if gpus else 0
         self._threads = max(1, cores // (self.at_once * place.ranks))
         self._places: list[Ranks | None] = [None] * self.at_once
         end_marked_processes(MARK, self._mark)
@@ -69,13 +67,14 @@ class ThisMachine:
     def start(self, run: PlannedRun) -> Ranks:
         """Start a run on a place that is free."""
         free = next(n for n, ranks in enumerate(self._places) if ranks is None or ranks.poll() is not None)
-        self._places[free] = started = Ranks(run.folder, self._ranks, self._variables(free))
+        self._places[free] = started = Ranks(run.folder, self._ranks, self.variables(free))
         return started
 
-    def _variables(self, number: int) -> dict[str, str]:
-        if self._has_gpus:
-            first = number * self._ranks
+    def variables(self, number: int) -> dict[str, str]:
+        """Of the environment of a run's ranks, on the place with this number."""
+        if self._places_on_gpus:
+            first = number % self._places_on_gpus * self._ranks
             shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-            names = shown.split(",") if shown else [str(gpu) for gpu in range(self.at_once * self._ranks)]
+            names = shown.split(",") if shown else [str(gpu) for gpu in range(self._places_on_gpus * self._ranks)]
             return {MARK: self._mark, "CUDA_VISIBLE_DEVICES": ",".join(names[first : first + self._ranks])}
         return {MARK: self._mark, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._threads))}

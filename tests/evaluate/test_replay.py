@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from skvr_dist.evaluate.replay.figures import figures_of
 from skvr_dist.evaluate.replay.play import Replayed, Settings, replay
 from skvr_dist.evaluate.replay.report import ReplayReport, as_markdown, read_report
 from skvr_dist.evaluate.replay.trace import Request, as_lines, poisson_arrivals, read_trace
-from skvr_dist.evaluate.replay.workloads import Workload, code_assistant, support_desk
+from skvr_dist.evaluate.replay.workloads import Workload, code_assistant, support_desk, support_desk_chats
 from skvr_dist.files import as_json
 from skvr_dist.serve.server import last_error, split_options, vllm_server
 
@@ -67,6 +67,24 @@ def test_traces_are_what_they_were_made_as(tmp_path: Path) -> None:
         UserError, match=r"--requests 6 are more than the 5 that the documents held out at .* give; ask"
     ):
         support_desk(DOCUMENTS, workload._replace(requests=6), validation_share=1.0, as_chat=False)
+
+
+def test_chats_to_train_are_about_what_the_trace_is_not() -> None:
+    """Each document is either asked about in the trace or trained on; the answer is its documentation's beginning."""
+    workload = Workload(requests=100, rate=1.0, characters=900, max_tokens=40, seed=3)
+    documents = [Document(f"boxes{n}.py", MODULE.replace("Boxes that", f"Boxes {n} that")) for n in range(30)]
+    chats = support_desk_chats(documents, workload, validation_share=0.5)
+    asked = support_desk(documents, workload._replace(requests=5), validation_share=0.5, as_chat=True)
+    assert len(chats) < 100  # 5 questions about each of the documents that are not held out
+
+    def modules(texts: Iterable[str]) -> set[str]:
+        return {text.split(".opened")[0].split()[-1] for text in texts}
+
+    trained = modules(user["content"] for _, user, _ in chats)
+    assert len(trained) * 5 == len(chats) and not trained & modules(r.messages[1]["content"] for r in asked)
+    assert {answer["content"] for _, _, answer in chats} == {"Open a box."}
+    assert [message["role"] for message in chats[0]] == ["system", "user", "assistant"]
+    assert not support_desk_chats(documents, workload, validation_share=1.0)
 
 
 def test_arrivals_are_those_of_independent_users() -> None:

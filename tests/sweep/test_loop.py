@@ -227,6 +227,27 @@ def test_what_a_killed_sweep_has_left_is_ended(tmp_path: Path, monkeypatch: pyte
     assert left.poll() is not None and not marked_processes(MARK, str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        (Place(), ["4", "6"]),
+        (Place(at_once=5), ["4", "6", "4", "6", "4"]),
+        (Place(ranks=2, at_once=3), ["4,6", "4,6", "4,6"]),
+    ],
+    ids=["own", "shared", "shared-by-ranks"],
+)
+def test_runs_share_gpus_when_there_are_more_runs(
+    place: Place, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    machine = ThisMachine(place, tmp_path)
+    assert [machine.variables(number)["CUDA_VISIBLE_DEVICES"] for number in range(machine.at_once)] == shown
+    with pytest.raises(UserError, match=r"place\.ranks 3 needs 3 GPUs, but there are 2; lower it"):
+        ThisMachine(Place(ranks=3), tmp_path)
+
+
 def test_slurm_without_submitit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"submitit is missing; install skvr-dist\[slurm\], or give --place"):

@@ -1,7 +1,7 @@
 """Workloads that are made from Python's own standard library: a support desk and a code assistant.
 
 Both draw from documents that `tools/prepare_data.py` holds out, so that a model which was trained on the library is not
-asked about what it has read.
+asked about what it has read. Chats to train a model for the desk draw from the others.
 """
 
 from __future__ import annotations
@@ -44,6 +44,19 @@ class Entry(NamedTuple):
         return f"{self.signature}\n{self.text}\n"
 
 
+class _Asked(NamedTuple):
+    """A question about an entry, beside others of its module."""
+
+    entry: Entry
+    others: list[Entry]
+    question: str
+
+    def prompt(self, characters: int, generator: np.random.Generator) -> tuple[str, str]:
+        """What the desk has read, with so many characters of documentation, and the question."""
+        documentation = _documentation(self.entry, self.others, characters, generator)
+        return _DESK.format(documentation=documentation), self.question.format(name=self.entry.name)
+
+
 class Workload(NamedTuple):
     """How many requests of which size."""
 
@@ -70,19 +83,40 @@ def support_desk(
         UserError: fewer questions can be asked than are wanted.
     """
     generator = np.random.default_rng(workload.seed)
-    modules = []
-    for document in documents:
-        if hash_fraction(document.text, "validation") < validation_share:
-            entries = list(_entries(document))
-            modules += [(entry, entries) for entry in entries if len(entry.text) >= _SHORTEST]
-    asked = [(entry, others, question) for entry, others in modules for question in _QUESTIONS]
+    held_out = (document for document in documents if hash_fraction(document.text, "validation") < validation_share)
+    asked = _what_is_asked(held_out)
     _require_enough(len(asked), workload.requests, validation_share)
-    prompts = []
-    for number in generator.permutation(len(asked))[: workload.requests]:
-        entry, others, question = asked[number]
-        documentation = _documentation(entry, others, _drawn_size(workload.characters, 3, generator), generator)
-        prompts.append((entry.name, _DESK.format(documentation=documentation), question.format(name=entry.name)))
+    prompts = [
+        (one.entry.name, *one.prompt(_drawn_size(workload.characters, 3, generator), generator))
+        for one in (asked[number] for number in generator.permutation(len(asked))[: workload.requests])
+    ]
     return _requests(prompts, workload, generator, as_chat=as_chat)
+
+
+def support_desk_chats(
+    documents: Iterable[Document], workload: Workload, *, validation_share: float
+) -> list[list[dict[str, str]]]:
+    """Chats to train on before such a desk is served: questions about the documents that are *not* held out, each
+    answered with the first paragraph of the documentation.
+
+    Args:
+        documents: Python files.
+        workload: how many of which size; its rate and tokens are not used.
+
+    Returns:
+        Messages of the system, the user and the assistant, of each chat; fewer than are wanted where there are not as
+        many questions.
+    """
+    generator = np.random.default_rng(workload.seed)
+    trained = (document for document in documents if hash_fraction(document.text, "validation") >= validation_share)
+    asked, chats = _what_is_asked(trained), []
+    for number in generator.permutation(len(asked))[: workload.requests]:
+        one = asked[number]
+        system, user = one.prompt(_drawn_size(workload.characters, 3, generator), generator)
+        answer = " ".join(one.entry.text.split("\n\n")[0].split())
+        said = {"system": system, "user": user, "assistant": answer}
+        chats.append([{"role": role, "content": text} for role, text in said.items()])
+    return chats
 
 
 def code_assistant(documents: Iterable[Document], workload: Workload, *, validation_share: float) -> list[Request]:
@@ -102,6 +136,17 @@ def code_assistant(documents: Iterable[Document], workload: Workload, *, validat
             before = before[before.find("\n") + 1 :] or before
         prompts.append((f"{line.document}, line {line.number}", before, ""))
     return _requests(prompts, workload, generator, as_chat=False)
+
+
+def _what_is_asked(documents: Iterable[Document]) -> list[_Asked]:
+    """Each question about each entry that is long enough."""
+    return [
+        _Asked(entry, entries, question)
+        for entries in (list(_entries(document)) for document in documents)
+        for entry in entries
+        if len(entry.text) >= _SHORTEST
+        for question in _QUESTIONS
+    ]
 
 
 def _requests(
