@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from skvr_dist.command import (
@@ -62,6 +63,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--sequence-length", type=at_least(1, 10**8), metavar="N", help="tokens per sequence (default: the run's)"
     )
+    parser.add_argument(
+        "--documents",
+        choices=("joined", "separate"),
+        help="whether attention runs on across documents (default: as the run's)",
+    )
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")
     parser.add_argument("--device", help="where to compute (default: a GPU if there is one)")
     parser.add_argument(
@@ -91,18 +97,22 @@ def run() -> int:
     strategies = options.strategies or of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
     if options.bits or options.windows:
         return measure_combinations(options, checkpoint, strategies, device)
-    if (options.data or options.sequence_length) and checkpoint.is_trained and not options.json:
+    if (options.data or options.sequence_length or options.documents) and checkpoint.is_trained and not options.json:
         raise UserError(
-            "--data and --sequence-length need --json: the checkpoint keeps the curve over its own held-out data"
+            "--data, --sequence-length and --documents need --json: the checkpoint keeps the curve over its own "
+            "held-out data"
         )
     json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)
     png_file = prove_writable(options.png or json_file.with_suffix(".png"))
     gates = dict(options.gate)
     if gates:  # rises are over the first one
         strategies = list(dict.fromkeys(["full", *strategies, *gates]))
+    held_out = HeldOutData.of(checkpoint, options.data, options.sequence_length)
+    if options.documents:
+        held_out = replace(held_out, separate_documents=options.documents == "separate")
     measurement = evaluate_checkpoint(
         checkpoint,
-        HeldOutData.of(checkpoint, options.data, options.sequence_length),
+        held_out,
         strategies,
         sequences=options.sequences,
         batch_size=options.batch_size,

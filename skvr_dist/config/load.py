@@ -92,7 +92,8 @@ def dump_config(config: Config) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the floats of YAML 1.2 (1e-4 is a number, not a text), whose keys are texts, each given once."""
+    """YAML with the floats and booleans of YAML 1.2 (1e-4 is a number, not a text, and `off` is a text), whose keys are
+    texts, each given once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -106,6 +107,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in known if tag != _BOOL]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
 )

@@ -19,6 +19,8 @@ from skvr_dist.evaluate.replay.trace import Request, poisson_arrivals
 
 _SHORTEST = 120
 """Characters of a documentation that something can be asked about."""
+_PROMPT_TO_ANSWER = 4
+"""Characters of a prompt's documentation for one of an answer to train on, at least."""
 _QUESTIONS = (
     "What does {name} do?",
     "How do I call {name}, and what do its arguments mean?",
@@ -97,7 +99,7 @@ def support_desk_chats(
     documents: Iterable[Document], workload: Workload, *, validation_share: float
 ) -> list[list[dict[str, str]]]:
     """Chats to train on before such a desk is served: questions about the documents that are *not* held out, each
-    answered with the first paragraph of the documentation.
+    answered with the first paragraph of the documentation, unless that is a long one.
 
     Args:
         documents: Python files.
@@ -114,8 +116,9 @@ def support_desk_chats(
         one = asked[number]
         system, user = one.prompt(_drawn_size(workload.characters, 3, generator), generator)
         answer = " ".join(one.entry.text.split("\n\n")[0].split())
-        said = {"system": system, "user": user, "assistant": answer}
-        chats.append([{"role": role, "content": text} for role, text in said.items()])
+        if len(answer) <= workload.characters // _PROMPT_TO_ANSWER:
+            said = {"system": system, "user": user, "assistant": answer}
+            chats.append([{"role": role, "content": text} for role, text in said.items()])
     return chats
 
 
