@@ -12,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from skvr_dist import __version__
 from skvr_dist.files import naming_failure, write_whole
 
-_PACKAGES = ("skvr-dist", "torch", "deepspeed", "transformers", "webdataset", "sentencepiece", "numpy")
+_PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "sentencepiece", "numpy")
 
 
 class _LogFile(logging.FileHandler):
@@ -70,8 +71,9 @@ def prints_to(file: Path) -> Iterator[None]:
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result may depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    """Versions of Python, of this project (installed, or a checkout on PYTHONPATH) and of what results depend on."""
+    ours = {"python": platform.python_version(), "skvr-dist": __version__}
+    return ours | {name: version(name) for name in _PACKAGES}
 
 
 def write_versions(file: Path, layout: dict[str, Any]) -> None:

@@ -7,18 +7,20 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.hf_models import routed_model, shape_of
 
 from skvr_dist.commands import bench
+from skvr_dist.commands.bench.generate import Engine
 from skvr_dist.commands.bench.generate_tables import speed_table
 from skvr_dist.errors import UserError
 from skvr_dist.hf.convert.model_config import hf_config
 from skvr_dist.lab.bench import generate, memory
-from skvr_dist.lab.bench.generate import Speed, measure_speed, random_prompt
-from skvr_dist.lab.bench.paper import has_papers_shape, paper_row
+from skvr_dist.lab.bench.generate import LargestBatch, Speed, measure_speed, random_prompt
+from skvr_dist.lab.bench.paper import paper_row
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -90,12 +92,21 @@ def test_a_strategy_that_runs_out_of_memory_is_left_out(monkeypatch: pytest.Monk
     assert "out of memory" in table[2] and "every:4" in table[3]
 
 
+def engine_of(config: Any, device: str, dtype: str) -> Engine:
+    """What is measured, of which nothing is."""
+    return Engine(
+        config, ["full"], torch.device(device), dtype, lambda *_: [], lambda *_: LargestBatch("full", 1, 0, None, [])
+    )
+
+
 def test_the_papers_figures_stand_beside_ours() -> None:
     papers = shape_of(
         "qwen3", num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, hidden_size=4096
     )
-    assert has_papers_shape(hf_config(papers, torch.bfloat16, {}))
-    assert not has_papers_shape(hf_config(shape_of("qwen3"), torch.bfloat16, {}))
+    config = hf_config(papers, torch.bfloat16, {})
+    assert engine_of(config, "cuda", "bfloat16").is_papers
+    assert not engine_of(config, "cuda", "float32").is_papers and not engine_of(config, "cpu", "bfloat16").is_papers
+    assert not engine_of(hf_config(shape_of("qwen3"), torch.bfloat16, {}), "cuda", "bfloat16").is_papers
     assert paper_row("every:2", 8192, 4) is None and paper_row("full", 1000, 1) is None
     cases = [("full", 8192, 1), ("every:4", 8192, 16), ("full", 8192, 16)]
     speeds = [Speed(name, 1.0, tokens, batch, 147456, 10**9, False, [0.3], [2.0]) for name, tokens, batch in cases]

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel.engine.process_group import start_process_group
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.run.lock import RunLock
+from skvr_dist.run.log import software_versions
 from skvr_dist.train.metrics import Reporter
 
 HOLDER = """
@@ -258,3 +260,8 @@ def test_a_console_that_has_gone_is_told_once(tmp_path: Path, monkeypatch: pytes
             reporter.say("nobody reads this")
         reporter.close()
     assert lost == ["lost"]
+
+
+def test_the_version_of_a_checkout_is_the_installed_one() -> None:
+    """A run notes it without asking what is installed: a checkout on PYTHONPATH runs, too."""
+    assert software_versions()["skvr-dist"] == version("skvr-dist")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,19 @@ def test_sizes_are_fitted_with_intervals(tmp_path: Path) -> None:
     sizes = {row[2] for row in twice.rows if row[1] == "full"}
     assert sizes == {"329,280", "1,247,872", "4,854,528", "fit"}
     assert FIGURES["scaling"](read_methods([results(tmp_path / "recipes", "recipes")])[0]) is None
+
+
+def test_what_has_draws_in_common_makes_a_recipe(tmp_path: Path) -> None:
+    """A draw for each sequence is the same in micro-batches of any size."""
+    [rise] = [m for m in read_methods([results(tmp_path / "recipes", "recipes")])[0] if m.label == "rise"]
+
+    def recipe(micro_batch_size: int, **routing: object) -> str:
+        config = {**rise.config, "train": {**rise.config["train"], "micro_batch_size": micro_batch_size}}
+        config["routing"] = {**rise.config["routing"], **routing}
+        return replace(rise, runs=({**rise.runs[0], "config": config},)).recipe
+
+    assert recipe(1) == recipe(4, draws_per="sequence") != recipe(4)
+    assert recipe(1, policy="none") == recipe(4, policy="none") != recipe(1)
 
 
 def test_fits_find_what_was_put_in() -> None:

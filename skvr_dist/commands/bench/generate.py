@@ -84,8 +84,7 @@ def run(options: Namespace) -> int:
                 for strategy in engine.strategies
             ]
     figures, ratio = _figures(speeds, _half(engine.config), options.bound)
-    beside_paper = engine.device.type == "cuda" and engine.dtype == "bfloat16" and _has_papers_shape(engine.config)
-    table = speed_table(speeds, options.new_tokens, beside_paper)
+    table = speed_table(speeds, options.new_tokens, engine.is_papers)
     if found:
         table += f"\n\nLargest batch in {options.memory_gib:g} GiB\n\n{largest_table(found, options.most_batch)}"
     record = {"speeds": speeds, "largest_batches": found, "ratio": ratio, "bound": options.bound}
@@ -95,7 +94,7 @@ def run(options: Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class _Engine:
+class Engine:
     """What is measured."""
 
     config: Any
@@ -109,8 +108,15 @@ class _Engine:
     largest_batch: Callable[[int, str, int], LargestBatch]
     """At a length of the prompt, a strategy and a limit in bytes."""
 
+    @property
+    def is_papers(self) -> bool:
+        """Whether the paper's figures are of such a model, dtype and device."""
+        from skvr_dist.lab.bench.paper import has_papers_shape
 
-def _transformers(options: Namespace) -> _Engine:
+        return self.device.type == "cuda" and self.dtype == "bfloat16" and has_papers_shape(self.config)
+
+
+def _transformers(options: Namespace) -> Engine:
     """transformers, with the model in this process."""
     from skvr_dist.lab.bench.generate import largest_batch, measure_speed, random_prompt
 
@@ -120,7 +126,7 @@ def _transformers(options: Namespace) -> _Engine:
     strategies = _strategies(options, model.config)
     for strategy in strategies:  # a mistake in one is met before anything is measured
         model.set_cache_strategy(strategy)
-    return _Engine(
+    return Engine(
         model.config,
         strategies,
         model.device,
@@ -134,7 +140,7 @@ def _transformers(options: Namespace) -> _Engine:
     )
 
 
-def _vllm(options: Namespace, stack: ExitStack) -> _Engine:
+def _vllm(options: Namespace, stack: ExitStack) -> Engine:
     """vLLM, with an engine in this process for each case.
 
     Args:
@@ -172,7 +178,7 @@ def _vllm(options: Namespace, stack: ExitStack) -> _Engine:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
     )
-    return _Engine(
+    return Engine(
         config,
         strategies,
         device,
@@ -207,12 +213,6 @@ def _figures(speeds: Sequence[Speed], half: str, bound: float) -> tuple[list[Fig
     shown = "no figure, memory ran out" if ratio is None else f"{ratio:.3f} of full"
     what = f"time to first token of {half} at {tokens} tokens of prompt: {shown}"
     return [Figure(what, f"{bound:.2f}", ratio is not None and ratio <= bound)], ratio
-
-
-def _has_papers_shape(model: Any) -> bool:
-    from skvr_dist.lab.bench.paper import has_papers_shape
-
-    return has_papers_shape(model.config)
 
 
 def _name_of(device: torch.device) -> str:

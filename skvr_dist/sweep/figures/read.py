@@ -17,7 +17,15 @@ CACHE_BYTES_PER_ELEMENT = 2
 """Caches are counted in bf16, as they are served."""
 # What may differ between sizes of one recipe, and between runs that are told apart by their names alone.
 _NOT_RECIPE = ("model", "data", "parallel", "checkpoint", "evaluate", "deepspeed")
-_NOT_RECIPE_OF_TRAIN = ("output_dir", "seed", "learning_rate", "resume", "initial_weights", "precision")
+_NOT_RECIPE_OF_TRAIN = (
+    "output_dir",
+    "seed",
+    "learning_rate",
+    "resume",
+    "initial_weights",
+    "precision",
+    "micro_batch_size",  # counts where donors are drawn for each micro-batch: `_sequences_per_draw`
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,17 @@ class Method:
         """Equal for methods that differ in the size of the model, in its learning rate and in names alone."""
         kept = {name: section for name, section in self.config.items() if name not in _NOT_RECIPE}
         train = {key: value for key, value in kept["train"].items() if key not in _NOT_RECIPE_OF_TRAIN}
-        return json.dumps({**kept, "train": train}, sort_keys=True)
+        routing = {key: value for key, value in kept["routing"].items() if key != "draws_per"}
+        routing["sequences_per_draw"] = self._sequences_per_draw
+        return json.dumps({**kept, "train": train, "routing": routing}, sort_keys=True)
+
+    @property
+    def _sequences_per_draw(self) -> int | None:
+        """Sequences that have their donors in common; None without routing."""
+        if self.is_standard:
+            return None
+        by_sequence = self.config["routing"].get("draws_per") == "sequence"
+        return 1 if by_sequence else int(self.config["train"]["micro_batch_size"])
 
 
 def read_methods(files: Sequence[Path]) -> tuple[list[Method], list[str]]:
