@@ -85,6 +85,7 @@ def run() -> int:
         shared = against_plan(decoder, searched, tested, plan, options.kvsharer)
         record["kvsharer"] = {"threshold": options.kvsharer, "profiles": shared}
         table = "\n\n".join([table, *(kvsharer.as_table(shared, test, options.kvsharer) for test in tests)])
+    table = "\n\n".join([table, *(_front_table(plan, name, _bytes_per_layer(checkpoint)) for name in calibrations)])
     code = conclude(_figures(plan, options.most_rise), table=table, record=record, json_file=json_file)
     print(f"\n{_sharing(plan)}\nwritten: {json_file}; tools/export_hf.py {options.checkpoint} OUT carries the profiles")
     return code
@@ -248,6 +249,22 @@ def _table(plan: CachePlan, test: str, layers: int, bytes_per_layer: int) -> str
     headers = ["profile", "searched on", "layers", "cache bytes/token", "that keep it", "loss", "rise over full"]
     headers += ["saves against evenly spaced", "against one-shot scores", "against random"]
     title = f"Tested on {test}: {plan.full_loss[test]:.4f} nats per token at full retention"
+    return f"{title}\n\n" + tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _front_table(plan: CachePlan, calibration: str, bytes_per_layer: int) -> str:
+    """The least loss that was found within each number of layers."""
+    rows = [
+        [
+            str(size),
+            f"{size * bytes_per_layer:,}",
+            f"{point.calibration_loss:.4f}",
+            ",".join(map(str, point.retained)),
+        ]
+        for size, point in plan.front[calibration].items()
+    ]
+    headers = ["layers", "cache bytes/token", f"loss on {calibration}", "that keep it"]
+    title = f"Pareto front of the sets that were tried on {calibration}"
     return f"{title}\n\n" + tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 

@@ -85,14 +85,23 @@ class SearchCost:
 
 
 @dataclass(frozen=True)
+class FrontPoint:
+    """A set of layers that none of its size or below beats on the calibration text, of those that were tried."""
+
+    retained: Retained
+    calibration_loss: float
+    """Nats per token."""
+
+
+@dataclass(frozen=True)
 class CachePlan:
     """All profiles, searched on every calibration text."""
 
     full_loss: dict[str, float]
     """At full retention, by the name of the test text."""
     profiles: list[PlannedProfile]
-    front: dict[str, dict[int, Retained]]
-    """By calibration text and size: the sets that no smaller or equal one beats there."""
+    front: dict[str, dict[int, FrontPoint]]
+    """Pareto front of size and loss, by calibration text and size; where a size is missing a smaller set is better."""
     cost: dict[str, SearchCost]
 
 
@@ -208,13 +217,13 @@ def _rival(sets: list[Retained], searched: Retained, texts: Mapping[str, _Text])
     )
 
 
-def _front(measured: Mapping[Retained, float]) -> dict[int, Retained]:
-    front: dict[int, Retained] = {}
+def _front(measured: Mapping[Retained, float]) -> dict[int, FrontPoint]:
+    front: dict[int, FrontPoint] = {}
     lowest = float("inf")
     for size in sorted({len(retained) for retained in measured}):
         loss, retained = min((loss, retained) for retained, loss in measured.items() if len(retained) == size)
         if loss < lowest:
-            front[size], lowest = retained, loss
+            front[size], lowest = FrontPoint(retained, loss), loss
     return front
 
 

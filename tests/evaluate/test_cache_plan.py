@@ -123,6 +123,11 @@ def test_a_plan_is_judged_on_the_test_text(decoder: Decoder, most: int) -> None:
     assert even.retained == [(0, 2, 4)]
     assert even.gain["a"].mean == pytest.approx(even.loss["a"] - on_a.loss)
     assert "evenly spaced" not in plan.profiles[1].rivals  # it would use layer 4
+    front = list(plan.front["a"].items())
+    assert [size for size, _ in front] == sorted({len(point.retained) for _, point in front})
+    losses = [point.calibration_loss for _, point in front]
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == len(losses)
+    assert min(point.calibration_loss for size, point in front if size <= 3) <= half["a"].calibration_loss
     with pytest.raises(UserError, match="profile x keeps 4 layers, but 1 must and 3 may"):
         plan_caches(decoder, {"a": batches(3)}, {"a": batches(5)}, [Profile("x", 4, last=2)])
 
