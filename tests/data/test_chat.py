@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from skvr_dist.data.finetune.chat import ChatTemplate
 from skvr_dist.data.finetune.examples import Chat
+from skvr_dist.data.tokenizers.hugging_face import read_hf_files
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 
@@ -89,6 +90,11 @@ def test_bad_templates_are_refused(folder: Path) -> None:
         learned(template_of(folder, "{{ raise_exception('roles must alternate') }}"), chat(*TURNS))
     with pytest.raises(UserError, match=r"begins the assistant's message 2 otherwise when it asks for it"):
         learned(template_of(folder, PLAIN.replace("<s>assistant", "<s>robot")), chat(*TURNS))
+    alone = folder.parent / "data/tokenizer.model"  # as a data set that was prepared with it holds it
+    alone.parent.mkdir()
+    alone.write_bytes(read_hf_files(folder))
+    with pytest.raises(UserError, match=r"data.tokenizer .*tokenizer.model has no chat template, .*; give the folder"):
+        ChatTemplate.of(str(alone), load_tokenizer(alone))
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"data.tokenizer .*hf has no chat template, .*; give the folder of a Hugging"):
         ChatTemplate.of(str(folder), load_tokenizer(folder))

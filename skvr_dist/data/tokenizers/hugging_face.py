@@ -146,7 +146,8 @@ def read_chat_template(path: Path) -> tuple[str, dict[str, str]] | None:
     """The chat template beside a tokenizer.json (or in its folder), and the special tokens by the names it may use.
 
     Returns:
-        None if there is no template, or more than one of which none is called `default`.
+        None if there is no template, as beside the one file that a data set holds, or more than one of which none is
+        called `default`.
 
     Raises:
         UserError: the files cannot be read.
@@ -156,6 +157,8 @@ def read_chat_template(path: Path) -> tuple[str, dict[str, str]] | None:
         config = _read_json(folder / "tokenizer_config.json")
         file = folder / "chat_template.jinja"
         template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise UserError(f"cannot read tokenizer {path}: {error.strerror} ({error.filename})") from None
     except (ValueError, AttributeError):
