@@ -213,6 +213,8 @@ def sentences(mistakes: Iterable[ErrorDetails], root: type[Section] = Config) ->
             yield f"{prefix}{item['ctx']['error']}"
         elif kind == "literal_error":
             yield f"{path} is {_shown(value)}; allowed are {item['ctx']['expected']}"
+        elif kind == "bool_type":
+            yield f"{path} is {_shown(value)}; allowed are true and false"
         elif kind in ("model_type", "model_attributes_type"):
             yield f"{path} is {_shown(value)}; it must hold keys: {', '.join(_known_keys(keys, root))}"
         else:

@@ -339,6 +339,12 @@ def test_retention_export_and_report(routed: Path, data: Path, tmp_path: Path) -
     during = next(r for r in records(routed) if r["step"] == STEPS and "evaluate/loss/full" in r)
     assert points[0]["loss"] == pytest.approx(during["evaluate/loss/full"], rel=1e-5)  # 8 sequences there too
 
+    apart = tmp_path / "apart.json"
+    words = [str(routed), "--strategies", "full", "--sequences", "8", "--documents", "separate"]
+    assert "need --json" in run_here("tools/retention.py", *words, code=2)
+    assert "documents separate" in run_here("tools/retention.py", *words, "--json", str(apart))
+    assert json.loads(apart.read_text())["documents"] == "separate"
+
     exported = tmp_path / "hf"
     run_here("tools/export_hf.py", str(routed), str(exported), "--json", str(tmp_path / "export.json"))
     model = AutoModelForCausalLM.from_pretrained(exported)

@@ -32,6 +32,17 @@ def test_overrides_and_yaml_round_trip(tmp_path: Path) -> None:
     assert load_config([copy]) == config
 
 
+def test_truth_values_are_true_and_false_alone(tmp_path: Path) -> None:
+    """YAML 1.1 also takes off, on, yes and no for them, and `off` is what a key of ours may be."""
+    file = tmp_path / "later.yaml"
+    file.write_text("parallel: {compile: off}\nmodel: {tie_word_embeddings: False}\n")
+    assert load_config([QUICKSTART, file]).parallel.compile == "off"
+    assert quickstart("parallel.compile=off").parallel.compile == "off"
+    assert load_config([QUICKSTART, file]).model.tie_word_embeddings is False
+    with pytest.raises(UserError, match=r"model\.tie_word_embeddings is 'yes'; allowed are true and false"):
+        quickstart("model.tie_word_embeddings=yes")
+
+
 def test_later_files_win(tmp_path: Path) -> None:
     later = tmp_path / "later.yaml"
     later.write_text("train: {steps: 7, warmup_steps: 2}\n")
