@@ -41,7 +41,7 @@ def measure_combinations(options: argparse.Namespace, checkpoint: Checkpoint, na
     from skvr_dist.evaluate.outputs import FULL
     from skvr_dist.routing import CacheStrategy
 
-    held_out = HeldOutData.of(checkpoint, options.data, options.sequence_length)
+    held_out = HeldOutData.of(checkpoint, options.data, options.sequence_length, options.documents)
     held_out.require_fits(checkpoint)
     if options.png:
         raise UserError(f"--png {options.png}: combinations are a table only; leave out --png, or --bits and --windows")

@@ -253,7 +253,7 @@ def _table(plan: CachePlan, test: str, layers: int, bytes_per_layer: int) -> str
 
 
 def _front_table(plan: CachePlan, calibration: str, bytes_per_layer: int) -> str:
-    """The least loss that was found within each number of layers."""
+    """The sets that were tried on a text and that none of their size or below beats there."""
     rows = [
         [
             str(size),

@@ -7,7 +7,8 @@
 
 MODEL is a checkpoint's folder, or a run's, which stands for its latest checkpoint, or an export. Imports and exports
 have no held-out data of their own: give it with --data, and sequences of another length than 1024 with
---sequence-length. With --gate STRATEGY=NATS the exit code is 1 if that strategy costs more than so many nats per token
+--sequence-length; --documents measures a model with joined or separate documents, whatever it was trained with. With
+--gate STRATEGY=NATS the exit code is 1 if that strategy costs more than so many nats per token
 over full retention. With --bits or --windows every strategy of an export is measured with caches of these forms too, by
 the caches of transformers; a gate then names a combination, such as every:2+int4+window:64.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
 
 from skvr_dist.command import (
@@ -97,22 +97,18 @@ def run() -> int:
     strategies = options.strategies or of_families(options.families or (), checkpoint.model_config.num_hidden_layers)
     if options.bits or options.windows:
         return measure_combinations(options, checkpoint, strategies, device)
-    if (options.data or options.sequence_length or options.documents) and checkpoint.is_trained and not options.json:
-        raise UserError(
-            "--data, --sequence-length and --documents need --json: the checkpoint keeps the curve over its own "
-            "held-out data"
-        )
+    others = [name for name in ("data", "sequence_length", "documents") if getattr(options, name)]
+    if others and checkpoint.is_trained and not options.json:
+        option = f"--{others[0].replace('_', '-')}"
+        raise UserError(f"{option} needs --json: the checkpoint keeps the curve over its own held-out data")
     json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)
     png_file = prove_writable(options.png or json_file.with_suffix(".png"))
     gates = dict(options.gate)
     if gates:  # rises are over the first one
         strategies = list(dict.fromkeys(["full", *strategies, *gates]))
-    held_out = HeldOutData.of(checkpoint, options.data, options.sequence_length)
-    if options.documents:
-        held_out = replace(held_out, separate_documents=options.documents == "separate")
     measurement = evaluate_checkpoint(
         checkpoint,
-        held_out,
+        HeldOutData.of(checkpoint, options.data, options.sequence_length, options.documents),
         strategies,
         sequences=options.sequences,
         batch_size=options.batch_size,

@@ -32,13 +32,20 @@ class HeldOutData:
     """Whether a position attends to its own document only, and the end of one predicts nothing."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, data: str | None = None, sequence_length: int | None = None) -> HeldOutData:
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        data: str | None = None,
+        sequence_length: int | None = None,
+        documents: str | None = None,
+    ) -> HeldOutData:
         """A checkpoint's own held-out data, or what is given instead; an import has none of its own.
 
         Args:
             data: location of a data set; None takes the checkpoint's.
             sequence_length: tokens to predict per sequence; None takes the checkpoint's, or for an import 1024, or as
                 many as its model can read.
+            documents: `joined` or `separate`; None takes what the checkpoint was trained with.
 
         Raises:
             UserError: neither the checkpoint nor the caller names a data set; there is none; or sequences are longer
@@ -58,7 +65,7 @@ class HeldOutData:
         file = checkpoint.tokenizer_file
         tokenizer = load_tokenizer(file) if file and any(each.has_examples for each in sources.values()) else None
         sets = open_held_out(sources, tokenizer, tokenizer_path=str(checkpoint.folder), sequence_length=length)
-        return cls(sets, length, own.documents == "separate")
+        return cls(sets, length, (documents or own.documents) == "separate")
 
     @property
     def location(self) -> str:

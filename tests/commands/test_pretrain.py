@@ -341,7 +341,7 @@ def test_retention_export_and_report(routed: Path, data: Path, tmp_path: Path) -
 
     apart = tmp_path / "apart.json"
     words = [str(routed), "--strategies", "full", "--sequences", "8", "--documents", "separate"]
-    assert "need --json" in run_here("tools/retention.py", *words, code=2)
+    assert "--documents needs --json" in run_here("tools/retention.py", *words, code=2)
     assert "documents separate" in run_here("tools/retention.py", *words, "--json", str(apart))
     assert json.loads(apart.read_text())["documents"] == "separate"
 

@@ -84,7 +84,9 @@ def test_chats_to_train_are_about_what_the_trace_is_not() -> None:
     assert len(trained) * 5 == len(chats) and not trained & modules(r.messages[1]["content"] for r in asked)
     assert {answer["content"] for _, _, answer in chats} == {"Open a box."}
     assert [message["role"] for message in chats[0]] == ["system", "user", "assistant"]
-    assert not support_desk_chats(documents, workload, validation_share=1.0)
+    assert len(support_desk_chats(documents, workload._replace(requests=7), validation_share=0.5)) == 7
+    with pytest.raises(UserError, match=r"of 0 questions about what --validation-share 1 does not hold out, none has"):
+        support_desk_chats(documents, workload, validation_share=1.0)
 
 
 def test_arrivals_are_those_of_independent_users() -> None:

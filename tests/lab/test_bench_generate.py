@@ -126,7 +126,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     found, both = tmp_path / "found.json", ("--strategies", "prefix:4", "--batch", "1", "2")
     assert started(*both, "--memory-gib", "30", "--most-batch", "3", "--bound", "0", "--json", str(found)) == 1
     shown = capsys.readouterr().out
-    assert "time to first token of prefix:4 at 4 tokens of prompt" in shown and "3 or more" in shown
+    assert "time to first token of prefix:4 at 4 tokens of prompt and a batch of 1" in shown and "3 or more" in shown
     record = json.loads(found.read_text())
     cases = [(speed["strategy"], speed["batch"]) for speed in record["speeds"]]
     assert cases == [("full", 1), ("prefix:4", 1), ("full", 2), ("prefix:4", 2)]

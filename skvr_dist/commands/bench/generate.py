@@ -211,7 +211,7 @@ def _figures(speeds: Sequence[Speed], half: str, bound: float) -> tuple[list[Fig
         return [], None
     ratio = cases[half, tokens, least].ratio_to(cases["full", tokens, least], "first_token_seconds")
     shown = "no figure, memory ran out" if ratio is None else f"{ratio:.3f} of full"
-    what = f"time to first token of {half} at {tokens} tokens of prompt: {shown}"
+    what = f"time to first token of {half} at {tokens} tokens of prompt and a batch of {least}: {shown}"
     return [Figure(what, f"{bound:.2f}", ratio is not None and ratio <= bound)], ratio
 
 

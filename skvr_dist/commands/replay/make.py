@@ -28,7 +28,7 @@ SUPPORT, CODE = "support", "code"
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--kind", required=True, choices=(SUPPORT, CODE))
-    parser.add_argument("--output", required=True, type=a_path, metavar="FILE", help="jsonl of requests")
+    parser.add_argument("--output", required=True, type=a_path, metavar="FILE", help="jsonl of requests, or of chats")
     parser.add_argument("--requests", type=at_least(1), default=200, metavar="N", help="(default: 200)")
     parser.add_argument("--rate", type=positive, default=1.0, metavar="R", help="requests a second (default: 1)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of what is drawn (default: 0)")
@@ -38,7 +38,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=at_least(1), default=96, metavar="N", help="wanted, at most (96)")
     parser.add_argument("--chat", action="store_true", help="support: messages, for models with a chat template")
-    parser.add_argument("--to-train", action="store_true", help="support: chats with answers, instead of a trace")
+    parser.add_argument(
+        "--to-train",
+        action="store_true",
+        help="support: chats with answers, not a trace (without --rate, --max-tokens)",
+    )
     parser.add_argument(
         "--validation-share", type=share, default=0.05, metavar="X", help="of the documents (default: 0.05)"
     )
@@ -53,6 +57,8 @@ def run(options: Namespace) -> None:
     for option, name in ((options.chat, "--chat"), (options.to_train, "--to-train")):
         if option and options.kind == CODE:
             raise UserError(f"{name} makes messages of questions, but --kind code has files to continue; leave it out")
+    if options.chat and options.to_train:
+        raise UserError("--chat is of a trace, but --to-train writes chats in any case; leave it out")
     file = prove_writable(options.output, make_folder=True)
     workload = Workload(options.requests, options.rate, options.characters, options.max_tokens, options.seed)
     documents, held_out = open_corpus(options.input), options.validation_share

@@ -20,7 +20,7 @@ from skvr_dist.evaluate.replay.trace import Request, poisson_arrivals
 _SHORTEST = 120
 """Characters of a documentation that something can be asked about."""
 _PROMPT_TO_ANSWER = 4
-"""Characters of a prompt's documentation for one of an answer to train on, at least."""
+"""An answer to train on has at most the characters of a prompt's documentation over this."""
 _QUESTIONS = (
     "What does {name} do?",
     "How do I call {name}, and what do its arguments mean?",
@@ -107,18 +107,29 @@ def support_desk_chats(
 
     Returns:
         Messages of the system, the user and the assistant, of each chat; fewer than are wanted where there are not as
-        many questions.
+        many.
+
+    Raises:
+        UserError: there are none.
     """
     generator = np.random.default_rng(workload.seed)
     trained = (document for document in documents if hash_fraction(document.text, "validation") >= validation_share)
-    asked, chats = _what_is_asked(trained), []
-    for number in generator.permutation(len(asked))[: workload.requests]:
+    asked = _what_is_asked(trained)
+    chats: list[list[dict[str, str]]] = []
+    for number in generator.permutation(len(asked)):
         one = asked[number]
-        system, user = one.prompt(_drawn_size(workload.characters, 3, generator), generator)
         answer = " ".join(one.entry.text.split("\n\n")[0].split())
-        if len(answer) <= workload.characters // _PROMPT_TO_ANSWER:
-            said = {"system": system, "user": user, "assistant": answer}
-            chats.append([{"role": role, "content": text} for role, text in said.items()])
+        if len(chats) == workload.requests or len(answer) > workload.characters // _PROMPT_TO_ANSWER:
+            continue
+        system, user = one.prompt(_drawn_size(workload.characters, 3, generator), generator)
+        said = {"system": system, "user": user, "assistant": answer}
+        chats.append([{"role": role, "content": text} for role, text in said.items()])
+    if not chats:
+        raise UserError(
+            f"of {len(asked)} questions about what --validation-share {validation_share:g} does not hold out, none has "
+            f"an answer of at most a quarter of --characters {workload.characters}; lower the share, or raise the "
+            f"characters"
+        )
     return chats
 
 

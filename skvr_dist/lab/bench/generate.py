@@ -32,13 +32,17 @@ class Speed:
     first_token_seconds: list[float] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
     """For all tokens after the first."""
+    takes_turns: bool = True
+    """Whether the strategies were run in turn, round by round."""
 
     def ratio_to(self, full: Speed, what: str) -> float | None:
-        """Median over the rounds of this strategy's seconds over those of `full` in the same round, if both ran."""
+        """This strategy's seconds over those of `full`, if both ran: the median over pairs of rounds, or of medians."""
         if self.ran_out_of_memory or full.ran_out_of_memory:
             return None
-        pairs = zip(getattr(self, what), getattr(full, what), strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
+        own, others = getattr(self, what), getattr(full, what)
+        if not self.takes_turns:
+            return statistics.median(own) / statistics.median(others)
+        return statistics.median(mine / theirs for mine, theirs in zip(own, others, strict=True))
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def measure_speed(served: Served, prompt_tokens: int, batch: int, new_tokens: in
     """Greedy decoding at each strategy, all rounds of a strategy with one engine; the first round is not counted."""
     speeds = []
     for spec, strategy in served.strategies.items():
-        speed = Speed(spec, strategy.retention, prompt_tokens, batch)
+        speed = Speed(spec, strategy.retention, prompt_tokens, batch, takes_turns=False)
         _run(served, speed, new_tokens, rounds, step_tokens=max(batch * prompt_tokens, prompt_tokens + new_tokens + 1))
         speeds.append(speed)
     return speeds

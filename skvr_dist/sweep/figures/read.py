@@ -11,6 +11,7 @@ from typing import Any
 
 from skvr_dist.errors import UserError
 from skvr_dist.files import require_file
+from skvr_dist.routing.policies import POLICIES
 
 _NEEDED = ("name", "seed", "state", "tokens", "held_out", "held_out_by_step", "retention", "config")
 CACHE_BYTES_PER_ELEMENT = 2
@@ -107,8 +108,8 @@ class Method:
 
     @property
     def _sequences_per_draw(self) -> int | None:
-        """Sequences that have their donors in common; None without routing."""
-        if self.is_standard:
+        """Sequences that have their donors in common; None where none are drawn."""
+        if not POLICIES[self.config["routing"]["policy"]].is_random:
             return None
         by_sequence = self.config["routing"].get("draws_per") == "sequence"
         return 1 if by_sequence else int(self.config["train"]["micro_batch_size"])
