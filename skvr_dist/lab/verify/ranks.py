@@ -15,9 +15,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _run_processes(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], seco
         connections.append(receiver)
     seconds_to_end = 0.0
     try:
-        results = _collect(connections, seconds, may_die)
+        results = _collect(processes, connections, seconds, may_die)
         seconds_to_end = 5.0
         return results
     finally:
@@ -107,7 +108,9 @@ def _ctrl_c_for_this_process_alone() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _collect(connections: list[Connection], seconds: float, may_die: bool) -> list[Any]:
+def _collect(
+    processes: Sequence[BaseProcess], connections: list[Connection], seconds: float, may_die: bool
+) -> list[Any]:
     results: dict[Connection, Any] = {}
     deadline = time.monotonic() + seconds
     while len(results) < len(connections):
@@ -124,11 +127,21 @@ def _collect(connections: list[Connection], seconds: float, may_die: bool) -> li
                 if may_die:
                     results[connection] = None
                     continue
-                raise RankError(f"rank {connections.index(connection)} died without a result") from None
+                rank = connections.index(connection)
+                raise RankError(f"rank {rank} died without a result: {_end_of(processes[rank])}") from None
             if failed:
                 raise RankError(f"rank {connections.index(connection)} raised:\n{value}")
             results[connection] = value
     return [results[connection] for connection in connections]
+
+
+def _end_of(process: BaseProcess) -> str:
+    """How a process ended that has closed its connection."""
+    process.join(timeout=5)
+    code = process.exitcode
+    if code is None:
+        return "it lives, but has closed its connection"
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
