@@ -117,9 +117,11 @@ def support_desk_chats(
     asked = _what_is_asked(trained)
     chats: list[list[dict[str, str]]] = []
     for number in generator.permutation(len(asked)):
+        if len(chats) == workload.requests:
+            break
         one = asked[number]
         answer = " ".join(one.entry.text.split("\n\n")[0].split())
-        if len(chats) == workload.requests or len(answer) > workload.characters // _PROMPT_TO_ANSWER:
+        if len(answer) > workload.characters // _PROMPT_TO_ANSWER:
             continue
         system, user = one.prompt(_drawn_size(workload.characters, 3, generator), generator)
         said = {"system": system, "user": user, "assistant": answer}
