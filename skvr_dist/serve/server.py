@@ -24,6 +24,8 @@ _SECONDS_TO_END = 30.0
 _SHOWN = 300
 """Characters of a log that an error shows."""
 _AN_ERROR = re.compile(r"\w*(Error|Exception): .*")
+_A_DEATH = re.compile(r"Worker proc \S+ died unexpectedly")
+"""What vLLM logs of a worker that a signal ended, beside errors of all who waited for it."""
 
 
 def require_vllm() -> None:
@@ -65,7 +67,8 @@ def vllm_server(
         seconds: that it has to start.
 
     Raises:
-        UserError: it ended before it answered, or did not answer in time.
+        UserError: it ended before it answered, or did not answer in time. Where a worker of it has died, what its user
+            raises tells of that too.
     """
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(export)]
@@ -81,6 +84,13 @@ def vllm_server(
                 raise UserError(f"the server of {profile} did not answer in {seconds:g} seconds; see {log}")
             time.sleep(0.5)
         yield url
+    except UserError as error:
+        if (death := _A_DEATH.search(log.read_text(errors="replace"))) is None:
+            raise
+        raise UserError(
+            f"{error}; {log} says: {death.group()}. With PYTHONFAULTHANDLER=1 it shows where. On CPUs with AMX vLLM's "
+            f"attention in bfloat16 can die so: try --dtype float32 among the server's options"
+        ) from None
     finally:
         process.terminate()
         try:

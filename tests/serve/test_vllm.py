@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import vllm
@@ -362,6 +365,21 @@ def test_what_the_server_cannot_read_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=shown):
         replayed(servers, tmp_path, [request_])
+
+
+def test_a_worker_that_died_is_told_of(exports: Mapping[str, Path], tmp_path: Path) -> None:
+    """vLLM itself says only that its engine is dead; here the worker meets what an illegal instruction sends."""
+    log = tmp_path / "server.log"
+    options = ["--distributed-executor-backend", "mp", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    died = rf"^no server answers at .*{log} says: Worker proc \S+ died unexpectedly\. .* --dtype float32"
+    with pytest.raises(UserError, match=died), vllm_server(exports["qwen3"], "full", log, options=options) as url:
+        api_server, worker = (
+            psutil.Process(int(re.findall(rf"\({name} pid=(\d+)\)", log.read_text())[-1]))
+            for name in ("APIServer", "Worker")
+        )
+        worker.send_signal(signal.SIGILL)
+        api_server.wait(60)
+        replayed({"full": url}, tmp_path, REQUESTS[:1])
 
 
 def test_generation_is_timed(exports: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,13 +131,19 @@ class VllmServer:
         """What the model thinks of an answer after a prompt. An answer that fills the context loses its last token.
 
         Raises:
-            UserError: the server gives no log probabilities of prompts.
+            UserError: the server gives no log probabilities of prompts, or has died.
         """
         tokens = [*prompt, *answer][: self.longest - 1]
         body = {"prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         try:
             choice = (await self._post("/v1/completions", body))["choices"][0]
-        except _RefusedError as error:
+        except (_RefusedError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            if not await self.is_alive():
+                raise UserError(
+                    f"the server at {self.url} died while answers were scored ({_reason(error)}); its log says why"
+                ) from None
+            if not isinstance(error, _RefusedError):
+                raise UserError(f"the server at {self.url} does not score an answer ({_reason(error)})") from None
             raise UserError(
                 f"the server at {self.url} gives no log probabilities of a prompt's tokens ({error}), by which answers "
                 f"are compared; start it without --kv-sharing-fast-prefill, or compare nothing with --no-answers"
