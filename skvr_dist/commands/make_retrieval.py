@@ -1,10 +1,10 @@
 """Make up questions that can only be answered from their contexts, to train on and to measure retrieval with.
 
-    skvr-make-retrieval recall --count 20000 --output data/retrieval/recall.jsonl
+    skvr-make-retrieval recall --count 20000 --asked 8 --output data/retrieval/recall.jsonl
     skvr-make-retrieval recall --count 400 --seed 1 --output data/retrieval/held-out.jsonl
     skvr-make-retrieval needle --filler stdlib --characters 2000 --count 500 --output data/retrieval/needle.jsonl
 
-`recall` lists pairs `name = value` and asks for one value; `needle` hides a sentence with a number among lines of other
+`recall` lists pairs `name = value` and asks for one by its name, or for --asked of them to train on; `needle` hides a sentence with a number among lines of other
 text (--filler, what tools/prepare_data.py takes as --input), at depths from its beginning (0) to its end (1). Each line
 of the output is an example with a `group`, by which tools/answers.py counts. Another --seed gives other examples.
 """
@@ -45,6 +45,9 @@ def run() -> None:
         metavar="N",
         help="recall: in turn (default: 4 8 16)",
     )
+    parser.add_argument(
+        "--asked", type=at_least(1), default=1, metavar="N", help="recall: pairs that an example asks for (default: 1)"
+    )
     parser.add_argument("--filler", metavar="CORPUS", help="needle: the other text")
     parser.add_argument("--characters", type=at_least(1), default=2000, metavar="N", help="needle: of a context")
     parser.add_argument(
@@ -58,7 +61,7 @@ def run() -> None:
     if wrong := [depth for depth in options.depths if not 0 <= depth <= 1]:
         raise UserError(f"--depths {wrong[0]} is no share of a context; give numbers from 0 to 1")
     if options.task == "recall":
-        records = recall(options.count, pairs=options.pairs, seed=options.seed)
+        records = recall(options.count, pairs=options.pairs, asked=options.asked, seed=options.seed)
     elif options.filler is None:
         raise UserError("needles need other text to be hidden in; give --filler CORPUS")
     else:

@@ -84,9 +84,15 @@ def test_made_up_questions_are_answered_by_their_contexts() -> None:
     assert found == list(recall(40, pairs=[4, 8], seed=1)) != list(recall(40, pairs=[4, 8], seed=2))
     for number, record in enumerate(found):
         pairs = dict(line.split(" = ") for line in record["context"].split("\n"))
-        assert len(pairs) == (4, 8)[number % 2] and pairs[record["question"]] == record["answer"]
-        part = list(pairs).index(record["question"]) * 4 // len(pairs)
+        asked = record["question"]
+        assert len(pairs) == (4, 8)[number % 2] and record["answer"] == f"{asked} = {pairs[asked]}"
+        part = list(pairs).index(asked) * 4 // len(pairs)
         assert record["group"] == f"{len(pairs):3} pairs, part {part + 1} of 4"
+    for record in recall(4, pairs=[4, 8], asked=6, seed=1):
+        asked, lines = record["question"].split(), record["context"].split("\n")
+        assert len(set(asked)) == min(6, len(lines)) and record["group"] == f"{len(lines):3} pairs"
+        assert [line.split(" = ")[0] for line in record["answer"].split("\n")] == asked
+        assert set(record["answer"].split("\n")) <= set(lines)
     text = "\n".join(f"line {n}" for n in range(500))
     for record in needles(10, filler=text, characters=200, depths=[0, 1], seed=0):
         lines = record["context"].split("\n")

@@ -19,12 +19,16 @@ _BANDS = 4
 """Parts of a context that the places of pairs are told apart by."""
 
 
-def recall(count: int, *, pairs: Sequence[int], seed: int) -> Iterator[Record]:
-    """Associative recall: lists of `name = value`, asked for the value of one name.
+def recall(count: int, *, pairs: Sequence[int], asked: int = 1, seed: int) -> Iterator[Record]:
+    """Associative recall: lists of `name = value`, of which the pairs of some names are asked for.
+
+    With one name, what is asked for stands in the group. More of them are for training: as many things to recall in
+    little more text (multi-query associative recall, Arora et al., Zoology, arXiv 2312.04927).
 
     Args:
         count: examples.
         pairs: lengths of the lists, which the examples take in turn.
+        asked: names that are asked for at most, each once.
         seed: of everything that is drawn.
 
     Raises:
@@ -38,13 +42,14 @@ def recall(count: int, *, pairs: Sequence[int], seed: int) -> Iterator[Record]:
         generator = np.random.Generator(np.random.Philox(key=[seed, number]))
         names = [_name(code) for code in generator.choice(most, size, replace=False)]
         values = [_SYLLABLES[code] for code in generator.integers(len(_SYLLABLES), size=size)]
-        asked = int(generator.integers(size))
-        band = asked * _BANDS // size
+        lines = [f"{name} = {value}" for name, value in zip(names, values, strict=True)]
+        places = generator.choice(size, min(asked, size), replace=False)
+        part = f", part {places[0] * _BANDS // size + 1} of {_BANDS}" if asked == 1 else ""
         yield {
-            "context": "\n".join(f"{name} = {value}" for name, value in zip(names, values, strict=True)),
-            "question": names[asked],
-            "answer": values[asked],
-            "group": f"{size:3} pairs, part {band + 1} of {_BANDS}",
+            "context": "\n".join(lines),
+            "question": " ".join(names[place] for place in places),
+            "answer": "\n".join(lines[place] for place in places),
+            "group": f"{size:3} pairs{part}",
         }
 
 
