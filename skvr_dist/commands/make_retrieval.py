@@ -4,9 +4,10 @@
     skvr-make-retrieval recall --count 400 --seed 1 --output data/retrieval/held-out.jsonl
     skvr-make-retrieval needle --filler stdlib --characters 2000 --count 500 --output data/retrieval/needle.jsonl
 
-`recall` lists pairs `name = value` and asks for one by its name, or for --asked of them to train on; `needle` hides a sentence with a number among lines of other
-text (--filler, what tools/prepare_data.py takes as --input), at depths from its beginning (0) to its end (1). Each line
-of the output is an example with a `group`, by which tools/answers.py counts. Another --seed gives other examples.
+`recall` lists pairs `name = value` and asks for one by its name, or for --asked of them to train on; `needle` hides a
+sentence with a number among lines of other text (--filler, what tools/prepare_data.py takes as --input), at depths from
+its beginning (0) to its end (1). Each line of the output is an example with a `group`, by which tools/answers.py
+counts. Another --seed gives other examples.
 """
 
 from __future__ import annotations

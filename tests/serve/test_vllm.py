@@ -370,7 +370,7 @@ def test_what_the_server_cannot_read_is_refused(
 def test_a_worker_that_died_is_told_of(exports: Mapping[str, Path], tmp_path: Path) -> None:
     """vLLM itself says only that its engine is dead; here the worker meets what an illegal instruction sends."""
     log = tmp_path / "server.log"
-    options = ["--distributed-executor-backend", "mp", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    options = ["--distributed-executor-backend", "mp", "--dtype", "float32", "--enforce-eager"]
     died = rf"^no server answers at .*{log} says: Worker proc \S+ died unexpectedly\. .* --dtype float32"
     with pytest.raises(UserError, match=died), vllm_server(exports["qwen3"], "full", log, options=options) as url:
         api_server, worker = (
