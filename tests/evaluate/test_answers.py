@@ -89,9 +89,9 @@ def test_made_up_questions_are_answered_by_their_contexts() -> None:
         part = list(pairs).index(asked) * 4 // len(pairs)
         assert record["group"] == f"{len(pairs):3} pairs, part {part + 1} of 4"
     for record in recall(4, pairs=[4, 8], asked=6, seed=1):
-        asked, lines = record["question"].split(), record["context"].split("\n")
-        assert len(set(asked)) == min(6, len(lines)) and record["group"] == f"{len(lines):3} pairs"
-        assert [line.split(" = ")[0] for line in record["answer"].split("\n")] == asked
+        names, lines = record["question"].split(), record["context"].split("\n")
+        assert len(set(names)) == min(6, len(lines)) and record["group"] == f"{len(lines):3} pairs"
+        assert [line.split(" = ")[0] for line in record["answer"].split("\n")] == names
         assert set(record["answer"].split("\n")) <= set(lines)
     text = "\n".join(f"line {n}" for n in range(500))
     for record in needles(10, filler=text, characters=200, depths=[0, 1], seed=0):
