@@ -88,8 +88,8 @@ def vllm_server(
         if (death := _A_DEATH.search(log.read_text(errors="replace"))) is None:
             raise
         raise UserError(
-            f"{error}; {log} says: {death.group()}. With PYTHONFAULTHANDLER=1 it shows where. On CPUs with AMX vLLM's "
-            f"attention in bfloat16 can die so: try --dtype float32 among the server's options"
+            f"{error}; {log} says: {death.group()}. Look there and for a lack of memory; PYTHONFAULTHANDLER=1 has it "
+            f"show where, and docs/choosing-a-cache.md tells of a CPU on which --dtype float32 helped"
         ) from None
     finally:
         process.terminate()

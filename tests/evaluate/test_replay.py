@@ -16,7 +16,7 @@ from aiohttp import web
 from skvr_dist.commands import replay as command
 from skvr_dist.data.prepare.corpus import Document
 from skvr_dist.errors import UserError
-from skvr_dist.evaluate.replay.client import Outcome, TokenScores, read_counters
+from skvr_dist.evaluate.replay.client import Outcome, TokenScores, VllmServer, read_counters
 from skvr_dist.evaluate.replay.compare import Comparison, compare, parting
 from skvr_dist.evaluate.replay.figures import figures_of
 from skvr_dist.evaluate.replay.play import Replayed, Settings, replay
@@ -284,6 +284,29 @@ def test_what_ends_a_replay(prompt: str, dies: bool, shown: str) -> None:
         async with failing_server(_answer, dies=dies) as url:
             requests = [Request(0.0, 7, prompt=prompt, place="t.jsonl, line 1")]
             await replay("full", url, requests, Settings(1, exactly=False, with_answers=False), None)
+
+    with pytest.raises(UserError, match=shown):
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("closes", "dies", "shown"),
+    [
+        (False, True, r"^the server at http://\S+ has died \(500: the engine is dead\); its log says why$"),
+        (True, True, r"^the server at http://\S+ has died \(Server disconnected\); its log says why$"),
+        (True, False, r"^the server at http://\S+ lives, but gave no answer \(Server disconnected\); see its log$"),
+        (False, False, r"gives no log probabilities of a prompt's tokens \(500: the engine is dead\), by which"),
+    ],
+)
+def test_a_server_that_scores_no_answer(closes: bool, dies: bool, shown: str) -> None:
+    async def complete(request: web.Request) -> web.Response:
+        if closes and request.transport is not None:
+            request.transport.close()
+        return web.json_response({"error": {"message": "the engine is dead"}}, status=500)
+
+    async def run() -> None:
+        async with failing_server(complete, dies=dies) as url, VllmServer.at(url) as server:
+            await server.scores([1], [2])
 
     with pytest.raises(UserError, match=shown):
         asyncio.run(run())

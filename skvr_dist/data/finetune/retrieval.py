@@ -22,7 +22,7 @@ _BANDS = 4
 def recall(count: int, *, pairs: Sequence[int], asked: int = 1, seed: int) -> Iterator[Record]:
     """Associative recall: lists of `name = value`, of which the pairs of some names are asked for.
 
-    With one name, what is asked for stands in the group. More of them are for training: as many things to recall in
+    With one name the group says where its pair stands. More of them are for training: as many things to recall in
     little more text (multi-query associative recall, Arora et al., Zoology, arXiv 2312.04927).
 
     Args:

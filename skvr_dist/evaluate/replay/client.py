@@ -98,12 +98,13 @@ class VllmServer:
         """The tokens that the server reads for a request, chat template included.
 
         Raises:
-            UserError: it cannot read the request.
+            UserError: it cannot read the request, or has died.
         """
         read = {"messages": request.messages} if request.messages else {"prompt": request.prompt}
         try:
             return list((await self._post("/tokenize", read))["tokens"])
-        except _RefusedError as error:
+        except _FAILURES as error:
+            await self._raise_if_gone(error)
             raise UserError(f"{request.place}: the server at {self.url} cannot read it ({error}); correct it") from None
 
     async def answer(self, request: Request, outcome: Outcome, clock: Callable[[], float], *, exactly: bool) -> None:
@@ -124,7 +125,7 @@ class VllmServer:
                         _note(json.loads(line.removeprefix(b"data: ")), outcome, clock())
             if not outcome.finish_reason:
                 outcome.failure = "the answer broke off"
-        except (_RefusedError, aiohttp.ClientError, TimeoutError, OSError) as error:
+        except _FAILURES as error:
             outcome.failure = _reason(error)
 
     async def scores(self, prompt: Sequence[int], answer: Sequence[int]) -> TokenScores:
@@ -137,13 +138,8 @@ class VllmServer:
         body = {"prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         try:
             choice = (await self._post("/v1/completions", body))["choices"][0]
-        except (_RefusedError, aiohttp.ClientError, TimeoutError, OSError) as error:
-            if not await self.is_alive():
-                raise UserError(
-                    f"the server at {self.url} died while answers were scored ({_reason(error)}); its log says why"
-                ) from None
-            if not isinstance(error, _RefusedError):
-                raise UserError(f"the server at {self.url} does not score an answer ({_reason(error)})") from None
+        except _FAILURES as error:
+            await self._raise_if_gone(error)
             raise UserError(
                 f"the server at {self.url} gives no log probabilities of a prompt's tokens ({error}), by which answers "
                 f"are compared; start it without --kv-sharing-fast-prefill, or compare nothing with --no-answers"
@@ -161,6 +157,15 @@ class VllmServer:
         except (aiohttp.ClientError, TimeoutError, OSError):
             return {}
 
+    async def _raise_if_gone(self, error: Exception) -> None:
+        """After a request that failed: raises `UserError` if the server has died, or gave no answer at all."""
+        if not await self.is_alive():
+            raise UserError(f"the server at {self.url} has died ({_reason(error)}); its log says why") from None
+        if not isinstance(error, _RefusedError):
+            raise UserError(
+                f"the server at {self.url} lives, but gave no answer ({_reason(error)}); see its log"
+            ) from None
+
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         async with self._session.post(self.url + path, json={"model": self._model, **body}) as response:
             await _raise_if_refused(response)
@@ -169,6 +174,10 @@ class VllmServer:
 
 class _RefusedError(Exception):
     """The server answered with an error; the message is its own."""
+
+
+_FAILURES = (_RefusedError, aiohttp.ClientError, TimeoutError, OSError)
+"""What a request can end with."""
 
 
 def read_counters(page: str) -> dict[str, float]:
