@@ -34,7 +34,10 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 """A label that is not to be predicted (PyTorch's own mark)."""
 CHUNK_ELEMENTS = 2**26
-"""Logits that are held at once, in float32: 256 MiB. Where they stay in 16 bits, twice as many."""
+"""Logits that are held at once, in float32: 256 MiB. Where they are compiled, so many of 8 bytes: 512 MiB. The head's
+gradient is read and written once for each chunk, so that fewer of them cost less."""
+TILE = 256
+"""Tokens that a GPU's product of matrices takes at once; chunks of a few tiles are whole ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +121,7 @@ def linear_loss(
 
     Args:
         rows: which rows of the vocabulary the head's are; None: all of them.
-        backend: of torch.compile, for what is between the products of matrices; None: run operation by operation, as
-            with a teacher always.
+        backend: of torch.compile, for what is between the products of matrices; None: run operation by operation.
     """
     rows = rows or Rows(range(head.shape[0]))
     needed = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and head.requires_grad
@@ -142,10 +144,11 @@ class _LinearLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(flat) if needed[0] else None
         d_head = torch.empty_like(head) if needed[1] else None
         found = []
+        tensors, elements = _held_at_once(objective), CHUNK_ELEMENTS
+        if backend:
+            tensors, elements = 1 + (objective.teacher is not None), 8 * CHUNK_ELEMENTS // head.element_size()
         # Of the head's rows, not of those that are held: every rank must make the same chunks.
-        backend = None if objective.teacher else backend
-        elements = CHUNK_ELEMENTS * (4 // min(4, head.element_size()) if backend else 1)
-        for chunk in chunks(flat.shape[0], head.shape[0], _tensors_of(objective), elements):
+        for chunk in chunks(flat.shape[0], head.shape[0], tensors, elements):
             if backend:
                 logits, *losses = _of_chunk_compiled(flat, own_rows, objective, rows, chunk, any(needed), backend)
             else:
@@ -178,15 +181,20 @@ class _LinearLoss(torch.autograd.Function):
         return d_hidden, d_head, None, None, None, None
 
 
-def _tensors_of(objective: Objective) -> int:
-    """Tensors as large as a chunk's logits that are held at once."""
+def _held_at_once(objective: Objective) -> int:
+    """Tensors as large as a chunk's logits, operation by operation."""
     return 1 + 2 * (objective.teacher is not None) + (objective.soft_cap is not None)
 
 
 def chunks(tokens: int, rows: int, tensors: int = 1, elements: int = CHUNK_ELEMENTS) -> list[slice]:
-    """Equal parts of the tokens whose logits fit into that many elements, with all tensors of their size."""
-    count = -(-tokens * rows * tensors // elements)
-    size = -(-tokens // max(count, 1))
+    """Parts of the tokens whose logits fit into that many elements, with all tensors of their size.
+
+    They are equal; where two tiles or more fit, all but the last are whole tiles.
+    """
+    most = max(elements // (rows * tensors), 1)
+    tile = TILE if most >= 2 * TILE else 1
+    count = -(-tokens // (most // tile * tile))
+    size = -(-tokens // (max(count, 1) * tile)) * tile
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -195,7 +203,7 @@ def _of_chunk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of the sum of losses in the logits [n, R]; each token's weighted loss, entropy and divergence."""
     labels, teacher = objective.labels.flatten()[chunk], objective.teacher
-    logits, slope = _logits(hidden[chunk], head, objective.soft_cap, with_gradients)
+    logits, slope = _capped_in_place(hidden[chunk] @ head.t(), objective.soft_cap, with_gradients)
     ignored, weight = _weights(objective, chunk, logits.dtype)
     local, elsewhere = rows.local(labels)
     label_logit = logits.gather(-1, local[:, None]).squeeze(-1).masked_fill(elsewhere, 0.0)
@@ -243,20 +251,36 @@ def _of_chunk_compiled(
     with_gradients: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_of_chunk`, without a teacher: logits stay in the precision of the product, and so does their gradient."""
+    """As `_of_chunk`; logits stay in the precision of the product, and so does their gradient."""
     figures_of, write_gradient = _compiled(backend)
-    logits = hidden[chunk] @ head.t()
-    local, elsewhere = rows.local(objective.labels.flatten()[chunk])
-    log_sum, label_logit = figures_of(logits, local, objective.soft_cap)
-    figures = rows.gather([log_sum, label_logit.masked_fill(elsewhere, 0.0)])
+    labels, teacher = objective.labels.flatten()[chunk], objective.teacher
+    logits, taught = hidden[chunk] @ head.t(), None
+    if teacher:
+        taught = _taught(head, teacher, chunk), teacher.soft_cap, teacher.temperature
+    local, elsewhere = rows.local(labels)
+    log_sum, label_logit, *of_teacher = figures_of(logits, local, objective.soft_cap, taught)
+    figures = rows.gather([log_sum, label_logit.masked_fill(elsewhere, 0.0), *of_teacher])
     log_z, label_logit = figures[:, 0].logsumexp(0), figures[:, 1].sum(0)
     ignored, weight = _weights(objective, chunk, log_z.dtype)
     cross_entropy = (log_z - label_logit).masked_fill(ignored, 0.0)
-    loss = cross_entropy + objective.z_loss * log_z.square()
+    divergence, drawn, share = torch.zeros_like(cross_entropy), None, 0.0
+    if teacher:
+        share = teacher.weight
+        divergence, log_teacher, log_student = _over_all_rows(*figures[:, 2:].unbind(1))
+        divergence = divergence.masked_fill(ignored, 0.0)
+        drawn = log_teacher, log_student, share * teacher.temperature * weight
+    loss = (1 - share) * cross_entropy + objective.z_loss * log_z.square()
+    if teacher:
+        loss += share * teacher.temperature**2 * divergence
     if with_gradients:
-        factor = weight * (1 + 2 * objective.z_loss * log_z)
-        write_gradient(logits, local, log_z, factor, weight.masked_fill(elsewhere, 0.0), objective.soft_cap)
-    return logits, loss * weight, cross_entropy, torch.zeros_like(cross_entropy)
+        factor = weight * (1 - share + 2 * objective.z_loss * log_z)
+        at_label = (weight * (1 - share)).masked_fill(elsewhere, 0.0)
+        write_gradient(logits, local, log_z, factor, at_label, objective.soft_cap, taught, drawn)
+    return logits, loss * weight, cross_entropy, divergence
+
+
+_Taught = tuple[Tensor, float | None, float]
+"""A teacher's logits [n, R], its soft-cap and the temperature."""
 
 
 @functools.cache
@@ -266,22 +290,46 @@ def _compiled(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return compile_(_figures), compile_(_write_gradient)
 
 
-def _figures(logits: Tensor, local: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
-    """The logarithm of the sum of exponentials of each token's logits [n, R], and its label's logit; [n], float32."""
+def _figures(logits: Tensor, local: Tensor, soft_cap: float | None, taught: _Taught | None) -> list[Tensor]:
+    """The logarithm of the sum of exponentials of each token's logits [n, R], and its label's logit; [n], float32.
+
+    With a teacher also the logarithm of its sum of exponentials, the teacher's mean of what its logits are above the
+    student's, and the student's logarithm, all at the temperature.
+    """
     capped = _capped(logits, soft_cap)
-    highest = capped.amax(-1)
-    log_sum = highest + (capped - highest[:, None]).exp().sum(-1).log()
-    return log_sum, capped.gather(-1, local[:, None]).squeeze(-1)
+    found = [capped.logsumexp(-1), capped.gather(-1, local[:, None]).squeeze(-1)]
+    if taught:
+        theirs, own = _capped(taught[0], taught[1]) / taught[2], capped / taught[2]
+        log_sum = theirs.logsumexp(-1)
+        mean_difference = ((theirs - log_sum[:, None]).exp() * (theirs - own)).sum(-1)
+        found += [log_sum, mean_difference, own.logsumexp(-1)]
+    return found
 
 
 def _write_gradient(
-    logits: Tensor, local: Tensor, log_z: Tensor, factor: Tensor, at_label: Tensor, soft_cap: float | None
+    logits: Tensor,
+    local: Tensor,
+    log_z: Tensor,
+    factor: Tensor,
+    at_label: Tensor,
+    soft_cap: float | None,
+    taught: _Taught | None,
+    drawn: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
-    """Turn logits [n, R] into factor * softmax - at_label at the label, times the slope of the soft-cap; in place."""
+    """Turn logits [n, R] into factor * softmax - at_label at the label, times the slope of the soft-cap; in place.
+
+    With a teacher `drawn` has its logarithm of the sum of exponentials, the student's, and what the difference of both
+    distributions is multiplied by before it is added.
+    """
     capped = _capped(logits, soft_cap)
     gradient = (capped - log_z[:, None]).exp() * factor[:, None]
     is_label = torch.arange(logits.shape[-1], device=logits.device) == local[:, None]
     gradient = torch.where(is_label, gradient - at_label[:, None], gradient)
+    if taught and drawn:
+        log_teacher, log_student, strength = drawn
+        theirs, own = _capped(taught[0], taught[1]) / taught[2], capped / taught[2]
+        difference = (own - log_student[:, None]).exp() - (theirs - log_teacher[:, None]).exp()
+        gradient = gradient + strength[:, None] * difference
     if soft_cap is not None:
         gradient = gradient * (1.0 - (capped / soft_cap).square())
     logits.copy_(gradient)
@@ -293,11 +341,9 @@ def _capped(logits: Tensor, soft_cap: float | None) -> Tensor:
     return logits if soft_cap is None else soft_cap * (logits / soft_cap).tanh()
 
 
-def _logits(hidden: Tensor, head: Tensor, soft_cap: float | None, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+def _capped_in_place(logits: Tensor, soft_cap: float | None, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """Logits [n, R] in float32 (float64 if they are), and the slope of the soft-cap at each, if there is one."""
-    logits = hidden @ head.t()
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if soft_cap is None:
         return logits, None
     logits.div_(soft_cap).tanh_()
@@ -306,9 +352,22 @@ def _logits(hidden: Tensor, head: Tensor, soft_cap: float | None, with_slope: bo
 
 
 def _divergence(logits: Tensor, head: Tensor, teacher: Teacher, chunk: slice) -> _Divergence:
-    rows = head if teacher.head is None else teacher.head[: head.shape[0]]
-    taught, _ = _logits(teacher.hidden.flatten(0, -2)[chunk], rows, teacher.soft_cap, with_slope=False)
+    taught, _ = _capped_in_place(_taught(head, teacher, chunk), teacher.soft_cap, with_slope=False)
     return _Divergence(logits, taught, teacher.temperature)
+
+
+def _taught(head: Tensor, teacher: Teacher, chunk: slice) -> Tensor:
+    """The teacher's logits [n, R], as the product has them."""
+    rows = head if teacher.head is None else teacher.head[: head.shape[0]]
+    return teacher.hidden.flatten(0, -2)[chunk] @ rows.t()
+
+
+def _over_all_rows(of_teacher: Tensor, mean_difference: Tensor, of_student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(teacher || student) [n] from the figures of every rank's rows, each [ranks, n]; and both logarithms of the sum
+    of exponentials [n], of the teacher and of the student."""
+    log_teacher, log_student = of_teacher.logsumexp(0), of_student.logsumexp(0)
+    own_part = (mean_difference * (of_teacher - log_teacher).exp()).sum(0)
+    return own_part - log_teacher + log_student, log_teacher, log_student
 
 
 class _Exponentials(NamedTuple):
@@ -349,10 +408,10 @@ class _Divergence:
 
     def over_all_rows(self, of_teacher: Tensor, mean_difference: Tensor, of_student: Tensor) -> Tensor:
         """KL(teacher || student) [n] at the temperature, from the `figures` of every rank, each [ranks, n]."""
-        log_teacher, log_student = of_teacher.logsumexp(0), of_student.logsumexp(0)
+        divergence, log_teacher, log_student = _over_all_rows(of_teacher, mean_difference, of_student)
         self._teacher.mul_((self._of_teacher.highest - log_teacher).exp()[:, None])
         self._student.mul_((self._of_student.highest - log_student).exp()[:, None])
-        return (mean_difference * (of_teacher - log_teacher).exp()).sum(0) - log_teacher + log_student
+        return divergence
 
     def add_gradient(self, gradient: Tensor, share: Tensor) -> None:
         """Add that of share [n] * temperature^2 * the divergence in the student's logits."""

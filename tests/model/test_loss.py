@@ -153,6 +153,7 @@ SOME = [
     Example(4, taught=1.0, own_head=True, soft_cap=4.0, weighted=True),
     Example(5, labelled=0.0, taught=0.5, z_loss=0.1),
     Example(6, weighted=True, z_loss=0.2, soft_cap=2.0, chunk_elements=12, backend="inductor"),
+    Example(7, weighted=True, taught=0.4, temperature=2.0, soft_cap=2.0, chunk_elements=12, backend="inductor"),
 ]
 
 
@@ -207,6 +208,14 @@ def test_chunks_are_equal_and_cover_every_token() -> None:
     assert len(found) == 10 and max(part.stop - part.start for part in found) == 410
     assert [i for part in found for i in range(part.start, part.stop)] == list(range(4096))
     assert chunks(512, 4096) == [slice(0, 512)]
+    assert chunks(3, 11, 1, 1) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+
+
+def test_chunks_of_a_few_tiles_are_whole_tiles() -> None:
+    """1,767 tokens would fit."""
+    assert [part.stop - part.start for part in chunks(8 * 4096, 151_936, 1, 2**28)] == [*[1536] * 21, 512]
+    assert [part.stop - part.start for part in chunks(4096, 151_936, 1, 2**28)] == [1536, 1536, 1024]
+    assert chunks(1000, 151_936, 1, 2**28) == [slice(0, 1000)]
 
 
 @pytest.mark.parametrize(("bound", "code"), [(4.0, 0), (0.5, 1)])
