@@ -128,24 +128,10 @@ docs: env
 	$(BIN)/python -m skvr_dist.config.page > docs/configuration.md
 	$(BIN)/python -m skvr_dist.lab.estimate.page > docs/scale.md
 
-# Every experiment, with a tiny model for a few steps on the code of the project: one seed of each run; then the figures
-# of all of them. 32 lanes are for recipes with micro-batches of 32, a width of 36 for models of 4 and of 9 heads.
-SMOKE := runs/smoke
-SMOKE_KEYS := $(addprefix model.,vocab_size=512 hidden_size=36 intermediate_size=48 head_dim=16) \
-    $(addprefix data.,train=$(SMOKE)/data/train validation=$(SMOKE)/data/validation \
-        tokenizer=$(SMOKE)/data/tokenizer.model sequence_length=32 lanes=32) \
-    train.initial_weights=null evaluate.sequences=16
+# Every experiment, with a tiny model for a few steps; and the figures of all of them.
 .PHONY: experiments-smoke
 experiments-smoke: env
-	rm -rf $(SMOKE)
-	$(BIN)/python tools/train_tokenizer.py --input skvr_dist --vocab-size 512 --output $(SMOKE)/data/tokenizer.model
-	$(BIN)/python tools/prepare_data.py --input skvr_dist --tokenizer $(SMOKE)/data/tokenizer.model --output $(SMOKE)/data \
-	    --shards 32 --validation-share 0.25
-	for experiment in configs/experiment/sweeps/*.yaml; do \
-	    $(BIN)/python tools/sweep.py $$experiment --place local --seed 0 --try-steps 4 \
-	        --output-dir $(SMOKE)/$$(basename $$experiment .yaml) $(SMOKE_KEYS) || exit; \
-	done
-	$(BIN)/python tools/plot.py $(SMOKE)/*/results.jsonl --output $(SMOKE)/figures
+	$(BIN)/python tools/verify.py experiments
 
 # `tools/bench.py serve` needs the environment of serve-env, and an export.
 BENCHMARKS := step save data generate

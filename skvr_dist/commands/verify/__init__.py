@@ -5,6 +5,7 @@
     skvr-verify kills --kills 30
     skvr-verify hosts
     skvr-verify estimate
+    skvr-verify experiments
     skvr-verify kernels
     skvr-verify gpu-dry
     skvr-verify search runs/quickstart/routed --calibrate data/stdlib/train
@@ -15,7 +16,7 @@ Each runs on the CPU of this machine. Exit code 1: a figure is missed.
 from __future__ import annotations
 
 from skvr_dist.command import run_command, run_subcommand
-from skvr_dist.commands.verify import estimate, gpu_dry, hosts, kernels, kills, layouts, reshard, search
+from skvr_dist.commands.verify import estimate, experiments, gpu_dry, hosts, kernels, kills, layouts, reshard, search
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def run() -> int | None:
         "kills": kills,
         "hosts": hosts,
         "estimate": estimate,
+        "experiments": experiments,
         "kernels": kernels,
         "gpu-dry": gpu_dry,
         "search": search,

@@ -36,7 +36,8 @@ _IMPORTED_BY_CALLERS = (
 
 
 @functools.cache
-def _fork_server() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
+    """Where processes come from that have everything imported, with one thread for torch."""
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the fork server, whose imports read it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
@@ -76,12 +77,12 @@ def run_alone(function: Callable[..., Any], *args: Any, seconds: float = 120.0) 
 
 
 def _run_processes(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], seconds: float, may_die: bool) -> list[Any]:
-    context = _fork_server()
+    context = fork_server()
     processes, connections = [], []
     for function, args in calls:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_call, args=(sender, function, args), daemon=True)
-        with _ctrl_c_for_this_process_alone():
+        with ctrl_c_for_this_process_alone():
             process.start()
         sender.close()
         processes.append(process)
@@ -99,7 +100,7 @@ def _run_processes(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], seco
 
 
 @contextlib.contextmanager
-def _ctrl_c_for_this_process_alone() -> Iterator[None]:
+def ctrl_c_for_this_process_alone() -> Iterator[None]:
     """Start processes to which Ctrl-C does not come: a terminal sends it to all, and the parent ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
