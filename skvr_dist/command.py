@@ -116,7 +116,8 @@ def run_subcommand(
     """
     words = launcher_free(sys.argv[1:])
     top = new_parser(doc)
-    lines = [f"{name:<10}{(module.__doc__ or '').splitlines()[0]}" for name, module in subcommands.items()]
+    width = max(map(len, subcommands)) + 2
+    lines = [f"{name:<{width}}{(module.__doc__ or '').splitlines()[0]}" for name, module in subcommands.items()]
     top.epilog = "subcommands (each has a --help of its own):\n  " + "\n  ".join(lines)
     top.add_argument("subcommand", choices=subcommands, metavar="{" + ",".join(subcommands) + "}")
     name = top.parse_args(words[:1]).subcommand

@@ -2,8 +2,8 @@
 
 Logits are made for a chunk of tokens at a time, turned into their own gradient in place, and used up: for the gradient
 of the hidden states and for that of the head, both in the forward pass. The backward pass multiplies these by one
-number. So what is held besides the two gradients is a few tensors of `CHUNK_ELEMENTS` numbers, however many tokens
-there are.
+number. So what is held besides the two gradients is a few tensors of `CHUNK_ELEMENTS` numbers (compiled, one of 512 MiB
+or with a teacher two of half that), however many tokens there are.
 
 On GPUs what is between the products of matrices is compiled into two passes over the logits as they come out of the
 product, in 16 bits: one for the figures of each token, one that turns them into their gradient. Operation by operation
@@ -34,8 +34,10 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 """A label that is not to be predicted (PyTorch's own mark)."""
 CHUNK_ELEMENTS = 2**26
-"""Logits that are held at once, in float32: 256 MiB. Where they are compiled, so many of 8 bytes: 512 MiB. The head's
-gradient is read and written once for each chunk, so that fewer of them cost less."""
+"""Logits that are held at once, in float32: 256 MiB."""
+COMPILED_CHUNK_BYTES = 2**29
+"""Of logits where a compiler fuses what is done with them. The head's gradient is read and written once for each chunk,
+so that fewer of them cost less."""
 TILE = 256
 """Tokens that a GPU's product of matrices takes at once; chunks of a few tiles are whole ones."""
 
@@ -145,8 +147,8 @@ class _LinearLoss(torch.autograd.Function):
         d_head = torch.empty_like(head) if needed[1] else None
         found = []
         tensors, elements = _held_at_once(objective), CHUNK_ELEMENTS
-        if backend:
-            tensors, elements = 1 + (objective.teacher is not None), 8 * CHUNK_ELEMENTS // head.element_size()
+        if backend == "inductor":
+            tensors, elements = 1 + (objective.teacher is not None), COMPILED_CHUNK_BYTES // head.element_size()
         # Of the head's rows, not of those that are held: every rank must make the same chunks.
         for chunk in chunks(flat.shape[0], head.shape[0], tensors, elements):
             if backend:
@@ -189,7 +191,7 @@ def _held_at_once(objective: Objective) -> int:
 def chunks(tokens: int, rows: int, tensors: int = 1, elements: int = CHUNK_ELEMENTS) -> list[slice]:
     """Parts of the tokens whose logits fit into that many elements, with all tensors of their size.
 
-    They are equal; where two tiles or more fit, all but the last are whole tiles.
+    All but the last are equal; where two tiles or more fit, they are whole tiles.
     """
     most = max(elements // (rows * tensors), 1)
     tile = TILE if most >= 2 * TILE else 1

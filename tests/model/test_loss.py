@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,10 @@ def in_parts(example: Example) -> list[Tensor]:
         teacher = dataclasses.replace(objective.teacher, head=mine(objective.teacher.head))
         objective = dataclasses.replace(objective, teacher=teacher)
     own = mine(head).clone().requires_grad_()
-    before, module.CHUNK_ELEMENTS = module.CHUNK_ELEMENTS, example.chunk_elements
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            losses = linear_loss(hidden.requires_grad_(), own, objective, rows, example.backend)
-    finally:
-        module.CHUNK_ELEMENTS = before
+    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
+        patch.setattr(module, "CHUNK_ELEMENTS", example.chunk_elements)
+        patch.setattr(module, "COMPILED_CHUNK_BYTES", 8 * example.chunk_elements)
+        losses = linear_loss(hidden.requires_grad_(), own, objective, rows, example.backend)
     (3 * losses.total).backward()
     assert hidden.grad is not None and own.grad is not None
     assert not own.grad[len(held) :].any()
@@ -174,14 +173,30 @@ def test_over_tensor_parallel_ranks(ranks: int) -> None:
         torch.testing.assert_close(torch.cat([each[4] for each in parts]), right[4], rtol=1e-11, atol=1e-11)
 
 
+def with_teacher(objective: Objective, change: Callable[[Tensor], Tensor]) -> Objective:
+    """The same with other numbers of its teacher, if it has one."""
+    teacher = objective.teacher
+    if teacher and teacher.head is not None:
+        teacher = dataclasses.replace(teacher, hidden=change(teacher.hidden), head=change(teacher.head))
+    return dataclasses.replace(objective, teacher=teacher)
+
+
+@pytest.mark.parametrize("taught", [None, 0.4])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_precisions(dtype: torch.dtype, error: float, backend: str | None) -> None:
+def test_precisions(dtype: torch.dtype, error: float, backend: str | None, taught: float | None) -> None:
     """Losses are in fp32; in bf16 the logits are rounded, and gradients as often as there are chunks."""
-    hidden, head, objective = Example(6, tokens=64, hidden=32, vocabulary=300, labelled=1.0).made()
-    hidden, head = hidden.to(dtype) / 2, head.to(dtype) / 2
+    example = Example(6, tokens=64, hidden=32, vocabulary=300, labelled=1.0, taught=taught)
+    if taught is not None:
+        example = dataclasses.replace(example, soft_cap=20.0, temperature=2.0)
+    hidden, head, objective = example.made()
+    hidden, head, objective = (
+        hidden.to(dtype) / 2,
+        head.to(dtype) / 2,
+        with_teacher(objective, lambda x: x.to(dtype) / 2),
+    )
     right_hidden, right_head = hidden.double().requires_grad_(), head.double().requires_grad_()
-    right = literal(right_hidden, right_head, objective)[0]
+    right = literal(right_hidden, right_head, with_teacher(objective, Tensor.double))[0]
     right.backward()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK_ELEMENTS", 300 * 16)

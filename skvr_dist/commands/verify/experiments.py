@@ -1,16 +1,19 @@
 """Try every experiment out: one seed of each run, with a tiny model for four steps, and the figures of all of them.
 
     skvr-verify experiments
-    skvr-verify experiments my-experiment.yaml --corpus ~/texts
+    skvr-verify experiments my-experiment.yaml --corpus ~/texts model.hidden_size=64
 
-Without files, those that come with this project (configs/experiment/sweeps). Exits 1 when a run fails; the table says
-how, and --output keeps what it printed.
+Without files, those that come with this project (configs/experiment/sweeps), on its own source. All runs have one rank
+and read one data set. The model is 36 wide, which suits 4 and 9 heads of 16; `section.key=value` overrides a key of all
+runs. Exits 1 when a run fails: the table says how, and everything that the runs have written is kept then.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +21,18 @@ from tabulate import tabulate
 
 import skvr_dist
 from skvr_dist.command import Figure, a_path, add_json, conclude
+from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
     from skvr_dist.sweep.loop import Status
 
+_PACKAGE = Path(skvr_dist.__file__).parent
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("files", nargs="*", type=a_path, metavar="EXPERIMENT", help="YAML files (default: all)")
+    words = "YAML files (default: all); overrides"
+    parser.add_argument("words", nargs="*", metavar="EXPERIMENT | KEY=VALUE", help=words)
     parser.add_argument("--corpus", type=a_path, metavar="FOLDER", help="text to train on (default: this project's)")
     parser.add_argument("--output", type=a_path, metavar="FOLDER", help="keep the runs and the figures there")
     add_json(parser)
@@ -36,42 +43,60 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         UserError: an experiment, the corpus or the output folder is not what it should be.
+        RunInterrupted: a signal has ended it.
     """
-    if options.output:
-        from skvr_dist.files import prove_new_folder
+    from skvr_dist.files import prove_new_folder
 
-        return _try_all(options, prove_new_folder(options.output))
-    with tempfile.TemporaryDirectory() as folder:
-        return _try_all(options, Path(folder))
+    overrides = [word for word in options.words if "=" in word]
+    files = [Path(word) for word in options.words if "=" not in word]
+    files = files or sorted((_PACKAGE / "configs/experiment/sweeps").glob("*.yaml"))
+    if twice := [name for name, count in Counter(file.stem for file in files).items() if count > 1]:
+        raise UserError(f"two experiments are called {twice[0]}; try them one after the other")
+    folder = prove_new_folder(options.output) if options.output else Path(tempfile.mkdtemp(prefix="experiments-"))
+    code = 0
+    try:
+        code = _try_all(files, overrides, options.corpus or _PACKAGE, folder, options.json)
+    finally:
+        if not options.output and code == 0:
+            shutil.rmtree(folder)
+    if code and not options.output:
+        print(f"kept: {folder}")
+    return code
 
 
-def _try_all(options: argparse.Namespace, folder: Path) -> int:
+def _try_all(files: list[Path], overrides: list[str], corpus: Path, folder: Path, json_file: Path | None) -> int:
     import os
 
     from tqdm import tqdm
 
-    from skvr_dist.lab.verify.experiments import tiny, try_out
-    from skvr_dist.sweep.figures.build import FIGURES
-    from skvr_dist.sweep.figures.read import read_methods
+    from skvr_dist.lab.verify.experiments import plan, prepare_text, tiny, try_out
 
-    package = Path(skvr_dist.__file__).parent
-    files = options.files or sorted((package / "configs/experiment/sweeps").glob("*.yaml"))
-    overrides = tiny(options.corpus or package, folder / "data")
-    found: dict[str, list[Status]] = {}
-    for file in tqdm(files, leave=False, disable=None):
-        found[file.stem] = try_out(file, folder / file.stem, overrides, len(os.sched_getaffinity(0)))
-    (folder / "figures").mkdir()
-    methods, _ = read_methods([folder / name / "results.jsonl" for name in found])
-    drawn = [name for name in FIGURES if (figure := FIGURES[name](methods)) and figure.write(folder / "figures", "png")]
+    data, runs = folder / "data", folder / "runs"
+    planned = {file.stem: plan(file, runs / file.stem, [*tiny(data), *overrides]) for file in files}
+    prepare_text(corpus, data)
+    cores = len(os.sched_getaffinity(0))
+    bar = tqdm(planned.items(), leave=False, disable=None)
+    found = {name: try_out(name, these, runs / name, cores) for name, these in bar}
     rows = [
         {"experiment": name, "run": status.run.name, "state": status.state, "error": status.error}
         for name, statuses in found.items()
         for status in statuses
     ]
-    failed = [row for row in rows if row["state"] != "finished"]
-    figures = [
-        Figure(f"{len(failed)} of {len(rows)} runs failed", "none", not failed),
-        Figure(f"figures of their results: {', '.join(drawn) or 'none'}", "one at least", bool(drawn)),
-    ]
     table = tabulate([row.values() for row in rows], headers=["experiment", "run", "state", "error"], tablefmt="github")
-    return conclude(figures, table=table, record=rows, json_file=options.json)
+    table += f"\n\nfigures of their results: {', '.join(_draw(found, folder)) or 'none'}"
+    failed = [row for row in rows if row["state"] != "finished"]
+    figure = Figure(f"{len(failed)} of {len(rows)} runs failed", "none", not failed)
+    return conclude([figure], table=table, record=rows, json_file=json_file)
+
+
+def _draw(found: dict[str, list[Status]], folder: Path) -> list[str]:
+    """Draw every figure that the finished runs give; returns their names."""
+    from skvr_dist.sweep.figures.build import FIGURES
+    from skvr_dist.sweep.figures.read import read_methods
+
+    with_results = [name for name, these in found.items() if any(status.state == "finished" for status in these)]
+    if not with_results:
+        return []
+    methods, _ = read_methods([folder / "runs" / name / "results.jsonl" for name in with_results])
+    (folder / "figures").mkdir()
+    return [name for name in FIGURES if (figure := FIGURES[name](methods)) and figure.write(folder / "figures", "png")]

@@ -20,15 +20,16 @@ _BANDS = 4
 
 
 def recall(count: int, *, pairs: Sequence[int], asked: int = 1, seed: int) -> Iterator[Record]:
-    """Associative recall: lists of `name = value`, of which the pairs of some names are asked for.
+    """Associative recall: lists of `name = value`, of which the pair of a name is asked for.
 
-    With one name the group says where its pair stands. More of them are for training: as many things to recall in
-    little more text (multi-query associative recall, Arora et al., Zoology, arXiv 2312.04927).
+    The group says where it stands. An answer of more pairs is for training: as many things to recall in little more
+    text (multi-query associative recall, Arora et al., Zoology, arXiv 2312.04927). Small models learn from lists of two
+    what they do not learn from long ones alone.
 
     Args:
         count: examples.
         pairs: lengths of the lists, which the examples take in turn.
-        asked: names that are asked for at most, each once.
+        asked: pairs of an answer: the one that is asked for, then others at random, each of the list as often.
         seed: of everything that is drawn.
 
     Raises:
@@ -43,11 +44,12 @@ def recall(count: int, *, pairs: Sequence[int], asked: int = 1, seed: int) -> It
         names = [_name(code) for code in generator.choice(most, size, replace=False)]
         values = [_SYLLABLES[code] for code in generator.integers(len(_SYLLABLES), size=size)]
         lines = [f"{name} = {value}" for name, value in zip(names, values, strict=True)]
-        places = generator.choice(size, min(asked, size), replace=False)
+        rounds = [generator.permutation(size) for _ in range(-(-asked // size))]
+        places = np.concatenate(rounds)[:asked]
         part = f", part {places[0] * _BANDS // size + 1} of {_BANDS}" if asked == 1 else ""
         yield {
             "context": "\n".join(lines),
-            "question": " ".join(names[place] for place in places),
+            "question": names[places[0]],
             "answer": "\n".join(lines[place] for place in places),
             "group": f"{size:3} pairs{part}",
         }

@@ -1,23 +1,26 @@
 """Every run of an experiment for a few steps of a tiny model: what would end a sweep after hours, in a second a run.
 
 The sweep's own plan, loop and results; only its runs do not start as commands: each is a fork of a process that has
-imported everything, which takes a quarter of the time.
+imported everything, which takes a quarter of the time. All of them read one data set, whatever the experiment mixes.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from skvr_dist.cluster.interrupt import SIGNALS
 from skvr_dist.config.load import load_config
 from skvr_dist.data.prepare.corpus import open_corpus
 from skvr_dist.data.prepare.prepare import prepare
 from skvr_dist.data.tokenizers.train import train_tokenizer
-from skvr_dist.errors import EXIT_USAGE, UserError
+from skvr_dist.errors import EXIT_MISSED, RunInterrupted, UserError
 from skvr_dist.lab.verify.ranks import ctrl_c_for_this_process_alone, fork_server
 from skvr_dist.sweep.experiment import read_experiment, shortened
 from skvr_dist.sweep.folder import SweepFolder
@@ -34,36 +37,68 @@ _MODEL = {"vocab_size": _VOCABULARY, "hidden_size": 36, "intermediate_size": 48,
 """A width for models of 4 and of 9 heads."""
 
 
-def tiny(corpus: Path, folder: Path) -> list[str]:
-    """Overrides that make any experiment a tiny one, on text that is prepared into a folder.
+def tiny(data: Path) -> list[str]:
+    """Overrides that make an experiment a tiny one, on the data that `prepare_text` writes into a folder."""
+    model = [f"model.{key}={value}" for key, value in _MODEL.items()]
+    sets = [f"data.{name}={data / name}" for name in ("train", "validation")]
+    rest = [f"data.tokenizer={data}/tokenizer.model", "data.sequence_length=32", f"data.lanes={_LANES}"]
+    return [*model, *sets, *rest, "train.initial_weights=null", "evaluate.sequences=4"]
 
-    Args:
-        corpus: a folder of text; a quarter of its documents is held out.
+
+def prepare_text(corpus: Path, data: Path) -> None:
+    """Train a tokenizer on a folder of text and prepare data with it; a quarter of the documents is held out.
+
+    Raises:
+        UserError: there is too little text.
     """
     text = open_corpus(str(corpus))
-    tokenizer = train_tokenizer(text, vocab_size=_VOCABULARY)
-    prepare(text, tokenizer, folder, num_shards=_LANES, validation_share=0.25)
-    model = [f"model.{key}={value}" for key, value in _MODEL.items()]
-    sets = [f"data.{name}={folder / name}" for name in ("train", "validation")]
-    data = [*sets, f"data.tokenizer={folder}/tokenizer.model", "data.sequence_length=32", f"data.lanes={_LANES}"]
-    return [*model, *data, "train.initial_weights=null", "evaluate.sequences=4"]
+    try:
+        tokenizer = train_tokenizer(text, vocab_size=_VOCABULARY)
+        prepare(text, tokenizer, data, num_shards=_LANES, validation_share=0.25)
+    except UserError as error:
+        raise UserError(f"{corpus} has too little text to try experiments out with ({error}); name more") from None
 
 
-def try_out(file: Path, folder: Path, overrides: Sequence[str], at_once: int) -> list[Status]:
-    """Run the first seed of each run and branch of an experiment; returns what became of them.
+def plan(file: Path, folder: Path, overrides: Sequence[str]) -> list[PlannedRun]:
+    """The first seed of each run and branch of an experiment, of a few steps.
 
     Args:
         file: the experiment's.
-        folder: where its runs and `results.jsonl` go.
-        at_once: runs at a time.
+        folder: where its runs go.
+
+    Raises:
+        UserError: it is no experiment, or its runs have several ranks.
     """
     experiment = shortened(read_experiment(file), STEPS)
+    if experiment.place.ranks > 1:
+        raise UserError(
+            f"{file}: place.ranks is {experiment.place.ranks}, but runs are tried with 1; "
+            f"use tools/sweep.py {file} --try-steps {STEPS}"
+        )
     experiment = experiment.model_copy(update={"output_dir": str(folder), "seeds": experiment.seeds[:1]})
-    runs = plan_runs(experiment, overrides)
-    SweepFolder(folder).prepare(file.stem, runs)
+    return plan_runs(experiment, overrides)
+
+
+def try_out(name: str, runs: Sequence[PlannedRun], folder: Path, at_once: int) -> list[Status]:
+    """Train the runs of an experiment; returns what became of them.
+
+    Args:
+        folder: where they go, and `results.jsonl`.
+        at_once: runs at a time.
+
+    Raises:
+        RunInterrupted: a signal has ended it.
+    """
+    SweepFolder(folder).prepare(name, runs)
     results = Results(folder / "results.jsonl")
     sweep = Sweep(runs, _Forks(at_once), results, retries=0, commit=None, show=lambda _: None)
-    sweep.run()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        if ended_by := sweep.run():
+            raise RunInterrupted(f"{ended_by} ended the runs of {name}; start it again")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return sweep.statuses
 
 
@@ -94,15 +129,18 @@ class _Fork:
 
 
 def _train(config: Path, console: Path) -> None:
-    """Train in this process; what it prints is added to the run's console, and an exit code is that of the command."""
+    """Train in this process; what it prints is added to the run's console, and it ends as the command would."""
     with console.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # of readers, as in a command; a fork server's child has its own
+    # Of the processes that read ahead, as in a command; a fork server's children have its own method.
+    multiprocessing.set_start_method("fork", force=True)
     try:
         pretrain(load_config([config]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(EXIT_MISSED)
