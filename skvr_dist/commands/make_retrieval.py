@@ -4,11 +4,10 @@
     skvr-make-retrieval recall --count 400 --seed 1 --output data/retrieval/held-out.jsonl
     skvr-make-retrieval needle --filler stdlib --characters 2000 --count 500 --output data/retrieval/needle.jsonl
 
-`recall` lists pairs `name = value` and asks for one by its name; to train on, its answer goes on with others (--asked),
-and short lists, from which small models learn it, come before long ones (--pairs). `needle` hides a sentence with a
-number among lines of other text (--filler, what tools/prepare_data.py takes as --input), at depths from its beginning
-(0) to its end (1). Each line of the output is an example with a `group`, by which tools/answers.py counts. Another
---seed gives other examples.
+`recall` lists pairs `name = value` and asks for one by its name; to train on, most answers go on with others (--asked),
+and lists of two are easier to begin with (--pairs). `needle` hides a sentence with a number among lines of other text
+(--filler, what tools/prepare_data.py takes as --input), at depths from its beginning (0) to its end (1). Each line of
+the output is an example with a `group`, by which tools/answers.py counts. Another --seed gives other examples.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def run() -> None:
         help="recall: in turn (default: 4 8 16)",
     )
     parser.add_argument(
-        "--asked", type=at_least(1), default=1, metavar="N", help="recall: pairs of an answer (default: 1)"
+        "--asked", type=at_least(1), default=1, metavar="N", help="recall: pairs of three in four answers (default: 1)"
     )
     parser.add_argument("--filler", metavar="CORPUS", help="needle: the other text")
     parser.add_argument("--characters", type=at_least(1), default=2000, metavar="N", help="needle: of a context")

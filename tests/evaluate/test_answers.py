@@ -89,9 +89,13 @@ def test_made_up_questions_are_answered_by_their_contexts() -> None:
         assert len(pairs) == (4, 8)[number % 2] and record["answer"] == f"{asked} = {pairs[asked]}"
         part = list(pairs).index(asked) * 4 // len(pairs)
         assert record["group"] == f"{len(pairs):3} pairs, part {part + 1} of 4"
-    for record in recall(4, pairs=[2, 8], asked=6, seed=1):
+    single, *others = recall(4, pairs=[2, 8], asked=6, seed=1)
+    assert single["answer"].startswith(f"{single['question']} = ") and "\n" not in single["answer"]
+    for record in others:
         lines, answer = record["context"].split("\n"), record["answer"].split("\n")
-        assert answer[0].startswith(f"{record['question']} = ") and record["group"] == f"{len(lines):3} pairs"
+        name = record["question"].removesuffix(" and others")
+        assert answer[0].startswith(f"{name} = ") and name != record["question"]
+        assert record["group"] == f"{len(lines):3} pairs"
         assert sorted(Counter(answer)[line] for line in lines) == ([3, 3] if len(lines) == 2 else [0, 0, *[1] * 6])
     text = "\n".join(f"line {n}" for n in range(500))
     for record in needles(10, filler=text, characters=200, depths=[0, 1], seed=0):

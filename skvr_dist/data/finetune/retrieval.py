@@ -22,14 +22,14 @@ _BANDS = 4
 def recall(count: int, *, pairs: Sequence[int], asked: int = 1, seed: int) -> Iterator[Record]:
     """Associative recall: lists of `name = value`, of which the pair of a name is asked for.
 
-    The group says where it stands. An answer of more pairs is for training: as many things to recall in little more
-    text (multi-query associative recall, Arora et al., Zoology, arXiv 2312.04927). Small models learn from lists of two
-    what they do not learn from long ones alone.
+    The group says where it stands. Answers of more pairs are for training: as many things to recall in little more
+    text (multi-query associative recall, Arora et al., Zoology, arXiv 2312.04927). Three examples of four have them,
+    and say so; so it is learnt, too, where the others end.
 
     Args:
         count: examples.
         pairs: lengths of the lists, which the examples take in turn.
-        asked: pairs of an answer: the one that is asked for, then others at random, each of the list as often.
+        asked: pairs of such an answer: the one that is asked for, then others at random, each of the list as often.
         seed: of everything that is drawn.
 
     Raises:
@@ -44,12 +44,13 @@ def recall(count: int, *, pairs: Sequence[int], asked: int = 1, seed: int) -> It
         names = [_name(code) for code in generator.choice(most, size, replace=False)]
         values = [_SYLLABLES[code] for code in generator.integers(len(_SYLLABLES), size=size)]
         lines = [f"{name} = {value}" for name, value in zip(names, values, strict=True)]
-        rounds = [generator.permutation(size) for _ in range(-(-asked // size))]
-        places = np.concatenate(rounds)[:asked]
-        part = f", part {places[0] * _BANDS // size + 1} of {_BANDS}" if asked == 1 else ""
+        wanted = asked if number % 4 else 1
+        rounds = [generator.permutation(size) for _ in range(-(-wanted // size))]
+        places = np.concatenate(rounds)[:wanted]
+        part = f", part {places[0] * _BANDS // size + 1} of {_BANDS}" if wanted == 1 else ""
         yield {
             "context": "\n".join(lines),
-            "question": names[places[0]],
+            "question": names[places[0]] + (" and others" if wanted > 1 else ""),
             "answer": "\n".join(lines[place] for place in places),
             "group": f"{size:3} pairs{part}",
         }
