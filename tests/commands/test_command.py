@@ -213,6 +213,7 @@ def test_a_full_disk_and_no_memory_are_told(tmp_path: Path) -> None:
     [
         ["bench.py", "generate"],
         ["verify.py", "reshard"],
+        ["verify.py", "experiments"],
         ["export_hf.py", "absent", "out"],
         ["import_hf.py", "absent", "out"],
         ["update_export.py", "absent"],
