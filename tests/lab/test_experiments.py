@@ -40,12 +40,7 @@ def refused(*words: str, **options: object) -> str:
 
 def test_what_cannot_be_tried_is_refused_before_anything_runs(tmp_path: Path) -> None:
     for name, ranks in (("one", 1), ("two", 2)):
-        tree = {
-            "output_dir": "anywhere",
-            "base": ["quickstart"],
-            "overrides": ["parallel.pipeline=1"],
-            "runs": {"a": []},
-        }
+        tree = {"output_dir": "anywhere", "base": ["quickstart"], "overrides": ["parallel.pipeline=1"]}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**tree, "runs": {"a": []}, "place": {"ranks": ranks}}))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "one.yaml").write_text("")

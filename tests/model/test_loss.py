@@ -190,11 +190,8 @@ def test_precisions(dtype: torch.dtype, error: float, backend: str | None, taugh
     if taught is not None:
         example = dataclasses.replace(example, soft_cap=20.0, temperature=2.0)
     hidden, head, objective = example.made()
-    hidden, head, objective = (
-        hidden.to(dtype) / 2,
-        head.to(dtype) / 2,
-        with_teacher(objective, lambda x: x.to(dtype) / 2),
-    )
+    hidden, head = hidden.to(dtype) / 2, head.to(dtype) / 2
+    objective = with_teacher(objective, lambda x: x.to(dtype) / 2)
     right_hidden, right_head = hidden.double().requires_grad_(), head.double().requires_grad_()
     right = literal(right_hidden, right_head, with_teacher(objective, Tensor.double))[0]
     right.backward()
