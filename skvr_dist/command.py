@@ -201,6 +201,17 @@ def share(text: str) -> float:
     return number
 
 
+def probability(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no probability; give a number from 0 to 1")
+    return number
+
+
 def a_path(text: str) -> Path:
     """An argparse type: a path of this machine, `~` replaced by the home folder; no URL."""
     try:

@@ -40,6 +40,7 @@ from skvr_dist.command import (
     exit_code_of,
     new_parser,
     parse,
+    probability,
     run_command,
     share,
     write_json,
@@ -118,7 +119,10 @@ def _measure_answers(
 
     asked, answers = ask(options, checkpoint, tokenizer, strategies)
     print(_table(answers.points))
-    print(f"\n{options.file}: {asked.counts.in_words()}; {checkpoint.folder}")
+    read = asked.counts.in_words()
+    if options.format not in (CODE, "chat"):
+        read += f"; questions before contexts with probability {questions_first(options, checkpoint):g}"
+    print(f"\n{options.file}: {read}; {checkpoint.folder}")
     worse = {
         point.strategy: {
             name: change.mean if name == "loss" else -100 * change.mean for name, change in point.changes.items()
@@ -135,7 +139,7 @@ def ask(
     """Ask the questions of a file, or the lines of a corpus.
 
     Args:
-        options: file, format, count, decode, validation_share, sequence_length and batch_size.
+        options: file, format, count, decode, question_first_prob, validation_share, sequence_length and batch_size.
 
     Raises:
         UserError: the file is of another format, or does not fit the model.
@@ -162,7 +166,13 @@ def ask(
         decode = Decoding(tokenizer, options.decode, completion.METRICS, ends_of_line(tokenizer))
     else:
         template = ChatTemplate.of(str(checkpoint.folder), tokenizer) if options.format == "chat" else None
-        encoder = Encoder(tokenizer, longest=length + 1, seed=0, template=template)
+        encoder = Encoder(
+            tokenizer,
+            longest=length + 1,
+            seed=0,
+            question_first_prob=questions_first(options, checkpoint),
+            template=template,
+        )
         asked = Asked.of(read_examples(options.file, options.format), encoder, options.count)
         decode = Decoding(tokenizer, options.decode, METRICS[options.format]) if options.decode else None
     answers = measure_answers(
@@ -175,6 +185,13 @@ def ask(
         decode=decode,
     )
     return asked, answers
+
+
+def questions_first(options: argparse.Namespace, checkpoint: Checkpoint) -> float:
+    """As in training: a model that never saw a question first would be found not to know the answer."""
+    trained = checkpoint.config.data.question_first_prob
+    given: float | None = options.question_first_prob
+    return next((each for each in (given, trained) if each is not None), 0.5)
 
 
 def _measure_outputs(
@@ -214,6 +231,16 @@ def _measure_outputs(
     return points, worse
 
 
+def add_question_place(parser: argparse._ActionsContainer) -> None:
+    """`--question-first-prob X`, for a parser or a group of one."""
+    parser.add_argument(
+        "--question-first-prob",
+        type=probability,
+        metavar="X",
+        help="how often the question comes before its context (default: as in the run's own examples, or else 0.5)",
+    )
+
+
 def _scores(options: argparse.Namespace) -> tuple[str, ...]:
     """Names of what will be measured, as gates name it."""
     if options.format == PROMPTS:
@@ -242,6 +269,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--format", default="examples", choices=_FORMATS, help="of the file (default: examples)")
     parser.add_argument("--strategies", nargs="+", default=_STRATEGIES, metavar="S", help="cache strategies")
     parser.add_argument("--count", type=at_least(1), default=500, metavar="N", help="examples (default: the first 500)")
+    add_question_place(parser)
     parser.add_argument("--decode", type=at_least(1, 10**5), metavar="N", help="decode and score N tokens at most")
     parser.add_argument("--schema", type=a_path, metavar="FILE", help="JSON schema of what follows prompts")
     parser.add_argument(

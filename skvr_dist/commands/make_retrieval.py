@@ -1,11 +1,12 @@
 """Make up questions that can only be answered from their contexts, to train on and to measure retrieval with.
 
-    skvr-make-retrieval recall --pairs 2 2 4 8 16 --asked 16 --count 20000 --output data/retrieval/recall.jsonl
-    skvr-make-retrieval recall --count 400 --seed 1 --output data/retrieval/held-out.jsonl
+    skvr-make-retrieval recall --letters --pairs 2 2 4 8 16 --asked 16 --count 20000 --output data/retrieval/train.jsonl
+    skvr-make-retrieval recall --letters --count 600 --seed 1 --output data/retrieval/held-out.jsonl
     skvr-make-retrieval needle --filler stdlib --characters 2000 --count 500 --output data/retrieval/needle.jsonl
 
-`recall` lists pairs `name = value` and asks for one by its name; to train on, most answers go on with others (--asked),
-and lists of two are easier to begin with (--pairs). `needle` hides a sentence with a number among lines of other text
+`recall` lists pairs `name = value` and asks for one by its name. A small model learns it sooner if names and values are
+of one token each (--letters), if most answers of what it trains on go on with other pairs (--asked), and if some lists
+are short (--pairs). `needle` hides a sentence with a number among lines of other text
 (--filler, what tools/prepare_data.py takes as --input), at depths from its beginning (0) to its end (1). Each line of
 the output is an example with a `group`, by which tools/answers.py counts. Another --seed gives other examples.
 """
@@ -49,6 +50,9 @@ def run() -> None:
     parser.add_argument(
         "--asked", type=at_least(1), default=1, metavar="N", help="recall: pairs of three in four answers (default: 1)"
     )
+    parser.add_argument(
+        "--letters", action="store_true", help="recall: names are letters and values digits, at most 26 pairs"
+    )
     parser.add_argument("--filler", metavar="CORPUS", help="needle: the other text")
     parser.add_argument("--characters", type=at_least(1), default=2000, metavar="N", help="needle: of a context")
     parser.add_argument(
@@ -56,13 +60,14 @@ def run() -> None:
     )
     options = parse(parser)
 
-    from skvr_dist.data.finetune.retrieval import needles, recall
+    from skvr_dist.data.finetune.retrieval import LETTERS, SYLLABLES, needles, recall
 
     file = prove_writable(options.output, make_folder=True)
     if wrong := [depth for depth in options.depths if not 0 <= depth <= 1]:
         raise UserError(f"--depths {wrong[0]} is no share of a context; give numbers from 0 to 1")
     if options.task == "recall":
-        records = recall(options.count, pairs=options.pairs, asked=options.asked, seed=options.seed)
+        written = LETTERS if options.letters else SYLLABLES
+        records = recall(options.count, pairs=options.pairs, asked=options.asked, seed=options.seed, written=written)
     elif options.filler is None:
         raise UserError("needles need other text to be hidden in; give --filler CORPUS")
     else:

@@ -21,7 +21,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from skvr_dist.command import a_path, at_least, new_parser, parse, positive, run_command, share
-from skvr_dist.commands.answers import QUESTIONS
+from skvr_dist.commands.answers import QUESTIONS, add_question_place
 from skvr_dist.errors import UserError
 from skvr_dist.files import prove_folder
 
@@ -90,6 +90,7 @@ def _options() -> argparse.Namespace:
     caches.add_argument("--format", default="examples", choices=QUESTIONS, help="of --work (default: examples)")
     caches.add_argument("--decode", type=at_least(1, 10**5), default=32, metavar="N", help="tokens of an answer (32)")
     caches.add_argument("--count", type=at_least(1), default=50, metavar="N", help="answers (default: 50)")
+    add_question_place(caches)
     caches.add_argument("--validation-share", type=share, default=0.05, metavar="X", help="of a corpus (0.05)")
     caches.add_argument("--replay", type=a_path, metavar="FILE", help="replay.json, to be a section of the report")
     caches.add_argument("--batch-size", type=at_least(1), default=8, help="sequences at a time (default: 8)")

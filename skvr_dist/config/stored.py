@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from skvr_dist.config.data import HeldOutConfig
 from skvr_dist.config.distillation import DistillationConfig
@@ -20,18 +20,33 @@ class _Stored(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, protected_namespaces=())
 
 
+class StoredSource(_Stored):
+    """What is read of a training set."""
+
+    format: str = "shards"
+    question_first_prob: float = 0.5
+
+
 class StoredData(_Stored):
     """What is read of the `data:` section; all None for an import."""
 
+    train: dict[str, StoredSource] | None = None
     validation: dict[str, HeldOutConfig] | None = None
     """Where the held-out data sets were."""
     sequence_length: int | None = None
     documents: Literal["joined", "separate"] | None = None
 
-    @field_validator("validation", mode="before")
+    @field_validator("train", "validation", mode="before")
     @classmethod
-    def _as_sources(cls, validation: Any) -> Any:
-        return {"validation": {"path": validation}} if isinstance(validation, str) else validation
+    def _as_sources(cls, found: Any, info: ValidationInfo) -> Any:
+        return {info.field_name: {"path": found}} if isinstance(found, str) else found
+
+    @property
+    def question_first_prob(self) -> float | None:
+        """How often the questions trained on came before their contexts; None without any, or if sources differ."""
+        sources = (self.train or {}).values()
+        found = {each.question_first_prob for each in sources if each.format not in ("shards", "chat")}
+        return found.pop() if len(found) == 1 else None
 
 
 class StoredTraining(_Stored):

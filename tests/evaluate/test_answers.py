@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,12 +17,14 @@ import torch
 from support.datasets import TOKENIZER
 from support.hf_models import random_weights
 
+from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.commands import answers, make_retrieval
 from skvr_dist.config.load import load_config
+from skvr_dist.config.stored import StoredData
 from skvr_dist.data.finetune.encode import Counts, Encoded
 from skvr_dist.data.finetune.examples import QuestionAnswer
 from skvr_dist.data.finetune.formats import read_examples
-from skvr_dist.data.finetune.retrieval import needles, recall
+from skvr_dist.data.finetune.retrieval import LETTERS, needles, recall
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.answers import ALL, Asked, Decoding, measure_answers
 from skvr_dist.evaluate.generate import generate
@@ -89,14 +94,18 @@ def test_made_up_questions_are_answered_by_their_contexts() -> None:
         assert len(pairs) == (4, 8)[number % 2] and record["answer"] == f"{asked} = {pairs[asked]}"
         part = list(pairs).index(asked) * 4 // len(pairs)
         assert record["group"] == f"{len(pairs):3} pairs, part {part + 1} of 4"
-    single, *others = recall(4, pairs=[2, 8], asked=6, seed=1)
-    assert single["answer"].startswith(f"{single['question']} = ") and "\n" not in single["answer"]
+    first, second, *others = recall(8, pairs=[2, 8], asked=6, seed=1)
+    for single in (first, second):
+        assert single["answer"].startswith(f"{single['question']} = ") and "\n" not in single["answer"]
     for record in others:
         lines, answer = record["context"].split("\n"), record["answer"].split("\n")
         name = record["question"].removesuffix(" and others")
         assert answer[0].startswith(f"{name} = ") and name != record["question"]
         assert record["group"] == f"{len(lines):3} pairs"
         assert sorted(Counter(answer)[line] for line in lines) == ([3, 3] if len(lines) == 2 else [0, 0, *[1] * 6])
+    letters = list(recall(20, pairs=[2, 26], seed=1, written=LETTERS))
+    assert all(re.fullmatch(r"[A-Z][0-9]", record["answer"]) for record in letters)
+    assert all(record["answer"] in re.findall("..", record["context"]) for record in letters)
     text = "\n".join(f"line {n}" for n in range(500))
     for record in needles(10, filler=text, characters=200, depths=[0, 1], seed=0):
         lines = record["context"].split("\n")
@@ -105,6 +114,34 @@ def test_made_up_questions_are_answered_by_their_contexts() -> None:
         list(needles(1, filler="short", characters=200, depths=[0], seed=0))
     with pytest.raises(UserError, match=r"9999 pairs are more than there are names; at most 4900"):
         list(recall(1, pairs=[9999], seed=0))
+
+
+@pytest.mark.parametrize(
+    ("train", "given", "asked"),
+    [
+        ({"qa": {"path": "x", "format": "squad", "question_first_prob": 0.0}, "text": {"path": "y"}}, None, 0.0),
+        ({"qa": {"path": "x", "format": "squad", "question_first_prob": 0.0}}, 0.25, 0.25),
+        ({"qa": {"path": "x", "format": "squad", "question_first_prob": 0.0}}, 0.0, 0.0),
+        (
+            {"qa": {"path": "x", "format": "squad", "question_first_prob": 1}, "b": {"path": "y", "format": "chat"}},
+            None,
+            1,
+        ),
+        (
+            {"qa": {"path": "x", "format": "squad", "question_first_prob": 1}, "b": {"path": "x", "format": "squad"}},
+            None,
+            0.5,
+        ),
+        ("data/stdlib/train", None, 0.5),
+        (None, None, 0.5),
+    ],
+)
+def test_questions_stand_where_they_stood_in_training(
+    train: dict[str, dict[str, object]] | str | None, given: float | None, asked: float
+) -> None:
+    data = StoredData.model_validate({"train": train})
+    checkpoint = cast("Checkpoint", SimpleNamespace(config=SimpleNamespace(data=data)))
+    assert answers.questions_first(argparse.Namespace(question_first_prob=given), checkpoint) == asked
 
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +159,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     ] * 6
     assert len(json.loads(file.read_text().splitlines()[0])["context"]) > 1500
     for wrong, sentence in (
+        (["recall", "--letters", "--pairs", "27"], "27 pairs are more than there are names; at most 26"),
         (["needle"], "needles need other text to be hidden in; give --filler CORPUS"),
         (["needle", "--depths", "2"], "--depths 2.0 is no share of a context; give numbers from 0 to 1"),
     ):

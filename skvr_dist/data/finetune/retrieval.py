@@ -6,7 +6,9 @@ the format `examples`, whose `group` says what decides how hard it is.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,11 +17,30 @@ from skvr_dist.errors import UserError
 Record = dict[str, str]
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _SYLLABLES = [consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS]
+
+
+class Pairs(NamedTuple):
+    """What lists of pairs are written with."""
+
+    names: Sequence[str]
+    values: Sequence[str]
+    between: str
+    """A name and its value."""
+    after: str
+    """Each pair but the last."""
+
+
+SYLLABLES = Pairs([first + second for first in _SYLLABLES for second in _SYLLABLES], _SYLLABLES, " = ", "\n")
+"""Thousands of names, each of several tokens."""
+LETTERS = Pairs(string.ascii_uppercase, string.digits, "", "")
+"""Names and values of one token each to most tokenizers, and nothing between: what a small model learns soonest."""
 _BANDS = 4
 """Parts of a context that the places of pairs are told apart by."""
 
 
-def recall(count: int, *, pairs: Sequence[int], asked: int = 1, seed: int) -> Iterator[Record]:
+def recall(
+    count: int, *, pairs: Sequence[int], asked: int = 1, seed: int, written: Pairs = SYLLABLES
+) -> Iterator[Record]:
     """Associative recall: lists of `name = value`, of which the pair of a name is asked for.
 
     The group says where it stands. Answers of more pairs are for training: as many things to recall in little more
@@ -31,27 +52,28 @@ def recall(count: int, *, pairs: Sequence[int], asked: int = 1, seed: int) -> It
         pairs: lengths of the lists, which the examples take in turn.
         asked: pairs of such an answer: the one that is asked for, then others at random, each of the list as often.
         seed: of everything that is drawn.
+        written: names and values.
 
     Raises:
         UserError: a list is longer than there are names.
     """
-    most = len(_SYLLABLES) ** 2
+    most = len(written.names)
     if max(pairs) > most:
         raise UserError(f"{max(pairs)} pairs are more than there are names; at most {most}")
     for number in range(count):
         size = pairs[number % len(pairs)]
         generator = np.random.Generator(np.random.Philox(key=[seed, number]))
-        names = [_name(code) for code in generator.choice(most, size, replace=False)]
-        values = [_SYLLABLES[code] for code in generator.integers(len(_SYLLABLES), size=size)]
-        lines = [f"{name} = {value}" for name, value in zip(names, values, strict=True)]
-        wanted = asked if number % 4 else 1
+        names = [written.names[code] for code in generator.choice(most, size, replace=False)]
+        values = [written.values[code] for code in generator.integers(len(written.values), size=size)]
+        listed = [name + written.between + value for name, value in zip(names, values, strict=True)]
+        wanted = asked if number // len(pairs) % 4 else 1  # so each length has both
         rounds = [generator.permutation(size) for _ in range(-(-wanted // size))]
         places = np.concatenate(rounds)[:wanted]
         part = f", part {places[0] * _BANDS // size + 1} of {_BANDS}" if wanted == 1 else ""
         yield {
-            "context": "\n".join(lines),
+            "context": written.after.join(listed),
             "question": names[places[0]] + (" and others" if wanted > 1 else ""),
-            "answer": "\n".join(lines[place] for place in places),
+            "answer": written.after.join(listed[place] for place in places),
             "group": f"{size:3} pairs{part}",
         }
 
@@ -78,7 +100,8 @@ def needles(count: int, *, filler: str, characters: int, depths: Sequence[float]
         generator = np.random.Generator(np.random.Philox(key=[seed, number]))
         start = int(generator.integers(len(filler) - characters))
         lines = filler[start : start + characters].split("\n")[1:] or [""]
-        name, value = _name(int(generator.integers(len(_SYLLABLES) ** 2))), str(generator.integers(1000, 10_000))
+        name = SYLLABLES.names[int(generator.integers(len(SYLLABLES.names)))]
+        value = str(generator.integers(1000, 10_000))
         at = round(depth * len(lines))
         yield {
             "context": "\n".join([*lines[:at], f"The number of {name} is {value}.", *lines[at:]]),
@@ -86,7 +109,3 @@ def needles(count: int, *, filler: str, characters: int, depths: Sequence[float]
             "answer": value,
             "group": f"depth {100 * depth:3.0f} %",
         }
-
-
-def _name(code: int) -> str:
-    return _SYLLABLES[code // len(_SYLLABLES)] + _SYLLABLES[code % len(_SYLLABLES)]
