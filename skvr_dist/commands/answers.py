@@ -98,6 +98,12 @@ def run() -> int:
     if checkpoint.tokenizer_file is None:
         raise UserError(f"checkpoint {checkpoint.folder} has no tokenizer to read questions with; give another one")
     tokenizer = load_tokenizer(checkpoint.tokenizer_file)
+    record = {
+        "checkpoint": str(checkpoint.folder),
+        "step": checkpoint.step,
+        "file": str(options.file),
+        "question_first_prob": questions_first(options, checkpoint),
+    }
     strategies = CacheStrategy.parse_all(
         named, checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
     )
@@ -105,7 +111,6 @@ def run() -> int:
     points, worse = measure(options, checkpoint, tokenizer, strategies)
     figures = _figures(options.gate, worse)
     if options.json:
-        record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "file": str(options.file)}
         write_json(options.json, {**record, "points": [asdict(point) for point in points]})
     for figure in figures:
         print(figure)
@@ -119,10 +124,7 @@ def _measure_answers(
 
     asked, answers = ask(options, checkpoint, tokenizer, strategies)
     print(_table(answers.points))
-    read = asked.counts.in_words()
-    if options.format not in (CODE, "chat"):
-        read += f"; questions before contexts with probability {questions_first(options, checkpoint):g}"
-    print(f"\n{options.file}: {read}; {checkpoint.folder}")
+    print(f"\n{options.file}: {asked.counts.in_words()}{question_place(options, checkpoint)}; {checkpoint.folder}")
     worse = {
         point.strategy: {
             name: change.mean if name == "loss" else -100 * change.mean for name, change in point.changes.items()
@@ -153,6 +155,7 @@ def ask(
     from skvr_dist.evaluate.completion import asked_lines, ends_of_line, held_out_lines
     from skvr_dist.evaluate.metrics import METRICS
 
+    first = questions_first(options, checkpoint)
     longest = checkpoint.model_config.max_position_embeddings
     length = options.sequence_length or checkpoint.config.data.sequence_length or longest
     if length > longest:
@@ -166,13 +169,7 @@ def ask(
         decode = Decoding(tokenizer, options.decode, completion.METRICS, ends_of_line(tokenizer))
     else:
         template = ChatTemplate.of(str(checkpoint.folder), tokenizer) if options.format == "chat" else None
-        encoder = Encoder(
-            tokenizer,
-            longest=length + 1,
-            seed=0,
-            question_first_prob=questions_first(options, checkpoint),
-            template=template,
-        )
+        encoder = Encoder(tokenizer, longest=length + 1, seed=0, question_first_prob=first or 0.0, template=template)
         asked = Asked.of(read_examples(options.file, options.format), encoder, options.count)
         decode = Decoding(tokenizer, options.decode, METRICS[options.format]) if options.decode else None
     answers = measure_answers(
@@ -187,11 +184,29 @@ def ask(
     return asked, answers
 
 
-def questions_first(options: argparse.Namespace, checkpoint: Checkpoint) -> float:
-    """As in training: a model that never saw a question first would be found not to know the answer."""
-    trained = checkpoint.config.data.question_first_prob
+def questions_first(options: argparse.Namespace, checkpoint: Checkpoint) -> float | None:
+    """Probability that a question comes before its context: as given, or as in training; None without questions.
+
+    Raises:
+        UserError: it is given where there are no questions, or training data differ in it.
+    """
+    from skvr_dist.config.data import QUESTION_FORMATS, question_first_prob
+
     given: float | None = options.question_first_prob
-    return next((each for each in (given, trained) if each is not None), 0.5)
+    if options.format not in QUESTION_FORMATS:
+        if given is not None:
+            raise UserError(f"--format {options.format} has no questions and contexts; leave out --question-first-prob")
+        return None
+    if given is not None:
+        return given
+    trained = checkpoint.config.data.train or {}
+    return question_first_prob(trained, options.format, "say with --question-first-prob how to ask")
+
+
+def question_place(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    """`questions_first` as the end of a phrase."""
+    first = questions_first(options, checkpoint)
+    return "" if first is None else f", questions before their contexts with probability {first:g}"
 
 
 def _measure_outputs(

@@ -29,7 +29,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     Raises:
         UserError: the model, its data or the work cannot be used.
     """
-    from skvr_dist.commands.answers import ask
+    from skvr_dist.commands.answers import ask, question_place
     from skvr_dist.commands.retention import FAMILIES, of_families
     from skvr_dist.data.tokenizers.load import load_tokenizer
     from skvr_dist.evaluate.cache_report import content
@@ -59,7 +59,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     if options.file:
         asked, answers = ask(options, checkpoint, tokenizer, {FULL: strategies[FULL], **chosen})
         (cases, compared), scores = content.answered(asked, answers), content.totals(answers)
-        work = f"{options.file}, {options.format}"
+        work = f"{options.file}, {options.format}{question_place(options, checkpoint)}"
     else:
         batches = held_out.batches(options.sequences, options.batch_size, "cpu")
         cases, compared = content.continued(checkpoint.load_decoder(), batches, chosen, tokenizer)

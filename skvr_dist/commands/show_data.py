@@ -89,10 +89,11 @@ def _sequences(
 ) -> tuple[Callable[[int, int], Rows], Callable[[int], str]]:
     """A function that reads sequences by number, and one that names the source of each."""
     if examples:
-        from skvr_dist.config.data import HeldOutConfig
+        from skvr_dist.config.data import HeldOutConfig, question_first_prob
         from skvr_dist.data.finetune.sequences import FinetuneSequences
 
-        file = HeldOutConfig(path=examples, format="examples")
+        first = question_first_prob(data.train, "examples", "override one to say how they are meant")
+        file = HeldOutConfig(path=examples, format="examples", question_first_prob=first)
         of_file = FinetuneSequences.open(
             file, tokenizer, tokenizer_path=data.tokenizer, sequence_length=data.sequence_length, seed=seed
         )

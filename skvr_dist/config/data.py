@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from skvr_dist.errors import UserError
 from skvr_dist.schedule import Positive, Schedule, jumps_of
 from skvr_dist.section import Section
 
@@ -20,6 +22,11 @@ Format = Literal["shards", "examples", "squad", "hotpotqa", "ms_marco", "triviaq
 """What a data set is: shards of documents, or a file of fine-tuning examples (docs/finetuning.md)."""
 
 
+QUESTION_FORMATS: tuple[Format, ...] = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa")
+"""Formats of questions about contexts."""
+QUESTION_FIRST_PROB = 0.5
+
+
 class HeldOutConfig(Section):
     """One of several data sets."""
 
@@ -31,8 +38,11 @@ class HeldOutConfig(Section):
     `examples` is a jsonl file of context, question and answer, `chat` one of messages; docs/finetuning.md has the
     others.
     """
-    question_first_prob: float = Field(default=0.5, ge=0, le=1)
-    """Probability that an example's question comes before its context instead of after it, drawn for each example."""
+    question_first_prob: float = Field(default=QUESTION_FIRST_PROB, ge=0, le=1)
+    """Probability that an example's question comes before its context instead of after it, drawn for each example.
+
+    Of held-out data by default that of the training data of the same name.
+    """
 
     @property
     def has_examples(self) -> bool:
@@ -93,7 +103,17 @@ class DataConfig(Section):
     def _as_sources(cls, sources: Any, info: ValidationInfo) -> Any:
         if sources == {}:
             raise ValueError("must name a data set")
-        return {str(info.field_name): {"path": sources}} if isinstance(sources, str) else sources
+        if isinstance(sources, str):
+            return {str(info.field_name): {"path": sources}}
+        if not isinstance(sources, dict):
+            return sources
+        as_trained = {name: source.question_first_prob for name, source in info.data.get("train", {}).items()}
+        return {
+            name: {"question_first_prob": as_trained[name], **source}
+            if name in as_trained and isinstance(source, dict)
+            else source
+            for name, source in sources.items()
+        }
 
     @model_validator(mode="after")
     def _examples_are_separate(self) -> DataConfig:
@@ -106,3 +126,34 @@ class DataConfig(Section):
                     f"data.documents to separate"
                 )
         return self
+
+
+class _Trained(Protocol):
+    """A training set, as configured or as a checkpoint tells."""
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def question_first_prob(self) -> float: ...
+
+
+def question_first_prob(trained: Mapping[str, _Trained], form: str, way_out: str) -> float:
+    """How often a model that was trained on these sets expects a question before its context.
+
+    A model that never saw a question first would be found not to know the answer.
+
+    Args:
+        form: of the questions; sets of this format count, or without any all sets of questions.
+        way_out: what to do if they differ.
+
+    Raises:
+        UserError: they differ.
+    """
+    asked = {name: source for name, source in trained.items() if source.format in QUESTION_FORMATS}
+    sources = {name: source for name, source in asked.items() if source.format == form} or asked
+    found = {source.question_first_prob: name for name, source in sources.items()}
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise UserError(f"training data {first} has question_first_prob {one:g}, but {second} has {other:g}; {way_out}")
+    return next(iter(found), QUESTION_FIRST_PROB)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
-from skvr_dist.config.data import HeldOutConfig
+from skvr_dist.config.data import QUESTION_FIRST_PROB, HeldOutConfig
 from skvr_dist.config.distillation import DistillationConfig
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.routing import RoutingConfig
@@ -24,7 +24,7 @@ class StoredSource(_Stored):
     """What is read of a training set."""
 
     format: str = "shards"
-    question_first_prob: float = 0.5
+    question_first_prob: float = QUESTION_FIRST_PROB
 
 
 class StoredData(_Stored):
@@ -39,14 +39,7 @@ class StoredData(_Stored):
     @field_validator("train", "validation", mode="before")
     @classmethod
     def _as_sources(cls, found: Any, info: ValidationInfo) -> Any:
-        return {info.field_name: {"path": found}} if isinstance(found, str) else found
-
-    @property
-    def question_first_prob(self) -> float | None:
-        """How often the questions trained on came before their contexts; None without any, or if sources differ."""
-        sources = (self.train or {}).values()
-        found = {each.question_first_prob for each in sources if each.format not in ("shards", "chat")}
-        return found.pop() if len(found) == 1 else None
+        return {str(info.field_name): {"path": found}} if isinstance(found, str) else found
 
 
 class StoredTraining(_Stored):

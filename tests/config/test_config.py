@@ -43,6 +43,19 @@ def test_truth_values_are_true_and_false_alone(tmp_path: Path) -> None:
         quickstart("model.tie_word_embeddings=yes")
 
 
+def test_held_out_questions_stand_as_in_training() -> None:
+    """Unless they say otherwise, or have no namesake."""
+    overrides = [
+        "data.documents=separate",
+        "data.train={qa: {path: x, format: squad, question_first_prob: 0.0}, more: {path: x, format: squad}}",
+        "data.validation={qa: {path: y, format: squad}, other: {path: y, format: squad}}",
+    ]
+    validation = load_config([QUICKSTART], overrides).data.validation
+    assert [source.question_first_prob for source in validation.values()] == [0.0, 0.5]
+    validation = load_config([QUICKSTART], [*overrides, "data.validation.qa.question_first_prob=1.0"]).data.validation
+    assert validation["qa"].question_first_prob == 1
+
+
 def test_later_files_win(tmp_path: Path) -> None:
     later = tmp_path / "later.yaml"
     later.write_text("train: {steps: 7, warmup_steps: 2}\n")

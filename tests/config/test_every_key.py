@@ -53,6 +53,7 @@ def load(path: str, value: str) -> str | None:
     # The section of a source needs its path, and one of rope scaling its type.
     needed = {
         "data.train.code.": "data.train={code: {path: x}}",
+        "data.validation.code.": "data.validation={code: {path: x}}",
         "model.rope_scaling.": "model.rope_scaling={rope_type: linear, factor: 2.0}",
     }
     needed |= {f"{key}.unit": f"{key}.points=[[0, 1]]" for key in SCHEDULED}

@@ -43,7 +43,7 @@ EXAMPLES = [
 
 
 def encoder(longest: int = LENGTH + 1, seed: int = 3, **options: Any) -> Encoder:
-    return Encoder(TOKENIZER, longest=longest, seed=seed, **options)
+    return Encoder(TOKENIZER, longest=longest, seed=seed, **{"question_first_prob": 0.5, **options})
 
 
 def sequences_of(examples: list[QuestionAnswer] = EXAMPLES, length: int = LENGTH, seed: int = 3) -> FinetuneSequences:

@@ -116,22 +116,17 @@ def test_made_up_questions_are_answered_by_their_contexts() -> None:
         list(recall(1, pairs=[9999], seed=0))
 
 
+SQUAD, OTHER = ({"path": "x", "format": form} for form in ("squad", "examples"))
+LAST = {"question_first_prob": 0.0}
+
+
 @pytest.mark.parametrize(
     ("train", "given", "asked"),
     [
-        ({"qa": {"path": "x", "format": "squad", "question_first_prob": 0.0}, "text": {"path": "y"}}, None, 0.0),
-        ({"qa": {"path": "x", "format": "squad", "question_first_prob": 0.0}}, 0.25, 0.25),
-        ({"qa": {"path": "x", "format": "squad", "question_first_prob": 0.0}}, 0.0, 0.0),
-        (
-            {"qa": {"path": "x", "format": "squad", "question_first_prob": 1}, "b": {"path": "y", "format": "chat"}},
-            None,
-            1,
-        ),
-        (
-            {"qa": {"path": "x", "format": "squad", "question_first_prob": 1}, "b": {"path": "x", "format": "squad"}},
-            None,
-            0.5,
-        ),
+        ({"qa": {**SQUAD, **LAST}, "text": {"path": "y"}, "chats": {"path": "z", "format": "chat"}}, None, 0.0),
+        ({"qa": {**SQUAD, **LAST}, "b": OTHER}, None, 0.0),
+        ({"b": {**OTHER, **LAST}}, None, 0.0),
+        ({"qa": SQUAD}, 0.0, 0.0),
         ("data/stdlib/train", None, 0.5),
         (None, None, 0.5),
     ],
@@ -141,7 +136,17 @@ def test_questions_stand_where_they_stood_in_training(
 ) -> None:
     data = StoredData.model_validate({"train": train})
     checkpoint = cast("Checkpoint", SimpleNamespace(config=SimpleNamespace(data=data)))
-    assert answers.questions_first(argparse.Namespace(question_first_prob=given), checkpoint) == asked
+    options = argparse.Namespace(question_first_prob=given, format="squad")
+    assert answers.questions_first(options, checkpoint) == asked
+
+
+def test_a_place_of_questions_that_cannot_be_known() -> None:
+    data = StoredData.model_validate({"train": {"qa": {**SQUAD, **LAST}, "more": SQUAD}})
+    checkpoint = cast("Checkpoint", SimpleNamespace(config=SimpleNamespace(data=data)))
+    with pytest.raises(UserError, match=r"qa has question_first_prob 0, but more has 0.5; say with --question-first"):
+        answers.questions_first(argparse.Namespace(question_first_prob=None, format="squad"), checkpoint)
+    with pytest.raises(UserError, match="--format code has no questions and contexts; leave out --question-first"):
+        answers.questions_first(argparse.Namespace(question_first_prob=0.5, format="code"), checkpoint)
 
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

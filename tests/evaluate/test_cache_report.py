@@ -148,7 +148,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     assert f"Made by `skvr-report --model {tmp_path / 'model'} --data" in continued
     (tmp_path / "replay.json").write_text(as_json(REPLAYED))
     more = ("--work", str(tmp_path / "asked.jsonl"), "--decode", "4", "--replay", str(tmp_path / "replay.json"))
-    asked = started(*words, *more)
+    last, asked = (started(*words, *more, "--question-first-prob", first) for first in "01")
+    for number, text in enumerate((last, asked)):
+        assert f"questions before their contexts with probability {number}\n" in text
+    assert last.split("## Scores")[1].split("\n")[2:12] != asked.split("## Scores")[1].split("\n")[2:12]
     assert "## Under load: desk.jsonl" in asked and "#### At `bulk`" in asked
     assert asked.splitlines()[2].startswith("Keep the cache of ")
     page = (tmp_path / "out/report.html").read_text()

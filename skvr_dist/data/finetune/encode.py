@@ -82,7 +82,7 @@ class Encoder:
     tokenizer: Tokenizer
     longest: int
     seed: int
-    question_first_prob: float = 0.5
+    question_first_prob: float
     passage_orders: int = 0
     template: ChatTemplate | None = None
 
