@@ -45,6 +45,7 @@ from skvr_dist.command import (
     share,
     write_json,
 )
+from skvr_dist.config.data import QUESTION_FORMATS, question_first_prob
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     """By strategy and score: by how much it is worse than at full retention, in nats (`loss`) or points."""
 
 PROMPTS, CODE = "prompts", "code"
-QUESTIONS = ("examples", "squad", "hotpotqa", "ms_marco", "triviaqa", "repliqa", CODE)
+QUESTIONS = (*QUESTION_FORMATS, CODE)
 _FORMATS = (*QUESTIONS, "chat", PROMPTS)
 _STRATEGIES = ("full", "every:2", "every:4")
 
@@ -190,8 +191,6 @@ def questions_first(options: argparse.Namespace, checkpoint: Checkpoint) -> floa
     Raises:
         UserError: it is given where there are no questions, or training data differ in it.
     """
-    from skvr_dist.config.data import QUESTION_FORMATS, question_first_prob
-
     given: float | None = options.question_first_prob
     if options.format not in QUESTION_FORMATS:
         if given is not None:
