@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from skvr_dist.config.presets import find_config
-from skvr_dist.data.prepare.corpus import open_corpus
+from skvr_dist.data.prepare.corpus import Corpus, open_corpus
 from skvr_dist.data.prepare.prepare import prepare
 from skvr_dist.data.tokenizers.train import train_tokenizer
 
@@ -25,6 +26,7 @@ KEYS = {
     "checkpoint.every_steps": 2,
     "parallel.timeout_seconds": 60.0,
 }
+_STRETCH_LINES = 30
 
 
 def make_data(folder: Path, package: str = "email", shards: int = 12) -> None:
@@ -37,7 +39,14 @@ def make_data(folder: Path, package: str = "email", shards: int = 12) -> None:
     tokenizer = train_tokenizer(corpus, vocab_size=512, model_type="bpe")
     folder.mkdir()
     tokenizer.save(folder / "tokenizer.model")
-    prepare(corpus, tokenizer, folder, num_shards=shards, validation_share=0.25, workers=1)
+    # As stretches of lines, far more than shards: whole files are few, and another Python's leave some shard empty.
+    stretches = folder / "stretches.jsonl"
+    with stretches.open("w", encoding="utf-8") as file:
+        for document in corpus:
+            lines = document.text.splitlines(keepends=True)
+            for start in range(0, len(lines), _STRETCH_LINES):
+                file.write(json.dumps({"text": "".join(lines[start : start + _STRETCH_LINES])}) + "\n")
+    prepare(Corpus(stretches), tokenizer, folder, num_shards=shards, validation_share=0.25, workers=1)
 
 
 def arguments(output: Path, data: Path, **keys: Any) -> list[str]:

@@ -63,8 +63,8 @@ def test_a_rank_with_another_plan_is_named() -> None:
     )
 
 
-def train_until(rank: int, fate: str, through: Path) -> tuple[str, float]:
-    """Train on 4 ranks; after the first step one rank gets stuck or dies. What the others say, and after how long.
+def train_until(rank: int, fate: str, through: Path) -> str:
+    """Train on 4 ranks; after the first step one rank gets stuck or dies. What the others say.
 
     In the folder `through` each of the others leaves a file at its end, until which the one is stuck.
     """
@@ -87,22 +87,19 @@ def train_until(rank: int, fate: str, through: Path) -> tuple[str, float]:
             os.kill(os.getpid(), signal.SIGSTOP)
         while len(list(through.iterdir())) < 3:
             time.sleep(0.1)
-        return "", 0.0
+        return ""
     failure._ROLL_CALL_SECONDS, failure._SECONDS_FOR_THE_STORE = 2.0, 2.0
-    started = time.monotonic()
     with pytest.raises(RunInterrupted) as raised:
         engine.train_step(map(MicroBatch.of, second[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, 1))
-    seconds = time.monotonic() - started
     (through / str(mesh.rank)).touch()
-    return str(raised.value), seconds
+    return str(raised.value)
 
 
 @pytest.mark.parametrize(("rank", "fate"), [(2, "is stuck"), (1, "dies"), (0, "is stopped")])
 def test_a_missing_rank_is_named(rank: int, fate: str, tmp_path: Path) -> None:
     results = run_ranks(4, train_until, rank, fate, tmp_path, may_die=fate == "dies")
     survivors = [result for other, result in enumerate(results) if other != rank]
-    for other, (message, seconds) in zip([r for r in range(4) if r != rank], survivors, strict=True):
+    for other, message in zip([r for r in range(4) if r != rank], survivors, strict=True):
         assert message.startswith(f"rank {other} (stage ")
         assert f"no sign of life from rank {rank}" in message
-        assert seconds < 3 * TIMEOUT
-    assert any(" of micro-batch " in message for message, _ in survivors)
+    assert any(" of micro-batch " in message for message in survivors)

