@@ -47,6 +47,9 @@ class TensorShard:
     length: int
     primary: bool = True
     """Whether this rank stands for the shard where several hold the same one: in norms and in checkpoints."""
+    partial: bool = False
+    """Whether a backward pass leaves only this rank's part of the gradient, of its own heads or positions: the sum over
+    the tensor-parallel ranks, which all hold this shard, is left to the end of the step."""
 
     @classmethod
     def whole(cls, shape: torch.Size, primary: bool = True) -> TensorShard:

@@ -70,12 +70,11 @@ class TensorParallelModules(Modules):
 
     def norm(self, size: int, eps: float) -> nn.Module:
         """A norm of hidden states: whole on every rank, or of this rank's positions."""
-        # With whole sequences every rank sees the whole gradient already.
-        return PartialNorm(size, eps, self) if self.sequence_parallel else WholeNorm(size, eps, self)
+        return ReplicatedNorm(size, eps, self, partial=self.sequence_parallel)
 
     def head_norm(self, size: int, eps: float) -> nn.Module:
         """A norm of this rank's heads."""
-        return PartialNorm(size, eps, self)
+        return ReplicatedNorm(size, eps, self, partial=True)
 
     def vocabulary(self, config: ModelConfig) -> nn.Module:
         """This rank's rows of the embedding or of the output head."""
@@ -143,37 +142,28 @@ class RowLinear(nn.Linear):
     """This rank's inputs of a linear layer; the partial outputs are summed over the ranks."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, modules: TensorParallelModules) -> None:
-        share = inputs // modules.mesh.tp_size
+        share, rank = inputs // modules.mesh.tp_size, modules.mesh.tp_rank
         super().__init__(share, outputs, bias=bias)
         self.module_set = modules
+        # With sequence parallelism each rank adds the bias to its own positions only.
+        partial = modules.sequence_parallel
         self.shards = {
-            "weight": TensorShard((outputs, inputs), 1, modules.mesh.tp_rank * share, share),
-            "bias": TensorShard((outputs,), 0, 0, outputs, primary=modules.mesh.tp_rank == 0),
+            "weight": TensorShard((outputs, inputs), 1, rank * share, share),
+            "bias": TensorShard((outputs,), 0, 0, outputs, primary=rank == 0, partial=partial),
         }
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.module_set.leave(F.linear(x, self.weight))
-        if self.bias is None:
-            return out
-        partial = self.module_set.sequence_parallel  # each rank then adds the bias to its own positions only
-        return out + (SumGradient.apply(self.bias, self.module_set.mesh.tp_group) if partial else self.bias)
+        return out if self.bias is None else out + self.bias
 
 
-class WholeNorm(nn.RMSNorm):
-    """A norm that every rank computes on the same inputs."""
+class ReplicatedNorm(nn.RMSNorm):
+    """A norm whose weight every rank holds: of the same inputs, or (`partial`) of its own positions or heads."""
 
-    def __init__(self, size: int, eps: float, modules: TensorParallelModules) -> None:
+    def __init__(self, size: int, eps: float, modules: TensorParallelModules, partial: bool) -> None:
         super().__init__(size, eps=eps)
-        self.module_set = modules
-        self.shards = {"weight": TensorShard((size,), 0, 0, size, primary=modules.mesh.tp_rank == 0)}
-
-
-class PartialNorm(WholeNorm):
-    """A norm that every rank computes on its own positions or heads; their gradients are summed."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = SumGradient.apply(self.weight, self.module_set.mesh.tp_group)
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        primary = modules.mesh.tp_rank == 0
+        self.shards = {"weight": TensorShard((size,), 0, 0, size, primary=primary, partial=partial)}
 
 
 class VocabularyShard(nn.Module):

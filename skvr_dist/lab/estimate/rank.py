@@ -28,6 +28,8 @@ class Weight:
     """`embedding`, `layer N`, `norm` or `head`: what ZeRO-3 fetches as one."""
     elements: int
     is_matrix: bool
+    partial: bool = False
+    """Whether tensor-parallel ranks sum its gradient at the end of a step (`skvr_dist.model.modules.TensorShard`)."""
 
 
 @dataclass(frozen=True)
@@ -151,29 +153,27 @@ class RankSizes:
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        """All weights of the rank."""
+        """All weights of the rank, in the decoder's order."""
         hidden, tied = self.model.hidden_size, self.model.tie_word_embeddings
         table = self.vocabulary * hidden
         found = [Weight("embedding", table, True)] if self.is_first or (self.is_last and tied) else []
         for layer in self.layers:
             found += [Weight(f"layer {layer}", *each) for each in self._layer_weights()]
         if self.is_last:
-            found.append(Weight("norm", hidden, False))
+            found.append(Weight("norm", hidden, False, self.config.parallel.sequence_parallel))
             if not tied:
                 found.append(Weight("head", table, True))
         return tuple(found)
 
-    def _layer_weights(self) -> list[tuple[int, bool]]:
-        model, hidden = self.model, self.model.hidden_size
-        matrices = [self.queries, self.kv, self.kv, self.queries, self.inner, self.inner, self.inner]
-        vectors = [hidden, hidden]
-        if model.attention_bias:
-            vectors += [self.queries, self.kv, self.kv]
-        if model.attention_output_bias:
-            vectors.append(hidden)
-        if model.qk_norm:
-            vectors += [model.head_dim, model.head_dim]
-        return [(hidden * outputs, True) for outputs in matrices] + [(size, False) for size in vectors]
+    def _layer_weights(self) -> list[tuple[int, bool, bool]]:
+        model, hidden, split = self.model, self.model.hidden_size, self.config.parallel.sequence_parallel
+        norm = [(hidden, False, split)]
+        found = list(norm)
+        for outputs in (self.queries, self.kv, self.kv):
+            found += [(hidden * outputs, True, False), *[(outputs, False, False)] * model.attention_bias]
+        found += [(hidden * self.queries, True, False), *[(hidden, False, split)] * model.attention_output_bias]
+        found += [(model.head_dim, False, True)] * (2 * model.qk_norm)
+        return found + norm + [(hidden * self.inner, True, False)] * 3
 
     @cached_property
     def parameters(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from skvr_dist.lab.estimate.rank import MicroBatch, RankSizes, Weight
 
@@ -38,6 +39,8 @@ def step_traffic(rank: RankSizes, rows: Sequence[MicroBatch]) -> Traffic:
         _add_messages(total, rank, row)
         if rank.tensor > 1:
             _add_tensor_parallel(total, rank, row)
+    if rank.tensor > 1:
+        total.add("tensor", "all_reduce", 4 * _partial_elements(rank, rows))
     if rank.replicas > 1:
         _add_replicas(total, rank)
     if rank.model.tie_word_embeddings and rank.stages > 1 and (rank.is_first or rank.is_last):
@@ -76,23 +79,34 @@ def _add_tensor_parallel(total: _Sum, rank: RankSizes, row: MicroBatch) -> None:
         if checkpointing.covers("attention", layer):  # queries are computed apart, and again
             gathered += 1 + 2 * split * (layer in row.read)
             gradients_of_enters += split * (layer in row.read)
-        small = model.head_dim * model.qk_norm * (1 + (layer in row.read))
-        if split:
-            small += model.hidden_size * (2 + model.attention_output_bias)
         if layer in row.read and rank.kv_copies > 1:
-            small += 2 * rank.kv * (model.hidden_size + model.attention_bias)
-        total.add("tensor", "all_reduce", size * small)
+            copied = 2 * rank.kv * (model.hidden_size + model.attention_bias)
+            total.add("tensor", "all_reduce", size * copied)
     if rank.is_first:
         leaves, gradients_of_leaves = leaves + 1, gradients_of_leaves + 1
     if rank.is_last:
         gathered, gradients_of_enters = gathered + 1, gradients_of_enters + 1
-        total.add("tensor", "all_reduce", split * size * model.hidden_size)
         total.add("tensor", "all_gather", 8 * rank.tokens)  # two figures of each token's loss
     if split:
         total.add("tensor", "all_gather", hidden // rank.tensor * (gathered + gradients_of_leaves))
         total.add("tensor", "reduce_scatter", hidden * (leaves + gradients_of_enters))
     else:
         total.add("tensor", "all_reduce", hidden * (leaves + gradients_of_enters))
+
+
+def _partial_elements(rank: RankSizes, rows: Sequence[MicroBatch]) -> int:
+    """Elements of gradients that a rank of the first replica sums over the tensor-parallel ranks in a step."""
+    partial = [weight.elements for weight in rank.weights if weight.partial]
+    if rank.zero_stage == 3:
+        return sum(-(-each // rank.replicas) for each in partial)
+    if rank.zero_stage == 2 or (rank.zero_stage == 1 and rank.element == 4):  # its share of them, as they lie
+        vectors = [weight for weight in rank.weights if not weight.is_matrix]
+        share, ends = flat_shares(rank)[1], list(accumulate(weight.elements for weight in vectors))
+        placed = zip(vectors, ends, strict=True)
+        return sum(max(w.elements - max(end - share, 0), 0) for w, end in placed if w.partial)
+    unread = sum(all(layer not in row.read for row in rows) for layer in rank.layers)  # no gradients with ZeRO-0
+    is_left_out = rank.zero_stage == 0 and rank.replicas == 1
+    return sum(partial) - is_left_out * unread * rank.model.head_dim * rank.model.qk_norm
 
 
 def _add_replicas(total: _Sum, rank: RankSizes) -> None:

@@ -147,6 +147,10 @@ LAYOUTS = {
         Layout("TP4xPP2", 8, {"tensor": 4, "pipeline": 2}, brief=True),
         Layout("TP4xPP2xDP2", 16, {"tensor": 4, "pipeline": 2}, brief=True),
         Layout("PP4xDP4", 16, {"pipeline": 4}, brief=True),
+        # Gradients that tensor-parallel ranks sum once in a step are parts of partitions by then, or on the host.
+        Layout("TP2xDP2 SP ZeRO-2", 4, {**_TP2_SP, "zero_stage": 2}, brief=True),
+        Layout("TP2xDP2 SP ZeRO-2 offload", 4, {**_TP2_SP, "zero_stage": 2}, _OFFLOAD, brief=True),
+        Layout("TP2xDP2 SP ZeRO-3 offload", 4, {**_TP2_SP, "zero_stage": 3}, _OFFLOAD, brief=True),
     )
 }
 
@@ -390,7 +394,7 @@ def full_matrix() -> list[Case]:
 def quick_matrix() -> list[Case]:
     """Every layout twice, so that all policies, kinds of checkpointing and both kinds of embedding take their turns.
 
-    The second case has a variation. Brief layouts are there once, and only if two ranks are enough. Four cases distil,
+    The second case has a variation. Brief layouts are there once, and only if four ranks are enough. Four cases distil,
     and in two each sequence has donors of its own.
     """
     policies = itertools.cycle(("uniform", "strategy", "uniform", "none"))
@@ -402,7 +406,7 @@ def quick_matrix() -> list[Case]:
         plain = [Case(layout.name, next(policies), next(kinds), next(tied)) for _ in range(2)]
         if not layout.brief:
             cases += [plain[0], varied(plain[1], next(names))]
-        elif layout.ranks == 2:
+        elif layout.ranks <= 4:
             cases.append(dataclasses.replace(plain[0], ragged=True))
     cases += [Case(layout, "strategy", ragged=True, distillation="self") for layout in ("DP2 ZeRO-2", "TP2xPP2")]
     cases += [

@@ -42,6 +42,7 @@ from skvr_dist.parallel.engine.gradients import (
     gradient_tensors,
     numbers_of,
     scale_gradients,
+    sum_partial_gradients,
 )
 from skvr_dist.parallel.engine.muon import import_muon_uncompiled
 from skvr_dist.parallel.engine.norms import known_global_norm, take_global_norm
@@ -374,6 +375,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         is_complete = self.mesh.dp_size == 1 and (self.using_bf16_optimizer or not self.zero_optimization())
         if not (self.reduces_in_backward or is_complete):
             super()._exec_reduce_grads()
+        sum_partial_gradients(self.optimizer, self.stage.partial_weights(), self.mesh.tp_group)
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         bound = torch.nn.utils.get_total_norm(gradient_tensors(self.optimizer, self.module))

@@ -10,6 +10,7 @@ offloaded   in `grad` of the fp32 masters on the host, with ZeRO-1, 2 and 3
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.constants import PIPE_REPLICATED
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
@@ -39,6 +42,59 @@ def gradient_tensors(optimizer: Any, module: nn.Module) -> list[Tensor]:
     if offloaded:
         get_accelerator().synchronize()  # they may still be on their way to the host
     return [*own, *averaged, *flat, *offloaded]
+
+
+def held_gradients(optimizer: Any, weights: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """What this rank holds of the gradients of some weights once they are reduced over the replicas, to be changed.
+
+    Args:
+        weights: as they are in the module; those of which it holds nothing are left out.
+    """
+    found: dict[nn.Parameter, Tensor | None]
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        mappings = {weight: getattr(weight, "_hp_mapping", None) for weight in weights}
+        found = {
+            weight: mapping.get_lp_grad_fragment(weight._index_in_param_group)  # type: ignore[attr-defined]
+            for weight, mapping in mappings.items()
+            if mapping is not None
+        }
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and optimizer.offload_optimizer:
+        places = {weight: optimizer.grad_position[optimizer.get_param_id(weight)] for weight in weights}
+        masters = optimizer.fp32_partitioned_groups_flat
+        found = {w: masters[group].grad.narrow(0, start, count) for w, (group, start, count) in places.items()}
+    elif isinstance(optimizer, BF16_Optimizer | DeepSpeedZeroOptimizer_Stage3):
+        is_bf16 = isinstance(optimizer, BF16_Optimizer)
+        groups = optimizer.bf16_groups if is_bf16 else optimizer.fp16_groups
+        gradients = optimizer.fp32_groups_gradients if is_bf16 else optimizer.averaged_gradients
+        pairs = (zip(group, gradients[number], strict=True) for number, group in enumerate(groups))
+        of_all = dict(chain.from_iterable(pairs))
+        found = {weight: of_all[weight] for weight in weights}
+    else:
+        found = {weight: weight.grad for weight in weights}
+    return {weight: each for weight, each in found.items() if each is not None and each.numel()}
+
+
+@torch.no_grad()
+def sum_partial_gradients(optimizer: Any, weights: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Add gradients up over the tensor-parallel ranks, once in a step and all at once; collective over them.
+
+    They hold shards of equal shapes in the same order, so the same parts of the same weights.
+
+    Args:
+        weights: those whose shard is `partial`.
+    """
+    held = held_gradients(optimizer, weights)
+    if not held:
+        return
+    device = get_accelerator().current_device_name()
+    total = torch.cat([each.flatten() for each in held.values()]).to(device)
+    dist.all_reduce(total, group=group)
+    for each, whole in zip(held.values(), total.split([each.numel() for each in held.values()]), strict=True):
+        each.copy_(whole.view_as(each))
+    norms = getattr(optimizer, "norm_for_param_grads", {})  # taken when a gradient was offloaded
+    for weight, each in held.items():
+        if (name := optimizer.get_param_id(weight) if norms else None) in norms:
+            norms[name] = each.float().norm()
 
 
 def add_gradients_in_one_pass(optimizer: Any) -> None:

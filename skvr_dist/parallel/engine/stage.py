@@ -191,6 +191,11 @@ class StageModule(PipelineModule):
         """The tied embedding and the group of first and last stage, on these; None where the stages share none."""
         return next(((comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()), None)
 
+    def partial_weights(self) -> list[nn.Parameter]:
+        """The trained weights whose gradients are yet to be summed over the tensor-parallel ranks."""
+        trained = ((name, weight) for name, weight in self.decoder.named_parameters() if weight.requires_grad)
+        return [weight for name, weight in trained if self.shards[name].partial]
+
     def get_tied_weights_and_groups(self) -> TiedWeights:
         """`tied` as DeepSpeed asks for it; nothing if it is not trained."""
         return [self.tied] if self.tied and self.tied[0].requires_grad else []
