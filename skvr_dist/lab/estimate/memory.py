@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from skvr_dist.lab.estimate.rank import MicroBatch, RankSizes
 from skvr_dist.lab.estimate.traffic import flat_shares, is_persistent, released_modules
-from skvr_dist.model.loss import chunks
+from skvr_dist.model.compiled import resolve_compile
+from skvr_dist.model.loss import CHUNK_ELEMENTS, COMPILED_CHUNK_BYTES, chunks
 
 Kernels = Literal["cpu", "cuda"]
 
@@ -240,7 +243,7 @@ def _at_backward(activations: _Activations, kept: Sequence[int], rows: Sequence[
     others = sum(kept[number + 1 : last])
     held = kept[number]
     running = activations.while_running_back(rows[number])
-    loss = _loss(rank)
+    loss = _loss(rank, activations.kernels)
     if held + loss < running:
         loss = 0
     parameters, optimizer, gradients = state_bytes(rank)
@@ -326,17 +329,19 @@ def _while_reducing(activations: _Activations, kept: Sequence[int], rows: Sequen
     )
 
 
-def _loss(rank: RankSizes) -> int:
-    """While the loss is made: gradients of hidden states and head, and the logits of a chunk of tokens, in float32.
+def _loss(rank: RankSizes, kernels: Kernels) -> int:
+    """While the loss is made: gradients of hidden states and head, and the logits of a chunk of tokens.
 
-    In bf16 there is a copy of the chunk's logits in both directions.
+    Compiled, these are in the precision of the run; else in float32, in bf16 with a copy in both directions.
     """
     if not rank.is_last:
         return 0
     hidden, rows = rank.model.hidden_size, rank.vocabulary
-    chunk = max(part.stop - part.start for part in chunks(rank.tokens, rows))
-    gradients = rank.element * hidden * (rows + rank.tokens)
-    return gradients + (6 if rank.element == 2 else 4) * chunk * rows
+    elements, size = CHUNK_ELEMENTS, 6 if rank.element == 2 else 4
+    if resolve_compile(rank.config.parallel.compile, torch.device(kernels)) == "inductor":
+        elements, size = COMPILED_CHUNK_BYTES // rank.element, rank.element
+    chunk = max(part.stop - part.start for part in chunks(rank.tokens, rows, elements=elements))
+    return rank.element * hidden * (rows + rank.tokens) + size * chunk * rows
 
 
 def _pipeline_buffers(
