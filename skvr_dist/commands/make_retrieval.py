@@ -13,7 +13,9 @@ the output is an example with a `group`, by which tools/answers.py counts. Anoth
 
 from __future__ import annotations
 
+import argparse
 import json
+from typing import Any
 
 from skvr_dist.command import a_path, at_least, new_parser, parse, run_command
 from skvr_dist.errors import UserError
@@ -21,6 +23,11 @@ from skvr_dist.files import prove_writable, write_whole
 
 _LONGEST_FILLER = 2_000_000
 """Characters of documents that are enough."""
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "recall": {"pairs": [4, 8, 16], "asked": 1, "letters": False},
+    "needle": {"filler": None, "characters": 2000, "depths": [0.0, 0.25, 0.5, 0.75, 1.0]},
+}
+"""Of each task's own options."""
 
 
 def main() -> None:
@@ -32,33 +39,9 @@ def run() -> None:
     """Make the examples and write them.
 
     Raises:
-        UserError: a depth or a number of pairs is impossible, or the filler too short.
+        UserError: a depth or a number of pairs is impossible, the filler too short, or an option of another task's.
     """
-    parser = new_parser(__doc__)
-    parser.add_argument("task", choices=("recall", "needle"))
-    parser.add_argument("--output", required=True, type=a_path, metavar="FILE", help="jsonl of examples")
-    parser.add_argument("--count", type=at_least(1), default=1000, metavar="N", help="examples (default: 1000)")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of what is drawn (default: 0)")
-    parser.add_argument(
-        "--pairs",
-        type=at_least(1),
-        nargs="+",
-        default=[4, 8, 16],
-        metavar="N",
-        help="recall: in turn (default: 4 8 16)",
-    )
-    parser.add_argument(
-        "--asked", type=at_least(1), default=1, metavar="N", help="recall: pairs of three in four answers (default: 1)"
-    )
-    parser.add_argument(
-        "--letters", action="store_true", help="recall: names are letters and values digits, at most 26 pairs"
-    )
-    parser.add_argument("--filler", metavar="CORPUS", help="needle: the other text")
-    parser.add_argument("--characters", type=at_least(1), default=2000, metavar="N", help="needle: of a context")
-    parser.add_argument(
-        "--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="X", help="needle: in turn"
-    )
-    options = parse(parser)
+    options = _options()
 
     from skvr_dist.data.finetune.retrieval import LETTERS, SYLLABLES, needles, recall
 
@@ -82,6 +65,30 @@ def run() -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, lines)
     print(f"written: {file}, {options.count} examples")
+
+
+def _options() -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    parser.add_argument("task", choices=("recall", "needle"))
+    parser.add_argument("--output", required=True, type=a_path, metavar="FILE", help="jsonl of examples")
+    parser.add_argument("--count", type=at_least(1), default=1000, metavar="N", help="examples (default: 1000)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of what is drawn (default: 0)")
+    of_recall, of_needles = parser.add_argument_group("recall"), parser.add_argument_group("needle")
+    of_recall.add_argument("--pairs", type=at_least(1), nargs="+", metavar="N", help="in turn (default: 4 8 16)")
+    of_recall.add_argument("--asked", type=at_least(1), metavar="N", help="pairs of three in four answers (default: 1)")
+    of_recall.add_argument(
+        "--letters", action="store_true", default=None, help="names are letters and values digits, at most 26 pairs"
+    )
+    of_needles.add_argument("--filler", metavar="CORPUS", help="the other text")
+    of_needles.add_argument("--characters", type=at_least(1), metavar="N", help="of a context (default: 2000)")
+    of_needles.add_argument("--depths", type=float, nargs="+", metavar="X", help="in turn (default: 0 0.25 0.5 0.75 1)")
+    options = parse(parser)
+    for task, defaults in _DEFAULTS.items():
+        given = [name for name in defaults if getattr(options, name) is not None]
+        if given and task != options.task:
+            raise UserError(f"--{given[0]} is for {task} alone; leave it out for {options.task}")
+        vars(options).update({name: value for name, value in defaults.items() if name not in given})
+    return options
 
 
 def _beginning(corpus: str) -> str:

@@ -165,6 +165,8 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert len(json.loads(file.read_text().splitlines()[0])["context"]) > 1500
     for wrong, sentence in (
         (["recall", "--letters", "--pairs", "27"], "27 pairs are more than there are names; at most 26"),
+        (["needle", "--filler", "stdlib", "--letters"], "--letters is for recall alone; leave it out for needle"),
+        (["recall", "--depths", "0.5"], "--depths is for needle alone; leave it out for recall"),
         (["needle"], "needles need other text to be hidden in; give --filler CORPUS"),
         (["needle", "--depths", "2"], "--depths 2.0 is no share of a context; give numbers from 0 to 1"),
     ):

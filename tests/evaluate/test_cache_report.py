@@ -169,3 +169,5 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         started("--standard", "x", "--output", str(tmp_path / "out"))
     with pytest.raises(UserError, match="leave out --standard and --routed"):
         started(*words, "--standard", "x")
+    with pytest.raises(UserError, match="give --work FILE, or leave it out"):
+        started("--model", "x", "--output", str(tmp_path / "out"), "--question-first-prob", "1")
