@@ -15,6 +15,7 @@ _GENERATED_FROM = {
     "gradient_accumulation_steps": "set train.global_batch_size and train.micro_batch_size",
     "gradient_clipping": "set train.gradient_clipping",
     "zero_optimization.stage": "set parallel.zero_stage",
+    "zero_optimization.round_robin_gradients": "DeepSpeed then says of gradients that they are other weights'",
     "bf16": "set train.precision",
     "fp16": "set train.precision",
     "data_types": "set train.precision",

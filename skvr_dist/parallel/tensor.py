@@ -9,8 +9,8 @@ With sequence parallelism (arXiv 2205.05198) the hidden states between those reg
 becomes a reduce-scatter and an all-gather, which together move the same bytes, and norms run on 1/T of the tokens.
 Nothing but these 1/T is kept for the backward pass, which gathers once more.
 
-A weight that several ranks hold, while each sees only part of its gradient, sums its gradient in the backward pass
-itself. So every engine and every ZeRO stage gets whole gradients.
+A weight that several ranks hold, while each sees only part of its gradient: shared key/value heads sum theirs in the
+backward pass itself; norms and biases are marked (`TensorShard.partial`), and the engine sums theirs once in a step.
 
 Shapes: B batch, S sequence, D hidden, V vocabulary, T tensor-parallel ranks.
 """

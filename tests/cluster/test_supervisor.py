@@ -89,7 +89,7 @@ class Played:
     ) -> subprocess.Popen[bytes]:
         """Start to keep a run running whose attempts go like this: what each rank does, by its number."""
         (self.run / "script.json").write_text(json.dumps(script))
-        keep = ["--hostfile", str(self.folder / "hosts"), "--output-dir", str(self.run), "--patience", "3", *options]
+        keep = ["--hostfile", str(self.folder / "hosts"), "--output-dir", str(self.run), "--patience", "15", *options]
         command = [sys.executable, "-c", FAST, str(pause), *keep, "--", str(self.folder / "rank.py"), str(self.run)]
         own = {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
@@ -178,7 +178,9 @@ def test_ranks_get_arguments_and_environment_and_start_again_on_a_new_port(playe
 
 
 def test_a_host_that_is_silent_is_left_out_and_a_key_overridden(played: Played) -> None:
-    process = played.start({}, {**FINISH, "1": "finish"}, options=("--on-hosts", "2", "parallel.pipeline=1"))
+    process = played.start(
+        {}, {**FINISH, "1": "finish"}, options=("--patience", "3", "--on-hosts", "2", "parallel.pipeline=1")
+    )
     played.wait_for_attempt(0)
     (played.folder / "unreachable").write_text("127.0.0.2\n")
     agent = played.agent(1)

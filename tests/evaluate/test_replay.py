@@ -252,7 +252,7 @@ def test_requests_that_fail_are_counted_and_the_others_go_on() -> None:
 
     async def run() -> Replayed:
         async with failing_server(_answer) as url:
-            return await replay("full", url, requests, Settings(0.3, exactly=False, with_answers=False), None)
+            return await replay("full", url, requests, Settings(2.0, exactly=False, with_answers=False), None)
 
     found = asyncio.run(run())
     assert [each.failure for each in found.outcomes] == [
@@ -260,11 +260,11 @@ def test_requests_that_fail_are_counted_and_the_others_go_on() -> None:
         "503: the engine is full",
         "the answer broke off",
         "out of blocks",
-        "no whole answer in 0.3 seconds",
+        "no whole answer in 2 seconds",
         "",
     ]
     late = found.outcomes[-1]  # sent when it arrived, while another one hung
-    assert late.tokens == [5, 6] and late.text == "ab" and late.arrival <= late.token_seconds[0] < 0.55
+    assert late.tokens == [5, 6] and late.text == "ab" and late.arrival <= late.token_seconds[0] < 2.0
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from skvr_dist.parallel import failure
 from skvr_dist.parallel.mesh import Mesh
 from skvr_dist.train.plans import plan_of_step
 
-TIMEOUT = 3.0
+TIMEOUT = 5.0
 
 
 def mesh_of_replicas() -> Mesh:
@@ -88,7 +88,7 @@ def train_until(rank: int, fate: str, through: Path) -> str:
         while len(list(through.iterdir())) < 3:
             time.sleep(0.1)
         return ""
-    failure._ROLL_CALL_SECONDS, failure._SECONDS_FOR_THE_STORE = 2.0, 2.0
+    failure._ROLL_CALL_SECONDS, failure._SECONDS_FOR_THE_STORE = 4.0, 4.0
     with pytest.raises(RunInterrupted) as raised:
         engine.train_step(map(MicroBatch.of, second[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, 1))
     (through / str(mesh.rank)).touch()

@@ -13,7 +13,8 @@ from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel.roll_call import Sign, announce_host, announced_hosts, call_the_roll, name_the_silent
 
 WORLD, PROCESSES, PER_HOST = 1024, 8, 8
-SECONDS, POLLS = 6.0, 25  # a rank of 1,024 asks every 0.256 s, so at most that often
+SECONDS = 6.0
+POLLS = int(SECONDS / 0.256) + 2  # a rank of 1,024 asks every 0.256 s, so at most that often
 SILENT = [5, 500, 1023]
 
 Found = tuple[list[int], str, int, int]

@@ -43,7 +43,7 @@ def hold(folder: Path, how: str) -> subprocess.Popen[str]:
     return holder
 
 
-def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     holder = hold(tmp_path, "stays")
     try:
         with pytest.raises(UserError) as refused:
@@ -54,7 +54,8 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     finally:
         holder.kill()
         holder.wait()
-    RunLock(tmp_path, "second", patience_seconds=3600.0).release()  # killed: nobody waits for that
+    RunLock(tmp_path, "second").release()
+    assert "waiting up to" not in capsys.readouterr().err  # as a lock says before it waits for anybody
 
 
 def test_who_ends_gives_the_folder_back(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def it_dies() -> None:
 
 def pretrain_until(overrides: list[str], rank: int, moment: str, fate: Callable[[], None]) -> tuple[str, str]:
     """Train on two stages; one rank meets its fate. How this rank ends, in kind and words."""
-    failure._ROLL_CALL_SECONDS = 1.0
+    failure._ROLL_CALL_SECONDS = 3.0
     if os.environ["RANK"] == str(rank):
         place, name = MOMENTS[moment]
         kept = getattr(place, name)

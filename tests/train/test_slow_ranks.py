@@ -64,7 +64,7 @@ def train_with_a_slow_rank() -> tuple[dict[str, float], list[str]]:
     engine, watch = build_engine(config, mesh), RankWatch(mesh, every_steps=3)
     module = engine.module
     if mesh.rank == 1:
-        module.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+        module.register_forward_pre_hook(lambda *_: time.sleep(0.3))
     for step, batch in enumerate(batches(3)):
         started = time.perf_counter()
         engine.train_step(map(MicroBatch.of, batch[mesh.dp_rank :: mesh.dp_size]), plan_of_step(config, step))

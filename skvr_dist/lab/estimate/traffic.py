@@ -40,7 +40,7 @@ def step_traffic(rank: RankSizes, rows: Sequence[MicroBatch]) -> Traffic:
         if rank.tensor > 1:
             _add_tensor_parallel(total, rank, row)
     if rank.tensor > 1:
-        total.add("tensor", "all_reduce", 4 * _partial_elements(rank, rows))
+        total.add("tensor", "all_reduce", 4 * _partial_elements(rank))
     if rank.replicas > 1:
         _add_replicas(total, rank)
     if rank.model.tie_word_embeddings and rank.stages > 1 and (rank.is_first or rank.is_last):
@@ -94,7 +94,7 @@ def _add_tensor_parallel(total: _Sum, rank: RankSizes, row: MicroBatch) -> None:
         total.add("tensor", "all_reduce", hidden * (leaves + gradients_of_enters))
 
 
-def _partial_elements(rank: RankSizes, rows: Sequence[MicroBatch]) -> int:
+def _partial_elements(rank: RankSizes) -> int:
     """Elements of gradients that a rank of the first replica sums over the tensor-parallel ranks in a step."""
     partial = [weight.elements for weight in rank.weights if weight.partial]
     if rank.zero_stage == 3:
@@ -104,9 +104,7 @@ def _partial_elements(rank: RankSizes, rows: Sequence[MicroBatch]) -> int:
         share, ends = flat_shares(rank)[1], list(accumulate(weight.elements for weight in vectors))
         placed = zip(vectors, ends, strict=True)
         return sum(max(w.elements - max(end - share, 0), 0) for w, end in placed if w.partial)
-    unread = sum(all(layer not in row.read for row in rows) for layer in rank.layers)  # no gradients with ZeRO-0
-    is_left_out = rank.zero_stage == 0 and rank.replicas == 1
-    return sum(partial) - is_left_out * unread * rank.model.head_dim * rank.model.qk_norm
+    return sum(partial)
 
 
 def _add_replicas(total: _Sum, rank: RankSizes) -> None:

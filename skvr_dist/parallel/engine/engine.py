@@ -371,7 +371,7 @@ class RoutedPipelineEngine(ZeroPipelineEngine):
         self.sum_tied_gradients(self.module.get_tied_weights_and_groups())
 
     def _exec_reduce_grads(self) -> None:
-        # The gradients of one replica are complete; but its optimizer of ZeRO-1 in fp32 takes them in there.
+        # One replica has nothing to reduce; but its optimizer of ZeRO-1 in fp32 takes the gradients in there.
         is_complete = self.mesh.dp_size == 1 and (self.using_bf16_optimizer or not self.zero_optimization())
         if not (self.reduces_in_backward or is_complete):
             super()._exec_reduce_grads()

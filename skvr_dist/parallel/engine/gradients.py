@@ -20,6 +20,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.utils import get_norm_dtype
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ def gradient_tensors(optimizer: Any, module: nn.Module) -> list[Tensor]:
     return [*own, *averaged, *flat, *offloaded]
 
 
-def held_gradients(optimizer: Any, weights: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+def _held_gradients(optimizer: Any, weights: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
     """What this rank holds of the gradients of some weights once they are reduced over the replicas, to be changed.
 
     Args:
@@ -83,18 +84,19 @@ def sum_partial_gradients(optimizer: Any, weights: Sequence[nn.Parameter], group
     Args:
         weights: those whose shard is `partial`.
     """
-    held = held_gradients(optimizer, weights)
+    held = _held_gradients(optimizer, weights) if weights else {}
     if not held:
         return
-    device = get_accelerator().current_device_name()
-    total = torch.cat([each.flatten() for each in held.values()]).to(device)
+    accelerator = get_accelerator()
+    if any(each.device.type != accelerator.device_name() for each in held.values()):
+        accelerator.synchronize()  # they may still be on their way to the host
+    total = torch.cat([each.flatten() for each in held.values()]).to(accelerator.current_device_name())
     dist.all_reduce(total, group=group)
-    for each, whole in zip(held.values(), total.split([each.numel() for each in held.values()]), strict=True):
-        each.copy_(whole.view_as(each))
     norms = getattr(optimizer, "norm_for_param_grads", {})  # taken when a gradient was offloaded
-    for weight, each in held.items():
-        if (name := optimizer.get_param_id(weight) if norms else None) in norms:
-            norms[name] = each.float().norm()
+    for (weight, each), whole in zip(held.items(), total.split([each.numel() for each in held.values()]), strict=True):
+        each.copy_(whole.view_as(each))
+        if norms:
+            norms[optimizer.get_param_id(weight)] = whole.to(get_norm_dtype()).norm()
 
 
 def add_gradients_in_one_pass(optimizer: Any) -> None:

@@ -12,7 +12,7 @@ from deepspeed.runtime.pipe import schedule
 
 PARTS = ("load", "forward", "backward", "exchange", "reduce", "optimizer")
 """Reading a micro-batch, with the wait for it; the passes, in which ZeRO-2 and 3 reduce gradients and ZeRO-3 fetches
-weights; sending to and receiving from other stages; adding gradients up over replicas; the norm and the update."""
+weights; sending to and receiving from other stages; adding gradients up over ranks; the norm and the update."""
 _PART_OF = {
     schedule.LoadMicroBatch: "load",
     schedule.ForwardPass: "forward",
