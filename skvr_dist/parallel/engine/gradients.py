@@ -92,10 +92,13 @@ def sum_partial_gradients(optimizer: Any, weights: Sequence[nn.Parameter], group
         accelerator.synchronize()  # they may still be on their way to the host
     total = torch.cat([each.flatten() for each in held.values()]).to(accelerator.current_device_name())
     dist.all_reduce(total, group=group)
-    norms = getattr(optimizer, "norm_for_param_grads", {})  # taken when a gradient was offloaded
-    for (weight, each), whole in zip(held.items(), total.split([each.numel() for each in held.values()]), strict=True):
-        each.copy_(whole.view_as(each))
-        if norms:
+    wholes = total.split([each.numel() for each in held.values()])
+    torch._foreach_copy_(
+        list(held.values()), [whole.view_as(each) for each, whole in zip(held.values(), wholes, strict=True)]
+    )
+    norms = getattr(optimizer, "norm_for_param_grads", {})
+    if norms:  # taken when a gradient was offloaded
+        for weight, whole in zip(held, wholes, strict=True):
             norms[optimizer.get_param_id(weight)] = whole.to(get_norm_dtype()).norm()
 
 
