@@ -15,7 +15,6 @@ _GENERATED_FROM = {
     "gradient_accumulation_steps": "set train.global_batch_size and train.micro_batch_size",
     "gradient_clipping": "set train.gradient_clipping",
     "zero_optimization.stage": "set parallel.zero_stage",
-    "zero_optimization.round_robin_gradients": "DeepSpeed then says of gradients that they are other weights'",
     "bf16": "set train.precision",
     "fp16": "set train.precision",
     "data_types": "set train.precision",
@@ -59,6 +58,11 @@ def require_passable(options: Mapping[str, Any], zero_stage: int) -> None:
         raise ValueError(
             f"deepspeed.zero_optimization.offload_optimizer.device is {device}, but gradients that are not in "
             f"memory can neither be checked nor weighed by token; use cpu"
+        )
+    if options.get("zero_optimization", {}).get("round_robin_gradients"):
+        raise ValueError(
+            "deepspeed.zero_optimization.round_robin_gradients true makes DeepSpeed take one weight's gradient for "
+            "another's where it is read or saved; leave it out"
         )
     if options.get("zero_force_ds_cpu_optimizer"):
         raise ValueError(

@@ -155,7 +155,7 @@ def test_later_files_win(tmp_path: Path) -> None:
         ("deepspeed.zero_optimization={stage: 2}", "zero_optimization.stage cannot be .* set parallel.zero_stage"),
         ("deepspeed.zero_optimization={offload_optimizer: {device: nvme}}", "device is nvme, .* use cpu"),
         ("deepspeed.zero_force_ds_cpu_optimizer=true", "runs train with torch's AdamW; leave it out"),
-        ("deepspeed.zero_optimization.round_robin_gradients=true", "round_robin_gradients cannot be passed through"),
+        ("deepspeed.zero_optimization.round_robin_gradients=true", "round_robin_gradients true makes DeepSpeed take"),
         ("deepspeed.pipeline={activation_checkpoint_interval: 1}", "deepspeed.pipeline cannot be passed through"),
         ("model.attention=flash", "flash works in bf16 only"),
         ("model.num_key_value_heads=3", "must be a multiple of num_key_value_heads 3"),
