@@ -116,7 +116,8 @@ def _ratio_figure(one: StepTimes, other: StepTimes, bound: float, mesh: Mesh, at
     ratio = Ratio.of(one, other)
     return Figure(
         f"{one.name} / {other.name}: {ratio.median:.3f} (quartiles {ratio.lower_quartile:.3f} to "
-        f"{ratio.upper_quartile:.3f}, {len(one.seconds)} pairs, {mesh.pp_size} stages x {mesh.dp_size} replicas)",
+        f"{ratio.upper_quartile:.3f}, fastest steps {one.fastest / other.fastest:.3f}, {len(one.seconds)} pairs, "
+        f"{mesh.pp_size} stages x {mesh.dp_size} replicas)",
         f"{bound:.2f}",
         ratio.median >= bound if at_least else ratio.median <= bound,
     )
@@ -129,11 +130,12 @@ def _table(kinds: Sequence[StepTimes], tokens: int, memory: float | None) -> str
         tokens: of a step.
         memory: the most GiB that this rank's GPU held; None on CPUs.
     """
-    headers = ["steps", "median step (ms)", "K/V projections skipped", "tokens/s"]
+    headers = ["steps", "median step (ms)", "fastest (ms)", "K/V projections skipped", "tokens/s"]
     rows = [
         [
             each.name,
             f"{1e3 * each.median:.1f}",
+            f"{1e3 * each.fastest:.1f}",
             f"{each.skipped_kv_share:.0%}",
             f"{tokens / each.median:,.0f}",
         ]

@@ -36,6 +36,11 @@ class StepTimes:
         return statistics.median(self.seconds)
 
     @property
+    def fastest(self) -> float:
+        """Seconds of the fastest step: the one that neighbours on the machine disturbed least."""
+        return min(self.seconds)
+
+    @property
     def mfu(self) -> float | None:
         """Median MFU by the causal count; None on CPUs, NaN where the GPU's peak is not known."""
         found = [each["train/mfu"] for each in self.utilisation if "train/mfu" in each]
