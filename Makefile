@@ -17,14 +17,21 @@ TORCH ?= torch==2.13.0
 # Builds of PyTorch for CUDA bring the Triton that they were made with, which is kept too; this is that of 2.13.0.
 TRITON ?= triton==3.7.1
 PIP_VERSION := 26.3
+# An editable install writes beside the sources, so there is one at a time when environments are made side by side.
+ONE_AT_A_TIME := flock pyproject.toml
+# What pip installs is compiled by all cores, where pip would use one. Syntax that this Python does not know is no error.
+define compile
+$(1)/bin/python -m compileall -qq -j 0 -x '/tests?/' $(1)/lib || true
+endef
 env: $(VENV)/installed
 $(VENV)/installed: requirements.txt pyproject.toml kernels/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet pip==$(PIP_VERSION)
-	$(BIN)/python -c "import torch" 2> /dev/null || $(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/pip install --quiet "$(TRITON)"
-	$(BIN)/pip install --quiet --no-deps --require-hashes --build-constraint $< -r $<
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable . --editable kernels
+	$(BIN)/python -c "import torch" 2> /dev/null || $(BIN)/pip install --quiet --no-compile "$(TORCH)"
+	$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/pip install --quiet --no-compile "$(TRITON)"
+	$(BIN)/pip install --quiet --no-compile --no-deps --require-hashes --build-constraint $< -r $<
+	$(ONE_AT_A_TIME) $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable . --editable kernels
+	$(call compile,$(VENV))
 	touch $@
 
 # The main job: the same small decoder trained twice on the same tokens, standard and routed, on 4 ranks
@@ -59,7 +66,7 @@ $(QUICKSTART)/hf/config.json: $(QUICKSTART)/routed/finished
 test: export OMP_NUM_THREADS := 1
 test: env lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
-	$(BIN)/python -m pytest kernels/tests
+	$(BIN)/python -m pytest -n 2 kernels/tests
 
 # Real launchers over hosts that are namespaces of this machine; skipped, with the reason, where these are not allowed.
 .PHONY: test-hosts
@@ -72,8 +79,9 @@ NEWEST_VENV ?= .venv-newest
 newest-env:
 	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/pip install --quiet --upgrade pip
-	$(NEWEST_VENV)/bin/python -c "import torch" 2> /dev/null || $(NEWEST_VENV)/bin/pip install --quiet "$(TORCH)"
-	$(NEWEST_VENV)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]" "$(TORCH)"
+	$(NEWEST_VENV)/bin/python -c "import torch" 2> /dev/null || $(NEWEST_VENV)/bin/pip install --quiet --no-compile "$(TORCH)"
+	$(ONE_AT_A_TIME) $(NEWEST_VENV)/bin/pip install --quiet --no-compile --upgrade --upgrade-strategy eager --editable ".[dev]" "$(TORCH)"
+	$(call compile,$(NEWEST_VENV))
 
 # What stands in for parts of other packages, or reads their files: transformers, DeepSpeed, torch, webdataset,
 # sentencepiece, tokenizers, safetensors; and Triton, whose tests are in kernels/.
@@ -85,7 +93,7 @@ FOREIGN_CASES := not test_verify and not test_checkpoint or quick_matrix and PP2
 test-newest: export OMP_NUM_THREADS := 1
 test-newest: newest-env
 	$(NEWEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(FOREIGN) -k "$(FOREIGN_CASES)"
-	$(NEWEST_VENV)/bin/python -m pytest kernels/tests
+	$(NEWEST_VENV)/bin/python -m pytest -n 2 kernels/tests
 
 # vLLM for the CPU pins libraries of its own, so it has an environment of its own.
 SERVE_VENV ?= .venv-serve
@@ -93,9 +101,10 @@ serve-env: $(SERVE_VENV)/installed
 $(SERVE_VENV)/installed: requirements-serve.txt pyproject.toml
 	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
 	$(SERVE_VENV)/bin/pip install --quiet pip==$(PIP_VERSION)
-	$(SERVE_VENV)/bin/python -c "import torch" 2> /dev/null || $(SERVE_VENV)/bin/pip install --quiet "$(TORCH)"
-	$(SERVE_VENV)/bin/pip install --quiet --no-deps --require-hashes --build-constraint $< -r $<
-	$(SERVE_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(SERVE_VENV)/bin/python -c "import torch" 2> /dev/null || $(SERVE_VENV)/bin/pip install --quiet --no-compile "$(TORCH)"
+	$(SERVE_VENV)/bin/pip install --quiet --no-compile --no-deps --require-hashes --build-constraint $< -r $<
+	$(ONE_AT_A_TIME) $(SERVE_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(call compile,$(SERVE_VENV))
 	touch $@
 
 test-serve: serve-env
@@ -148,9 +157,10 @@ cuda-env: $(CUDA_VENV)/installed
 $(CUDA_VENV)/installed: requirements.txt pyproject.toml
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/pip install --quiet pip==$(PIP_VERSION)
-	$(CUDA_VENV)/bin/pip install --quiet $(CUDA_TORCH)
-	$(CUDA_VENV)/bin/pip install --quiet --no-deps --require-hashes --build-constraint $< -r $<
-	$(CUDA_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(CUDA_VENV)/bin/pip install --quiet --no-compile $(CUDA_TORCH)
+	$(CUDA_VENV)/bin/pip install --quiet --no-compile --no-deps --require-hashes --build-constraint $< -r $<
+	$(ONE_AT_A_TIME) $(CUDA_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(call compile,$(CUDA_VENV))
 	touch $@
 gpu-dry: cuda-env
 	$(CUDA_VENV)/bin/python tools/verify.py gpu-dry
