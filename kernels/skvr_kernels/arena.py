@@ -54,6 +54,11 @@ class Arena:
                 f"the arena is {shape}, its gradients are {self.gradients.dtype} {tuple(self.gradients.shape)}; give "
                 f"float32 ones of the same shape"
             )
+        if is_debugging() and self.gradients.any():
+            raise ValueError(
+                "the gradients that this arena shares are not zero: a backward pass is under way, or one ended before "
+                "it reached what was written (torch.autograd.grad of queries alone); call zero_() on them"
+            )
 
     @property
     def slots(self) -> int:
@@ -105,16 +110,14 @@ class Documents:
         Raises:
             ValueError: the first such position.
         """
-        batch, sequence = self.first.shape
-        for b in range(batch):
-            first, end = self.first[b].tolist(), self.end[b].tolist()
-            for i in range(sequence):
-                if not 0 <= first[i] <= i < end[i] <= sequence or first[i] != first[end[i] - 1]:
-                    raise ValueError(
-                        f"sequence {b}, position {i}: it sees keys from {first[i]} on and is seen by queries before "
-                        f"{end[i]}, which are not the bounds of a document in {sequence} positions; make them with "
-                        f"Documents.of"
-                    )
+        right = Documents.of(self.first)
+        wrong = (self.first != right.first) | (self.end != right.end)
+        for b, i in wrong.nonzero().tolist():
+            raise ValueError(
+                f"sequence {b}, position {i}: it sees keys from {self.first[b, i]} on and is seen by queries before "
+                f"{self.end[b, i]}, which are not the bounds of a document in {self.first.shape[1]} positions; make "
+                f"them with Documents.of"
+            )
 
 
 def require_possible(head_size: int, dtype: torch.dtype, device: torch.device) -> None:

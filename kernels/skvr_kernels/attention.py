@@ -27,8 +27,10 @@ from skvr_kernels.forward import forward_kernel
 from skvr_kernels.tiles import SMALLEST, Kernel, Tiles, tiles_for
 from skvr_kernels.writing import unwrite_kernel, write_kernel
 
+_MOST_HEADS = 65_535
+"""Of all sequences: the second dimension of a CUDA grid (CUDA C++ Programming Guide)."""
 Rope = tuple[Tensor, Tensor]
-"""cos and sin, float32 [S, E] or [B, S, E]."""
+"""cos and sin, float32 [S, E], [1, S, E] or [B, S, E]."""
 
 
 def arena_token(device: torch.device | str) -> Tensor:
@@ -61,6 +63,7 @@ def write(
         _require_like(arena, name, each, arena.kv.shape[4])
     _require_slots(arena, slot)
     weight, eps = norm or (None, 0.0)
+    _require_norm_and_rope(arena, weight, rope)
     return _Write.apply(k, v, weight, token, arena, slot, eps, rope)
 
 
@@ -99,6 +102,23 @@ def _require_like(arena: Arena, name: str, given: Tensor, heads: int) -> None:
         raise ValueError(
             f"{name} are {given.dtype} {tuple(given.shape)} on {given.device}, for the arena they must be "
             f"{arena.kv.dtype} {wanted} on {arena.kv.device}"
+        )
+    if batch * heads > _MOST_HEADS:
+        raise ValueError(f"{name} have {batch} x {heads} heads, more than the {_MOST_HEADS} of one launch")
+
+
+def _require_norm_and_rope(arena: Arena, weight: Tensor | None, rope: Rope | None) -> None:
+    _, _, batch, sequence, _, head_size = arena.kv.shape
+    if weight is not None and weight.shape != (head_size,):
+        raise ValueError(f"the weight of the norm is {tuple(weight.shape)}, for the arena it must be {(head_size,)}")
+    if rope is None:
+        return
+    cos, sin = rope
+    possible = [(sequence, head_size), (1, sequence, head_size), (batch, sequence, head_size)]
+    if cos.shape != sin.shape or tuple(cos.shape) not in possible or {cos.dtype, sin.dtype} != {torch.float32}:
+        raise ValueError(
+            f"the tables of the rotation are {cos.dtype} {tuple(cos.shape)} and {sin.dtype} {tuple(sin.shape)}, for "
+            f"the arena both must be torch.float32 {possible[0]} or {possible[-1]}"
         )
 
 
@@ -230,13 +250,13 @@ def _writing(
 def _tables(k: Tensor, weight: Tensor | None, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
     """Weight of the norm, cos and sin; any tensor stands for what a kernel is compiled without."""
     cos, sin = (k, k) if rope is None else (each.contiguous() for each in rope)
-    return k if weight is None else weight, cos, sin
+    return k if weight is None else weight.contiguous(), cos, sin
 
 
 def _sizes(arena: Arena, rope: Rope | None) -> tuple[int, int, int, int, int]:
     """Slots, batch, sequence, heads of keys and the stride between tables, as the kernels that write take them."""
     _, _, batch, sequence, kv_heads, head_size = arena.kv.shape
-    is_own = rope is not None and rope[0].dim() == 3
+    is_own = rope is not None and rope[0].dim() == 3 and rope[0].shape[0] > 1
     return arena.slots, batch, sequence, kv_heads, sequence * head_size if is_own else 0
 
 

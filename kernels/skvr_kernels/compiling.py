@@ -32,10 +32,10 @@ KERNELS: dict[Kernel, Any] = {
     "unwrite": unwrite_kernel,
 }
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 """Shared memory of a program, by compute capability (CUDA C++ Programming Guide, table of technical specifications)."""
-_CONFIGURATIONS = ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float16, 128),
-                   (torch.float32, 64), (torch.float32, 128))  # fmt: skip
+_CONFIGURATIONS = ((torch.bfloat16, 64), (torch.bfloat16, 96), (torch.bfloat16, 128), (torch.bfloat16, 256),
+                   (torch.float16, 128), (torch.float32, 64), (torch.float32, 128))  # fmt: skip
 _GROUP = 2  # query heads of a key/value head: its value is a loop's length, and changes no tile
 _ELSE = {  # of arguments that are neither in the arena's dtype nor known to the compiler
     "D_KV": "*fp32", "LSE": "*fp32", "DELTA": "*fp32", "D_WEIGHT": "*fp32", "COS": "*fp32", "SIN": "*fp32",
@@ -76,7 +76,7 @@ class Compiled:
     def _can_use_wgmma(self) -> bool:
         """Whether its tiles are large enough for Hopper's instructions, which take 64 rows, in a dtype of 16 bits."""
         rows = {"forward": self.tiles.queries, "queries": self.tiles.queries, "keys": self.tiles.keys}
-        return self.capability >= 90 and self.dtype != "fp32" and rows.get(self.kernel, 0) >= 64
+        return 90 <= self.capability < 100 and self.dtype != "fp32" and rows.get(self.kernel, 0) >= 64
 
 
 def configurations() -> Iterator[tuple[Kernel, int, torch.dtype, int]]:

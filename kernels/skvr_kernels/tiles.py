@@ -41,16 +41,29 @@ def tiles_for(kernel: Kernel, capability: int, head_size: int, dtype: torch.dtyp
         capability: of the GPU, such as 80 or 90.
     """
     if kernel in ("write", "unwrite"):
-        return Tiles(max(16, 4096 // head_size), 0, 4, 1)
+        return Tiles(max(16, _power_of_two_within(4096 // head_size)), 0, 4, 1)
     if dtype == torch.float32:  # products in three parts of TF32 take three times the registers
-        return Tiles(32, 16 if head_size > 64 else 32, 8, 1)
+        return Tiles(32, 16 if head_size > 64 else 32, 8, 1, stack_bytes=64 if capability >= 120 else 0)
+    is_small = _has_little_shared_memory(capability)
     if head_size > 128:
-        return Tiles(64, 32, 8, 1) if kernel == "keys" else Tiles(64, 32, 8, 2)
-    if capability >= 90:
+        if kernel == "keys":
+            return Tiles(32 if is_small else 64, 32, 8, 1)
+        return Tiles(64, 32, 8, 1 if is_small else 2)
+    if capability >= 90 and not is_small:
         # With 8 warps for keys nothing spills, and a backward pass takes 1.4 times as long.
         return {
             "forward": Tiles(64, 64, 4, 3),
             "queries": Tiles(128, 64, 8, 3),
-            "keys": Tiles(64, 64, 4, 2, stack_bytes=192),
+            "keys": Tiles(64, 64, 4, 2, stack_bytes=224),
         }[kernel]
     return {"forward": Tiles(128, 32, 8, 2), "queries": Tiles(64, 64, 8, 2), "keys": Tiles(64, 64, 8, 2)}[kernel]
+
+
+def _has_little_shared_memory(capability: int) -> bool:
+    """Whether a program has 99 KiB: cards for workstations and games of every generation, 8.6, 8.9 and 12."""
+    return capability in (86, 89) or capability >= 120
+
+
+def _power_of_two_within(number: int) -> int:
+    """The largest that is not above a number of 1 or more."""
+    return 1 << (number.bit_length() - 1)

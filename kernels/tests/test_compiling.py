@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from skvr_kernels.arena import DTYPES, LARGEST_HEAD
 from skvr_kernels.compiling import Compiled
-from skvr_kernels.tiles import Tiles
+from skvr_kernels.tiles import Kernel, Tiles, tiles_for
 
 from skvr_dist.commands.verify import kernels
 from skvr_dist.errors import UserError
@@ -21,7 +24,11 @@ from skvr_dist.errors import UserError
 TIGHT = """
 import dataclasses, json, torch
 from skvr_kernels.compiling import compiled
-found = [compiled(kernel, 90, torch.bfloat16, 128) for kernel in ("forward", "keys")]
+found = [compiled(*each) for each in (
+    ("forward", 90, torch.bfloat16, 128),
+    ("keys", 90, torch.bfloat16, 96),
+    ("keys", 120, torch.bfloat16, 256),
+)]
 print(json.dumps([[each.misses, each.registers, each.wgmma] for each in found]))
 """
 
@@ -31,8 +38,19 @@ def test_the_tightest_kernels_spill_nothing(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", TIGHT], env=environment, capture_output=True, text=True, check=True)
-    for misses, registers, wgmma in json.loads(done.stdout):
-        assert misses == [] and 128 < registers <= 255 and wgmma > 0
+    found = json.loads(done.stdout)
+    for misses, registers, _ in found:
+        assert misses == [] and 128 < registers <= 255
+    assert [wgmma > 0 for *_, wgmma in found] == [True, True, False]
+
+
+def test_tiles_of_every_head_size_are_powers_of_two() -> None:
+    """Which Triton asks for, and the interpreter, with tiles of its own, does not see."""
+    for kernel, capability in itertools.product(get_args(Kernel), (80, 86, 90, 100, 120)):
+        for head_size, dtype in itertools.product(range(2, LARGEST_HEAD + 1, 2), DTYPES):
+            tiles = tiles_for(kernel, capability, head_size, dtype)
+            for size in (tiles.queries, tiles.keys):
+                assert size == 0 or (size >= 16 and size.bit_count() == 1), (kernel, capability, head_size, size)
 
 
 def test_limits_that_are_not_kept_are_named() -> None:

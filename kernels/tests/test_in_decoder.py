@@ -65,3 +65,17 @@ def test_follows_the_formula(
 def test_what_the_kernel_cannot_do_is_refused_in_one_sentence() -> None:
     with pytest.raises(UserError, match="takes even head sizes up to 128 in float32, not 130; use auto or sdpa"):
         resolve("routed", torch.device("cpu"), torch.float32, 130)
+
+
+def test_a_pass_without_gradients_holds_none() -> None:
+    """Of a frozen teacher they would be as large as all of its keys and values, for the whole run."""
+    decoder = Decoder(MODEL.model_copy(update={"attention": "routed"}))
+    initialize(decoder, seed=0)
+    tokens = torch.zeros(2, 37, dtype=torch.long)
+    with torch.no_grad():
+        decoder.run_layers(decoder.embed(tokens), EACH, {})
+    assert decoder._arena_gradients._held is None
+    hidden, _ = decoder.run_layers(decoder.embed(tokens), EACH, {})
+    hidden.sum().backward()
+    held = decoder._arena_gradients._held
+    assert held is not None and not held.any()

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, E head size.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -158,11 +159,10 @@ def test_outputs_and_gradients_are_those_of_the_formula() -> None:
         assert mine <= 1.2 * theirs, (dtype, mine, theirs)
 
 
-@pytest.mark.parametrize("own_tables", [False, True])
-def test_keys_are_normed_and_rotated_on_their_way(own_tables: bool) -> None:
+@pytest.mark.parametrize("tables", [(), (1,), (2,)])
+def test_keys_are_normed_and_rotated_on_their_way(tables: tuple[int, ...]) -> None:
     batch, sequence, heads, size = 2, 19, 2, 24
-    shape = (batch, sequence, size) if own_tables else (sequence, size)
-    angles = torch.randn(*shape[:-1], size // 2).repeat_interleave(2, dim=-1)
+    angles = torch.randn(*tables, sequence, size // 2).repeat_interleave(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     k, v, weight = (
         torch.randn(batch, sequence, heads, size),
@@ -173,7 +173,8 @@ def test_keys_are_normed_and_rotated_on_their_way(own_tables: bool) -> None:
     leaves = [each.clone().requires_grad_() for each in (k, v, weight)]
     rights = [each.clone().requires_grad_() for each in (k, v, weight)]
     slot = torch.tensor([1, 0])
-    token = skvr_kernels.write(arena, slot, *leaves[:2], arena_token("cpu"), norm=(leaves[2], 1e-5), rope=(cos, sin))
+    norm = leaves[2].repeat_interleave(2)[::2], 1e-5  # not contiguous
+    token = skvr_kernels.write(arena, slot, *leaves[:2], arena_token("cpu"), norm=norm, rope=(cos, sin))
     wanted = rotate(F.rms_norm(rights[0], (size,), rights[2], 1e-5), cos, sin)
     torch.testing.assert_close(arena.kv[slot, 0, [0, 1]], wanted, rtol=1e-5, atol=1e-6)
     assert torch.equal(arena.kv[slot, 1, [0, 1]], v)
@@ -248,6 +249,30 @@ def test_a_slot_that_is_none_is_refused_when_debugging_and_never_read(monkeypatc
     wrong = Documents(torch.tensor([[0, 2, 2]] * 2).int(), torch.tensor([[1, 3, 3]] * 2).int())
     with pytest.raises(ValueError, match=r"sequence 0, position 1: it sees keys from 2 on .* Documents\.of"):
         skvr_kernels.attend(arena, torch.tensor([0, 0]), k, wrong, token)
+    arena.gradients[0, 0, 0, 0] = 1.0
+    with pytest.raises(ValueError, match=r"gradients that this arena shares are not zero: .* call zero_\(\) on them"):
+        Arena(1, 2, 3, 1, 8, dtype=torch.float32, device="cpu", gradients=arena.gradients)
+
+
+def test_the_only_bounds_that_debugging_accepts_are_those_of_documents() -> None:
+    """Every pair for 4 positions in which each sees itself, of which 8 are ways to cut them into documents."""
+    right = {tuple(map(tuple, bounds_of(numbers))) for numbers in itertools.product((0, 1), (0, 1), (0, 1))}
+    accepted = set()
+    ranges = [*(range(i + 1) for i in range(4)), *(range(i + 1, 5) for i in range(4))]
+    for numbers in itertools.product(*ranges):
+        first, end = numbers[:4], numbers[4:]
+        try:
+            Documents(torch.tensor([first]).int(), torch.tensor([end]).int()).require_consistent()
+        except ValueError:
+            continue
+        accepted.add((first, end))
+    assert accepted == right and len(right) == 8
+
+
+def bounds_of(steps: tuple[int, ...]) -> list[list[int]]:
+    """First and end of each position, where a document begins at every step of 1."""
+    documents = Documents.of(torch.tensor([[0, *steps]]).cumsum(1))
+    return [documents.first[0].tolist(), documents.end[0].tolist()]
 
 
 def test_what_no_kernel_can_do_is_refused() -> None:
@@ -274,5 +299,21 @@ def test_what_no_kernel_can_do_is_refused() -> None:
         skvr_kernels.attend(made, torch.tensor([0]).int(), keys, joined, arena_token("cpu"))
     with pytest.raises(ValueError, match=r"bounds of documents are torch.int32 \(1, 5\), .* Documents\.of"):
         skvr_kernels.attend(made, torch.tensor([0]), keys, Documents.joined(1, 5, "cpu"), arena_token("cpu"))
+    table = torch.ones(4, 8)
+    for norm, rope, words in (
+        ((torch.ones(4), 1e-6), None, r"weight of the norm is \(4,\), .* must be \(8,\)"),
+        (
+            None,
+            (table[:, :4], table[:, :4]),
+            r"tables .* torch.float32 \(4, 4\) and .* both must be torch.float32 \(4, 8\)",
+        ),
+        (None, (table, table[None]), r"\(4, 8\) and torch.float32 \(1, 4, 8\)"),
+        (None, (table.double(), table.double()), r"torch.float64 \(4, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            skvr_kernels.write(made, torch.tensor([0]), keys, keys, arena_token("cpu"), norm=norm, rope=rope)
+    with pytest.raises(ValueError, match="keys have 40000 x 2 heads, more than the 65535 of one launch"):
+        many = Arena(1, 40_000, 1, 2, 2, dtype=torch.float32, device="cpu")
+        skvr_kernels.write(many, torch.zeros(40_000).long(), many.kv[0, 0], many.kv[0, 1], arena_token("cpu"))
     with pytest.raises(ValueError, match=r"its gradients are .*; give float32 ones of the same shape"):
         Arena(2, 1, 4, 2, 8, dtype=torch.float32, device="cpu", gradients=made.gradients)

@@ -79,6 +79,7 @@ class StageArena:
         """R."""
         self._layers, self._batch, self._device, self._gradients = layers, batch, device, gradients
         self._documents = documents
+        self._with_gradients = torch.is_grad_enabled()  # now: a layer that is recomputed may run without
         read = {row[layer] for row in donors for layer in layers}
         own = [layer for layer in layers if layer in read]
         # Of earlier stages' layers each row reads others: the first that each of them reads share a slot, and so on.
@@ -156,8 +157,11 @@ class StageArena:
     def _make_arena(self, k: Tensor) -> None:
         import skvr_kernels
 
-        shape = (self.slots, *k.shape)
-        gradients = self._gradients.of((self.slots, 2, *k.shape), k.device)
+        shape, of_gradients = (self.slots, *k.shape), (self.slots, 2, *k.shape)
+        if self._with_gradients:
+            gradients = self._gradients.of(of_gradients, k.device)
+        else:  # nobody adds to them: one zero stands for all
+            gradients = torch.zeros((), dtype=torch.float32, device=k.device).expand(of_gradients)
         self._arena = skvr_kernels.Arena(*shape, dtype=k.dtype, device=k.device, gradients=gradients)
         if self._documents is None:
             self._bounds = skvr_kernels.Documents.joined(k.shape[0], k.shape[1], k.device)

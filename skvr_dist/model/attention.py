@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
 
 from skvr_dist.config.model import FLASH_KERNELS
-from skvr_dist.model.attention_choice import LARGEST_HEAD
+from skvr_dist.model.attention_choice import LARGEST_HEAD, LARGEST_HEAD_OF_FA4
 from skvr_dist.model.documents import Documents
 
 
@@ -99,20 +100,28 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scope: AttentionScope) -> Tensor:
     mask = scope.mask
     if mask is None and not causal and queries > 1:
         mask = _causal_mask(queries, keys, q.device)
-    group = q.shape[1] // k.shape[1]
-    if group > 1 and q.is_cuda and not _sdpa_groups_heads(q, mask):
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    if not q.is_cuda or _sdpa_has_flash(q, mask):
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    else:
+        # Of grouped heads SDPA would compute the formula and keep all scores several times over: its flash kernel alone
+        # has them. Copies of keys and values let it take its memory-efficient kernel.
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        with sdpa_kernel(_WITHOUT_FLASH):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2)
 
 
-def _sdpa_groups_heads(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether SDPA has a kernel for grouped heads [B, H, S, E] on a GPU: its flash kernel alone has.
+_WITHOUT_FLASH = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+"""For what SDPA's flash kernel cannot do; FA4 in its place is chosen by SDPA without a look at the head size."""
 
-    For all else that is grouped it would compute the formula and keep all scores several times over; copies of keys and
-    values let it take its memory-efficient kernel.
-    """
-    return mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= LARGEST_HEAD
+
+def _sdpa_has_flash(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether the flash kernel that SDPA has on a GPU can do heads [B, H, S, E]: PyTorch's own, or what is in force."""
+    largest = LARGEST_HEAD_OF_FA4 if current_flash_attention_impl() == "FA4" else LARGEST_HEAD
+    return mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= largest
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, scope: AttentionScope) -> Tensor:

@@ -20,6 +20,8 @@ from skvr_dist.errors import UserError
 
 LARGEST_HEAD = 256
 """Elements of the largest head of all three kernels, forwards and backwards; sizes are multiples of 8."""
+LARGEST_HEAD_OF_FA4 = 128
+"""Elements of the largest head that FA4 can do on all GPUs that it is for; some can do 256."""
 LONGEST_FROM_ARENA = 1024
 """Positions of a sequence up to which our kernel is taken for donors of each sequence: up to there it is the fastest on
 an H100 (docs/attention.md)."""
@@ -53,6 +55,23 @@ class _Package:
     """How to get it, in words."""
 
 
+@dataclass(frozen=True)
+class _Obstacle:
+    """Why a kernel cannot be taken, in words."""
+
+    words: str
+    way_out: str = ""
+    """What would take it out of the way, if anything does."""
+
+    def __str__(self) -> str:
+        return self.words
+
+    def refusal(self, wanted: str) -> UserError:
+        """Of a kernel that was asked for."""
+        way_out = f"{self.way_out}, or " if self.way_out else ""
+        return UserError(f"model.attention is {wanted}, but {self.words}; {way_out}use auto or sdpa")
+
+
 _PACKAGES = {
     "fa4": _Package(
         "FA4", "flash-attn-4", "flash_attn.cute", (9, 10), "install it with `pip install --pre flash-attn-4`"
@@ -76,10 +95,13 @@ def require_installed(wanted: AttentionName) -> None:
     Raises:
         UserError: it is not, with the way to get it.
     """
-    if wanted in _PACKAGES and not _is_installed(_PACKAGES[wanted].module):
-        raise UserError(_refusal(wanted, _not_installed(wanted)))
-    if wanted == "routed" and not _is_installed("skvr_kernels"):
-        resolve(wanted, torch.device("cpu"), torch.float32, 64)
+    obstacle = None
+    if wanted in _PACKAGES:
+        obstacle = _package_obstacle(_PACKAGES[wanted])
+    elif wanted == "routed":
+        obstacle = _kernels_obstacle()
+    if obstacle:
+        raise obstacle.refusal(wanted)
 
 
 @functools.cache
@@ -93,20 +115,21 @@ def resolve(wanted: AttentionName, device: torch.device, dtype: torch.dtype, hea
         return Choice(wanted, "as model.attention says")
     if wanted == "routed":
         if obstacle := _arena_obstacle(device, dtype, head_dim):
-            raise UserError(f"model.attention is routed, but {obstacle}; use auto or sdpa")
+            raise obstacle.refusal(wanted)
         return Choice(wanted, "as model.attention says")
     unfit = _unfit(device, dtype, head_dim)
-    passed_over: dict[str, str] = {}
+    passed_over: dict[str, _Obstacle] = {}
     for name in FLASH_KERNELS if wanted in ("auto", "flash") else (wanted,):
         obstacle = unfit or _obstacle(name, device, dtype, head_dim)
         if obstacle is None:
             reasons = [_version(name), f"{_DTYPES[dtype]} on {torch.cuda.get_device_name(device)}"]
             return Choice(name, "; ".join(reasons + [f"not {other}: {why}" for other, why in passed_over.items()]))
         passed_over[name] = obstacle
-    reason = unfit or passed_over.get(wanted) or "; ".join(f"not {name}: {why}" for name, why in passed_over.items())
+    in_all = _Obstacle("; ".join(f"not {name}: {why}" for name, why in passed_over.items()))
+    obstacle = unfit or passed_over.get(wanted, in_all)
     if wanted == "auto":
-        return Choice("sdpa", reason)
-    raise UserError(_refusal(wanted, reason))
+        return Choice("sdpa", str(obstacle))
+    raise obstacle.refusal(wanted)
 
 
 @functools.cache
@@ -131,19 +154,46 @@ def takes_arena(
     return was_measured and _arena_obstacle(device, dtype, head_dim) is None
 
 
-def _arena_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why our kernel cannot be taken, if so."""
-    if not _is_installed("skvr_kernels"):
-        return "the package skvr_kernels is not installed: install it with `pip install ./kernels`"
-    if not _is_installed("triton"):
-        return "Triton, which skvr_kernels needs, is not installed: builds of torch for GPUs bring it along"
-    from skvr_kernels import require_possible
-
+def _arena_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> _Obstacle | None:
+    """Why our kernel cannot be taken, if so; on a GPU it is tried."""
+    if obstacle := _kernels_obstacle():
+        return obstacle
     try:
+        from skvr_kernels import require_possible
+
         require_possible(head_dim, dtype, device)
     except ValueError as error:
-        return str(error)
+        return _Obstacle(str(error))
+    except Exception as error:  # Triton does not import
+        return _Obstacle(f"skvr_kernels does not import ({_first_line(error)})")
+    if device.type != "cuda":
+        return None
+    try:
+        _try_arena(device, dtype, head_dim)
+    except Exception as error:  # of any kind: of the compiler, of the driver
+        return _Obstacle(f"skvr_kernels does not run here ({_first_line(error)})")
     return None
+
+
+def _kernels_obstacle() -> _Obstacle | None:
+    """Why `skvr_kernels` is not there, if so; neither it nor Triton is imported."""
+    return _missing("skvr_kernels", "skvr_kernels", "install it with `pip install ./kernels`") or _missing(
+        "triton", "triton, which skvr_kernels needs", "take a build of torch for GPUs, which brings it along"
+    )
+
+
+def _try_arena(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Run our kernels forwards and backwards on a few tokens."""
+    import skvr_kernels
+
+    with torch.inference_mode(False), torch.enable_grad():
+        arena = skvr_kernels.Arena(1, 1, 128, 1, head_dim, dtype=dtype, device=device)
+        kv = torch.zeros(1, 128, 1, head_dim, dtype=dtype, device=device, requires_grad=True)
+        slot = torch.zeros(1, dtype=torch.int64, device=device)
+        token = skvr_kernels.write(arena, slot, kv, kv, skvr_kernels.arena_token(device))
+        joined = skvr_kernels.Documents.joined(1, 128, device)
+        out, _ = skvr_kernels.attend(arena, slot, kv, joined, token)
+        out.sum().backward()
 
 
 def activate(name: str) -> None:
@@ -180,44 +230,50 @@ def resolve_beside(choice: Choice, device: torch.device, dtype: torch.dtype, hea
         return Choice("sdpa", str(error))
 
 
-def _refusal(wanted: str, obstacle: str) -> str:
-    how = _PACKAGES[wanted].install + ", or " if wanted in _PACKAGES and obstacle == _not_installed(wanted) else ""
-    return f"model.attention is {wanted}, but {obstacle}; {how}use auto or sdpa"
-
-
-def _unfit(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _unfit(device: torch.device, dtype: torch.dtype, head_dim: int) -> _Obstacle | None:
     """Why no flash kernel can be taken at all, if so."""
     if device.type != "cuda":
-        return "flash kernels are for GPUs"
+        return _Obstacle("flash kernels are for GPUs")
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"{_DTYPES.get(dtype, dtype)} is not for flash kernels, which take bf16"
+        return _Obstacle(f"{_DTYPES.get(dtype, dtype)} is not for flash kernels, which take bf16")
     if head_dim % 8 or head_dim > LARGEST_HEAD:
-        return f"head_dim {head_dim} is not for flash kernels, which take multiples of 8 up to {LARGEST_HEAD}"
+        return _Obstacle(
+            f"head_dim {head_dim} is not for flash kernels, which take multiples of 8 up to {LARGEST_HEAD}"
+        )
     return None
 
 
-def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> _Obstacle | None:
     """Why a flash kernel cannot be taken, if so; one that is installed is tried."""
     capability = torch.cuda.get_device_capability(device)
     on = f"compute capability {capability[0]}.{capability[1]} of {torch.cuda.get_device_name(device)}"
     if name not in _PACKAGES:
-        if capability < (8, 0):
-            return f"it has no kernels for {on}, only from 8.0 on"
-        # As PyTorch says itself: too little shared memory for the backward pass.
-        if (capability in ((8, 6), (8, 9)) or capability[0] == 12) and 192 < head_dim <= 224:
-            return f"it has no backward pass for head_dim {head_dim} on {on}"
-        return None if torch.backends.cuda.is_flash_attention_available() else "this build of torch is without it"
+        return _obstacle_of_fa2(capability, on, head_dim)
     package = _PACKAGES[name]
     if capability[0] not in package.generations:
-        return f"it has no kernels for {on}"
-    if capability[0] == 10 and 128 < head_dim < LARGEST_HEAD:
-        return f"it has no kernels for head_dim {head_dim} on {on}, only up to 128, and 256"
-    if not _is_installed(package.module):
-        return _not_installed(name)
-    return _failure(name, device, dtype, head_dim)
+        return _Obstacle(f"it has no kernels for {on}")
+    if capability[0] == 10 and LARGEST_HEAD_OF_FA4 < head_dim < LARGEST_HEAD:
+        return _Obstacle(f"it has no kernels for head_dim {head_dim} on {on}, only up to 128, and 256")
+    return _package_obstacle(package) or _failure(name, device, dtype, head_dim)
 
 
-def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _obstacle_of_fa2(capability: tuple[int, int], on: str, head_dim: int) -> _Obstacle | None:
+    """Why PyTorch's own kernel cannot be taken, if so.
+
+    Args:
+        on: the GPU, in words.
+    """
+    if capability < (8, 0):
+        return _Obstacle(f"it has no kernels for {on}, only from 8.0 on")
+    # As PyTorch says itself: too little shared memory for the backward pass.
+    if (capability in ((8, 6), (8, 9)) or capability[0] == 12) and 192 < head_dim <= 224:
+        return _Obstacle(f"it has no backward pass for head_dim {head_dim} on {on}")
+    if not torch.backends.cuda.is_flash_attention_available():
+        return _Obstacle("this build of torch is without it")
+    return None
+
+
+def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> _Obstacle | None:
     """What comes of running a kernel forwards and backwards on a few tokens, if it is not what it should be.
 
     These packages compile when they are first run, with whatever driver and compiler are there: better now than in the
@@ -232,20 +288,39 @@ def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
             out.sum().backward()
     except Exception as error:  # of any kind: of imports, of the compiler, of the driver
         _put_in_force(before)
-        words = (str(error).strip() or "no reason given").splitlines()[0]
-        return f"{_version(name)} does not run here ({type(error).__name__}: {words})"
+        way_out = _PACKAGES[name].install if isinstance(error, ImportError) else ""
+        return _Obstacle(f"{_version(name)} does not run here ({_first_line(error)})", way_out)
     return None
 
 
-def _not_installed(name: str) -> str:
-    return f"the package {_PACKAGES[name].distribution} is not installed"
+def _package_obstacle(package: _Package) -> _Obstacle | None:
+    """Why a flash kernel's package is not there, if so."""
+    return _missing(package.module, package.distribution, package.install)
 
 
-def _is_installed(module: str) -> bool:
+def _missing(module: str, package: str, install: str) -> _Obstacle | None:
+    """Why a module is not there, if so; it is not imported, only the packages around it.
+
+    Args:
+        package: what to call it.
+        install: how to get it, in words.
+    """
     try:
-        return importlib.util.find_spec(module) is not None
-    except Exception:  # the package around it does not import
-        return False
+        if importlib.util.find_spec(module) is not None:
+            return None
+    except Exception as error:
+        if not isinstance(error, ModuleNotFoundError) or not f"{module}.".startswith(f"{error.name}."):
+            around = module.rpartition(".")[0]
+            return _Obstacle(
+                f"the package {package} cannot be reached, since {around} does not import ({_first_line(error)})",
+                f"mend or remove what brings {around}",
+            )
+    return _Obstacle(f"the package {package} is not installed", install)
+
+
+def _first_line(error: Exception) -> str:
+    words = (str(error).strip() or "no reason given").splitlines()[0]
+    return f"{type(error).__name__}: {words}"
 
 
 def _version(name: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,31 +13,44 @@ import torch
 
 from skvr_dist.errors import UserError
 from skvr_dist.model import attention_choice
-from skvr_dist.model.attention_choice import activate, require_installed, resolve, resolve_beside
+from skvr_dist.model.attention_choice import (
+    _Obstacle,
+    activate,
+    require_installed,
+    resolve,
+    resolve_beside,
+    takes_arena,
+)
 
 CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16
 H100, A100, B200, RTX4090, V100 = "NVIDIA H100", "NVIDIA A100", "NVIDIA B200", "NVIDIA RTX 4090", "Tesla V100"
 CAPABILITIES = {H100: (9, 0), A100: (8, 0), B200: (10, 0), RTX4090: (8, 9), V100: (7, 0)}
 MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface"}
+OURS = ["skvr_kernels", "triton"]
+FAILURE, MISSING = attention_choice._failure, attention_choice._missing
 
 
 class Machine:
     """A machine with a GPU and packages, as far as the choice looks at it."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self._patch = patch
+        self.patch = patch
 
     def have(self, gpu: str, *packages: str, broken: str = "") -> None:
         """Stand for a machine: its GPU, the kernels that are installed, and one of them that fails when it is run."""
         resolve.cache_clear()
-        installed = [MODULES[name] for name in packages]
-        self._patch.setattr(torch.cuda, "get_device_capability", lambda _: CAPABILITIES[gpu])
-        self._patch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
-        self._patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-        self._patch.setattr(attention_choice, "_is_installed", lambda module: module in installed)
-        self._patch.setattr(attention_choice, "_version", lambda name: f"{name} of a test")
-        failure = "its package does not run here (RuntimeError: no driver)"
-        self._patch.setattr(attention_choice, "_failure", lambda name, *_: failure if name == broken else None)
+        installed = [module for name in packages for module in ([MODULES[name]] if name in MODULES else OURS)]
+        self.patch.setattr(torch.cuda, "get_device_capability", lambda _: CAPABILITIES[gpu])
+        self.patch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
+        self.patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        self.patch.setattr(
+            attention_choice,
+            "_missing",
+            lambda module, *words: None if module in installed else MISSING("nowhere", *words),
+        )
+        self.patch.setattr(attention_choice, "_version", lambda name: f"{name} of a test")
+        failure = _Obstacle("its package does not run here (RuntimeError: no driver)")
+        self.patch.setattr(attention_choice, "_failure", lambda name, *_: failure if name == broken else None)
 
 
 @pytest.fixture
@@ -135,6 +150,68 @@ def test_a_missing_package_is_refused_before_anything_starts() -> None:
                 require_installed(name)  # type: ignore[arg-type]
     for name in ("auto", "flash", "fa2", "sdpa", "eager"):
         require_installed(name)  # type: ignore[arg-type]
+
+
+def test_a_package_that_is_there_and_does_not_import_is_called_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A flash-attn that was built for another torch lies around FA4."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn/__init__.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    with pytest.raises(UserError) as refused:
+        require_installed("fa4")
+    assert str(refused.value) == (
+        "model.attention is fa4, but the package flash-attn-4 cannot be reached, since flash_attn does not import "
+        "(ImportError: undefined symbol); mend or remove what brings flash_attn, or use auto or sdpa"
+    )
+
+
+def test_what_a_package_needs_and_lacks_comes_with_the_way_to_get_it(machine: Machine) -> None:
+    machine.have(H100, "fa4")
+
+    def import_cutlass(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'cutlass'")
+
+    machine.patch.setattr(attention_choice, "activate", import_cutlass)
+    machine.patch.setattr(attention_choice, "_failure", FAILURE)
+    with pytest.raises(UserError) as refused:
+        resolve("fa4", CUDA, BF16, 128)
+    assert str(refused.value) == (
+        "model.attention is fa4, but fa4 of a test does not run here (ModuleNotFoundError: No module named 'cutlass'); "
+        "install it with `pip install --pre flash-attn-4`, or use auto or sdpa"
+    )
+
+
+@pytest.mark.parametrize(
+    ("works", "obstacle"),
+    [
+        ("import", "skvr_kernels does not import (ImportError: libtriton.so: undefined symbol)"),
+        ("run", "skvr_kernels does not run here (RuntimeError: out of resource: shared memory)"),
+    ],
+)
+def test_our_kernel_is_tried_before_it_is_taken(works: str, obstacle: str, machine: Machine) -> None:
+    machine.have(H100, "routed")
+    takes_arena.cache_clear()
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    class DoesNotImport:
+        def __getattr__(self, name: str) -> object:
+            raise ImportError("libtriton.so: undefined symbol")
+
+    class Imports:
+        require_possible = staticmethod(lambda *_: None)
+
+    machine.patch.setitem(sys.modules, "skvr_kernels", DoesNotImport() if works == "import" else Imports())
+    machine.patch.setattr(attention_choice, "_try_arena", fails)
+    assert not takes_arena("auto", CUDA, BF16, 128, 1024, rows=8)
+    with pytest.raises(UserError) as refused:
+        resolve("routed", CUDA, BF16, 128)
+    assert str(refused.value) == f"model.attention is routed, but {obstacle}; use auto or sdpa"
+    takes_arena.cache_clear()
 
 
 def test_a_second_model_takes_the_same_kernel_or_none(machine: Machine) -> None:
