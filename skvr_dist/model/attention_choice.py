@@ -148,10 +148,24 @@ def takes_arena(
     """
     if wanted == "routed":
         return resolve(wanted, device, dtype, head_dim).name == wanted
+    return _prefers_arena(wanted, device, dtype, sequence, rows) and _arena_obstacle(device, dtype, head_dim) is None
+
+
+def why_no_arena(
+    wanted: AttentionName, device: torch.device, dtype: torch.dtype, head_dim: int, sequence: int, rows: int
+) -> str | None:
+    """Why our kernel does not compute attention in training where `auto` prefers it; arguments as for `takes_arena`."""
+    if not _prefers_arena(wanted, device, dtype, sequence, rows):
+        return None
+    obstacle = _arena_obstacle(device, dtype, head_dim)
+    return None if obstacle is None else str(obstacle)
+
+
+def _prefers_arena(wanted: AttentionName, device: torch.device, dtype: torch.dtype, sequence: int, rows: int) -> bool:
+    """Whether `auto` would take our kernel if it can be had: where it was measured, and the fastest."""
     if wanted != "auto" or rows == 1 or sequence > LONGEST_FROM_ARENA or device.type != "cuda":
         return False
-    was_measured = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
-    return was_measured and _arena_obstacle(device, dtype, head_dim) is None
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _arena_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> _Obstacle | None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from skvr_dist.config.model import AttentionName
 from skvr_dist.config.tree import Config
-from skvr_dist.model.attention_choice import LARGEST_HEAD, Choice, takes_arena
+from skvr_dist.model.attention_choice import LARGEST_HEAD, Choice, takes_arena, why_no_arena
 
 _SHORT = 1024  # tokens, below which scores are small beside the rest
 
 
 def reads_from_arena(config: Config, device: torch.device) -> bool:
     """Whether our kernel computes attention in the passes of a run that are trained on this device."""
+    return takes_arena(*_passes(config, device))
+
+
+def _passes(config: Config, device: torch.device) -> tuple[AttentionName, torch.device, torch.dtype, int, int, int]:
+    """Those that are trained, as `takes_arena` takes them."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     rows = config.train.micro_batch_size if config.routing.draws_per == "sequence" else 1
-    model = config.model
-    return takes_arena(model.attention, device, dtype, model.head_dim, config.data.sequence_length, rows)
+    return config.model.attention, device, dtype, config.model.head_dim, config.data.sequence_length, rows
 
 
 def kernels_of(config: Config, choice: Choice, device: torch.device) -> dict[str, object]:
@@ -33,6 +38,8 @@ def attention_notices(config: Config, choice: Choice, device: torch.device) -> l
     if choice.name != "routed" and reads_from_arena(config, device):
         others = f"where they share donors {choice.name} ({choice.reason})"
         return [f"attention: routed (sequences of {config.data.sequence_length:,} tokens have donors each); {others}"]
+    if why := why_no_arena(*_passes(config, device)):
+        choice = Choice(choice.name, f"{choice.reason}; not routed, made for short sequences with donors each: {why}")
     warning = _sdpa_warning(config, choice) if choice.name == "sdpa" and device.type == "cuda" else None
     return [str(choice), *([warning] if warning else [])]
 

@@ -69,6 +69,10 @@ def test_our_kernel_is_named_where_short_sequences_have_donors_each(monkeypatch:
     }.items():
         assert attention_notices(config(sequence).model_copy(update=each), fa2, CUDA) == [line]
     attention_choice.takes_arena.cache_clear()
+    monkeypatch.setattr(attention_choice, "_arena_obstacle", lambda *_: attention_choice._Obstacle("it is not there"))
+    (line,) = attention_notices(config(1024).model_copy(update=each), fa2, CUDA)
+    assert line == ("attention: fa2 (so it is; not routed, made for short sequences with donors each: it is not there)")
+    attention_choice.takes_arena.cache_clear()
 
 
 def test_the_cost_of_scores_is_named() -> None:
