@@ -10,8 +10,15 @@ set -euo pipefail
 PROGRAM=${PROGRAM:-launch/pretrain.py}
 FIRST=${FIRST:?the name of the host where all meet, the same on every host}
 HOSTS=${HOSTS:?how many hosts run this}
-RANKS=${RANKS:-$(nvidia-smi --list-gpus | wc -l)} # of this host
+RANKS=${RANKS:-$({ nvidia-smi --list-gpus 2> /dev/null || true; } | wc -l)} # of this host
 PORT=${PORT:-29400}                               # on the first host; another one for each run that shares it
+
+for number in HOSTS RANKS; do
+    if ! [[ ${!number} =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
+        echo "error: $number is '${!number}'; give a number of 1 or more (RANKS is that of GPUs if nvidia-smi finds any)" >&2
+        exit 2
+    fi
+done
 
 exec torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" --rdzv-backend c10d --rdzv-endpoint "$FIRST:$PORT" \
     --rdzv-id "${RUN:-skvr}" "$PROGRAM" "$@"

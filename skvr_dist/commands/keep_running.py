@@ -63,12 +63,25 @@ def run() -> int:
     )
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="a launcher's line, or a rank's, after --")
     options = parser.parse_args()  # in this order: what follows -- is another command's
+    _refuse_another_folder(options.command, options.output_dir)
     if options.hostfile is None and options.ranks is None:
         from skvr_dist.cluster.keep_running import KeptRun
 
         _refuse_other_hosts(options.command)
         return KeptRun(options.command, options.output_dir, options.restarts).run()
     return _supervise(options)
+
+
+def _refuse_another_folder(command: Sequence[str], output_dir: Path) -> None:
+    """Refuse to watch another folder than the command trains in, if it names one.
+
+    Raises:
+        UserError: both of them.
+    """
+    for word in command:
+        key, _, value = word.partition("=")
+        if key == "train.output_dir" and Path(value).resolve() != output_dir.resolve():
+            raise UserError(f"--output-dir is {output_dir}, but the command has {word}; give both the same folder")
 
 
 def _refuse_other_hosts(command: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from skvr_dist.command import add_configs, add_overrides, at_least, new_parser, parse, run_command
+from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
     from skvr_dist.config.tree import Config
@@ -50,6 +51,8 @@ def train_as_asked(options: argparse.Namespace, config: Config) -> None:
 
         print(dump_config(config), end="")
         return
+    if options.world_size and not options.dry_run:
+        raise UserError("--world-size is for --dry-run; a launcher says how many ranks there are")
     if options.dry_run:
         from skvr_dist.cluster.launcher import announced_world_size
         from skvr_dist.train.dry_run import describe

@@ -22,6 +22,13 @@ _GENERATED_FROM = {
     "scheduler": "set train.warmup_steps and train.min_learning_rate_ratio",
     "pipeline": "the routed engine does not use it",
     "activation_checkpointing": "the routed engine does not use it",
+    "tensor_parallel": "set parallel.tensor",
+    # Gradients are means over all tokens of the global batch, which the engine weighs itself.
+    "prescale_gradients": "gradients are means over the tokens of the global batch already",
+    "gradient_predivide_factor": "gradients are means over the tokens of the global batch already",
+    "gradient_allreduce_op": "gradients are means over the tokens of the global batch already",
+    "zero_optimization.cpu_offload": "set deepspeed.zero_optimization.offload_optimizer={device: cpu}",
+    "zero_optimization.cpu_offload_params": "set deepspeed.zero_optimization.offload_param={device: cpu}",
 }
 
 
@@ -63,6 +70,12 @@ def require_passable(options: Mapping[str, Any], zero_stage: int) -> None:
         raise ValueError(
             "deepspeed.zero_optimization.round_robin_gradients true makes DeepSpeed take one weight's gradient for "
             "another's where it is read or saved; leave it out"
+        )
+    ratio = offload.get("ratio", 1) if isinstance(offload, Mapping) else 1
+    if ratio != 1:
+        raise ValueError(
+            f"deepspeed.zero_optimization.offload_optimizer.ratio is {ratio!r}, but torch's AdamW, which runs train "
+            f"with, takes its step where all of its state is; leave it out"
         )
     if options.get("zero_force_ds_cpu_optimizer"):
         raise ValueError(

@@ -16,12 +16,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from skvr_dist.config.data import DataConfig
+from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.train import TrainConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, require_file
 from skvr_dist.schedule import FORMS
-from skvr_dist.section import Section, section_in
+from skvr_dist.section import Section, in_words, section_in
 
 _LONGEST_VALUE = 80
 
@@ -65,6 +66,24 @@ def load_data_config(
             raise UserError("; ".join(sentences(wrong))) from None
     seed = TrainConfig.model_fields["seed"].default
     return DataConfig.model_validate(tree["data"]), tree.get("train", {}).get("seed", seed), None
+
+
+def load_model_config(files: Sequence[str | Path], **changes: Any) -> ModelConfig:
+    """Read the shape of a model alone; other sections are not looked at.
+
+    Args:
+        changes: keys of the section with values of their own.
+
+    Raises:
+        UserError: as `load_config` does.
+    """
+    section, read = _merge_all(files, ()).get("model"), " and ".join(map(str, files))
+    if not isinstance(section, Mapping):
+        raise UserError(f"no model section is in {read}; give a file of configs/model")
+    try:
+        return ModelConfig(**{**section, **changes})
+    except ValidationError as error:
+        raise UserError(f"cannot read the model section of {read} ({in_words(error)})") from None
 
 
 def _merge_all(

@@ -49,9 +49,10 @@ class Config(Section):
         require_possible(self.parallel, self.model, self.data.sequence_length, self.train.precision)
         batch, micro = self.train.global_batch_size, self.train.micro_batch_size
         if batch % micro:
+            near = " and ".join(str(each) for each in (batch - batch % micro, batch - batch % micro + micro) if each)
             raise ValueError(
                 f"train.global_batch_size {batch} is not a multiple of train.micro_batch_size {micro}; "
-                f"the nearest ones are {batch - batch % micro} and {batch - batch % micro + micro}"
+                f"near ones: {near}"
             )
         if self.num_micro_batches > MOST_MICRO_BATCHES:
             raise ValueError(

@@ -43,12 +43,8 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     Raises:
         UserError: a data set is missing, damaged or does not fit.
     """
-    replicas = data_parallel_size(config, world_size)
-    require_accepted(config, world_size)
-    require_installed(config.model.attention)
+    replicas = require_startable(config, world_size)
     require_few_processes("data.workers", config.data.workers)
-    open_teacher(config)
-    require_trainable(config)
     data = config.data
     tokenizer = load_tokenizer(data.tokenizer) if _has_examples(data) else None
     if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
@@ -88,6 +84,20 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         {f"data.validation.{name}": each for name, each in zip(data.validation, held_out, strict=True)}
     )
     return Inputs(sequences, micro_batches, told)
+
+
+def require_startable(config: Config, world_size: int) -> int:
+    """Check all of a configuration that needs no data, before any process group exists; returns the replicas.
+
+    Raises:
+        UserError: a layout, an option of DeepSpeed's, a package, the teacher or `train.only` that cannot be had.
+    """
+    replicas = data_parallel_size(config, world_size)
+    require_accepted(config, world_size)
+    require_installed(config.model.attention)
+    open_teacher(config)
+    require_trainable(config)
+    return replicas
 
 
 def _has_examples(data: DataConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import sys
@@ -78,8 +79,9 @@ def pretrain(config: Config) -> None:
     start_process_group(timedelta(seconds=config.parallel.timeout_seconds), folder, run_id)
     with naming_the_meeting(announced_rank()):
         mesh = Mesh.build(config.parallel, config.model)
-    with ending_together(mesh):
+    with contextlib.ExitStack() as afterwards, ending_together(mesh):
         run = start(config, inputs, mesh)
+        afterwards.callback(run.reporter.close)  # however it ends, and after the other ranks know
         with run.saver.finishing():
             step, interrupted = train(run)
             finish(run)
@@ -184,19 +186,21 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     aside = settle_resume(config, resumed) if mesh.rank == 0 else []
     interrupts = InterruptListener()
     watched = WatchedBatches(training_batches(config, reader, mesh, first_step), log)
+    reporter = Reporter(
+        mesh.rank,
+        folder,
+        first_step=first_step,
+        steps=config.train.steps,
+        console_lost=interrupts.note_lost_console,
+        settings=config.metrics,
+    )
+    mesh.host_group.sum([0.0])  # ranks that make groups do not hear of a writer that cannot begin
     run = Run(
         config,
         mesh,
         engine,
         log,
-        Reporter(
-            mesh.rank,
-            folder,
-            first_step=first_step,
-            steps=config.train.steps,
-            console_lost=interrupts.note_lost_console,
-            settings=config.metrics,
-        ),
+        reporter,
         saver=build_saver(config, brought),
         plans=plan_stream(config, mesh, first_step),
         batches=watched,
@@ -331,7 +335,6 @@ def finish(run: Run) -> None:
     with naming_the_operation(run.mesh, "the last checkpoint"):
         run.saver.finish()
     run.plans.close()
-    run.reporter.close()
     dist.destroy_process_group()
 
 

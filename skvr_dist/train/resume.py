@@ -151,7 +151,7 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
     if checkpoint.step > config.train.steps:
         raise UserError(
             f"checkpoint {checkpoint.folder} is at step {checkpoint.step}, but train.steps is {config.train.steps}; "
-            f"raise it to train longer"
+            f"set it to {checkpoint.step} or more"
         )
     require_begun(config, checkpoint.step)
     require_same_schedule(checkpoint, config)

@@ -140,7 +140,7 @@ def find_callable(dotted: str) -> Callable[[int, Values], Any]:
     module, _, name = dotted.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise UserError(
             f"metrics.writers names {dotted}, but {module} cannot be imported ({_in_words(error)}); put its folder on "
             f"PYTHONPATH, or correct the name"
@@ -168,7 +168,7 @@ def open_writer(name: str, settings: MetricsConfig, folder: RunFolder, first_ste
         return WeightsAndBiases(settings.wandb_project, folder) if name == "wandb" else Callback(name)
     except UserError:
         raise
-    except Exception as error:  # wandb has many
+    except (Exception, SystemExit) as error:  # wandb has many
         raise UserError(
             f"metrics.writers {name} cannot begin ({_in_words(error)}); put that right, or leave it out"
         ) from error
@@ -194,7 +194,7 @@ class Writers:
         for name, writer in list(self._writers.items()):
             try:
                 writer.write(step, values)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._leave_out(name, f"at step {step}", error)
 
     def close(self) -> None:
@@ -202,10 +202,10 @@ class Writers:
         for name, writer in list(self._writers.items()):
             try:
                 writer.close()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._leave_out(name, "at the end of the run", error)
 
-    def _leave_out(self, name: str, when: str, error: Exception) -> None:
+    def _leave_out(self, name: str, when: str, error: BaseException) -> None:
         del self._writers[name]
         sentence = f"metrics.writers {name} failed {when} and is left out from here on: {_in_words(error)}"
         logging.getLogger("skvr_dist").warning(sentence, exc_info=error)

@@ -244,6 +244,17 @@ def test_mistakes_end_it_at_once(played: Played) -> None:
     wait_until(lambda: not played.ranks())
 
 
+def test_another_folder_than_the_command_trains_in_is_refused(tmp_path: Path) -> None:
+    command = ["--output-dir", "runs/one", "--ranks", "1", "--", "launch/pretrain.py", "train.output_dir=runs/other"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch/keep_running.py", *command], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr.strip()) == (
+        2,
+        "error: --output-dir is runs/one, but the command has train.output_dir=runs/other; give both the same folder",
+    )
+
+
 def test_a_launcher_of_several_hosts_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     launcher = ["deepspeed", "--hostfile", str(tmp_path / "hosts"), "launch/pretrain.py"]

@@ -272,7 +272,7 @@ def test_bad_input_ends_with_one_sentence_and_code_2(routed: Path, data: Path) -
         ),
         (["train.global_batch_size=16"], "has train.global_batch_size 8, the configuration 16"),
         (["evaluate.sequences=10000"], "sequences of 64 tokens, but 10000 are asked for"),
-        (["train.steps=3"], "is at step 4, but train.steps is 3; raise it to train longer"),
+        (["train.steps=3"], "is at step 4, but train.steps is 3; set it to 4 or more"),
         (["train.seed=5"], "has train.seed 0, the configuration 5"),
         (["data.lanes=2", "train.micro_batch_size=1"], "has train.micro_batch_size 2, the configuration 1"),
         (["train.resume=never"], "already holds checkpoints"),

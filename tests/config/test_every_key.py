@@ -200,6 +200,12 @@ def test_deepspeed_refuses_before_anything_starts(override: str, message: str) -
         require_accepted(load_config([QUICKSTART], [f"deepspeed.{override}"]), 4)
 
 
+def test_what_deepspeed_says_of_options_together_is_said() -> None:
+    config = load_config([QUICKSTART], ["parallel.pipeline=1", "deepspeed.zero_optimization.compute_grad_norm=false"])
+    with pytest.raises(UserError, match=r"deepspeed: .*compute_grad_norm"):
+        require_accepted(config, 1)
+
+
 def test_deepspeed_takes_its_own_options() -> None:
     overrides = [
         "deepspeed.zero_optimization={reduce_bucket_size: 1000, offload_optimizer: {device: cpu, pin_memory: true}}",

@@ -16,6 +16,8 @@ from support.hf_models import routed_model, shape_of
 from skvr_dist.commands import bench
 from skvr_dist.commands.bench.generate import Engine
 from skvr_dist.commands.bench.generate_tables import speed_table
+from skvr_dist.config.load import load_model_config
+from skvr_dist.config.presets import find_configs
 from skvr_dist.errors import UserError
 from skvr_dist.hf.convert.model_config import hf_config
 from skvr_dist.lab.bench import generate, memory
@@ -115,6 +117,22 @@ def test_the_papers_figures_stand_beside_ours() -> None:
         [cell.strip() for cell in line.split("|")[-5:-1]] for line in speed_table(speeds, 64, True).splitlines()[2:]
     ]
     assert rows == [["1,170", "297", "34", ""], ["", "4,696", "8", "60,306"], ["", "", "", "out of memory"]]
+
+
+def test_the_shape_is_that_of_all_files_with_what_they_include(tmp_path: Path) -> None:
+    (tmp_path / "wide.yaml").write_text("model: {intermediate_size: 512}\n")
+    shape = load_model_config([*find_configs(["experiment/quickstart"]), tmp_path / "wide.yaml"], vocab_size=600)
+    assert (shape.hidden_size, shape.intermediate_size, shape.vocab_size) == (128, 512, 600)
+    with pytest.raises(UserError, match=r"no model section is in .*pp2\.yaml; give a file of configs/model"):
+        load_model_config(find_configs(["parallel/pp2"]))
+
+
+def test_a_damaged_export_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["skvr-bench", "generate", "--model", str(tmp_path)])
+    for content in ("{}", '{"model_type":'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=f"--model {tmp_path} cannot be read .*; export it again"):
+            bench.run()
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

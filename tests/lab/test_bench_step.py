@@ -53,9 +53,35 @@ def test_a_plain_loop_beside_ours(tmp_path: Path) -> None:
     }
 
 
-def test_the_plain_loop_has_one_stage() -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--against", "hf", "parallel.pipeline=2"], r"parallel\.pipeline is 2 and parallel\.tensor 1; set both to 1"),
+        (["--against", "hf", "train.only=[norm]"], r"trains all weights on joined documents; leave train\.only out"),
+        (["train.only=[nonsense]"], "train.only names nonsense, but the modules of the model are"),
+        (["deepspeed.foo=1"], "unknown key deepspeed.foo"),
+    ],
+)
+def test_what_a_run_would_refuse_and_a_plain_loop_cannot_do(words: list[str], message: str) -> None:
     parser = ArgumentParser()
     command.add_arguments(parser)
-    with pytest.raises(UserError, match=r"parallel\.pipeline is 2 and parallel\.tensor 1; set both to 1"):
-        command.run(parse(parser, ["--against", "hf", "parallel.pipeline=2"]))
+    with pytest.raises(UserError, match=message):
+        command.run(parse(parser, words))
     assert not torch.distributed.is_initialized()
+
+
+def with_documents(words: list[str]) -> tuple[int, str]:
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    try:
+        command.run(parse(parser, ["--least-mfu", "0.5", *words]))
+    except UserError as error:
+        return command.run(parse(parser, words)), str(error)
+    return -1, ""
+
+
+def test_separate_documents_are_timed_and_mfu_is_for_gpus() -> None:
+    ((code, refused),) = run_ranks(
+        1, with_documents, ["--rounds", "2", "--bound", "100", "data.documents=separate", *SMALL]
+    )
+    assert code == 0 and refused == "--least-mfu needs bf16 on GPUs whose peak is known (docs/metrics.md); leave it out"

@@ -106,6 +106,18 @@ def test_one_that_fails_is_said_once_and_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("module")
+def test_one_that_would_end_the_process_is_left_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("of_user"), "breaks", lambda *_: sys.exit(3))
+    (tmp_path / "run").mkdir()
+    reporter, said = reporter_of(tmp_path / "run", ["of_user.breaks", "jsonl"])
+    reporter.step(1, VALUES, show=False)
+    reporter.step(2, VALUES, show=False)
+    reporter.close()
+    assert said == ["metrics.writers of_user.breaks failed at step 1 and is left out from here on: SystemExit: 3"]
+    assert len(RunFolder(tmp_path / "run").metric_records()) == 2
+
+
+@pytest.mark.usefixtures("module")
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [

@@ -22,6 +22,7 @@ from tabulate import tabulate
 from skvr_dist.command import Figure, add_configs, add_json, add_overrides, at_least, conclude
 
 if TYPE_CHECKING:
+    from skvr_dist.config.tree import Config
     from skvr_dist.data.prepare.corpus import Corpus
     from skvr_dist.data.tokenizers.base import Tokenizer
 
@@ -54,6 +55,7 @@ def run(options: Namespace) -> int:
     from skvr_dist.data.prepare.corpus import open_corpus
     from skvr_dist.data.tokenizers.train import train_tokenizer
 
+    _config(options, "data")  # a mistake in it is met before anything is measured
     corpus = open_corpus("stdlib")
     tokenizer = train_tokenizer(corpus, vocab_size=512)
     with tempfile.TemporaryDirectory() as name:
@@ -99,9 +101,15 @@ def _preparing(folder: Path, corpus: Corpus, tokenizer: Tokenizer, rounds: int) 
     return _Measured(what, f"{times.ratio:.1%}", "at least 80 %", times.ratio >= PREPARING_BOUND, record)
 
 
+def _config(options: Namespace, train: str) -> Config:
+    """The configuration, which reads that data set."""
+    from skvr_dist.config.load import load_config
+
+    return load_config(options.config, [*options.overrides, f"data.train={train}"])
+
+
 def _waiting(folder: Path, tokenizer: Tokenizer, options: Namespace) -> _Measured:
     """The data wait of the configuration over documents of 300 tokens."""
-    from skvr_dist.config.load import load_config
     from skvr_dist.lab.bench.data import random_dataset
     from skvr_dist.lab.bench.step import data_wait_share
     from skvr_dist.parallel.engine.process_group import start_process_group
@@ -111,7 +119,7 @@ def _waiting(folder: Path, tokenizer: Tokenizer, options: Namespace) -> _Measure
     from skvr_dist.train.inputs import training_sequences
 
     random_dataset(folder / "train", tokenizer, document_tokens=300, tokens=4_000_000, shards=32)
-    config = load_config(options.config, [*options.overrides, f"data.train={folder / 'train'}"])
+    config = _config(options, str(folder / "train"))
     start_process_group()
     mesh = Mesh.build(config.parallel, config.model)
     reader = open_reader(config, training_sequences(config.data, config.train.seed, config.train), mesh)

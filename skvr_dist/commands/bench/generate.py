@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -231,7 +231,8 @@ def _load(options: Namespace, device: str, dtype: str) -> Any:
     of_dtype = getattr(torch, dtype)
     if options.model:
         _export_config(options)
-        model = AutoModelForCausalLM.from_pretrained(options.model, kv_profile="full", dtype=of_dtype)
+        with _refusing_damage(options.model):
+            model = AutoModelForCausalLM.from_pretrained(options.model, kv_profile="full", dtype=of_dtype)
         return model.to(device).eval()
     config = _config_of_shape(options, dtype)
     config.kv_profile = "full"
@@ -247,25 +248,31 @@ def _export_config(options: Namespace) -> Any:
         return None
     if not (options.model / "config.json").exists():
         raise UserError(f"--model {options.model} is not an export: it has no config.json; give the folder of one")
-    return AutoConfig.from_pretrained(options.model)
+    with _refusing_damage(options.model):
+        return AutoConfig.from_pretrained(options.model)
+
+
+@contextmanager
+def _refusing_damage(model: Path) -> Iterator[None]:
+    """Name the export that transformers cannot read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model {model} cannot be read ({type(error).__name__}: {reason}); export it again") from None
 
 
 def _config_of_shape(options: Namespace, dtype: str) -> Any:
     """A configuration of the shape of --config, with room for the prompts."""
     import torch
-    import yaml
-    from pydantic import ValidationError
 
-    from skvr_dist.config.model import ModelConfig
+    from skvr_dist.config.load import load_model_config
     from skvr_dist.hf.convert.model_config import hf_config
-    from skvr_dist.section import in_words
 
-    file = options.config[-1]
     positions = max(options.prompt_tokens) + options.new_tokens + 1
-    try:
-        section = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
-        model_config = ModelConfig(**{**section, "max_position_embeddings": positions})
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = in_words(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
-        raise UserError(f"cannot read a model section from {file} ({reason})") from None
-    return hf_config(model_config, getattr(torch, dtype), {})
+    shape = load_model_config(options.config, max_position_embeddings=positions)
+    return hf_config(shape, getattr(torch, dtype), {})

@@ -55,12 +55,12 @@ def run(options: Namespace) -> int:
             )
 
     from skvr_dist.cluster.launcher import announced_world_size
-    from skvr_dist.config.layouts import data_parallel_size
     from skvr_dist.config.load import load_config
     from skvr_dist.parallel.engine.process_group import start_process_group
+    from skvr_dist.train.inputs import require_startable
 
     config = load_config(options.config, options.overrides)
-    data_parallel_size(config, announced_world_size())
+    require_startable(config, announced_world_size())
 
     from skvr_dist.lab.bench.save import saving_cost
     from skvr_dist.parallel.mesh import Mesh

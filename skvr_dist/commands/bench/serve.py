@@ -56,7 +56,7 @@ def run(options: Namespace) -> int:
         )
     shape = _shape(options.model)
     layers = shape["num_hidden_layers"]
-    elements = 2 * layers * shape["num_key_value_heads"] * shape["head_dim"]
+    elements = 2 * layers * shape["num_key_value_heads"] * _head_size(shape)
     tokens = options.full_requests * (options.prompt_tokens + options.new_tokens)
 
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read by vLLM when it is imported
@@ -95,11 +95,15 @@ def _shape(model: Path) -> dict[str, Any]:
     """The `config.json` of an export, with all that the budget is counted from."""
     try:
         shape: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        _ = [shape[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
-        _ = ELEMENT_BYTES[shape["dtype"]]
-    except (OSError, ValueError, KeyError) as error:
+        _ = shape["num_hidden_layers"], shape["num_key_value_heads"], _head_size(shape), ELEMENT_BYTES[shape["dtype"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{model} is not an export ({error}); give the folder of one") from None
     return shape
+
+
+def _head_size(shape: dict[str, Any]) -> int:
+    """Of an export's configuration; transformers writes none for Qwen2, whose heads share the hidden size."""
+    return shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
 
 
 def _table(found: Sequence[Serving]) -> str:

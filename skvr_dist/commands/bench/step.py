@@ -59,9 +59,9 @@ def run(options: Namespace) -> int:
     import torch
 
     from skvr_dist.cluster.launcher import announced_world_size
-    from skvr_dist.config.layouts import data_parallel_size
     from skvr_dist.config.load import load_config
     from skvr_dist.parallel.engine.process_group import start_process_group
+    from skvr_dist.train.inputs import require_startable
 
     config = load_config(options.config, options.overrides)
     if options.against and config.distillation:
@@ -71,16 +71,22 @@ def run(options: Namespace) -> int:
             f"--against hf has data-parallel replicas alone, but parallel.pipeline is {config.parallel.pipeline} and "
             f"parallel.tensor {config.parallel.tensor}; set both to 1"
         )
-    data_parallel_size(config, announced_world_size())
-
+    if options.against and (config.train.only is not None or config.data.documents == "separate"):
+        raise UserError(
+            "--against hf trains all weights on joined documents; leave train.only out and set data.documents to joined"
+        )
+    require_startable(config, announced_world_size())
     from skvr_dist.lab.bench.step import Kind, interleaved_step_times
     from skvr_dist.parallel.mesh import Mesh
     from skvr_dist.routing import RoutingConfig
     from skvr_dist.train.build import build_engine
+    from skvr_dist.train.mfu import peak_of_ranks
     from skvr_dist.train.usage import memory_of_rank
 
     start_process_group()
     mesh = Mesh.build(config.parallel, config.model)
+    if options.least_mfu is not None and not (peak_of_ranks(mesh, config.train.precision) or math.nan) > 0:
+        raise UserError("--least-mfu needs bf16 on GPUs whose peak is known (docs/metrics.md); leave it out")
     engine = build_engine(config, mesh)
     routing = config.routing
     if routing.policy == "none":
@@ -92,7 +98,8 @@ def run(options: Namespace) -> int:
 
         plain = PlainLoop(config, mesh)
         kinds.append(Kind("transformers + DeepSpeed", lambda batches, _: plain.step(batches), unrouted))
-    standard, routed, *others = times = interleaved_step_times(config, mesh, kinds, options.rounds)
+    times = interleaved_step_times(config, mesh, kinds, options.rounds, engine.teacher_model)
+    standard, routed, *others = times
     figures = [_ratio_figure(routed, standard, options.bound, mesh)]
     figures += [_ratio_figure(other, standard, options.against_bound, mesh, at_least=True) for other in others]
     if options.least_mfu is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
@@ -78,13 +80,19 @@ class Kind:
     """What the plans of its steps are drawn by."""
 
 
-def interleaved_step_times(config: Config, mesh: Mesh, kinds: Sequence[Kind], rounds: int) -> list[StepTimes]:
+def interleaved_step_times(
+    config: Config, mesh: Mesh, kinds: Sequence[Kind], rounds: int, teacher: ModelConfig | None = None
+) -> list[StepTimes]:
     """Time optimizer steps of several kinds in turn, so that a noisy neighbour meets all of them.
 
     Every round runs one step of each kind, in an order that turns with the round; the first round warms up and is not
     counted. Tokens are random: only the time matters. Collective over all ranks.
+
+    Args:
+        teacher: the frozen one that steps run too, whose operations count.
     """
-    batches, meter = random_batches(config), UtilisationMeter(config, mesh)
+    batches = WatchedBatches(random_batches(config), logging.getLogger("skvr_dist"))
+    meter = UtilisationMeter(config, mesh, teacher)
     seconds: list[list[float]] = [[] for _ in kinds]
     skipped: list[list[float]] = [[] for _ in kinds]
     utilisation: list[list[dict[str, float]]] = [[] for _ in kinds]
@@ -93,14 +101,15 @@ def interleaved_step_times(config: Config, mesh: Mesh, kinds: Sequence[Kind], ro
             kind = (number + offset) % len(kinds)
             plan = plan_of_step(config, number, kinds[kind].routing)
             mesh.host_group.sum([0.0])  # all ranks start together
-            started = time.perf_counter()
+            started, pairs_before = time.perf_counter(), batches.document_pairs
             kinds[kind].step(batches, plan)
             if mesh.devices.device_type == "cuda":
                 torch.cuda.synchronize()  # the optimizer's kernels, which nobody waits for in a step
             if number > 0:
                 seconds[kind].append(time.perf_counter() - started)
                 skipped[kind].append(plan.skipped_kv_share)
-                utilisation[kind].append(meter.values(1, plan, seconds[kind][-1], 0.0))
+                pairs = (batches.document_pairs - pairs_before) * mesh.dp_size
+                utilisation[kind].append(meter.values(1, plan, seconds[kind][-1], pairs))
     return [
         StepTimes(kind.name, times, statistics.mean(shares), values)
         for kind, times, shares, values in zip(kinds, seconds, skipped, utilisation, strict=True)
@@ -121,8 +130,9 @@ def data_wait_share(config: Config, engine: RoutedPipelineEngine, batches: Watch
 
 
 def random_batches(config: Config) -> Iterator[MicroBatch]:
-    """Micro-batches of random tokens, without end."""
+    """Micro-batches of random tokens, without end; separate documents are some `model.vocab_size` tokens long."""
     generator = torch.Generator().manual_seed(config.train.seed)
     shape = (config.train.micro_batch_size, config.data.sequence_length + 1)
+    separate_at = 0 if config.data.documents == "separate" else None
     while True:
-        yield MicroBatch.of(torch.randint(0, config.model.vocab_size, shape, generator=generator))
+        yield MicroBatch.of(torch.randint(0, config.model.vocab_size, shape, generator=generator), separate_at)

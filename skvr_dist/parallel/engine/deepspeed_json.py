@@ -35,7 +35,9 @@ def deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
     if config.train.precision == "bf16":
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
     # DeepSpeed prints nothing of its own unless its timers are asked for.
+    profiler = config.deepspeed.get("flops_profiler")
     timed = config.deepspeed.get("wall_clock_breakdown", False)
+    timed = timed or (isinstance(profiler, Mapping) and profiler.get("enabled", False))  # which asks for them too
     defaults: dict[str, Any] = {
         "steps_per_print": config.train.log_every_steps if timed else None,
         # With offload too the optimizer is torch's AdamW; DeepSpeed's own is compiled when a run starts.
@@ -160,6 +162,9 @@ def _sentences(error: ValidationError, options: Mapping[str, Any]) -> Iterator[s
     models = {model.__name__: model for model in _descendants(DeepSpeedConfigModel)}
     known = list(models[error.title].model_fields) if error.title in models else []
     for item in error.errors():
+        if not item["loc"]:  # of a whole model, which names its options itself
+            yield f"deepspeed: {item['msg']}"
+            continue
         name = str(item["loc"][0])
         sections = [key for key, value in options.items() if isinstance(value, Mapping) and name in value]
         path = ".".join(["deepspeed", *sections[:1], *map(str, item["loc"])])

@@ -3,7 +3,7 @@
 Ranks look at folders, data and checkpoints before they join. What one host alone lacks would leave the others to wait
 for the whole time-out, and to end with 75, as if starting again helped; a launcher that returns the largest code of
 all hosts, as pdsh does, would hand that on. So the rank leaves its sentence in the store where the ranks are to meet,
-and all end as it does. On one host the launcher ends the others.
+and all end as it does. On one host the launcher ends the others, unless it is srun.
 """
 
 from __future__ import annotations
@@ -41,10 +41,15 @@ def telling_who_waits(folder: str) -> Iterator[None]:
     except RunInterrupted:  # nothing that the others do not see themselves
         raise
     except Exception as error:
-        if announced_world_size() > announced_local_size() and "MASTER_ADDR" in os.environ:
+        if _others_are_left_waiting() and "MASTER_ADDR" in os.environ:
             with contextlib.suppress(Exception):  # nobody may be there to hear it
                 _tell(folder, error)
         raise
+
+
+def _others_are_left_waiting() -> bool:
+    """Whether there are ranks that no launcher ends with this one: on other hosts, or srun's tasks on this one."""
+    return announced_world_size() > announced_local_size() or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 def raise_what_is_told(store: Store, folder: str) -> None:
