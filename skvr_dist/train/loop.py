@@ -186,21 +186,12 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     aside = settle_resume(config, resumed) if mesh.rank == 0 else []
     interrupts = InterruptListener()
     watched = WatchedBatches(training_batches(config, reader, mesh, first_step), log)
-    reporter = Reporter(
-        mesh.rank,
-        folder,
-        first_step=first_step,
-        steps=config.train.steps,
-        console_lost=interrupts.note_lost_console,
-        settings=config.metrics,
-    )
-    mesh.host_group.sum([0.0])  # ranks that make groups do not hear of a writer that cannot begin
     run = Run(
         config,
         mesh,
         engine,
         log,
-        reporter,
+        open_reporter(config, mesh, first_step, interrupts),
         saver=build_saver(config, brought),
         plans=plan_stream(config, mesh, first_step),
         batches=watched,
@@ -226,6 +217,20 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     notices += [f"moved, as train.on_resume allows: {jump}" for jump in jumps]
     report_start(run, resumed, notices + inputs.examples + ([lost] if lost else []))
     return run
+
+
+def open_reporter(config: Config, mesh: Mesh, first_step: int, interrupts: InterruptListener) -> Reporter:
+    """What records a run, which rank 0 may find that it cannot; collective."""
+    reporter = Reporter(
+        mesh.rank,
+        RunFolder(config.train.output_dir),
+        first_step=first_step,
+        steps=config.train.steps,
+        console_lost=interrupts.note_lost_console,
+        settings=config.metrics,
+    )
+    mesh.host_group.sum([0.0])  # the others hear of it here; in the making of groups, which follows, they would not
+    return reporter
 
 
 def _describe(config: Config, mesh: Mesh, folder: RunFolder) -> None:
