@@ -10,15 +10,17 @@ set -euo pipefail
 PROGRAM=${PROGRAM:-launch/pretrain.py}
 FIRST=${FIRST:?the name of the host where all meet, the same on every host}
 HOSTS=${HOSTS:?how many hosts run this}
-RANKS=${RANKS:-$({ nvidia-smi --list-gpus 2> /dev/null || true; } | wc -l)} # of this host
+RANKS=${RANKS:-$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU ' || true)} # of this host
 PORT=${PORT:-29400}                               # on the first host; another one for each run that shares it
 
-for number in HOSTS RANKS; do
-    if ! [[ ${!number} =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
-        echo "error: $number is '${!number}'; give a number of 1 or more (RANKS is that of GPUs if nvidia-smi finds any)" >&2
-        exit 2
-    fi
-done
+if ! [[ $HOSTS =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
+    echo "error: HOSTS is '$HOSTS'; give the number of hosts that run this" >&2
+    exit 2
+fi
+if [[ $RANKS == 0 ]]; then
+    echo "error: nvidia-smi finds no GPU on this host; give its number of ranks as RANKS" >&2
+    exit 2
+fi
 
 exec torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" --rdzv-backend c10d --rdzv-endpoint "$FIRST:$PORT" \
     --rdzv-id "${RUN:-skvr}" "$PROGRAM" "$@"

@@ -149,5 +149,5 @@ def is_interpreted() -> bool:
 
 
 def is_debugging() -> bool:
-    """Whether slots and bounds are checked before each kernel, at the price of waiting for the device."""
+    """Whether slots, bounds and shared gradients are checked, at the price of waiting for the device."""
     return os.environ.get("SKVR_KERNELS_DEBUG") == "1"

@@ -43,7 +43,8 @@ def tiles_for(kernel: Kernel, capability: int, head_size: int, dtype: torch.dtyp
     if kernel in ("write", "unwrite"):
         return Tiles(max(16, _power_of_two_within(4096 // head_size)), 0, 4, 1)
     if dtype == torch.float32:  # products in three parts of TF32 take three times the registers
-        return Tiles(32, 16 if head_size > 64 else 32, 8, 1, stack_bytes=64 if capability >= 120 else 0)
+        spilt = 64 if kernel == "queries" and capability >= 120 else 0  # 48 at head size 128
+        return Tiles(32, 16 if head_size > 64 else 32, 8, 1, spilt)
     is_small = _has_little_shared_memory(capability)
     if head_size > 128:
         if kernel == "keys":

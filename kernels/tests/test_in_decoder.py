@@ -12,7 +12,7 @@ from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ActivationCheckpointing
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.cases import Case
-from skvr_dist.model.attention_choice import resolve
+from skvr_dist.model.attention_choice import _try_arena, resolve
 from skvr_dist.model.decoder import KV, Decoder, initialize
 
 MODEL = ModelConfig.model_validate(Case("single").shape)
@@ -65,6 +65,10 @@ def test_follows_the_formula(
 def test_what_the_kernel_cannot_do_is_refused_in_one_sentence() -> None:
     with pytest.raises(UserError, match="takes even head sizes up to 128 in float32, not 130; use auto or sdpa"):
         resolve("routed", torch.device("cpu"), torch.float32, 130)
+
+
+def test_the_trial_before_it_is_taken_runs() -> None:
+    _try_arena(torch.device("cpu"), torch.float32, 64)
 
 
 def test_a_pass_without_gradients_holds_none() -> None:

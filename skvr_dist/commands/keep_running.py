@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from skvr_dist.command import a_path, at_least, new_parser, run_command
 from skvr_dist.errors import UserError
+from skvr_dist.files import local_path
 
 if TYPE_CHECKING:
     from skvr_dist.cluster.hosts_of_run import HostOfRun
@@ -78,10 +79,9 @@ def _refuse_another_folder(command: Sequence[str], output_dir: Path) -> None:
     Raises:
         UserError: both of them.
     """
-    for word in command:
-        key, _, value = word.partition("=")
-        if key == "train.output_dir" and Path(value).resolve() != output_dir.resolve():
-            raise UserError(f"--output-dir is {output_dir}, but the command has {word}; give both the same folder")
+    words = [word for word in command if word.startswith("train.output_dir=")]
+    if words and local_path(words[-1].partition("=")[2]).resolve() != output_dir.resolve():
+        raise UserError(f"--output-dir is {output_dir}, but the command has {words[-1]}; give both the same folder")
 
 
 def _refuse_other_hosts(command: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of DeepSpeed that another key of ours decides, or that would be without effect.
+# Keys of DeepSpeed that another key of ours decides, that would be without effect, or that would have a wrong one.
 _GENERATED_FROM = {
     "train_batch_size": "set train.global_batch_size",
     "train_micro_batch_size_per_gpu": "set train.micro_batch_size",
@@ -28,7 +28,7 @@ _GENERATED_FROM = {
     "gradient_predivide_factor": "gradients are means over the tokens of the global batch already",
     "gradient_allreduce_op": "gradients are means over the tokens of the global batch already",
     "zero_optimization.cpu_offload": "set deepspeed.zero_optimization.offload_optimizer={device: cpu}",
-    "zero_optimization.cpu_offload_params": "set deepspeed.zero_optimization.offload_param={device: cpu}",
+    "zero_optimization.cpu_offload_param": "set deepspeed.zero_optimization.offload_param={device: cpu}",
 }
 
 

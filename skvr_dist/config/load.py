@@ -22,7 +22,7 @@ from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, require_file
 from skvr_dist.schedule import FORMS
-from skvr_dist.section import Section, in_words, section_in
+from skvr_dist.section import Section, section_in
 
 _LONGEST_VALUE = 80
 
@@ -83,7 +83,7 @@ def load_model_config(files: Sequence[str | Path], **changes: Any) -> ModelConfi
     try:
         return ModelConfig(**{**section, **changes})
     except ValidationError as error:
-        raise UserError(f"cannot read the model section of {read} ({in_words(error)})") from None
+        raise UserError("; ".join(sentences(error.errors(), ModelConfig))) from None
 
 
 def _merge_all(

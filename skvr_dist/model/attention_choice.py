@@ -168,6 +168,7 @@ def _prefers_arena(wanted: AttentionName, device: torch.device, dtype: torch.dty
     return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
 
 
+@functools.cache
 def _arena_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> _Obstacle | None:
     """Why our kernel cannot be taken, if so; on a GPU it is tried."""
     if obstacle := _kernels_obstacle():

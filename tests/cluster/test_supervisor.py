@@ -245,7 +245,8 @@ def test_mistakes_end_it_at_once(played: Played) -> None:
 
 
 def test_another_folder_than_the_command_trains_in_is_refused(tmp_path: Path) -> None:
-    command = ["--output-dir", "runs/one", "--ranks", "1", "--", "launch/pretrain.py", "train.output_dir=runs/other"]
+    given = ["train.output_dir=~/runs/one", "train.output_dir=runs/other"]  # the last one counts
+    command = ["--output-dir", "runs/one", "--ranks", "1", "--", "launch/pretrain.py", *given]
     done = subprocess.run(
         [sys.executable, ROOT / "launch/keep_running.py", *command], capture_output=True, text=True, cwd=tmp_path
     )

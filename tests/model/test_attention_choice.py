@@ -30,6 +30,12 @@ OURS = ["skvr_kernels", "triton"]
 FAILURE, MISSING = attention_choice._failure, attention_choice._missing
 
 
+def forget() -> None:
+    """What was found on the machine before."""
+    for each in (resolve, takes_arena, attention_choice._arena_obstacle):
+        each.cache_clear()
+
+
 class Machine:
     """A machine with a GPU and packages, as far as the choice looks at it."""
 
@@ -38,7 +44,7 @@ class Machine:
 
     def have(self, gpu: str, *packages: str, broken: str = "") -> None:
         """Stand for a machine: its GPU, the kernels that are installed, and one of them that fails when it is run."""
-        resolve.cache_clear()
+        forget()
         installed = [module for name in packages for module in ([MODULES[name]] if name in MODULES else OURS)]
         self.patch.setattr(torch.cuda, "get_device_capability", lambda _: CAPABILITIES[gpu])
         self.patch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
@@ -56,7 +62,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     yield Machine(monkeypatch)
-    resolve.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +199,6 @@ def test_what_a_package_needs_and_lacks_comes_with_the_way_to_get_it(machine: Ma
 )
 def test_our_kernel_is_tried_before_it_is_taken(works: str, obstacle: str, machine: Machine) -> None:
     machine.have(H100, "routed")
-    takes_arena.cache_clear()
 
     def fails(*_: object) -> None:
         raise RuntimeError("out of resource: shared memory")
@@ -211,7 +216,6 @@ def test_our_kernel_is_tried_before_it_is_taken(works: str, obstacle: str, machi
     with pytest.raises(UserError) as refused:
         resolve("routed", CUDA, BF16, 128)
     assert str(refused.value) == f"model.attention is routed, but {obstacle}; use auto or sdpa"
-    takes_arena.cache_clear()
 
 
 def test_a_second_model_takes_the_same_kernel_or_none(machine: Machine) -> None:

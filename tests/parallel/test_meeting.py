@@ -89,11 +89,15 @@ def test_what_listens_but_is_no_store_is_not_waited_for(monkeypatch: pytest.Monk
             meeting_store.open_store(1, 2, timedelta(seconds=1))
 
 
-def begin(ports: list[int], refusing: dict[int, tuple[int, str]]) -> list[tuple[str, str]]:
-    """Begin a run per port, in which one of two ranks, each on a host of its own, meets something before it joins."""
+HOST_EACH = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+TASKS_OF_SRUN = {"LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+def begin(ports: list[int], refusing: dict[int, tuple[int, str]], environment: dict[str, str]) -> list[tuple[str, str]]:
+    """Begin a run per port, in which one of two ranks meets something before it joins."""
     number, found = dist.get_rank(), []
     dist.destroy_process_group()
-    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", LOCAL_SIZE="1")
+    os.environ.update(environment)
     for port in ports:
         rank, what = refusing[port]
         os.environ["MASTER_PORT"] = str(port)
@@ -109,10 +113,17 @@ def begin(ports: list[int], refusing: dict[int, tuple[int, str]]) -> list[tuple[
 
 def test_what_one_host_meets_before_the_meeting_ends_all() -> None:
     refusing = {free_port(): (1, "a user's"), free_port(): (0, "a user's"), free_port(): (1, "not")}
-    first, second = run_ranks(2, begin, list(refusing), refusing)
+    first, second = run_ranks(2, begin, list(refusing), refusing, HOST_EACH)
     heard = [first[0], second[1], first[2]]
     assert [kind for kind, _ in heard] == ["UserError", "UserError", "RunInterrupted"]
     assert re.fullmatch(r"rank 0 does not begin, because rank 1 on \S+ has ended: host2 lacks data/train", heard[0][1])
     assert heard[1][1].startswith("rank 1 does not begin, because rank 0 on ")
     assert heard[2][1].endswith("has ended: OSError: no such device")
     assert [text for _, text in (second[0], first[1])] == ["host2 lacks data/train"] * 2
+
+
+def test_srun_ends_no_other_task_so_they_are_told() -> None:
+    refusing = {free_port(): (0, "a user's")}
+    (first,), (second,) = run_ranks(2, begin, list(refusing), refusing, TASKS_OF_SRUN)
+    assert first == ("UserError", "host2 lacks data/train")
+    assert second[0] == "UserError" and second[1].startswith("rank 1 does not begin, because rank 0 on ")

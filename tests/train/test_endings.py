@@ -22,6 +22,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs/experiment/quickstart.yaml"
 
 # What a rank runs at each moment: where it is, and which call of it is taken.
 MOMENTS: dict[str, tuple[Any, str]] = {
+    "before the first step": (metrics, "Writers"),
     "between two steps": (metrics.Reporter, "step"),
     "in an evaluation": (metrics.Reporter, "evaluation"),
     "in a save": (saver, "write_pieces"),
@@ -85,7 +86,10 @@ def test_a_rank_that_dies_is_named(keys: list[str], tmp_path: Path, rank: int, m
     assert f"no sign of life from rank {rank}" in said and "start the run again" in said
 
 
-@pytest.mark.parametrize(("rank", "moment"), [(0, "between two steps"), (1, "in an evaluation")])
+@pytest.mark.parametrize(
+    ("rank", "moment"),
+    [(0, "before the first step"), (0, "between two steps"), (1, "in an evaluation")],
+)
 def test_what_one_rank_meets_ends_all_with_its_sentence(
     keys: list[str], tmp_path: Path, rank: int, moment: str
 ) -> None:

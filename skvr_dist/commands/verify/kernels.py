@@ -3,9 +3,9 @@
     skvr-verify kernels --json kernels.json
 
 Every kernel for compute capability 8.0 (A100), 8.6 (workstations), 9.0 (H100, H200) and 12.0 (the newest ones), at each
-dtype and head size with tiles of its own. No thread may keep more outside its registers than is said to be faster
-so, shared memory must suffice, and on 9.0 the matrix products of 16-bit dtypes must be of Hopper's own instructions.
-Needs the package `skvr_kernels` (`pip install ./kernels`), and no GPU.
+dtype and head size with tiles of its own. No thread may keep more outside its registers than `tiles.py` allows, shared
+memory must suffice, and on 9.0 the matrix products of 16-bit dtypes must be of Hopper's own instructions. Needs the
+package `skvr_kernels` (`pip install ./kernels`), and no GPU.
 """
 
 from __future__ import annotations

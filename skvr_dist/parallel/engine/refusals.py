@@ -49,7 +49,8 @@ def telling_who_waits(folder: str) -> Iterator[None]:
 
 def _others_are_left_waiting() -> bool:
     """Whether there are ranks that no launcher ends with this one: on other hosts, or srun's tasks on this one."""
-    return announced_world_size() > announced_local_size() or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    ranks = announced_world_size()
+    return ranks > announced_local_size() or str(ranks) == os.environ.get("SLURM_STEP_NUM_TASKS")
 
 
 def raise_what_is_told(store: Store, folder: str) -> None:
