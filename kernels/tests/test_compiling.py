@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not there, within their registers."""
+"""The kernels compile for GPUs that are not there, within their limits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ print(json.dumps([[each.misses, each.registers, each.wgmma] for each in found]))
 """
 
 
-def test_the_tightest_kernels_spill_nothing(tmp_path: Path) -> None:
+def test_the_tightest_kernels_keep_their_limits(tmp_path: Path) -> None:
     """In a process that does not interpret, and has compiled nothing before."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
