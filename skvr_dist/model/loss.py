@@ -2,8 +2,8 @@
 
 Logits are made for a chunk of tokens at a time, turned into their own gradient in place, and used up: for the gradient
 of the hidden states and for that of the head, both in the forward pass. The backward pass multiplies these by one
-number. So what is held besides the two gradients is a few tensors of `CHUNK_ELEMENTS` numbers (compiled, one of 512 MiB
-or with a teacher two of half that), however many tokens there are.
+number. So what is held besides the two gradients is a few tensors of `CHUNK_ELEMENTS` numbers, however many tokens
+there are; compiled, the logits of `compiled_elements`, a teacher's among them.
 
 On GPUs what is between the products of matrices is compiled into two passes over the logits as they come out of the
 product, in 16 bits: one for the figures of each token, one that turns them into their gradient. Operation by operation
@@ -36,8 +36,7 @@ IGNORED = -100
 CHUNK_ELEMENTS = 2**26
 """Logits that are held at once, in float32: 256 MiB."""
 COMPILED_CHUNK_BYTES = 2**29
-"""Of logits where a compiler fuses what is done with them. The head's gradient is read and written once for each chunk,
-so that fewer of them cost less."""
+"""Of logits where a compiler fuses what is done with them; more are held of many tokens (`compiled_elements`)."""
 TILE = 256
 """Tokens that a GPU's product of matrices takes at once; chunks of a few tiles are whole ones."""
 
@@ -148,7 +147,8 @@ class _LinearLoss(torch.autograd.Function):
         found = []
         tensors, elements = _held_at_once(objective), CHUNK_ELEMENTS
         if backend == "inductor":
-            tensors, elements = 1 + (objective.teacher is not None), COMPILED_CHUNK_BYTES // head.element_size()
+            tensors = 1 + (objective.teacher is not None)
+            elements = compiled_elements(flat.shape[0], head.shape[0], head.element_size())
         # Of the head's rows, not of those that are held: every rank must make the same chunks.
         for chunk in chunks(flat.shape[0], head.shape[0], tensors, elements):
             if backend:
@@ -186,6 +186,16 @@ class _LinearLoss(torch.autograd.Function):
 def _held_at_once(objective: Objective) -> int:
     """Tensors as large as a chunk's logits, operation by operation."""
     return 1 + 2 * (objective.teacher is not None) + (objective.soft_cap is not None)
+
+
+def compiled_elements(tokens: int, rows: int, element_size: int) -> int:
+    """Logits that are held at once, a teacher's among them, where a compiler fuses what is done with them.
+
+    The head's gradient is read and written once for each chunk, so that fewer of them cost less: where tokens are many,
+    eight, of at most 4,096. With hidden states of 2,048 and tiles of 128 x 256 these have 256 tiles, two rounds of the
+    132 multiprocessors of an H100; 1,536 tokens, which fit into 512 MiB, have 96.
+    """
+    return max(COMPILED_CHUNK_BYTES // element_size, min(tokens // 8, 4096) * rows)
 
 
 def chunks(tokens: int, rows: int, tensors: int = 1, elements: int = CHUNK_ELEMENTS) -> list[slice]:

@@ -48,6 +48,7 @@ def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate heads [B, S, H, E] by the tables [S, E] or [B, S, E]; computed in float32, returned in the dtype of x."""
-    first, second = x.float().chunk(2, dim=-1)
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
-    return (x * cos[..., None, :] + rotated * sin[..., None, :]).to(x.dtype)
+    return (wide * cos[..., None, :] + rotated * sin[..., None, :]).to(x.dtype)

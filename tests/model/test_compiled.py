@@ -40,7 +40,7 @@ def test_few_graphs_for_any_plan_and_equal_gradients(rows: int, graphs: int) -> 
     eager, compiled = (Decoder(ModelConfig.model_validate(SHAPE)) for _ in range(2))
     for decoder in (eager, compiled):
         initialize(decoder, seed=3)
-    compile_layers(compiled, "aot_eager")
+    compile_layers(compiled, "aot_eager", torch.device("cpu"))
     rng = np.random.default_rng(0)
     for _ in range(50):
         donors = [[int(rng.integers(layer + 1)) for layer in range(LAYERS)] for _ in range(rows)]
@@ -64,7 +64,7 @@ def test_flash_kernels_make_no_more_graphs(separate: bool, graphs: int, monkeypa
     eager, compiled = (Decoder(ModelConfig.model_validate({**SHAPE, "attention": "fa2"})) for _ in range(2))
     for decoder in (eager, compiled):
         initialize(decoder, seed=3)
-    compile_layers(compiled, "aot_eager")
+    compile_layers(compiled, "aot_eager", torch.device("cpu"))
     rng, made = np.random.default_rng(0), []
     for _ in range(30 if separate else 8):
         donors = [[int(rng.integers(layer + 1)) for layer in range(LAYERS)]]

@@ -22,7 +22,7 @@ from skvr_dist.commands.bench import loss as command
 from skvr_dist.lab.bench.loss import Sizes, in_chunks, memory_of
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.model import loss as module
-from skvr_dist.model.loss import IGNORED, Objective, Rows, Teacher, chunks, linear_loss
+from skvr_dist.model.loss import IGNORED, Objective, Rows, Teacher, chunks, compiled_elements, linear_loss
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,21 @@ def test_chunks_of_a_few_tiles_are_whole_tiles() -> None:
     assert [part.stop - part.start for part in chunks(8 * 4096, 151_936, 1, 2**28)] == [*[1536] * 21, 512]
     assert [part.stop - part.start for part in chunks(4096, 151_936, 1, 2**28)] == [1536, 1536, 1024]
     assert chunks(1000, 151_936, 1, 2**28) == [slice(0, 1000)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
+    [
+        (4096, [1536, 1536, 1024]),
+        (4 * 4096, [2048] * 8),
+        (8 * 4096, [4096] * 8),
+        (12 * 4096, [4096] * 12),
+    ],
+)
+def test_many_tokens_have_few_chunks_where_they_are_compiled(tokens: int, sizes: list[int]) -> None:
+    rows = 151_936
+    found = chunks(tokens, rows, elements=compiled_elements(tokens, rows, 2))
+    assert [part.stop - part.start for part in found] == sizes
 
 
 @pytest.mark.parametrize(("bound", "code"), [(4.0, 0), (0.5, 1)])

@@ -16,7 +16,7 @@ import torch
 from skvr_dist.lab.estimate.rank import MicroBatch, RankSizes
 from skvr_dist.lab.estimate.traffic import flat_shares, is_persistent, released_modules
 from skvr_dist.model.compiled import resolve_compile
-from skvr_dist.model.loss import CHUNK_ELEMENTS, COMPILED_CHUNK_BYTES, chunks
+from skvr_dist.model.loss import CHUNK_ELEMENTS, chunks, compiled_elements
 
 Kernels = Literal["cpu", "cuda"]
 
@@ -339,7 +339,7 @@ def _loss(rank: RankSizes, kernels: Kernels) -> int:
     hidden, rows = rank.model.hidden_size, rank.vocabulary
     elements, size = CHUNK_ELEMENTS, 6 if rank.element == 2 else 4
     if resolve_compile(rank.config.parallel.compile, torch.device(kernels)) == "inductor":
-        elements, size = COMPILED_CHUNK_BYTES // rank.element, rank.element
+        elements, size = compiled_elements(rank.tokens, rows, rank.element), rank.element
     chunk = max(part.stop - part.start for part in chunks(rank.tokens, rows, elements=elements))
     return rank.element * hidden * (rows + rank.tokens) + size * chunk * rows
 

@@ -74,8 +74,9 @@ def decoder_step(config: Config) -> dict[str, Any]:
     with torch.device("meta"):
         decoder = Decoder(config.model).to(torch.bfloat16)
     decoder.to_empty(device="cuda")
-    if backend := resolve_compile(config.parallel.compile, torch.device("cuda")):
-        compile_layers(decoder, backend)
+    device = torch.device("cuda")
+    if backend := resolve_compile(config.parallel.compile, device):
+        compile_layers(decoder, backend, device)
     optimizer = torch.optim.AdamW(decoder.parameters(), fused=True)
     tokens = torch.zeros(config.train.micro_batch_size, config.data.sequence_length, dtype=torch.long, device="cuda")
 

@@ -136,7 +136,7 @@ class StageModule(PipelineModule):
     def compile_layers(self, device: torch.device) -> None:
         """Compile the layers for a device, as the configuration says."""
         if backend := resolve_compile(self._parallel.compile, device):
-            compile_layers(self.decoder, backend)
+            compile_layers(self.decoder, backend, device)
 
     # What PipelineModule calls while it is built.
 
