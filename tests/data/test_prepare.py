@@ -254,6 +254,8 @@ def test_a_killed_run_goes_on_with_what_is_finished(source: Path, prepared: Path
     deadline = time.monotonic() + 60
     while len(list(partial.glob("done-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
+    with pytest.raises(UserError, match="partial is being written by another process that prepares the same output;"):
+        prepare(Corpus(source), TOKENIZER, tmp_path, **OPTIONS)
     process.kill()
     process.wait()
     kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("train/shard-*.json")}

@@ -4,7 +4,8 @@ The files of the corpus are dealt to the training shards before anything is read
 read, tokenised and written by one process, the held-out documents among it to a shard of their own. So any number of
 processes make the same bytes, in constant memory, and an interrupted run continues with the shards that are not there.
 
-    OUTPUT/partial/          while it is being made: job.json says what; done-00000.json that a shard is finished
+    OUTPUT/partial/          while it is being made: job.json says what; done-00000.json that a shard is finished; a
+                             process holds `lock`
     OUTPUT/tokenizer.model
     OUTPUT/left-out.txt      the documents of the corpus that are in no data set, and why
     OUTPUT/train/, OUTPUT/validation/
@@ -12,14 +13,15 @@ processes make the same bytes, in constant memory, and an interrupted run contin
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import heapq
 import json
 import shutil
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +40,7 @@ from skvr_dist.files import local_path, naming_failure, prove_folder, write_whol
 
 LEFT_OUT_FILE = "left-out.txt"
 _JOB_FILE = "job.json"
+_LOCK_FILE = "lock"
 
 MAX_SHARDS = 100_000
 """Most shards of a data set: their names, by which they are sorted, have five digits."""
@@ -98,13 +101,15 @@ def prepare(
     prove_folder(output)
     tokenizer.save(output / TOKENIZER_FILE)
     try:
-        _start_or_continue(partial, {**asked, "text key": corpus.text_key, "list of files": _fingerprint(tasks)})
-        if not is_made:
-            making = _Making(corpus, tokenizer.model, partial, validation_share)
-            todo = {number: parts for number, parts in tasks.items() if not _done_file(partial, number).exists()}
-            _make_shards(making, files, todo, workers)
-            _write_manifests(partial, tokenizer, validation_share)
-        _publish(partial, output)
+        with _alone_in(partial):
+            _start_or_continue(partial, {**asked, "text key": corpus.text_key, "list of files": _fingerprint(tasks)})
+            if not is_made:
+                making = _Making(corpus, tokenizer.model, partial, validation_share)
+                todo = {number: parts for number, parts in tasks.items() if not _done_file(partial, number).exists()}
+                _make_shards(making, files, todo, workers)
+                _write_manifests(partial, tokenizer, validation_share)
+            _publish(partial, output)
+        shutil.rmtree(partial)
     except OSError as error:
         raise UserError(
             f"cannot write data set {output}: {error}; its finished shards are kept, and the same command continues"
@@ -143,7 +148,6 @@ def _publish(partial: Path, output: Path) -> None:
     for split in (VALIDATION, TRAIN):
         if (partial / split / MANIFEST).exists():
             (partial / split).rename(output / split)
-    shutil.rmtree(partial)
 
 
 def deal(files: Sequence[FilePart], num_shards: int) -> dict[int, Parts]:
@@ -198,6 +202,30 @@ def _fingerprint(tasks: Mapping[int, Parts]) -> str:
         with reading(part.path):
             files.append((part.name, part.size, part.path.stat().st_mtime_ns))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _alone_in(partial: Path) -> Iterator[None]:
+    """Keep other processes out of the folder of unfinished work: two that write one shard spoil it.
+
+    The system lets the lock go when this process dies, and no child inherits it. Where the file system has no locks,
+    nothing is kept out.
+
+    Raises:
+        UserError: one is at work there.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / _LOCK_FILE).open("ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"{partial} is being written by another process that prepares the same output; wait for its end, or "
+                f"choose another output"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 def _start_or_continue(partial: Path, job: dict[str, Any]) -> None:
