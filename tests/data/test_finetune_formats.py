@@ -159,7 +159,8 @@ def test_repliqa_as_parquet_and_lines(tmp_path: Path) -> None:
 
 
 def test_chats_and_our_own_examples(tmp_path: Path) -> None:
-    assert read(tmp_path / "a.jsonl", "chat", CHAT) == [Chat(tuple(CHAT["messages"]), f"{tmp_path}/a.jsonl, line 1")]
+    chat = {**CHAT, "tools": [], "id": 1}
+    assert read(tmp_path / "a.jsonl", "chat", chat) == [Chat(tuple(CHAT["messages"]), f"{tmp_path}/a.jsonl, line 1")]
     ours = {"context": "", "question": "q", "answer": "a", "n": "number"}
     lines = codecs.BOM_UTF8.decode() + "\r\n\r\n" + json.dumps(ours).replace('"number"', "7" * 5000)
     assert read(tmp_path / "b.jsonl.gz", "examples", lines)[0].question == "q"
@@ -195,6 +196,12 @@ BROKEN_SQUAD = {
             "chat",
             {"messages": "x"},
             r"line 1 is no record of chats \(messages: .*\); expected messages\[\] of \{role, content\}",
+        ),
+        ("chat", {**CHAT, "tools": [{"name": ""}]}, r"line 1 is no record of chats \(has tools, which would not be"),
+        (
+            "chat",
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}, *CHAT["messages"]]},
+            r"no record of chats \(messages.0: has tool_calls, which would not be learned; write it into a content",
         ),
         ("examples", "{", "line 1 is no record of examples .it is not JSON"),
         (

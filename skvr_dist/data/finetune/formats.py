@@ -202,12 +202,26 @@ def _read_repliqa(path: Path) -> Examples:
         yield QuestionAnswer((found.document,), found.question, found.answer, place)
 
 
-class _Message(Part):
+_NOT_WRITTEN = ("tool_calls", "function_call", "tools", "functions", "reasoning_content", "thinking")
+"""Keys of chats that say more of them than messages do, by the names of usual interfaces."""
+
+
+class _ChatPart(Part):
+    @model_validator(mode="before")
+    @classmethod
+    def _is_all_written(cls, value: Any) -> Any:
+        lost = [key for key in _NOT_WRITTEN if isinstance(value, dict) and value.get(key)]
+        if lost:  # else a model would silently learn to answer without its tools or thoughts
+            raise ValueError(f"has {lost[0]}, which would not be learned; write it into a content, or leave it out")
+        return value
+
+
+class _Message(_ChatPart):
     role: str = Field(min_length=1)
     content: str
 
 
-class _ChatRecord(Part):
+class _ChatRecord(_ChatPart):
     messages: list[_Message]
 
     @model_validator(mode="after")
