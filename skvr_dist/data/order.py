@@ -161,13 +161,14 @@ class Mixture:
         exact = [Fraction(str(weight)) for weight in weights.values()]
         scale = lcm(*(weight.denominator for weight in exact))
         counts = [int(weight * scale) for weight in exact]
-        self.counts = np.array([count // gcd(*counts) for count in counts], dtype=np.int64)
-        self.period = int(self.counts.sum())
+        counts = [count // gcd(*counts) for count in counts]
+        self.period = sum(counts)
         if self.period > MAX_PERIOD:
             raise UserError(
                 f"the weights of data.train {weights} repeat only after {self.period} sequences, more than "
-                f"{MAX_PERIOD}; give them with fewer digits"
+                f"{MAX_PERIOD}; give them with fewer digits, or less far apart"
             )
+        self.counts = np.array(counts, dtype=np.int64)
         # Each entry is the source that is furthest behind its share.
         self._pattern = np.empty(self.period, dtype=np.int64)
         seen = np.zeros(len(counts), dtype=np.int64)

@@ -377,6 +377,8 @@ def test_sources_that_do_not_fit_are_refused(dataset: Dataset, tmp_path: Path) -
         stream_of(dataset, foreign)
     with pytest.raises(UserError, match=r"repeat only after 10000001 sequences, more than 10000; give them with fewer"):
         stream_of(dataset, dataset, weights=(1e-7, 1.0))
+    with pytest.raises(UserError, match=r"repeat only after 100000000000000000001 sequences, .*, or less far apart"):
+        stream_of(dataset, dataset, weights=(1e-20, 1.0))
 
 
 # Documents.
