@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections import Counter
 from itertools import islice
@@ -195,5 +196,11 @@ def test_tokens_are_kept_for_other_processes(tmp_path: Path) -> None:
     file.write_text("another")
     kept(seed=1)
     assert len(made) == 3
-    with pytest.raises(UserError, match=r"absent.jsonl"):
+    with pytest.raises(UserError, match=r"cannot read .*absent.jsonl: No such file"):
         kept_set(tmp_path / "kept", {}, tmp_path / "absent.jsonl", lambda: first)
+    for name, content in (("tokens.npy", b""), ("ends.npy", b"\x93NUMPY"), ("set.json", b"{}"), ("set.json", b"{")):
+        shutil.rmtree(tmp_path / "kept")
+        kept(seed=1)
+        next((tmp_path / "kept").glob(f"*/{name}")).write_bytes(content)
+        with pytest.raises(UserError, match=r"kept/\w+ of data.examples_cache is damaged \(.*\); remove it, to make"):
+            kept(seed=1)

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skvr_dist.data.finetune.encode import Counts, Encoded
+from skvr_dist.data.prepare.formats import reading
+from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, naming_failure, published
 
 _FORM = 1
@@ -75,10 +77,10 @@ def kept_set(folder: str | Path, facts: dict[str, Any], file: Path, make: Callab
         file: that of the examples; another size or time makes another set.
 
     Raises:
-        UserError: the folder cannot be written, and what `make` raises.
+        UserError: the folder cannot be written, or what it keeps is damaged; and what `make` raises.
     """
     folder = local_path(folder)
-    with naming_failure(file):
+    with reading(file):
         status = file.stat()
     facts = {"form": _FORM, "file": str(file.absolute()), "bytes": status.st_size, "time": status.st_mtime_ns, **facts}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -93,10 +95,17 @@ def kept_set(folder: str | Path, facts: dict[str, Any], file: Path, make: Callab
                     np.save(partial / f"{array}.npy", getattr(made, array))
                 record = {"facts": facts, "counts": asdict(made.counts), "fingerprint": made.fingerprint}
                 (partial / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    with naming_failure(place):
+    return _kept(place)
+
+
+def _kept(place: Path) -> EncodedSet:
+    try:
         record = json.loads((place / _RECORD).read_text(encoding="utf-8"))
         arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in ("ends", "tokens", "predicted")}
-    return EncodedSet(**arrays, counts=Counts(**record["counts"]), fingerprint=record["fingerprint"])
+        return EncodedSet(**arrays, counts=Counts(**record["counts"]), fingerprint=record["fingerprint"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{place} of data.examples_cache is damaged ({reason}); remove it, to make it anew") from None
 
 
 @contextmanager
