@@ -25,6 +25,7 @@ from skvr_dist.data.finetune.encode import Counts, Encoded
 from skvr_dist.data.finetune.examples import QuestionAnswer
 from skvr_dist.data.finetune.formats import read_examples
 from skvr_dist.data.finetune.retrieval import LETTERS, needles, recall
+from skvr_dist.data.prepare.corpus import Document
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.answers import ALL, Asked, Decoding, measure_answers
 from skvr_dist.evaluate.generate import generate
@@ -147,6 +148,20 @@ def test_a_place_of_questions_that_cannot_be_known() -> None:
         answers.questions_first(argparse.Namespace(question_first_prob=None, format="squad"), checkpoint)
     with pytest.raises(UserError, match="--format code has no questions and contexts; leave out --question-first"):
         answers.questions_first(argparse.Namespace(question_first_prob=0.5, format="code"), checkpoint)
+
+
+def test_a_filler_of_short_documents_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    class Text(str):
+        def __len__(self) -> int:
+            measured.append("")
+            return super().__len__()
+
+    documents = [Document(str(number), Text("ab")) for number in range(100)]
+    monkeypatch.setattr("skvr_dist.data.prepare.corpus.open_corpus", lambda _: documents)
+    assert make_retrieval._beginning("") == "\n".join(["ab"] * 100)
+    assert len(measured) <= len(documents)
 
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
