@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -17,6 +18,7 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken
 
 from skvr_dist.data.prepare.corpus import Document, open_corpus
 from skvr_dist.data.tokenizers import sentencepiece as sentencepiece_module
@@ -249,6 +251,36 @@ def test_settings_of_training_are_off(hf_folder: Path, tmp_path: Path) -> None:
         assert used.encode("") == []
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     assert tokenizer.for_export().encode(text).ids == expected
+
+
+UNIGRAM = tokenizers.models.Unigram([("<unk>", 0), ("<s>", 0), ("</s>", 0), *((c, -1) for c in "▁ab</s>")], unk_id=0)
+WORDS = tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "a": 2, "b": 3}, unk_token="<unk>")
+CHARACTERS = tokenizers.models.BPE(vocab={c: number for number, c in enumerate("ab</s>")}, merges=[])
+
+
+@pytest.mark.parametrize(
+    ("model", "divide", "added"),
+    [
+        (UNIGRAM, tokenizers.pre_tokenizers.Metaspace(), [AddedToken(name, special=True) for name in ("<s>", "</s>")]),
+        (WORDS, tokenizers.pre_tokenizers.WhitespaceSplit(), []),
+        (CHARACTERS, None, [AddedToken("</s>", special=False)]),
+    ],
+)
+def test_names_in_a_text_end_no_document(model: Any, divide: Any, added: list[AddedToken]) -> None:
+    """Names that are in the vocabulary of the model, or of tokens that are not called special."""
+    fast = tokenizers.Tokenizer(model)
+    fast.pre_tokenizer = divide
+    fast.add_tokens(added)
+    content = {"eos_token": "</s>", "tokenizer": json.loads(fast.to_str())}
+    tokenizer = tokenizer_from_bytes(json.dumps(content).encode())
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    exported = tokenizer.for_export()
+    exported.encode_special_tokens = True
+    for text in ("a </s> b", "</s>", "a<s>b</s></s>", "</s>b"):
+        ids = tokenizer.encode(text)
+        assert ids and not {tokenizer.eos_id, fast.token_to_id("<s>")} & set(ids)
+        assert exported.encode(text).ids == ids
+    assert tokenizer.encode_with_offsets("a</s>")[0][-1] == tokenizer.eos_id
 
 
 def test_a_text_that_a_tokenizer_has_no_token_for_is_refused() -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import Regex, pre_tokenizers
 
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
@@ -51,6 +53,23 @@ class HuggingFaceTokenizer(Tokenizer):
         """The token that fills sequences up to one length, if it has one."""
         self._name = name
         self._tokenizer.encode_special_tokens = True  # names of special tokens in a text are just text
+        self._tell_names_from_tokens()
+
+    def _tell_names_from_tokens(self) -> None:
+        """Have the name of a special token in a text never become the token: it would end a document in its middle.
+
+        The end-of-sequence token may not be called special in the file. And models of whole pieces or words, unigram
+        above all, find a name that is in their vocabulary, so it is divided after its first character.
+        """
+        added = self._tokenizer.get_added_tokens_decoder()
+        if self._eos_id not in added or not added[self._eos_id].special:
+            self._tokenizer.add_special_tokens([self.eos_token])
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        if names := [name for name in special if name[1:] and _finds(self._tokenizer, name)]:
+            starts = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
+            divide = pre_tokenizers.Split(Regex(starts), "merged_with_previous")
+            others = filter(None, [self._tokenizer.pre_tokenizer])
+            self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([divide, *others])
 
     def for_export(self) -> tokenizers.Tokenizer:
         """A copy that adds no special tokens to a text, as none are added in training."""
@@ -110,6 +129,14 @@ def _without_training_settings(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """
     model = {key: value for key, value in tokenizer["model"].items() if key not in ("dropout", "alpha", "nbest_size")}
     return {**tokenizer, "truncation": None, "padding": None, "model": model}
+
+
+def _finds(tokenizer: tokenizers.Tokenizer, name: str) -> bool:
+    """Whether the model makes a special token of its name."""
+    try:
+        return tokenizer.token_to_id(name) in tokenizer.encode(name, add_special_tokens=False).ids
+    except Exception:  # bare: it has no token for a part of the name, nor one for what is unknown
+        return False
 
 
 def _read_json(file: Path) -> Any:
