@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ def test_ids_are_those_of_transformers(folder: Path) -> None:
     [((tokens, _), _)] = template.fit(chat(*TURNS), 1000)
     conversation = [{"role": role, "content": content} for role, content in TURNS]
     assert tokens.tolist() == AutoTokenizer.from_pretrained(folder).apply_chat_template(conversation)["input_ids"]
+
+
+def test_special_tokens_may_be_named_in_a_file_of_their_own(folder: Path, tmp_path: Path) -> None:
+    """As older folders have them."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+    )
+    named = "{{ bos_token }}user\n{{ messages[0].content }}{{ eos_token }}"
+    assert template_of(tmp_path, named)._render(chat(*TURNS), 1)[0] == "<s>user\none?</s>"
 
 
 def test_the_loss_is_on_the_turns_of_the_assistant(folder: Path) -> None:

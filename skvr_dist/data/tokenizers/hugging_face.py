@@ -144,6 +144,13 @@ def _read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json, with the special tokens that older folders name elsewhere."""
+    config: dict[str, Any] = _read_json(folder / "tokenizer_config.json")
+    older = folder / "special_tokens_map.json"  # which transformers reads where the tokens are not described
+    return {**_read_json(older), **config} if "added_tokens_decoder" not in config and older.exists() else config
+
+
 def read_hf_files(path: Path) -> bytes:
     """A tokenizer.json (or its folder) and the settings beside it, tokenizer_config.json above all, as one file.
 
@@ -154,10 +161,7 @@ def read_hf_files(path: Path) -> bytes:
     file = path / "tokenizer.json" if path.is_dir() else path
     folder = file.parent
     try:
-        tokenizer, config = (_read_json(each) for each in (file, folder / "tokenizer_config.json"))
-        older = folder / "special_tokens_map.json"  # which transformers reads where the tokens are not described
-        if "added_tokens_decoder" not in config and older.exists():
-            config = {**_read_json(older), **config}
+        tokenizer, config = _read_json(file), _read_config(folder)
         eos, pad = (_name_of(config.get(name)) for name in ("eos_token", "pad_token"))
     except UserError:
         raise
@@ -181,14 +185,14 @@ def read_chat_template(path: Path) -> tuple[str, dict[str, str]] | None:
     """
     folder = path if path.is_dir() else path.parent
     try:
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _read_config(folder)
         file = folder / "chat_template.jinja"
         template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"cannot read tokenizer {path}: {error.strerror} ({error.filename})") from None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise UserError(f"{folder / 'tokenizer_config.json'} is no JSON object; mend it") from None
     if isinstance(template, list):  # several by name
         template = next((each.get("template") for each in template if each.get("name") == "default"), None)
