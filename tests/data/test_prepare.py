@@ -198,9 +198,9 @@ def test_what_is_left_out_is_named_and_counted(tmp_path: Path) -> None:
         f"{folder}/c.txt at byte 0 is not valid UTF-8",
         f"{folder}/e.txt is empty",
     ]
-    inside = tmp_path / "source" / "data"
-    for _ in range(2):
-        again = prepare(corpus, TOKENIZER, inside, num_shards=2, workers=1)
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    for inside in ("source/data", "source/data", "link/../source/data", "link/data"):
+        again = prepare(corpus, TOKENIZER, tmp_path / inside, num_shards=2, workers=1)
         assert again.datasets["train"].manifest == made.manifest
     assert not again.written
     with pytest.raises(UserError, match=r"c.txt at byte 0 is not valid UTF-8; convert it, or leave such"):

@@ -81,9 +81,7 @@ def prepare(
     _require_possible(num_shards, workers, validation_share)
     output = local_path(output)
     partial = output / "partial"
-    # The output may lie in the folder of the corpus; its lists of what was left out are no documents.
-    own = {(output / LEFT_OUT_FILE).absolute(), partial.absolute()}
-    files = [file for file in corpus.files() if own.isdisjoint((path := file.path.absolute(), path.parent))]
+    files = _without_own(corpus, output, partial)
     tasks = deal(files, num_shards)
     asked = {
         "tokenizer": tokenizer.sha256[:12],
@@ -115,6 +113,16 @@ def prepare(
             f"cannot write data set {output}: {error}; its finished shards are kept, and the same command continues"
         ) from None
     return Prepared(find_datasets(output), written=True)
+
+
+def _without_own(corpus: Corpus, output: Path, partial: Path) -> Parts:
+    """The files of a corpus without our lists of what was left out, where the output lies in its folder.
+
+    However the two are written: links and `..` are followed.
+    """
+    folder = (corpus.root if corpus.root.is_dir() else corpus.root.parent).resolve()
+    own = {(output / LEFT_OUT_FILE).resolve(), partial.resolve()}
+    return [file for file in corpus.files() if own.isdisjoint((path := folder / file.name, path.parent))]
 
 
 def _require_possible(num_shards: int, workers: int | None, validation_share: float) -> None:
