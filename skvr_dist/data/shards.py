@@ -250,8 +250,13 @@ def read_manifest(location: str | Path) -> Manifest:
     try:
         return parse_manifest(_read(place), place)
     except FileNotFoundError:
+        inside = Path(location, TRAIN)
+        way_out = f"give {inside}" if (inside / MANIFEST).is_file() else "make one with tools/prepare_data.py"
+        raise UserError(f"{location} holds no complete data set ({MANIFEST} is missing); {way_out}") from None
+    except NotADirectoryError:
         raise UserError(
-            f"{location} holds no complete data set ({MANIFEST} is missing); make one with tools/prepare_data.py"
+            f"{location} is no folder, as a data set is; make one with tools/prepare_data.py, or if these are "
+            f"fine-tuning examples, name their format"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {place}: {error.strerror or error}") from None

@@ -475,6 +475,15 @@ def test_other_manifests_are_refused(tmp_path: Path, text: str, message: str) ->
         Dataset.open(tmp_path)
 
 
+def test_what_is_no_data_set_is_refused_with_a_way_out(prepared: Path) -> None:
+    for name, message in (
+        ("tokenizer.model", r"tokenizer.model is no folder, as a data set is; make one .* name their format"),
+        ("", r"\(manifest.json is missing\); give .*/train"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Dataset.open(prepared / name)
+
+
 def test_a_manifest_that_contradicts_itself_is_refused(copy: Path) -> None:
     tree = json.loads((copy / "train" / "manifest.json").read_text())
     for key, value, message in (
