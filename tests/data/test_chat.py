@@ -102,6 +102,9 @@ def test_bad_templates_are_refused(folder: Path) -> None:
         learned(template_of(folder, "{{ raise_exception('roles must alternate') }}"), chat(*TURNS))
     with pytest.raises(UserError, match=r"begins the assistant's message 2 otherwise when it asks for it"):
         learned(template_of(folder, PLAIN.replace("<s>assistant", "<s>robot")), chat(*TURNS))
+    asking = template_of(folder, "{{ messages[0].content.strip() }}" + PLAIN)
+    with pytest.raises(UserError, match=r"line 3: the chat begins with the assistant, whose turn .*; put a message"):
+        learned(asking, chat(*TURNS[1:]))
     alone = folder.parent / "data/tokenizer.model"  # as a data set that was prepared with it holds it
     alone.parent.mkdir()
     alone.write_bytes(read_hf_files(folder))

@@ -116,7 +116,7 @@ class ChatTemplate:
         text, marked = self._render(chat, end, marked=bool(_MARKS_TURNS.search(self.text)))
         if marked:
             return text, marked[-1:]
-        before, _ = self._render(chat, end - 1, ask=True)
+        before = self._asked(chat, end)
         if not text.startswith(before):
             raise UserError(
                 f"{chat.place}: the chat template of {self.name} begins the assistant's message {end} otherwise when "
@@ -124,6 +124,19 @@ class ChatTemplate:
                 f"assistant's turns with {{% generation %}}"
             )
         return text, [(len(before), len(text.rstrip()))]
+
+    def _asked(self, chat: Chat, end: int) -> str:
+        """What is before message `end`, the assistant's, as the template asks for it."""
+        try:
+            return self._render(chat, end - 1, ask=True)[0]
+        except UserError:
+            if end > 1:
+                raise
+            raise UserError(
+                f"{chat.place}: the chat begins with the assistant, whose turn the chat template of {self.name} cannot "
+                f"ask for before any other; put a message before it, or give a template that marks the assistant's "
+                f"turns with {{% generation %}}"
+            ) from None
 
     def _render(self, chat: Chat, end: int, *, ask: bool = False, marked: bool = False) -> tuple[str, list[Span]]:
         """The first `end` messages as the template writes them, and the assistant's parts if it marks them.
