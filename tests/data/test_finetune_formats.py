@@ -130,7 +130,7 @@ def test_ms_marco_by_columns_and_by_lines(tmp_path: Path) -> None:
         None,
     ]
     rows = [{name: column[row] for name, column in MS_MARCO.items()} for row in ("7", "9", "11")]
-    again = read(tmp_path / "a.jsonl", "ms_marco", "\n".join(json.dumps(row) for row in rows))
+    again = read(tmp_path / "B.JSONL", "ms_marco", "\n".join(json.dumps(row) for row in rows))
     assert [each and each.answer for each in again] == [each and each.answer for each in found]
 
 

@@ -260,7 +260,7 @@ def read_examples(path: str | Path, form: Format) -> Examples:
 
 
 def _is_jsonl(path: Path) -> bool:
-    return ".jsonl" in path.suffixes
+    return ".jsonl" in Path(path.name.lower()).suffixes
 
 
 def _json(path: Path, kind: str) -> Any:
