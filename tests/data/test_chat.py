@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tokenizers import train_hugging_face
 from transformers import AutoTokenizer
 
+from skvr_dist.config.data import HeldOutConfig
 from skvr_dist.data.finetune.chat import ChatTemplate
 from skvr_dist.data.finetune.examples import Chat
+from skvr_dist.data.finetune.sequences import FinetuneSequences
 from skvr_dist.data.tokenizers.hugging_face import read_hf_files
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
@@ -69,6 +72,21 @@ def test_special_tokens_may_be_named_in_a_file_of_their_own(folder: Path, tmp_pa
     )
     named = "{{ bos_token }}user\n{{ messages[0].content }}{{ eos_token }}"
     assert template_of(tmp_path, named)._render(chat(*TURNS), 1)[0] == "<s>user\none?</s>"
+
+
+def test_tokens_are_kept_for_the_same_special_tokens_only(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat(*TURNS).messages}))
+    (tmp_path / "chat_template.jinja").write_text(MARKED)
+
+    def read(bos_token: str) -> str:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos_token, "eos_token": "</s>"}))
+        source = HeldOutConfig(path=str(tmp_path / "chats.jsonl"), format="chat")
+        options: dict[str, Any] = {"tokenizer_path": str(tmp_path), "sequence_length": 100, "seed": 1}
+        opened = FinetuneSequences.open(source, load_tokenizer(tmp_path), cache=str(tmp_path / "kept"), **options)
+        return opened.fingerprint
+
+    assert read("<s>") == read("<s>") != read("<unk>")
 
 
 def test_the_loss_is_on_the_turns_of_the_assistant(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +86,7 @@ class Encoder:
     passage_orders: int = 0
     template: ChatTemplate | None = None
 
-    def facts(self) -> dict[str, str | int | float]:
+    def facts(self) -> dict[str, Any]:
         """Everything that decides the tokens of a record."""
         return {
             "tokenizer": self.tokenizer.sha256,
@@ -95,6 +95,7 @@ class Encoder:
             "question_first_prob": self.question_first_prob,
             "passage_orders": self.passage_orders,
             "template": self.template.text if self.template else "",
+            "special_tokens": self.template.special_tokens if self.template else {},
         }
 
     def encode_all(self, examples: Iterable[QuestionAnswer | Chat | None], counts: Counts) -> Iterator[Encoded]:

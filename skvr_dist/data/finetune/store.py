@@ -26,7 +26,7 @@ from skvr_dist.data.prepare.formats import reading
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, naming_failure, published
 
-_FORM = 1
+_FORM = 2
 """Raise it when the same file gives other tokens."""
 _RECORD = "set.json"
 
