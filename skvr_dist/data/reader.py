@@ -177,7 +177,10 @@ class SequenceStream:
         return Rows(tokens, labels, documents, lost_tokens, damage)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the sequences: equal fingerprints mean equal sequences at every number."""
+        """Everything that decides the sequences: equal fingerprints mean equal sequences at every number.
+
+        The order of the sources counts, too.
+        """
         return {
             "order": 2,  # raise it when the rules of reading change what a number means
             "sequence_length": self.sequence_length,

@@ -179,7 +179,9 @@ def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:
     """Refuse data in which the number of sequences read would mean another place than when it was saved."""
     trained = checkpoint.facts.data_fingerprint or {}
     different = [
-        f"{key} ({trained.get(key)} there, {value} here)" for key, value in reads.items() if trained.get(key) != value
+        f"{key} ({trained.get(key)} there, {value} here)"
+        for key, value in reads.items()
+        if trained.get(key) != value or _order(trained.get(key)) != _order(value)
     ]
     if different:
         raise UserError(
@@ -187,6 +189,11 @@ def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:
             f"{', '.join(different)}; put it back, start a new run with another train.output_dir, or resume with the "
             f"other data with data.on_resume=other_data"
         )
+
+
+def _order(fact: Any) -> list[str]:
+    """The order of sources, which decides which of them a sequence comes from as their weights do."""
+    return list(fact) if isinstance(fact, dict) else []
 
 
 def _require_same(checkpoint: Checkpoint, section: str, asked: dict[str, Any]) -> None:

@@ -115,6 +115,13 @@ def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(da
     assert "data.on_resume=other_data" in said
     start(data, run, *other, "data.on_resume=other_data")
     assert "has train.seed 0, the configuration 1; give the checkpoint's own" in refusal(data, run, "train.seed=1")
+    longer = ["train.steps=4", "train.on_resume=other_schedule"]
+    start(data, run, *longer)
+    swapped = f"data.train={{mail: {{path: {data}/email/train}}, code: {{path: {data}/json/train, weight: 3}}}}"
+    rest = [each for each in arguments(data, run) if not each.startswith("data.train=")]
+    config = load_config([QUICKSTART], [swapped, *rest, *longer])
+    with pytest.raises(UserError, match=r"they differ in sources \(\{'code': .* there, \{'mail': "):
+        preview_resume(config, open_inputs(config, world_size=1).sequences.fingerprint())
 
 
 def test_the_documented_offload(data: Path, tmp_path: Path) -> None:
