@@ -27,6 +27,10 @@ MARKED = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
     "{% endgeneration %}{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
 )
+CALLING = (
+    "{% if tools %}<s>{{ tools | map(attribute='function') | map(attribute='name') | join(' ') }}</s>{% endif %}"
+    + PLAIN.replace("</s>", "{% for c in m.tool_calls %}[{{ c.function.name }}]{% endfor %}</s>", 1)
+)
 FORGETFUL = PLAIN.replace("m.content }}", "m.content if loop.last else m.content.split('!')[-1] }}")
 TURNS = [("user", "one?"), ("assistant", "hmm!One."), ("user", "two?"), ("assistant", "hmm!Two.")]
 
@@ -61,6 +65,19 @@ def test_ids_are_those_of_transformers(folder: Path) -> None:
     [((tokens, _), _)] = template.fit(chat(*TURNS), 1000)
     conversation = [{"role": role, "content": content} for role, content in TURNS]
     assert tokens.tolist() == AutoTokenizer.from_pretrained(folder).apply_chat_template(conversation)["input_ids"]
+
+
+def test_tools_and_calls_are_written_by_the_template(folder: Path) -> None:
+    function = {"type": "function", "function": {"name": "look"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [function]}
+    given = Chat(({"role": "user", "content": "one?"}, call), "chats.jsonl, line 3", (function,))
+    template = template_of(folder, CALLING)
+    [((tokens, _), _)] = template.fit(given, 1000)
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(list(given.messages), tools=[function])
+    assert tokens.tolist() == theirs["input_ids"]
+    assert learned(template, given) == [("[look]</s>", False)]
+    with pytest.raises(UserError, match=r"line 3: the chat template of .* has no place for tool_calls; leave them out"):
+        learned(template_of(folder, PLAIN), given)
 
 
 def test_special_tokens_may_be_named_in_a_file_of_their_own(folder: Path, tmp_path: Path) -> None:
@@ -118,6 +135,8 @@ def test_the_date_is_always_the_same(folder: Path) -> None:
 def test_bad_templates_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"line 3: the chat template of .* refuses the chat \(roles must alternate\)"):
         learned(template_of(folder, "{{ raise_exception('roles must alternate') }}"), chat(*TURNS))
+    with pytest.raises(UserError, match=r"marks no part of the chat with .*, so nothing of it would be learned"):
+        learned(template_of(folder, MARKED.replace("'assistant'", "'robot'")), chat(*TURNS))
     with pytest.raises(UserError, match=r"begins the assistant's message 2 otherwise when it asks for it"):
         learned(template_of(folder, PLAIN.replace("<s>assistant", "<s>robot")), chat(*TURNS))
     asking = template_of(folder, "{{ messages[0].content.strip() }}" + PLAIN)

@@ -159,8 +159,12 @@ def test_repliqa_as_parquet_and_lines(tmp_path: Path) -> None:
 
 
 def test_chats_and_our_own_examples(tmp_path: Path) -> None:
+    place, call = f"{tmp_path}/a.jsonl, line 1", {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     chat = {**CHAT, "tools": [], "id": 1}
-    assert read(tmp_path / "a.jsonl", "chat", chat) == [Chat(tuple(CHAT["messages"]), f"{tmp_path}/a.jsonl, line 1")]
+    assert read(tmp_path / "a.jsonl", "chat", chat) == [Chat(tuple(CHAT["messages"]), place)]
+    chat = {"messages": [{**CHAT["messages"][0], "weight": 0}, call], "tools": [{"type": "function"}]}
+    [found] = read(tmp_path / "a.jsonl", "chat", chat)
+    assert found == Chat((CHAT["messages"][0], {**call, "content": ""}), place, ({"type": "function"},))
     ours = {"context": "", "question": "q", "answer": "a", "n": "number"}
     lines = codecs.BOM_UTF8.decode() + "\r\n\r\n" + json.dumps(ours).replace('"number"', "7" * 5000)
     assert read(tmp_path / "b.jsonl.gz", "examples", lines)[0].question == "q"
@@ -197,11 +201,11 @@ BROKEN_SQUAD = {
             {"messages": "x"},
             r"line 1 is no record of chats \(messages: .*\); expected messages\[\] of \{role, content\}",
         ),
-        ("chat", {**CHAT, "tools": [{"name": ""}]}, r"line 1 is no record of chats \(has tools, which would not be"),
+        ("chat", {**CHAT, "functions": [{}]}, r"has functions, which would not be learned; name them as tools"),
         (
             "chat",
-            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}, *CHAT["messages"]]},
-            r"no record of chats \(messages.0: has tool_calls, which would not be learned; write it into a content",
+            {"messages": [{"role": "assistant", "content": "x", "weight": 0}, *CHAT["messages"]]},
+            r"no record of chats \(messages.0: has weight 0, but all turns of the assistant are learned alike",
         ),
         ("examples", "{", "line 1 is no record of examples .it is not JSON"),
         (

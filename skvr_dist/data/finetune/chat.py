@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from skvr_dist.data.finetune.examples import Chat
+from skvr_dist.data.finetune.examples import SAID_BESIDE, Chat
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.data.tokenizers.hugging_face import HuggingFaceTokenizer, read_chat_template
 from skvr_dist.errors import UserError
@@ -24,11 +24,14 @@ _FIXED_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro %}"
 """Before a template that writes today's date, so that a chat has the same tokens tomorrow: the day that Llama 3.1's
 falls back to."""
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_NAMES_TOOLS = re.compile(r"\btools\b")
 Span = tuple[int, int]
 """Characters of a text: from the first to before the second."""
 Tokens = tuple[NDArray[np.uint32], NDArray[np.bool_]]
 """Token ids [n], and which of them have loss [n]."""
+
+
+def _is_answer(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and any(message.get(key) for key in ("content", *SAID_BESIDE))
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,11 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the chat, or not even the assistant's first turn fits.
         """
+        for key in SAID_BESIDE:
+            if any(message.get(key) for message in chat.messages):
+                self._require_place_for(key, chat.place)
         said = enumerate(chat.messages, start=1)
-        ends = [number for number, message in said if message["role"] == "assistant" and message["content"]]
+        ends = [number for number, message in said if _is_answer(message)]
         size = 0
         for kept in range(len(ends), 0, -1):
             found = self._whole(chat, ends[:kept])
@@ -103,6 +109,11 @@ class ChatTemplate:
         """The chat up to its last turn of the assistant, with loss on all its turns; None if it is not one text."""
         if _MARKS_TURNS.search(self.text):
             text, spans = self._render(chat, ends[-1], marked=True)
+            if not spans:
+                raise UserError(
+                    f"{chat.place}: the chat template of {self.name} marks no part of the chat with "
+                    f"{{% generation %}}, so nothing of it would be learned; mend the template"
+                )
             return self._tokens(text, spans)
         turns = [self._last_turn(chat, end) for end in ends]
         text = turns[-1][0]
@@ -144,7 +155,7 @@ class ChatTemplate:
         Args:
             ask: end with what asks the assistant for its turn.
         """
-        text, spans = self._write(chat.messages[:end], chat.place, ask=ask, marked=marked)
+        text, spans = self._write(chat.messages[:end], chat.place, ask=ask, marked=marked, tools=chat.tools)
         return text, [tuple(span) for span in spans] if marked else []
 
     def ask(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], place: str) -> list[int]:
@@ -157,20 +168,34 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses them, or has no place for tools.
         """
-        if tools and not _NAMES_TOOLS.search(self.text):
-            raise UserError(f"{place}: the chat template of {self.name} has no place for tools; leave them out")
-        text, _ = self._write(messages, place, ask=True, tools=list(tools) or None)
+        text, _ = self._write(messages, place, ask=True, tools=tools)
         return self.tokenizer.encode_with_offsets(text)[0]
 
+    def _require_place_for(self, key: str, place: str) -> None:
+        """Raises `UserError` if the template never names what a chat has: it would be lost unseen."""
+        if not re.search(rf"\b{key}\b", self.text):
+            raise UserError(
+                f"{place}: the chat template of {self.name} has no place for {key}; leave them out, or write them into "
+                f"a content"
+            )
+
     def _write(
-        self, messages: Sequence[dict[str, Any]], place: str, *, ask: bool, marked: bool = False, tools: Any = None
+        self,
+        messages: Sequence[dict[str, Any]],
+        place: str,
+        *,
+        ask: bool,
+        marked: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> tuple[str, Any]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        if tools:
+            self._require_place_for("tools", place)
         try:
             texts, spans = render_jinja_template(
                 [list(messages)],
-                tools=tools,
+                tools=list(tools) or None,
                 chat_template=self.text,
                 add_generation_prompt=ask,
                 return_assistant_tokens_mask=marked,

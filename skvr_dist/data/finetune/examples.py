@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from skvr_dist.errors import UserError
 
@@ -34,10 +35,16 @@ class QuestionAnswer:
 class Chat:
     """A conversation, of which the assistant's turns are to be learned."""
 
-    messages: tuple[dict[str, str], ...]
-    """Each with the keys `role` and `content`."""
+    messages: tuple[dict[str, Any], ...]
+    """Each with the keys `role` and `content`, and what else of `SAID_BESIDE` it has."""
     place: str
     """Where it is from, for messages."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Those that the assistant may call, as functions of the OpenAI API."""
+
+
+SAID_BESIDE = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""What a message may say beside its content, by the names of usual interfaces."""
 
 
 class ExampleError(UserError):

@@ -15,7 +15,7 @@ import pyarrow.parquet
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from skvr_dist.config.data import Format
-from skvr_dist.data.finetune.examples import Chat, ExampleError, QuestionAnswer
+from skvr_dist.data.finetune.examples import SAID_BESIDE, Chat, ExampleError, QuestionAnswer
 from skvr_dist.data.prepare.formats import HALF_A_PAIR, parse_json, read_lines, reading
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, require_file
@@ -202,41 +202,52 @@ def _read_repliqa(path: Path) -> Examples:
         yield QuestionAnswer((found.document,), found.question, found.answer, place)
 
 
-_NOT_WRITTEN = ("tool_calls", "function_call", "tools", "functions", "reasoning_content", "thinking")
-"""Keys of chats that say more of them than messages do, by the names of usual interfaces."""
-
-
-class _ChatPart(Part):
-    @model_validator(mode="before")
-    @classmethod
-    def _is_all_written(cls, value: Any) -> Any:
-        lost = [key for key in _NOT_WRITTEN if isinstance(value, dict) and value.get(key)]
-        if lost:  # else a model would silently learn to answer without its tools or thoughts
-            raise ValueError(f"has {lost[0]}, which would not be learned; write it into a content, or leave it out")
-        return value
-
-
-class _Message(_ChatPart):
+class _Message(Part):
     role: str = Field(min_length=1)
-    content: str
+    content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, Any] | None = None
+    reasoning_content: str | None = None
+    thinking: str | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    weight: float | None = None
+
+    @model_validator(mode="after")
+    def _is_learned(self) -> _Message:
+        if self.content is None and not any(getattr(self, key) for key in SAID_BESIDE):
+            raise ValueError("has no content")
+        if self.role == "assistant" and self.weight not in (None, 1):
+            raise ValueError(f"has weight {self.weight:g}, but all turns of the assistant are learned alike")
+        return self
+
+    def written(self) -> dict[str, Any]:
+        """What a template is given of it."""
+        said = {key: value for key, value in self.model_dump(exclude={"weight"}).items() if value}
+        return {"role": self.role, "content": "", **said}
 
 
-class _ChatRecord(_ChatPart):
+class _ChatRecord(Part):
     messages: list[_Message]
+    tools: list[dict[str, Any]] | None = None
+    functions: list[dict[str, Any]] | None = None
 
     @model_validator(mode="after")
     def _assistant_speaks(self) -> _ChatRecord:
-        if not any(message.role == "assistant" and message.content for message in self.messages):
+        if self.functions:  # else a model would silently learn to answer without them
+            raise ValueError("has functions, which would not be learned; name them as tools")
+        said = [message.written() for message in self.messages if message.role == "assistant"]
+        if not any(message.get(key) for message in said for key in ("content", *SAID_BESIDE)):
             raise ValueError("no message is the assistant's")
         return self
 
 
 def _read_chat(path: Path) -> Examples:
-    """Chats: jsonl, a line {messages: [{role, content}]}."""
+    """Chats: jsonl, a line {messages: [{role, content}]}, perhaps with tools and what else a chat template writes."""
     expected = "messages[] of {role, content}, one of them at least with the role assistant"
     for place, record in _json_lines(path, "chats", expected):
         chat = parsed(_ChatRecord, record, place, "chats", expected)
-        yield Chat(tuple(message.model_dump() for message in chat.messages), place)
+        yield Chat(tuple(message.written() for message in chat.messages), place, tuple(chat.tools or ()))
 
 
 READERS: dict[Format, Callable[[Path], Examples]] = {
