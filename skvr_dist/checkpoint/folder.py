@@ -119,15 +119,22 @@ def set_aside(checkpoint: Path) -> Path:
     while target.exists():
         number += 1
         target = aside / f"{checkpoint.name}.{number}"
-    return checkpoint.rename(target)
+    if not checkpoint.is_symlink():
+        return checkpoint.rename(target)
+    target.symlink_to(checkpoint.resolve())  # from there a relative one would point elsewhere
+    checkpoint.unlink()
+    return target
 
 
 def forget_old(checkpoints: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints and those of every n-th step; returns what was deleted."""
+    """Delete all but the newest `keep_last` checkpoints and those of every n-th step; returns what was deleted.
+
+    Of one that was moved away, with a link in its place, the link alone is.
+    """
     old = candidates(checkpoints)[keep_last:]
     deleted = [p for p in old if keep_every_steps is None or int(p.name.removeprefix("step-")) % keep_every_steps]
     for path in deleted:
-        shutil.rmtree(path)
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
     return deleted
 
 

@@ -17,7 +17,14 @@ from support.tokenizers import train_hugging_face
 from support.trainers import start_from_weights
 
 from skvr_dist.checkpoint.facts import FORMAT, OLDEST_FORMAT
-from skvr_dist.checkpoint.folder import Checkpoint, candidates, forget_old, publish, step_folder
+from skvr_dist.checkpoint.folder import (
+    Checkpoint,
+    candidates,
+    forget_old,
+    publish,
+    set_aside,
+    step_folder,
+)
 from skvr_dist.checkpoint.pieces import pieces_of
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.tokenizers.load import load_tokenizer
@@ -193,6 +200,18 @@ def test_old_checkpoints_are_forgotten(tmp_path: Path) -> None:
     assert [path.name[-3:] for path in candidates(tmp_path)] == ["600", "500", "300"]
     forget_old(tmp_path, keep_last=1, keep_every_steps=None)
     assert [path.name[-3:] for path in candidates(tmp_path)] == ["600"]
+
+
+def test_of_a_checkpoint_that_was_moved_away_the_link_goes(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for step in (1, 2):
+        (elsewhere / step_folder(step)).mkdir(parents=True)
+        run.mkdir(exist_ok=True)
+        (run / step_folder(step)).symlink_to(f"../elsewhere/{step_folder(step)}")
+    forget_old(run, keep_last=1, keep_every_steps=None)
+    assert candidates(run) == [run / step_folder(2)]
+    assert set_aside(run / step_folder(2)).resolve() == elsewhere / step_folder(2)
+    assert candidates(run) == [] and len(candidates(elsewhere)) == 2
 
 
 def save_where_nothing_fits(case: Case, folder: str) -> str:
