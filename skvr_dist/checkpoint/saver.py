@@ -133,9 +133,21 @@ class Saver:
 
     def _write(self, state: Pieces, facts: Facts, done: Callable[[Path], None]) -> None:
         partial, final = (self._checkpoints / name(facts.step) for name in (partial_folder, step_folder))
+        try:
+            self._fill(partial, final, state, facts)
+        except UserError:  # on all ranks, so that none of them writes there any longer
+            if self._group.rank == 0:  # on a full disk nothing else could be written
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if self._group.rank == 0:
+            done(final)
+
+    def _fill(self, partial: Path, final: Path, state: Pieces, facts: Facts) -> None:
+        """Write a checkpoint and give it its name; collective."""
 
         def begin() -> None:
-            shutil.rmtree(partial, ignore_errors=True)  # what an interrupted save left
+            for left in self._checkpoints.glob("step-*.partial"):  # by interrupted saves, of whatever step
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             write_facts(partial, config_text=self._config_text, facts=facts, files=self._files)
 
@@ -148,8 +160,6 @@ class Saver:
             forget_old(self._checkpoints, **self._keep)
 
         self._on_first_rank(complete, partial)
-        if self._group.rank == 0:
-            done(final)
 
     def _on_first_rank(self, work: Callable[[], None], partial: Path) -> None:
         """Do work on rank 0 while the others wait; if it fails, raise on all of them."""

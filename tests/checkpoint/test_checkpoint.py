@@ -21,6 +21,7 @@ from skvr_dist.checkpoint.folder import (
     Checkpoint,
     candidates,
     forget_old,
+    partial_folder,
     publish,
     set_aside,
     step_folder,
@@ -225,9 +226,11 @@ def save_where_nothing_fits(case: Case, folder: str) -> str:
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / partial_folder(7)  # by a save that a signal had begun, and SIGKILL ended
+    left.mkdir(parents=True)
     for message in run_ranks(2, save_where_nothing_fits, Case("PP2", tied=True), str(tmp_path)):
         assert "step-00000001.partial could not be written" in message
-    assert [path.name for path in candidates(tmp_path / "checkpoints")] == ["step-00000000"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000000", "latest"}
     Checkpoint(tmp_path, verify=True)
 
 
