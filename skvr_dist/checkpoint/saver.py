@@ -88,6 +88,11 @@ class Saver:
         """Whether a save is under way on this rank."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether `finish` would raise at once what a save has met."""
+        return self._error is not None
+
     def finish(self) -> None:
         """Wait for the save that is under way.
 

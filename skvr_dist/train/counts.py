@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skvr_dist.checkpoint.saver import Saver
 from skvr_dist.cluster.interrupt import InterruptListener
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.train.batches import WatchedBatches
@@ -17,6 +18,7 @@ class StepCounts:
     engine: RoutedPipelineEngine
     batches: WatchedBatches
     interrupts: InterruptListener
+    saver: Saver
     _sent_before: int = 0
     _pairs_before: int = 0
 
@@ -29,7 +31,7 @@ class StepCounts:
 
     def mine(self) -> list[float]:
         """Bytes sent over each boundary in this step, labels lost to damage since the start, pairs of positions
-        of the same document in this step, signals received."""
+        of the same document in this step, whether a save has failed, signals received."""
         mesh = self.engine.mesh
         sent = [0.0] * (mesh.pp_size - 1)
         if mesh.pp_rank < mesh.pp_size - 1:
@@ -37,7 +39,7 @@ class StepCounts:
         stands_for_replica = self.engine.is_first_stage() and mesh.tp_rank == 0
         lost = self.batches.lost_tokens if stands_for_replica else 0
         pairs = self.batches.document_pairs - self._pairs_before if stands_for_replica else 0
-        return [*sent, float(lost), float(pairs), *self.interrupts.flags()]
+        return [*sent, float(lost), float(pairs), float(self.saver.has_failed), *self.interrupts.flags()]
 
     def values(self, *, skips_damage: bool) -> Values:
         """What the last step's sums are reported as.
@@ -55,6 +57,11 @@ class StepCounts:
         """Pairs of positions of the same document in the last step's global batch; 0 if documents are not separate."""
         return self.engine.summed_counts[self.engine.mesh.pp_size]
 
+    @property
+    def save_failed(self) -> bool:
+        """Whether the save that was under way had failed on any rank at the end of the last step."""
+        return self.engine.summed_counts[self.engine.mesh.pp_size + 1] > 0
+
     def interrupted(self) -> str | None:
         """The signals that any rank had received at the end of the last step, in words."""
-        return self.interrupts.in_words(self.engine.summed_counts[self.engine.mesh.pp_size + 1 :])
+        return self.interrupts.in_words(self.engine.summed_counts[self.engine.mesh.pp_size + 2 :])

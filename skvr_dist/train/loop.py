@@ -107,6 +107,8 @@ def train(run: Run) -> tuple[int, str | None]:
     while step < run.config.train.steps and not interrupted:
         step += 1
         train_step(run, step)
+        if run.counts.save_failed:  # the steps up to the next save would be lost
+            finish_save(run)
         interrupted = run.counts.interrupted()
         after_step(run, step, interrupted is not None)
     return step, interrupted
@@ -186,20 +188,21 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     aside = settle_resume(config, resumed) if mesh.rank == 0 else []
     interrupts = InterruptListener()
     watched = WatchedBatches(training_batches(config, reader, mesh, first_step), log)
+    reporter, saver = open_reporter(config, mesh, first_step, interrupts), build_saver(config, brought)
     run = Run(
         config,
         mesh,
         engine,
         log,
-        open_reporter(config, mesh, first_step, interrupts),
-        saver=build_saver(config, brought),
+        reporter,
+        saver=saver,
         plans=plan_stream(config, mesh, first_step),
         batches=watched,
         held_out=inputs.held_out[mesh.dp_rank :: mesh.dp_size],
         strategies=CacheStrategy.parse_all(
             config.evaluate.strategies, config.model.num_hidden_layers, config.evaluate.profiles
         ),
-        counts=StepCounts(engine, watched, interrupts),
+        counts=StepCounts(engine, watched, interrupts, saver),
         watch=RankWatch(mesh, config.train.watch_ranks_every_steps),
         usage=UsageWatch(mesh, config.train.watch_ranks_every_steps, config.train.steps),
         gradient_norms=LayerGradientNorms(engine, config, config.metrics.layer_gradient_norms_every_steps),
@@ -335,10 +338,15 @@ def save(run: Run, step: int, *, evaluation_due: bool) -> None:
         )
 
 
-def finish(run: Run) -> None:
-    """Wait for the last checkpoint and leave the other ranks; collective."""
+def finish_save(run: Run) -> None:
+    """Wait for the save that is under way, and raise what it has met; collective."""
     with naming_the_operation(run.mesh, "the last checkpoint"):
         run.saver.finish()
+
+
+def finish(run: Run) -> None:
+    """Wait for the last checkpoint and leave the other ranks; collective."""
+    finish_save(run)
     run.plans.close()
     dist.destroy_process_group()
 

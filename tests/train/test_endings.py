@@ -16,6 +16,7 @@ from skvr_dist.config.load import load_config
 from skvr_dist.errors import RunInterrupted, UserError
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.parallel import failure
+from skvr_dist.run.folder import RunFolder
 from skvr_dist.train import loop, metrics
 
 QUICKSTART = Path(__file__).parents[2] / "configs/experiment/quickstart.yaml"
@@ -107,3 +108,22 @@ def test_what_nobody_foresaw_on_one_rank_is_said_by_all(keys: list[str], tmp_pat
     kind, said = ends[0]
     assert kind == "RunInterrupted"
     assert "because rank 1 has ended: OSError: [Errno 5] Input/output error: '/broken'" in said
+
+
+def pretrain_where_no_save_succeeds(overrides: list[str]) -> tuple[str, str]:
+    def fails(*_: Any, **__: Any) -> dict[str, str]:
+        raise UserError("no space left")
+
+    saver.write_pieces = fails
+    try:
+        loop.pretrain(load_config([QUICKSTART], overrides))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", "it ran to its end"
+
+
+def test_a_save_that_failed_ends_the_run_long_before_the_next_one(keys: list[str], tmp_path: Path) -> None:
+    overrides = [*keys, f"train.output_dir={tmp_path}", "train.steps=200", "checkpoint.every_steps=100"]
+    overrides += ["evaluate.every_steps=200"]
+    assert run_ranks(2, pretrain_where_no_save_succeeds, overrides) == [("UserError", "no space left")] * 2
+    assert RunFolder(tmp_path).metric_records()[-1]["step"] < 150
