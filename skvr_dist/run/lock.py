@@ -67,6 +67,7 @@ class RunLock:
         self._ended = threading.Event()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._record["folder"] = self._folder.stat().st_ino
             self._number = self._take()
         except OSError as error:
             raise UserError(
@@ -120,6 +121,8 @@ class RunLock:
             if holder and holder["processes"] and holder["processes"] == self._record["processes"]:
                 if _process_start(holder["pid"]) != holder["process_start"]:
                     return
+                if holder.get("folder", self._record["folder"]) != self._record["folder"]:
+                    return  # it holds the folder that this one was copied from
                 raise UserError(self._refusal(holder))
             if time.monotonic() > deadline:
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -51,6 +52,8 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, capsys: p
         said = str(refused.value)
         assert f"{tmp_path} is in use: process {holder.pid} on {socket.gethostname()} trains run first there" in said
         assert " since 20" in said and "give another train.output_dir" in said
+        copied = shutil.copytree(tmp_path, tmp_path / "copied")  # of a run that lives on, to branch off
+        RunLock(copied, "branch").release()
     finally:
         holder.kill()
         holder.wait()
