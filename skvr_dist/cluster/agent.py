@@ -145,17 +145,19 @@ def _connect(folder: RunFolder, supervisor: str, seconds: float) -> tuple[Connec
     """A connection to the supervisor that the run's folder names, and what is written there about it."""
     deadline, why = time.monotonic() + seconds, "it is not there"
     while True:
+        where = ""
         try:
             facts = json.loads(folder.supervisor.read_bytes())
             if supervisor in ("", facts["id"]):
+                where = f"{facts['host']}, port {facts['port']}: "
                 connected = socket.create_connection((facts["host"], facts["port"]), timeout=5.0)
                 return Connection(connected), facts
             why = "it is of another supervisor"
         except FileNotFoundError:
             pass
-        except OSError as error:
-            why = f"{facts['host']}, port {facts['port']}: {error.strerror or error}"
-        except ValueError:
+        except OSError as error:  # nobody is there; or the file is another user's
+            why = f"{where}{error.strerror or error}"
+        except (ValueError, KeyError, TypeError, OverflowError):
             why = "it is damaged"
         is_orphan = supervisor and os.getppid() == 1  # the supervisor has given up, and ended the ssh
         if is_orphan or time.monotonic() > deadline:

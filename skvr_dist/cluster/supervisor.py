@@ -352,7 +352,7 @@ class Supervisor:
 
 def _living_supervisor(file: Path) -> dict[str, Any] | None:
     """What the file says of a supervisor that answers; None if there is none, or it does not."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or a file that is damaged
         facts: dict[str, Any] = json.loads(file.read_bytes())
         with socket.create_connection((facts["host"], facts["port"]), timeout=5.0) as connected:
             other = Connection(connected)

@@ -16,9 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
+from skvr_dist.cluster import agent, supervisor
 from skvr_dist.cluster.hosts_of_run import hosts_of_file
 from skvr_dist.cluster.processes import marked_processes
-from skvr_dist.errors import UserError
+from skvr_dist.errors import RunInterrupted, UserError
+from skvr_dist.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 # Hosts are addresses of this machine; ssh is a script that ends with 255 for those in the file `unreachable`.
@@ -270,3 +272,16 @@ def test_the_first_host_is_this_one(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("192.0.2.1 slots=1\n")
     with pytest.raises(UserError, match=r"hosts names 192.0.2.1 first, which is not this host \(.*\); start it there"):
         hosts_of_file(tmp_path / "hosts")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(None, "Is a directory"), ('{"id": "x"}', "it is damaged"), ("[]", "it is damaged"), ("{", "it is damaged")],
+)
+def test_what_tells_of_no_supervisor_is_named(tmp_path: Path, content: str | None, why: str) -> None:
+    """That of another user cannot be read either; root, who runs tests, reads all but a folder."""
+    file = tmp_path / "supervisor.json"
+    file.mkdir() if content is None else file.write_text(content)
+    with pytest.raises(RunInterrupted, match=rf"found no supervisor in {file} within 0 s \({why}\)"):
+        agent._connect(RunFolder(tmp_path), "", 0.0)
+    assert supervisor._living_supervisor(file) is None
