@@ -148,17 +148,24 @@ class RunLock:
     def _live(self) -> None:
         while not self._ended.wait(self._beat_seconds):
             with contextlib.suppress(OSError):  # the file system may come back
-                newest = _newest(self._folder)
-                if newest > self._number:
+                if self._is_lost():
                     print(
-                        f"error: another process has taken {self._run_folder} over while this one stood still; it "
-                        f"ends, so that the two do not write to one folder",
+                        f"error: another process has taken {self._run_folder} over while this one stood still, or "
+                        f"after it was removed; it ends, so that the two do not write to one folder",
                         file=sys.stderr,
                         flush=True,
                     )
                     os._exit(EXIT_USAGE)
                 self._beats += 1
                 self._write("r+b")
+
+    def _is_lost(self) -> bool:
+        """Whether another process holds the lock: under the next number, or, if the folder was removed meanwhile, under
+        any, even that of this one."""
+        if (newest := _newest(self._folder)) != self._number:
+            return newest > 0
+        found = _parsed(self._read(newest))
+        return any(found.get(key, own) != own for key, own in self._record.items() if key != "state")
 
     def _write(self, mode: str) -> None:
         """Write the record, always of the same length, so that a reader never finds a mixture of two."""

@@ -124,12 +124,17 @@ time.sleep(60)
 """
 
 
-def test_who_was_taken_over_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("removed", "number"), [(False, 3), (True, 2), (True, 1)])
+def test_who_was_taken_over_ends(tmp_path: Path, removed: bool, number: int) -> None:
+    """Also where the folder was removed, by someone who had forgotten it, and another run has begun there."""
+    other_host(tmp_path, number=1, state="free")
     holder = subprocess.Popen(
         [sys.executable, "-c", STANDS_STILL, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    other_host(tmp_path, number=2)
+    if removed:
+        shutil.rmtree(tmp_path / "lock")
+    other_host(tmp_path, number=number)
     _, said = holder.communicate(timeout=30)
     assert holder.returncode == 2
     assert f"another process has taken {tmp_path} over" in said
