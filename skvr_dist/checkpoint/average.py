@@ -29,6 +29,8 @@ def last_checkpoints(run: Path, count: int) -> list[Checkpoint]:
         UserError: it has fewer, one is damaged, or they are not of one model.
     """
     found = candidates(RunFolder(run).checkpoints)
+    if not found:
+        raise UserError(f"{run} is not the folder of a run that saved checkpoints; give a run's train.output_dir")
     if len(found) < count:
         raise UserError(
             f"{run} has {len(found)} checkpoints, but {count} are to be averaged; use fewer, or keep more with "

@@ -139,7 +139,7 @@ def require_same_training(checkpoint: Checkpoint, config: Config, data_fingerpri
     if not checkpoint.has_moments:
         raise UserError(
             f"checkpoint {checkpoint.folder} holds weights only; start a new run with train.initial_weights="
-            f"{checkpoint.folder}"
+            f"{checkpoint.folder}, in another train.output_dir than that of the weights and without train.resume"
         )
     _require_same(checkpoint, "model", config.model.model_dump(exclude={"attention"}))  # the kernel may change
     _require_same(checkpoint, "routing", config.routing.model_dump(exclude=set(ROUTING_SCHEDULES)))

@@ -87,9 +87,10 @@ def test_others_read_it(run: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path / "new")
     start = config.model_copy(update={"train": config.train.model_copy(update={"initial_weights": str(out)})})
     assert preview_resume(start, {}) is None
-    resumes = config.model_copy(update={"train": config.train.model_copy(update={"resume": str(out)})})
-    with pytest.raises(UserError, match=r"holds weights only; start a new run with train.initial_weights="):
-        preview_resume(resumes, {})
+    for keys in ({"resume": str(out)}, {"output_dir": str(out), "initial_weights": str(out)}):
+        resumes = config.model_copy(update={"train": config.train.model_copy(update=keys)})
+        with pytest.raises(UserError, match=r"holds weights only; start .*, in another train.output_dir than that of"):
+            preview_resume(resumes, {})
     export_checkpoint(out, tmp_path / "hf")
     assert "weights of the steps 20, 30, 40" in (tmp_path / "hf/README.md").read_text()
     assert torch.equal(average.load_decoder().get_parameter("norm.weight"), average.weight("norm.weight"))
@@ -121,6 +122,8 @@ def test_the_command(
     assert "exists and is not an empty folder; choose another one" in average(str(run), out, code=2)
     other = str(tmp_path / "other")
     assert "has 4 checkpoints, but 5 are to be averaged; use fewer" in average(str(run), other, "--last", "5", code=2)
+    one = str(run / "checkpoints" / step_folder(40))
+    assert f"{one} is not the folder of a run that saved checkpoints" in average(one, other, code=2)
     assert "--decay 1.5 must be between 0 and 1" in average(str(run), other, "--decay", "1.5", code=2)
     assert "1 is less than 2" in average(str(run), other, "--last", "1", code=2)
     shard = next((run / "checkpoints" / step_folder(30)).glob("*.distcp"))
