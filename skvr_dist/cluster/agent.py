@@ -24,14 +24,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from skvr_dist.cluster.interrupt import on_signals
 from skvr_dist.cluster.launcher import is_of_a_launcher
 from skvr_dist.cluster.messages import Connection, Message
 from skvr_dist.cluster.processes import kill_marked_processes, say
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, RunInterrupted, UserError
 from skvr_dist.run.folder import RunFolder
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What asks a run to save and end."""
 MARK = "SKVR_AGENT"
 """Variable in the environment of an agent that the supervisor starts, and of every rank: `mark_of` their host."""
 _LOOK_SECONDS = 0.1
@@ -63,8 +62,7 @@ class Agent:
         # One agent per run and host: an earlier one, stopped perhaps, and what it has left end now.
         self._mark = mark_of(folder.path, index)
         kill_marked_processes(MARK, self._mark)
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        on_signals(self._note)
         self._supervisor, facts = _connect(folder, supervisor, seconds)
         self._patience, self._supervised_by = facts["patience_seconds"], facts["host"]
         self._supervisor.send("hello", token=facts["token"], index=index, host=host)

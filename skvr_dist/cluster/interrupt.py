@@ -7,14 +7,22 @@ end of every step, so that all stop after the same one.
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
-# SIGTERM is what launchers and batch systems send first; a terminal sends SIGINT for Ctrl-C; Slurm sends SIGUSR1 ahead
-# of the end where it is asked to.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGTERM is what launchers and batch systems send first; a terminal sends SIGINT for Ctrl-C and SIGHUP as it goes;
+# Slurm sends SIGUSR1 ahead of the end where it is asked to.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # What the end of the console stands for, which is how a rank hears that its launcher has died. Python lets the write
 # fail in place of the signal.
 _NOTED = (*SIGNALS, signal.SIGPIPE)
+
+
+def on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Have `SIGNALS` handled from now on; SIGHUP not under nohup, where a terminal may be closed."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 class InterruptListener:
@@ -25,8 +33,7 @@ class InterruptListener:
 
     def __init__(self) -> None:
         self._received: set[int] = set()
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        on_signals(self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._received.add(number)

@@ -18,12 +18,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from skvr_dist.cluster.interrupt import SIGNALS, on_signals
 from skvr_dist.cluster.processes import end_marked_processes, in_words, marked_processes, ranks_among, say
 from skvr_dist.cluster.progress import Progress
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, UserError
 
 _MARK = "SKVR_KEPT_RUNNING_BY"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class KeptRun:
@@ -51,8 +51,7 @@ class KeptRun:
         Returns:
             the exit code of the last attempt, or 75 after a signal: torchrun has 1 for everything.
         """
-        for number in _SIGNALS:
-            signal.signal(number, self._pass_on)
+        on_signals(self._pass_on)
         left = self._restarts
         while True:
             before = self._progress.latest()
@@ -93,7 +92,7 @@ class KeptRun:
             code: of the launcher.
             before: the interruption that was noted before the attempt.
         """
-        if -code in _SIGNALS:
+        if -code in SIGNALS:
             return f"{signal.Signals(-code).name} to {self._command[0]}"
         return self._progress.asked_to_end(before)
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from skvr_dist.cluster.agent import SIGNALS
 from skvr_dist.cluster.hosts_of_run import HostOfRun
+from skvr_dist.cluster.interrupt import SIGNALS, on_signals
 from skvr_dist.cluster.launcher import HOSTS_VARIABLE, free_port
 from skvr_dist.cluster.messages import Connection, Message
 from skvr_dist.cluster.processes import in_words, say
@@ -108,8 +108,7 @@ class Supervisor:
         Raises:
             UserError: a host did not join, or another supervisor has this run.
         """
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        on_signals(self._note)
         code = EXIT_USAGE
         with self._reachable():
             try:

@@ -10,8 +10,9 @@ The first keeps a launcher on this host running. With --hostfile (`NAME slots=N`
 --ranks no launcher is needed: an agent on each host starts its ranks, hosts that are lost are left out, and the run
 goes on with the others. --ranks alone is for this host, or for what starts this command once per host, as srun does.
 
-The run resumes from its latest checkpoint. SIGTERM, SIGUSR1 and Ctrl+C are passed to the ranks, which save and end;
-after that the run is not started again (exit code 75). A mistake of the user's (exit code 2) ends it at once.
+The run resumes from its latest checkpoint. SIGTERM, SIGUSR1, Ctrl+C and the end of the terminal are passed to the
+ranks, which save and end; after that the run is not started again (exit code 75). A mistake of the user's (exit code 2)
+ends it at once.
 """
 
 from __future__ import annotations

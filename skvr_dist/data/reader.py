@@ -329,8 +329,9 @@ class _Numbers(Iterable[int]):
 
 
 def _leave_interrupts(_: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to this worker too, to the run: it still reads until it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave Ctrl-C and SIGHUP, which a terminal sends to this worker too, to the run: it reads until it has saved."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _MicroBatches(TorchDataset[Rows | UserError]):

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Literal
 
 from skvr_dist.checkpoint.folder import candidates
-from skvr_dist.cluster.interrupt import SIGNALS
+from skvr_dist.cluster.interrupt import on_signals
 from skvr_dist.errors import EXIT_AGAIN
 from skvr_dist.sweep.places import Job, Machine
 from skvr_dist.sweep.plan import PlannedRun
@@ -69,8 +69,7 @@ class Sweep:
         Returns:
             the signal that ended the sweep before it was through, None if it is through.
         """
-        for number in SIGNALS:
-            signal.signal(number, self._stop)
+        on_signals(self._stop)
         self._write_results()
         try:
             while self._step():

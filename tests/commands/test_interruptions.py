@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from skvr_dist.cluster.interrupt import InterruptListener
+from skvr_dist.cluster.interrupt import SIGNALS, InterruptListener
 from skvr_dist.cluster.keep_running import KeptRun
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.errors import UserError
@@ -42,12 +42,17 @@ def one_rank_is_told() -> list[str | None]:
         os.kill(os.getpid(), signal.SIGTERM)
     heard.append(received())
     if mesh.rank == 2:
+        os.kill(os.getpid(), signal.SIGHUP)
         listener.note_lost_console()
-    return [*heard, received()]
+    heard.append(received())
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    InterruptListener()
+    os.kill(os.getpid(), signal.SIGHUP)
+    return [*heard, "ignored" if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else None]
 
 
 def test_all_ranks_hear_of_a_signal_to_one() -> None:
-    told = [None, "SIGUSR1", "SIGTERM and SIGUSR1", "SIGTERM and SIGUSR1 and SIGPIPE"]
+    told = [None, "SIGUSR1", "SIGTERM and SIGUSR1", "SIGTERM and SIGUSR1 and SIGHUP and SIGPIPE", "ignored"]
     assert run_ranks(3, one_rank_is_told) == [told] * 3
 
 
@@ -101,8 +106,7 @@ def command(run: Path, *attempts: tuple[int, Any]) -> list[str]:
 
 @pytest.fixture
 def own_signals() -> Any:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from skvr_dist.cluster.interrupt import SIGNALS
 from skvr_dist.cluster.processes import marked_processes
 from skvr_dist.config.load import load_config
 from skvr_dist.config.presets import find_config
@@ -98,7 +99,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def handlers() -> object:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
