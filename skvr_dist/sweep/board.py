@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -72,8 +73,8 @@ class Board:
         for status in statuses:
             last = self._last_values(status.run.folder.metrics)
             held_out = {key.removeprefix(HELD_OUT): last[key] for key in last if key.startswith(HELD_OUT)}
-            losses = "  ".join(f"{name} {loss:.4f}" for name, loss in held_out.items())
-            loss = f"{last['train/loss']:.4f}" if "train/loss" in last else ""
+            losses = "  ".join(f"{name} {_shown(loss)}" for name, loss in held_out.items())
+            loss = _shown(last["train/loss"]) if "train/loss" in last else ""
             step = f"{last.get('step', 0)}/{status.run.config.train.steps}"
             rows.append([status.run.name, status.state, step, loss, losses])
         headers = ["run", "state", "step", "loss", "held-out loss"]
@@ -85,6 +86,11 @@ class Board:
         if self._newest.get(metrics, (0, {}))[0] != size:
             self._newest[metrics] = (size, _newest_values(metrics, size))
         return self._newest.get(metrics, (0, {}))[1]
+
+
+def _shown(loss: float | None) -> str:
+    """A loss; JSON has null for one that is no number."""
+    return f"{math.nan if loss is None else loss:.4f}"
 
 
 def _newest_values(metrics: Path, size: int) -> dict[str, Any]:

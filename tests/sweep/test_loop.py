@@ -139,6 +139,9 @@ def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "|-------|---------|--------|--------|-----------------|",
         "| a     | failed  | 2/9    | 3.0000 | full 2.5000     |",
     ]
+    run.folder.metrics.write_text('{"step": 3, "train/loss": null, "evaluate/loss/full": null}\n')
+    board.close([Status(run, "failed", 0)])
+    assert "| a     | failed  | 3/9    | nan    | full nan        |" in capsys.readouterr().out
 
 
 def test_75_without_progress_is_given_up(tmp_path: Path) -> None:
