@@ -9,7 +9,7 @@ curves      loss over the tokens seen, at each retention
 scaling     loss against the size of the model, fitted at each retention; only where a recipe has several sizes
 
 Each is a picture, a page with its table (NAME.md) and the same as JSON (NAME.json). Runs with several seeds are means
-with 95 % intervals. Runs that have not finished are left out, and said to be.
+with 95 % intervals. Runs that have not finished, or whose loss is no number, are left out, and said to be.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from skvr_dist.errors import UserError
 from skvr_dist.files import prove_folder
 
 _FIGURES = ("cache", "retention", "curves", "scaling")
+_NEEDS = {
+    "curves": "evaluations of one step of all seeds of a run",
+    "scaling": "a recipe with models of two sizes at least",
+}
 
 
 def main() -> None:
@@ -45,7 +49,7 @@ def run() -> None:
     from skvr_dist.sweep.figures.build import FIGURES
     from skvr_dist.sweep.figures.read import read_methods
 
-    methods, unfinished = read_methods(options.results)
+    methods, left_out = read_methods(options.results)
     known = [method.label for method in methods]
     if unknown := [name for name in options.method or [] if name not in known]:
         raise UserError(f"--method {unknown[0]} has no finished run; there are {', '.join(known)}")
@@ -54,12 +58,11 @@ def run() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in options.figure or _FIGURES:
         figure = FIGURES[name](methods)
-        if figure is None:
+        if figure is None or not figure.panels:
             if options.figure:
-                raise UserError(f"--figure {name} needs a recipe with models of two sizes at least; add their results")
+                raise UserError(f"--figure {name} needs {_NEEDS[name]}; add their results")
             continue
-        if unfinished:
-            figure.notes.append(f"Not finished, and left out: {', '.join(unfinished)}.")
+        figure.notes += left_out
         files = figure.write(folder, options.format)
         print(f"{figure.markdown(files[0].name)}\nwritten: {', '.join(map(str, files))}\n")
 

@@ -157,6 +157,77 @@ def test_the_same_run_in_two_experiments_is_one_method(tmp_path: Path) -> None:
     assert len(read_methods([files[0], again])[0]) == len(read_methods(files[:1])[0])
 
 
+def changed(file: Path, place: Path, **changes: Callable[[Any], Any]) -> Path:
+    """Results with some values of each line made anew from the line."""
+    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    place.parent.mkdir(exist_ok=True)
+    made = [line | {key: change(line) for key, change in changes.items()} for line in lines]
+    place.write_text("".join(json.dumps(line) + "\n" for line in made))
+    return place
+
+
+def test_runs_are_counted_once_and_kept_apart(tmp_path: Path) -> None:
+    file = results(tmp_path / "recipes", "recipes")
+    seeds = [len(method.runs) for method in read_methods([file])[0]]
+    assert [len(method.runs) for method in read_methods([file, file])[0]] == seeds
+    others = changed(file, tmp_path / "copied/recipes.jsonl", seed=lambda line: line["seed"] + 2)  # of 2, 3 and 4
+    others = changed(others, others, name=lambda line: line["name"][:-1] + str(line["seed"]))
+    assert [len(method.runs) for method in read_methods([file, others])[0]] == [5] * len(seeds)
+    (tmp_path / "other").mkdir()
+    longer = results(tmp_path / "other/recipes", "longer")
+    labels = [method.label for method in read_methods([file, longer])[0]]
+    assert f"{tmp_path.name}/recipes/standard" in labels and "other/recipes/standard" in labels
+    beside = changed(longer, file.with_name("longer.jsonl"))
+    assert "longer.jsonl/standard" in [method.label for method in read_methods([file, beside])[0]]
+
+
+def test_an_experiment_of_nothing_but_seeds_is_one_method(tmp_path: Path) -> None:
+    file = results(tmp_path / "recipes", "recipes")
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines() if '"name": "standard_' in line))
+    [method] = read_methods([changed(file, file, name=lambda line: f"seed-{line['seed']}")])[0]
+    assert method.label == "recipes" and len(method.runs) == 3
+
+
+def test_a_run_whose_loss_is_no_number_is_left_out(tmp_path: Path) -> None:
+    file = results(tmp_path / "recipes", "recipes")
+    bad = changed(
+        file, file, held_out=lambda line: line["held_out"] | ({"full": None} if line["name"] == "rise_seed-0" else {})
+    )
+    methods, left_out = read_methods([bad])
+    assert left_out == ["Left out, for a held-out loss that is no number: rise_seed-0."]
+    assert {method.label: len(method.runs) for method in methods}["rise"] == 2
+    bad = changed(file, file, held_out=lambda line: {"full": None})
+    with pytest.raises(UserError, match=r"the held-out loss of .*rise_seed-0.* is no number; give results of others"):
+        read_methods([bad])
+
+
+@pytest.mark.parametrize("names", [["0,1", "0"], ["prefix:2", "prefix:1"], ["even:1"], ["full"]])
+def test_every_figure_has_something_to_show(tmp_path: Path, names: list[str]) -> None:
+    def renamed(losses: dict[str, float]) -> dict[str, float]:
+        return dict(zip(names, losses.values(), strict=False))
+
+    file = results(tmp_path / "recipes", "recipes")
+    file = changed(
+        file,
+        file,
+        held_out=lambda line: renamed(line["held_out"]),
+        retention=lambda line: renamed(line["retention"]),
+        held_out_by_step=lambda line: [[step, renamed(losses)] for step, losses in line["held_out_by_step"]],
+    )
+    for name in ("cache", "retention", "curves"):
+        figure = figure_of(name, file)
+        assert all(panel.series for panel in figure.panels) and figure.panels
+    # An evaluation that some seed has no loss of is not in the curves.
+    file = changed(file, file, held_out_by_step=lambda line: [[line["seed"] + 1, line["held_out"]]])
+    assert not figure_of("curves", file).panels
+
+
+def test_models_of_fewer_layers_alone_are_a_figure(tmp_path: Path) -> None:
+    methods = read_methods([results(tmp_path / "shallow", "shallow")])[0]
+    figure = FIGURES["cache"]([method for method in methods if method.is_standard])
+    assert figure is not None and [len(panel.series) for panel in figure.panels] == [1]
+
+
 def test_the_command_writes_pictures_pages_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,14 +28,13 @@ _MOST_CURVES = 4
 def cache_figure(methods: Sequence[Method]) -> Figure:
     """Loss against cache bytes per token (the paper's Figure 5)."""
     shallow = _standard_by_depth(methods)
+    own = [method for method in methods if method not in shallow or len(shallow) == 1]
     panels, rows = [], []
-    for kind, title in (("every", "every G-th layer keeps a cache"), ("prefix", "the first M layers keep a cache")):
+    for kind, title in _KINDS.items():
         panel = Panel(title, "cache bytes per token (bf16)", LOSS)
         for style, method in enumerate(methods):
-            if method in shallow and len(shallow) > 1:
-                continue
             points = [(float(method.cache_bytes(name)), name) for name in _of_kind(method, kind)]
-            if len(points) > (kind == "prefix"):  # more than full retention
+            if points and method in own:
                 panel.series.append(_series(method, sorted(points), style))
         if len(shallow) > 1:
             at = [(float(method.cache_bytes("full")), Mean.of(method.losses("full"))) for method in shallow]
@@ -50,7 +49,7 @@ def cache_figure(methods: Sequence[Method]) -> Figure:
                     style=style,
                 )
             )
-        if any(method.label == series.label for method in methods for series in panel.series):
+        if len(panel.series) > (len(shallow) > 1) or (kind == "every" and not own):
             panels.append(panel)
     for method in methods:
         for strategy in method.strategies:
@@ -65,11 +64,11 @@ def retention_figure(methods: Sequence[Method]) -> Figure:
     """Loss against retention (the paper's Figures 2 and 8)."""
     panels, rows = [], []
     deepest = [method for method in methods if len(method.strategies) > 1] or list(methods)
-    for kind, title in (("every", "every G-th layer keeps a cache"), ("prefix", "the first M layers keep a cache")):
+    for kind, title in _KINDS.items():
         panel = Panel(title, "layers that keep a cache (%)", LOSS, percent_x=True)
         for method in deepest:
             points = [(100 * method.retention(name), name) for name in _of_kind(method, kind)]
-            if len(points) > (kind == "prefix"):
+            if points:
                 panel.series.append(_series(method, sorted(points), methods.index(method)))
         if panel.series:
             panels.append(panel)
@@ -88,8 +87,7 @@ def retention_figure(methods: Sequence[Method]) -> Figure:
 
 def curves_figure(methods: Sequence[Method]) -> Figure:
     """Loss over the tokens seen (the paper's Figure 6)."""
-    names = [name for method in methods for name in method.strategies if not name.startswith("prefix")]
-    strategies = sorted(set(names), key=names.index)[:_MOST_CURVES]
+    strategies = _without_prefixes(methods)[:_MOST_CURVES]
     panels, rows = [], []
     for strategy in strategies:
         panel = Panel(f"cache strategy {strategy}", "tokens seen (millions)", LOSS)
@@ -97,6 +95,8 @@ def curves_figure(methods: Sequence[Method]) -> Figure:
             if strategy not in method.strategies:
                 continue
             means = {step: Mean.of(losses) for step, losses in method.losses_by_step(strategy).items()}
+            if not means:  # no evaluation gave all seeds a loss
+                continue
             panel.series.append(
                 Series(
                     method.label,
@@ -111,7 +111,8 @@ def curves_figure(methods: Sequence[Method]) -> Figure:
                 [method.label, strategy, str(step), f"{step * method.tokens_per_step:,}", str(mean)]
                 for step, mean in means.items()
             ]
-        panels.append(panel)
+        if panel.series:
+            panels.append(panel)
     header = ["method", "strategy", "step", "tokens", "loss"]
     return Figure("curves", "Loss during training", panels, header, rows, [_INTERVALS])
 
@@ -124,8 +125,7 @@ def scaling_figure(methods: Sequence[Method]) -> Figure | None:
     grown = {_common_label(group): group for group in recipes.values() if len({m.parameters for m in group}) > 1}
     if not grown:
         return None
-    names = [name for group in grown.values() for name in group[0].strategies]
-    strategies = [name for name in sorted(set(names), key=names.index) if not name.startswith("prefix")]
+    strategies = _without_prefixes([group[0] for group in grown.values()])
     panels, rows, forms = [], [], set()
     for strategy in strategies:
         panel = Panel(f"cache strategy {strategy}", "parameters", LOSS, sizes_x=True)
@@ -171,9 +171,27 @@ FIGURES: dict[str, Callable[[Sequence[Method]], Figure | None]] = {
 }
 
 
+_KINDS = {
+    "every": "every G-th layer keeps a cache",
+    "prefix": "the first M layers keep a cache",
+    "other": "other layers keep a cache",
+}
+
+
 def _of_kind(method: Method, kind: str) -> list[str]:
-    """The strategies that keep every G-th layer, or the first M; full retention is one of either."""
-    return [name for name in method.strategies if name == "full" or name.startswith(f"{kind}:")]
+    """The strategies that keep every G-th layer, the first M, or others; with full retention, which is one of each.
+
+    Full retention alone is drawn among the first.
+    """
+    kinds = {name: each if (each := name.partition(":")[0]) in _KINDS else "other" for name in method.strategies}
+    found = [name for name in kinds if name == "full" or kinds[name] == kind]
+    return found if kind == "every" or found != ["full"] else []
+
+
+def _without_prefixes(methods: Sequence[Method]) -> list[str]:
+    """All strategies but those that keep the first M layers, which are drawn only where there are no others."""
+    names = list(dict.fromkeys(name for method in methods for name in method.strategies))
+    return [name for name in names if not name.startswith("prefix")] or names
 
 
 def _series(method: Method, points: Sequence[tuple[float, str]], style: int) -> Series:

@@ -73,11 +73,12 @@ class Method:
         return [float(run["held_out"][strategy]) for run in self.runs]
 
     def losses_by_step(self, strategy: str) -> dict[int, list[float]]:
-        """At every evaluation that all seeds had, by step."""
+        """At every evaluation that gave all seeds a loss, by step."""
         found: dict[int, list[float]] = {}
         for run in self.runs:
             for step, losses in run["held_out_by_step"]:
-                found.setdefault(int(step), []).append(float(losses[strategy]))
+                if losses[strategy] is not None:  # which stands for no number
+                    found.setdefault(int(step), []).append(float(losses[strategy]))
         return {step: losses for step, losses in sorted(found.items()) if len(losses) == len(self.runs)}
 
     @property
@@ -116,37 +117,63 @@ class Method:
 
 
 def read_methods(files: Sequence[Path]) -> tuple[list[Method], list[str]]:
-    """The methods in some results, in their order, and the names of the runs that are not finished.
+    """The methods in some results, in their order, and sentences on the runs that are left out.
 
     Methods of different files with one name are told apart by the folder of the file, unless they are the same runs, as
-    where two experiments have a run in common: then those of the first file are taken.
+    where two experiments have a run in common: then those of the first file are taken, and of the others only seeds
+    that are new.
 
     Raises:
-        UserError: a file cannot be read or is of another kind, or no run has finished.
+        UserError: a file cannot be read or is of another kind, or no run can be shown.
     """
-    named: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    unfinished = []
-    for file in files:
+    named: dict[str, dict[Path, list[Mapping[str, Any]]]] = {}
+    unfinished, diverged = [], []
+    for file in {file.resolve(): file.absolute() for file in files}.values():
         for line in _lines(file):
             if line["state"] != "finished" or not line["held_out"]:
                 unfinished.append(str(line["name"]))
-                continue
-            title = str(line["name"]).removesuffix(f"_seed-{line['seed']}")
-            named.setdefault(title, {}).setdefault(file.absolute().parent.name, []).append(line)
+            elif None in line["held_out"].values():  # as JSON has it
+                diverged.append(str(line["name"]))
+            else:
+                named.setdefault(_title(line), {}).setdefault(file, []).append(line)
     methods = []
-    for title, by_folder in named.items():
-        kept: dict[str, list[Mapping[str, Any]]] = {}
-        for folder, lines in by_folder.items():
-            if not any(_same_training(lines[0], others[0]) for others in kept.values()):
-                kept[folder] = lines
-        for folder, lines in kept.items():
-            methods.append(Method(title if len(kept) == 1 else f"{folder}/{title}", tuple(lines)))
+    for title, by_file in named.items():
+        kept: dict[Path, list[Mapping[str, Any]]] = {}
+        for file, lines in by_file.items():
+            same = next((others for others in kept.values() if _same_training(lines[0], others[0])), None)
+            if same is None:
+                kept[file] = lines
+            else:
+                seeds = {line["seed"] for line in same}
+                same += [line for line in lines if line["seed"] not in seeds]
+        for folder, lines in zip(_told_apart(list(kept)), kept.values(), strict=True):
+            label = f"{folder}/{title}" if title and len(kept) > 1 else title or folder
+            methods.append(Method(label, tuple(lines)))
+    left_out = [f"Not finished, and left out: {', '.join(unfinished)}."] if unfinished else []
+    left_out += [f"Left out, for a held-out loss that is no number: {', '.join(diverged)}."] if diverged else []
     if not methods:
-        raise UserError(
-            f"{', '.join(map(str, files))} holds no finished run that was evaluated; wait for one, or start the sweep "
-            f"again"
-        )
-    return methods, unfinished
+        given = ", ".join(map(str, files))
+        if diverged:
+            raise UserError(f"{given}: the held-out loss of {', '.join(diverged)} is no number; give results of others")
+        raise UserError(f"{given} holds no finished run that was evaluated; wait for one, or start the sweep again")
+    return methods, left_out
+
+
+def _title(line: Mapping[str, Any]) -> str:
+    """The name of a run without its seed; empty where the experiment has nothing but seeds."""
+    name, seed = str(line["name"]), f"seed-{line['seed']}"
+    return "" if name == seed else name.removesuffix(f"_{seed}")
+
+
+def _told_apart(files: Sequence[Path]) -> list[str]:
+    """The last part of the folder of each file, or as many parts as tell them apart."""
+    places = [file.parent for file in files]
+    if len(set(places)) < len(places):
+        places = list(files)
+    depth = 1
+    while len({place.parts[-depth:] for place in places}) < len(places):
+        depth += 1
+    return ["/".join(place.parts[-depth:]) for place in places]
 
 
 def _same_training(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
