@@ -39,9 +39,10 @@ def run() -> int:
     options = _options()
     from skvr_dist.run.lock import RunLock
     from skvr_dist.sweep.folder import SweepFolder
-    from skvr_dist.sweep.plan import plan_runs
+    from skvr_dist.sweep.plan import plan_runs, require_no_axis
 
     name, experiment = options.experiment.stem, _experiment(options)
+    require_no_axis(experiment, options.overrides)
     runs, folder = plan_runs(experiment, options.overrides), SweepFolder(experiment.output_dir)
     folder.require_of(name, runs)
     lock = RunLock(folder.path, name)

@@ -95,6 +95,18 @@ def plan_runs(experiment: Experiment, more: Sequence[str] = ()) -> list[PlannedR
     return list(planned.values())
 
 
+def require_no_axis(experiment: Experiment, more: Sequence[str]) -> None:
+    """Refuse overrides of what runs are called by.
+
+    Raises:
+        UserError: one is of a key of the grid, or of the seed where the experiment has several.
+    """
+    for key in _keys(more):
+        if key in experiment.grid or (key == "train.seed" and experiment.seeds):
+            way = "give --seed" if key == "train.seed" and experiment.seeds else f"change grid.{key} in the file"
+            raise UserError(f"the command line sets {key}, which is an axis of the experiment; {way} instead")
+
+
 def _drafts(experiment: Experiment) -> Iterator[_Draft]:
     """Every run but branches: runs x grid x seeds."""
     for key, values in experiment.grid.items():
@@ -111,7 +123,7 @@ def _drafts(experiment: Experiment) -> Iterator[_Draft]:
         for point in itertools.product(*experiment.grid.values()):
             chosen = dict(zip(experiment.grid, point, strict=True))
             title = "_".join(part for part in (name, *_value_names(chosen)) if part)
-            own = (*overrides, *(f"{key}={json.dumps(value)}" for key, value in chosen.items()))
+            own = (*overrides, *(f"{key}={_as_yaml(value)}" for key, value in chosen.items()))
             yield from (_Draft(title, seed, own) for seed in _seeds(experiment))
 
 
@@ -141,13 +153,13 @@ def _planned(
     overrides = [*experiment.overrides, *draft.overrides]
     overrides += [] if draft.seed is None else [f"train.seed={draft.seed}"]
     folder = local_path(experiment.output_dir) / draft.name
-    overrides += [*more, f"train.output_dir={json.dumps(str(folder))}"]
+    overrides += [*more, f"train.output_dir={_as_yaml(str(folder))}"]
     trunk = parent = None
     if draft.branch:
         parent = earlier[_with_seed(draft.branch.trunk, draft.seed)]
         _require_kept(parent, draft.branch.step, draft.name)
         trunk = parent.folder.checkpoints / step_folder(draft.branch.step)
-        overrides.append(f"train.resume={json.dumps(str(trunk))}")
+        overrides.append(f"train.resume={_as_yaml(str(trunk))}")
     try:
         config = load_config(experiment.base, overrides)
         data_parallel_size(config, experiment.place.ranks)
@@ -214,10 +226,18 @@ def _value_names(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _as_yaml(value: Any) -> str:
+    """A value as overrides have it: JSON, where dates, which only YAML has, are texts.
+
+    Letters stay as they are: JSON would write those beyond the first 65,536 as two halves, which YAML does not join.
+    """
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _value_name(value: Any) -> str:
     """A value as a part of a name; with a digest if it cannot be told from the part."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
     name = _UNFIT.sub("-", text).strip("-")
     if name == text and len(name) <= _LONGEST_VALUE:
         return name
-    return f"{name[:_LONGEST_VALUE]}-{hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]}"
+    return f"{name[:_LONGEST_VALUE]}-{hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:8]}"

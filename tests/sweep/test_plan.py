@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from skvr_dist.commands import sweep
 from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy
 from skvr_dist.sweep.experiment import read_experiment, shortened
@@ -43,6 +46,23 @@ def test_runs_are_named_by_what_they_change(tmp_path: Path) -> None:
 def test_a_key_is_named_whole_where_two_end_alike(tmp_path: Path) -> None:
     [run] = planned(tmp_path, grid={"evaluate.every_steps": [9], "checkpoint.every_steps": [8]})
     assert run.name == "evaluate.every_steps-9_checkpoint.every_steps-8"
+
+
+def test_values_that_json_has_not_are_texts(tmp_path: Path) -> None:
+    [run] = planned(tmp_path, grid={"data.validation": [datetime.date(2024, 1, 1)]}, output_dir="out \U0001f600")
+    assert run.config.data.model_dump()["validation"]["validation"]["path"] == "2024-01-01"
+    assert run.config.train.output_dir == f"out \U0001f600/{run.name}" and run.name.startswith("validation-2024-01-01-")
+
+
+@pytest.mark.parametrize(("override", "way"), [("train.seed=7", "give --seed"), ("train.steps=9", "change grid.train")])
+def test_the_command_line_does_not_override_what_runs_are_called_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, way: str
+) -> None:
+    tree = COMMON | {"grid": {"train.steps": [50, 60]}, "seeds": [0, 1]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(sys, "argv", ["sweep", f"{tmp_path}/mine.yaml", "--output-dir", f"{tmp_path}/out", override])
+    with pytest.raises(UserError, match=f"the command line sets {override[:-2]}, which is an axis of .*; {way}"):
+        sweep.run()
 
 
 def test_branches_have_what_their_trunks_have(tmp_path: Path) -> None:
