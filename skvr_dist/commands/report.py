@@ -100,6 +100,8 @@ def _options() -> argparse.Namespace:
         raise UserError("--model reports on one model's caches; leave out --standard and --routed")
     if not options.model and not all(pair):
         raise UserError("a report is on --model, or on both --standard and --routed; give one or the other")
+    if options.model and set(options.strategies or ()) == {"full"}:
+        raise UserError("--strategies full leaves nothing to hold against full retention; name smaller caches too")
     if options.question_first_prob is not None and options.file is None:
         raise UserError("--question-first-prob is of the questions in --work; give --work FILE, or leave it out")
     return options

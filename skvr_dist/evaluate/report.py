@@ -5,7 +5,7 @@ Both are runs on the same tokens; or one is an imported checkpoint, such as the 
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.evaluate.curve import HeldOutData, Measurement, evaluate_checkpoint
 from skvr_dist.evaluate.generate import cache_bytes, generate
 from skvr_dist.evaluate.retention import RetentionPoint, as_records, as_table, percent, plot
-from skvr_dist.files import write_whole
+from skvr_dist.files import as_json, write_whole
 from skvr_dist.routing import CacheStrategy, parameters_in_words
 from skvr_dist.run.folder import RunFolder
 
@@ -105,7 +105,9 @@ def write_report(
     trained = [checkpoint for checkpoint in checkpoints.values() if checkpoint.is_trained]
     held_out = HeldOutData.of([*trained, *checkpoints.values()][0], data, sequence_length)
     tokenizer = _tokenizer(list(checkpoints.values()))
-    start = _prompt(prompt, tokenizer, held_out, checkpoints["standard"].model_config.max_position_embeddings)
+    longest = checkpoints["standard"].model_config.max_position_embeddings
+    new_tokens = min(_NEW_TOKENS, longest // 2)
+    start = _prompt(prompt, tokenizer, held_out, longest - new_tokens, new_tokens)
     runs = [
         RunSummary.of(
             label,
@@ -114,10 +116,11 @@ def write_report(
         )
         for label, checkpoint in checkpoints.items()
     ]
-    samples = [sample for run in runs for sample in _samples(run, tokenizer, start)]
+    _require_losses(runs)
+    samples = [sample for run in runs for sample in _samples(run, tokenizer, start, new_tokens)]
     output.mkdir(parents=True, exist_ok=True)
     plot({run.label: run.curve for run in runs}, output / PICTURE)
-    write_whole(output / RECORD, json.dumps(_record(runs, samples), indent=2) + "\n")
+    write_whole(output / RECORD, as_json(_record(runs, samples), indent=2) + "\n")
     write_whole(output / REPORT, _markdown(runs, samples))
     return output / REPORT
 
@@ -180,33 +183,48 @@ def _tokenizer(checkpoints: Sequence[Checkpoint]) -> Tokenizer:
     return load_tokenizer(files[0])
 
 
-def _prompt(text: str | None, tokenizer: Tokenizer, held_out: HeldOutData, longest: int) -> torch.Tensor:
+def _require_losses(runs: Sequence[RunSummary]) -> None:
+    """Raises `UserError` if a model computes no numbers, from which nothing could be drawn."""
+    for run in runs:
+        for point in run.curve:
+            if not math.isfinite(point.loss):
+                raise UserError(
+                    f"{run.checkpoint.folder} has a held-out loss of {point.loss} at {point.strategy}; compare "
+                    f"checkpoints from before the loss was lost"
+                )
+
+
+def _prompt(text: str | None, tokenizer: Tokenizer, held_out: HeldOutData, most: int, new_tokens: int) -> torch.Tensor:
     """The tokens to continue [S]: of a text, or the beginning of the held-out data.
 
+    Args:
+        most: tokens that leave room for the `new_tokens` in the model's longest sequence.
+
     Raises:
-        UserError: the text is none, is empty, or leaves no room in the `longest` sequence of the model.
+        UserError: the text is none, is empty, or leaves no room.
     """
     if text is None:
+        length = min(_PROMPT_TOKENS, most)
         first = held_out_batches(
             held_out.sets[:1],
-            sequence_length=_PROMPT_TOKENS,
+            sequence_length=length,
             sequences=1,
             batch_size=1,
             separate_documents=held_out.separate_documents,
         )
-        return first[0].tokens[0, :_PROMPT_TOKENS]
+        return first[0].tokens[0, :length]
     if not text or any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"--prompt {text!r} holds no text to continue; give one in UTF-8, or leave it out")
     tokens = tokenizer.encode(text)
-    if len(tokens) + _NEW_TOKENS > longest:
+    if len(tokens) > most:
         raise UserError(
-            f"--prompt has {len(tokens)} tokens, and {_NEW_TOKENS} follow, but the model reads at most {longest}; give "
-            f"a shorter one"
+            f"--prompt has {len(tokens)} tokens, and {new_tokens} follow, but the model reads at most "
+            f"{most + new_tokens}; give a shorter one"
         )
     return torch.tensor(tokens)
 
 
-def _samples(run: RunSummary, tokenizer: Tokenizer, prompt: torch.Tensor) -> list[dict[str, Any]]:
+def _samples(run: RunSummary, tokenizer: Tokenizer, prompt: torch.Tensor, new_tokens: int) -> list[dict[str, Any]]:
     """Continuations of a prompt [S] at several strategies, with the size of the cache that was measured."""
     checkpoint = run.checkpoint
     decoder = checkpoint.load_decoder()
@@ -217,7 +235,7 @@ def _samples(run: RunSummary, tokenizer: Tokenizer, prompt: torch.Tensor) -> lis
             decoder,
             prompt,
             strategy,
-            max_new_tokens=_NEW_TOKENS,
+            max_new_tokens=new_tokens,
             temperature=_TEMPERATURE,
             stop_tokens=[tokenizer.eos_id],
         )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.datasets import write_dataset
 from support.gguf_models import MODELS, write
 
+from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.commands import report
 from skvr_dist.commands.cache_report import _SHARES
 from skvr_dist.commands.retention import of_families
@@ -21,6 +25,8 @@ from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.cache_report.chart import quality_chart
 from skvr_dist.evaluate.cache_report.content import by_family, change, next_smaller, recommended_point, shown_strategies
+from skvr_dist.evaluate.curve import HeldOutData
+from skvr_dist.evaluate.generate import generate
 from skvr_dist.evaluate.intervals import Interval
 from skvr_dist.evaluate.replay.compare import ChangedAnswer, Comparison
 from skvr_dist.evaluate.replay.figures import ProfileFigures
@@ -28,6 +34,7 @@ from skvr_dist.evaluate.replay.report import ReplayReport
 from skvr_dist.evaluate.retention import RetentionPoint
 from skvr_dist.files import as_json
 from skvr_dist.hf.convert.import_model import import_model
+from skvr_dist.model.decoder import Decoder
 
 
 def point(strategy: str, retained: int, rise: float, high: float) -> RetentionPoint:
@@ -115,12 +122,49 @@ REPLAYED = ReplayReport(
 )
 
 
+def import_with_data(folder: Path, tokens: int) -> None:
+    """A model, and held-out data of documents of so many tokens."""
+    write(folder / "model.gguf", MODELS["llama"])
+    import_model(str(folder / "model.gguf"), folder / "model", check=False)
+    tokenizer = load_tokenizer(next((folder / "model").rglob("tokenizer.json")))
+    drawn = torch.randint(200, (1200 // tokens, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    write_dataset(folder / "data", [drawn], tokenizer)
+
+
+def test_two_models_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import_with_data(tmp_path, 7)  # and its end: in sequences of 8 the last token never has a label
+    words = ["--data", f"{tmp_path}/data", "--sequence-length", "8", "--sequences", "8"]
+    words += [word for name in ("standard", "routed", "output") for word in (f"--{name}", f"{tmp_path}/model")][:-1]
+    monkeypatch.setattr(sys, "argv", ["skvr-report", *words, f"{tmp_path}/out"])
+    made = HeldOutData.of
+    monkeypatch.setattr(HeldOutData, "of", lambda *given: replace(made(*given), separate_documents=True))
+    lengths: list[int] = []
+
+    def watched(decoder: Decoder, prompt: torch.Tensor, *given: Any, **named: Any) -> Any:
+        lengths.append(len(prompt) + named["max_new_tokens"])
+        return generate(decoder, prompt, *given, **named)
+
+    monkeypatch.setattr("skvr_dist.evaluate.report.generate", watched)
+    monkeypatch.setattr("skvr_dist.evaluate.report._PROMPT_TOKENS", 999)  # more than the model reads
+    report.run()
+    text = (tmp_path / "out/report.json").read_text()
+    record = json.loads(text)
+    assert "NaN" not in text and record["runs"]["standard"]["curve"][0]["loss_by_position"][-1] is None
+    assert set(lengths) == {Checkpoint(tmp_path / "model").model_config.max_position_embeddings}
+
+    def broken(checkpoint: Checkpoint) -> Decoder:
+        decoder = load(checkpoint)
+        torch.nn.init.constant_(next(iter(decoder.parameters())), math.nan)
+        return decoder
+
+    load = Checkpoint.load_decoder
+    monkeypatch.setattr(Checkpoint, "load_decoder", broken)
+    with pytest.raises(UserError, match=r"has a held-out loss of nan at full; compare checkpoints from before the"):
+        report.run()
+
+
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "model.gguf", MODELS["llama"])
-    import_model(str(tmp_path / "model.gguf"), tmp_path / "model", check=False)
-    tokenizer = load_tokenizer(next((tmp_path / "model").rglob("tokenizer.json")))
-    drawn = torch.randint(200, (40, 30), generator=torch.Generator().manual_seed(0)).tolist()
-    write_dataset(tmp_path / "data", [drawn], tokenizer)
+    import_with_data(tmp_path, 30)
     (tmp_path / "asked.jsonl").write_text(
         "".join(json.dumps({"context": f"<b>{n}</b>", "question": f"{n}?", "answer": str(n)}) + "\n" for n in range(4))
     )
@@ -165,6 +209,8 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     assert record["recommended"]["strategy"] in record["retained"] and record["memory"][0]["strategy"] == "full"
     with pytest.raises(UserError, match="--context 99999 is more than max_position_embeddings"):
         started(*words, "--context", "99999")
+    with pytest.raises(UserError, match="--strategies full leaves nothing to hold against full retention; name"):
+        started(*words, "--strategies", "full")
     with pytest.raises(UserError, match="give one or the other"):
         started("--standard", "x", "--output", str(tmp_path / "out"))
     with pytest.raises(UserError, match="leave out --standard and --routed"):
