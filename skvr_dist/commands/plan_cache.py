@@ -8,8 +8,9 @@ CHECKPOINT is a checkpoint's folder, or a run's, which stands for its latest che
 prepared with its tokenizer; the layers are searched on the --calibrate texts and judged on the --test texts (default:
 the run's held-out data), which must be others. Each profile names a size: --profile NAME=SHARE, or NAME=SHARE@LAST
 where layers above LAST are to keep nothing, so that a prefill can leave them out. The plan is kept in the checkpoint,
-and an export carries its profiles. With --kvsharer the layers that KVSharer (arXiv 2410.18517) would let share are
-searched and tested beside them. Exit code 1: --most-rise was given, and a profile costs more.
+and an export carries its profiles, unless --json names another place. With --kvsharer the layers that KVSharer (arXiv
+2410.18517) would let share are searched and tested beside them. Exit code 1: --most-rise was given, and a profile costs
+more.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def run() -> int:
         table = "\n\n".join([table, *(kvsharer.as_table(shared, test, options.kvsharer) for test in tests)])
     table = "\n\n".join([table, *(_front_table(plan, name, _bytes_per_layer(checkpoint)) for name in calibrations)])
     code = conclude(_figures(plan, options.most_rise), table=table, record=record, json_file=json_file)
-    print(f"\n{_sharing(plan)}\nwritten: {json_file}; tools/export_hf.py {options.checkpoint} OUT carries the profiles")
+    carried = f"; tools/export_hf.py {options.checkpoint} OUT carries the profiles" if options.json is None else ""
+    print(f"\n{_sharing(plan)}\nwritten: {json_file}{carried}")
     return code
 
 
@@ -148,7 +150,8 @@ def _profiles(options: argparse.Namespace, checkpoint: Checkpoint) -> list[Profi
                 f"--budget {options.budget} bytes per token is less than the cache of one layer, {per_layer}, which is "
                 f"the smallest there is"
             )
-        return [Profile("budget", min(layers, options.budget // per_layer), options.last)]
+        allowed = layers if options.last is None else options.last + 1
+        return [Profile("budget", min(allowed, options.budget // per_layer), options.last)]
     if options.retention is not None:
         return [_profile("retention", str(options.retention), layers, options.last)]
     profiles = {}
@@ -159,6 +162,8 @@ def _profiles(options: argparse.Namespace, checkpoint: Checkpoint) -> list[Profi
             highest = None if not last else layers // 2 if last == "half" else int(last)
         except ValueError:
             raise UserError(f"--profile {text}: {last!r} is no layer; write NAME=SHARE@LAST") from None
+        if name in profiles:
+            raise UserError(f"--profile {text}: there is another profile {name}; give one of both another name")
         profiles[name] = _profile(name, share, layers, highest)
     return list(profiles.values())
 

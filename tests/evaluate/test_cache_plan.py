@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.datasets import write_dataset
+from support.gguf_models import MODELS, write
 
+from skvr_dist.commands import plan_cache
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.batch import IGNORED, MicroBatch
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.cache_plan import Profile, named_strategies, plan_caches
 from skvr_dist.evaluate.curve import HeldOutData
@@ -18,6 +22,7 @@ from skvr_dist.evaluate.intervals import Bootstrap
 from skvr_dist.evaluate.overlap import shared_share
 from skvr_dist.evaluate.prefix_tree import PrefixTree
 from skvr_dist.evaluate.search import Room, Search, one_shot
+from skvr_dist.hf.convert.import_model import import_model
 from skvr_dist.model.decoder import Decoder, initialize
 from skvr_dist.model.modules import token_cross_entropy
 from skvr_dist.routing import CacheStrategy
@@ -159,3 +164,31 @@ def test_a_text_inside_another_is_seen(tmp_path: Path) -> None:
     ]
     assert 0.2 < shared_share(*both) < 0.8
     assert shared_share(both[0], batches(1)) == 0.0
+
+
+def test_the_command_takes_budgets_and_keeps_every_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "model.gguf", MODELS["llama"])
+    import_model(str(tmp_path / "model.gguf"), tmp_path / "model", check=False)
+    tokenizer = load_tokenizer(next((tmp_path / "model").rglob("tokenizer.json")))
+    for seed, name in enumerate(("one", "other")):
+        drawn = torch.randint(200, (40, 30), generator=torch.Generator().manual_seed(seed)).tolist()
+        write_dataset(tmp_path / name, [drawn], tokenizer)
+
+    def planned(*more: str) -> str:
+        words = [f"{tmp_path}/model", "--calibrate", f"{tmp_path}/one", "--test", f"{tmp_path}/other"]
+        words += ["--sequence-length", "16", "--sequences", "8", "--test-sequences", "8", *more]
+        monkeypatch.setattr(sys, "argv", ["skvr-plan-cache", *words])
+        assert plan_cache.run() == 0
+        return capsys.readouterr().out
+
+    # A budget is what there may be at most, be it of all layers or of those up to one.
+    for last, kept in (([], "0,1,2"), (["--last", "1"], "0,1")):
+        out = planned("--budget", "1000000", *last)
+        assert f" | {kept} " in out and out.endswith("OUT carries the profiles\n")
+    assert planned("--budget", "1000000", "--json", f"{tmp_path}/mine.json").endswith(
+        f"written: {tmp_path}/mine.json\n"
+    )
+    with pytest.raises(UserError, match="--profile a=1: there is another profile a; give one of both another name"):
+        planned("--profile", "a=0.5", "--profile", "a=1")
