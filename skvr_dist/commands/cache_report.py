@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,14 +97,12 @@ def _write(report: CacheReport, output: Path) -> Path:
 
 
 def _add_plan(checkpoint: Checkpoint) -> None:
-    """Name the strategies of a model's plan as profiles, where it has one."""
-    from skvr_dist.evaluate.cache_plan import PLAN_FILE
+    """Name the strategies of a model's plan as profiles, where it has one, as an export carries them."""
+    from skvr_dist.evaluate.cache_plan import profiles_of
 
-    plan = checkpoint.folder / PLAN_FILE
-    if plan.exists():
-        profiles = checkpoint.config.evaluate.profiles | json.loads(plan.read_text(encoding="utf-8"))["profiles"]
-        evaluate = checkpoint.config.evaluate.model_copy(update={"profiles": profiles})
-        checkpoint.config = checkpoint.config.model_copy(update={"evaluate": evaluate})
+    profiles = profiles_of(checkpoint.folder, checkpoint.config.evaluate.profiles)
+    evaluate = checkpoint.config.evaluate.model_copy(update={"profiles": profiles})
+    checkpoint.config = checkpoint.config.model_copy(update={"evaluate": evaluate})
 
 
 def _context(checkpoint: Checkpoint, asked: int | None) -> int:

@@ -5,10 +5,12 @@ Shapes: N sequences, S sequence length, L layers.
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -229,6 +231,21 @@ def _front(measured: Mapping[Retained, float]) -> dict[int, FrontPoint]:
 
 def _cost(search: Search, layers: int) -> SearchCost:
     return SearchCost(search.evaluated_layers, len(search.measured), len(search.measured) * layers)
+
+
+def profiles_of(folder: Path, own: Mapping[str, str]) -> dict[str, str]:
+    """The profiles of the plan in a checkpoint's folder, if there is one, and the run's own over them.
+
+    Raises:
+        UserError: the plan's file is none.
+    """
+    file = folder / PLAN_FILE
+    if not file.exists():
+        return dict(own)
+    try:
+        return {**json.loads(file.read_bytes())["profiles"], **own}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is no plan of tools/plan_cache.py; make it again, or remove it") from None
 
 
 def named_strategies(plan: CachePlan) -> dict[str, str]:

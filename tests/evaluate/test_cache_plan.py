@@ -16,7 +16,7 @@ from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.batch import IGNORED, MicroBatch
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
-from skvr_dist.evaluate.cache_plan import Profile, named_strategies, plan_caches
+from skvr_dist.evaluate.cache_plan import PLAN_FILE, Profile, named_strategies, plan_caches, profiles_of
 from skvr_dist.evaluate.curve import HeldOutData
 from skvr_dist.evaluate.intervals import Bootstrap
 from skvr_dist.evaluate.overlap import shared_share
@@ -164,6 +164,17 @@ def test_a_text_inside_another_is_seen(tmp_path: Path) -> None:
     ]
     assert 0.2 < shared_share(*both) < 0.8
     assert shared_share(both[0], batches(1)) == 0.0
+
+
+def test_the_profiles_of_a_checkpoint_are_the_runs_own_before_its_plans(tmp_path: Path) -> None:
+    """Reports name the layers that exports serve."""
+    assert profiles_of(tmp_path, {"bulk": "0"}) == {"bulk": "0"}
+    (tmp_path / PLAN_FILE).write_text('{"profiles": {"bulk": "0,1", "standard": "0,2"}}')
+    assert profiles_of(tmp_path, {"bulk": "0"}) == {"bulk": "0", "standard": "0,2"}
+    for text in ("{", "{}", "[]"):
+        (tmp_path / PLAN_FILE).write_text(text)
+        with pytest.raises(UserError, match=r"cache-plan\.json is no plan of tools/plan_cache\.py; make it again, or"):
+            profiles_of(tmp_path, {})
 
 
 def test_the_command_takes_budgets_and_keeps_every_profile(

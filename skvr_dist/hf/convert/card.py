@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.model import ModelConfig
-from skvr_dist.evaluate.cache_plan import PLAN_FILE
+from skvr_dist.evaluate.cache_plan import profiles_of
 from skvr_dist.evaluate.retention import RETENTION_FILE, RetentionPoint, as_table
 from skvr_dist.routing import POLICIES, CacheStrategy, RoutingConfig, parameters_in_words
 from skvr_dist.schedule import in_words
@@ -52,9 +52,7 @@ class Training:
             table = as_table({f"step {checkpoint.step}": points})
             length = record.get("sequence_length", config.data.sequence_length)  # earlier releases left it out
             table += f"\n\nOver {record['sequences']} held-out sequences of {length} tokens."
-        planned = checkpoint.folder / PLAN_FILE
-        profiles = json.loads(planned.read_text())["profiles"] if planned.exists() else {}
-        return cls(config.routing, facts, table, {**profiles, **config.evaluate.profiles})
+        return cls(config.routing, facts, table, profiles_of(checkpoint.folder, config.evaluate.profiles))
 
 
 def model_card(
