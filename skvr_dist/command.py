@@ -182,6 +182,14 @@ def at_least(minimum: int, most: int = 10**6) -> Callable[[str], int]:
     return count
 
 
+def at_least_zero(text: str) -> float:
+    """An argparse type: a finite number that is not below 0."""
+    number = _finite(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
 def positive(text: str) -> float:
     """An argparse type: a finite number above 0."""
     try:

@@ -28,7 +28,9 @@ from skvr_dist.checkpoint.storage import write_pieces
 from skvr_dist.config.families import FAMILIES
 from skvr_dist.config.model import ModelConfig, RopeScaling
 from skvr_dist.errors import UserError
+from skvr_dist.evaluate.intervals import Interval
 from skvr_dist.evaluate.retention import RetentionPoint, as_records
+from skvr_dist.files import as_json
 from skvr_dist.hf.convert.card import Training
 from skvr_dist.hf.convert.check import SAMPLE_TEXTS, TOLERANCE
 from skvr_dist.hf.convert.export import ExportMismatchError, ExportReport, export_model
@@ -373,7 +375,9 @@ def run(tokenizer_file: Path, tmp_path: Path) -> Path:
     folder = partial.with_name(step_folder(40))
     publish(partial, folder, {})
     points = [RetentionPoint("full", 3, 1.0, 384, 2.371), RetentionPoint("prefix:1", 1, 1 / 3, 128, 2.402)]
-    (folder / "retention.json").write_text(json.dumps({"sequences": 64, "points": as_records(points)}))
+    nan = float("nan")  # which JSON has not
+    points.append(RetentionPoint("every:2", 2, 2 / 3, 256, nan, Interval(nan, nan, nan)))
+    (folder / "retention.json").write_text(as_json({"sequences": 64, "points": as_records(points)}))
     return tmp_path / "run"
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 
+from skvr_dist.commands.estimate.serve import add_arguments
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.generate import cache_bytes, generate
@@ -68,3 +71,11 @@ def test_two_engines_hold_as_many_as_one_at_the_break_even(memory: int) -> None:
     else:
         assert sequences_of_two(premium, bulk, memory, share) == pytest.approx(one)
     assert break_even(server(memory), bulk, premium).share is None
+
+
+@pytest.mark.parametrize("gib", ["nan", "inf", "-5", "much"])
+def test_what_the_engine_takes_is_a_number(gib: str) -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    with pytest.raises(argparse.ArgumentError, match=r"--other-gib: .*(not a|below 0)"):
+        parser.parse_args(["tiny", "--memory-gib", "80", "--context", "16", f"--other-gib={gib}"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from skvr_dist.command import Figure, add_json, at_least, conclude, positive, share
+from skvr_dist.command import Figure, add_json, at_least, at_least_zero, conclude, positive, share
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dtype", choices=(*_TYPES, "fp8", "int8"), help="of the cache (default: --dtype)")
     parser.add_argument("--utilization", type=share, default=UTILIZATION, metavar="X", help="share of the memory that "
                         "the engine may use, as vLLM's gpu_memory_utilization (default: 0.9)")  # fmt: skip
-    parser.add_argument("--other-gib", type=float, default=OTHER_GIB, metavar="X", help="what the engine takes beside "
-                        "weights and cache; vLLM logs it when it starts (default: 2)")  # fmt: skip
+    parser.add_argument("--other-gib", type=at_least_zero, default=OTHER_GIB, metavar="X", help="what the engine takes "
+                        "beside weights and cache; vLLM logs it when it starts (default: 2)")  # fmt: skip
     parser.add_argument("--block", type=at_least(1), default=BLOCK, help="tokens of a block of the cache (default: 16)")
     add_json(parser)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 from tabulate import tabulate
@@ -13,6 +15,7 @@ from tabulate import tabulate
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.evaluate.cache_plan import profiles_of
+from skvr_dist.evaluate.intervals import Interval
 from skvr_dist.evaluate.retention import RETENTION_FILE, RetentionPoint, as_table
 from skvr_dist.routing import POLICIES, CacheStrategy, RoutingConfig, parameters_in_words
 from skvr_dist.schedule import in_words
@@ -48,11 +51,21 @@ class Training:
         measured = checkpoint.folder / RETENTION_FILE
         if measured.exists():
             record = json.loads(measured.read_text())
-            points = [RetentionPoint(**point) for point in record["points"]]
+            points = [_measured(point) for point in record["points"]]
             table = as_table({f"step {checkpoint.step}": points})
             length = record.get("sequence_length", config.data.sequence_length)  # earlier releases left it out
             table += f"\n\nOver {record['sequences']} held-out sequences of {length} tokens."
         return cls(config.routing, facts, table, profiles_of(checkpoint.folder, config.evaluate.profiles))
+
+
+def _measured(point: dict[str, Any]) -> RetentionPoint:
+    """A point of a curve; JSON has null for what is no number."""
+
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    rise = Interval(*map(number, point["rise"])) if point.get("rise") else None  # earlier releases left it out
+    return RetentionPoint(**{**point, "loss": number(point["loss"]), "rise": rise})
 
 
 def model_card(
