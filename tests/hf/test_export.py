@@ -431,7 +431,7 @@ def test_command_with_profiles_and_pruning(run: Path, tmp_path: Path, capsys: py
 
 
 ALONE = """
-import json, sys, torch
+import json, pickle, sys, torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 whole, pruned = sys.argv[1:]
 tokens = torch.arange(40)[None] * 7
@@ -459,6 +459,7 @@ except ValueError as error:
     print(error)
 for model, folder in ((routed, "third"), (small, "fourth")):
     model.save_pretrained(folder)
+    assert pickle.loads(pickle.dumps(model)).retained_layers == (0, 2)
 for folder in ("again", "third", "pruned again", "fourth"):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():

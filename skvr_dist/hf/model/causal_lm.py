@@ -16,7 +16,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -218,19 +218,21 @@ class RoutedForCausalLM:
         return
 
 
-class Qwen3ForCausalLM(RoutedForCausalLM, modeling_qwen3.Qwen3ForCausalLM):
+# `GenerationMixin` by name: transformers makes a subclass on the fly of remote code that does not name it and has a
+# `generate` of its own, and a model of a class that no module holds cannot be pickled.
+class Qwen3ForCausalLM(RoutedForCausalLM, modeling_qwen3.Qwen3ForCausalLM, GenerationMixin):
     """Qwen3 at any cache strategy."""
 
 
-class Qwen2ForCausalLM(RoutedForCausalLM, modeling_qwen2.Qwen2ForCausalLM):
+class Qwen2ForCausalLM(RoutedForCausalLM, modeling_qwen2.Qwen2ForCausalLM, GenerationMixin):
     """Qwen2 and Qwen2.5 at any cache strategy."""
 
 
-class LlamaForCausalLM(RoutedForCausalLM, modeling_llama.LlamaForCausalLM):
+class LlamaForCausalLM(RoutedForCausalLM, modeling_llama.LlamaForCausalLM, GenerationMixin):
     """Llama at any cache strategy."""
 
 
-class MistralForCausalLM(RoutedForCausalLM, modeling_mistral.MistralForCausalLM):
+class MistralForCausalLM(RoutedForCausalLM, modeling_mistral.MistralForCausalLM, GenerationMixin):
     """Mistral at any cache strategy."""
 
 
@@ -245,28 +247,28 @@ class _Pruned:
                         delattr(layer.self_attn, name)
 
 
-class PrunedQwen3ForCausalLM(_Pruned, Qwen3ForCausalLM):
+class PrunedQwen3ForCausalLM(_Pruned, Qwen3ForCausalLM, GenerationMixin):
     """Qwen3 for one strategy."""
 
     config: PrunedQwen3Config
     config_class = PrunedQwen3Config
 
 
-class PrunedQwen2ForCausalLM(_Pruned, Qwen2ForCausalLM):
+class PrunedQwen2ForCausalLM(_Pruned, Qwen2ForCausalLM, GenerationMixin):
     """Qwen2 for one strategy."""
 
     config: PrunedQwen2Config
     config_class = PrunedQwen2Config
 
 
-class PrunedLlamaForCausalLM(_Pruned, LlamaForCausalLM):
+class PrunedLlamaForCausalLM(_Pruned, LlamaForCausalLM, GenerationMixin):
     """Llama for one strategy."""
 
     config: PrunedLlamaConfig
     config_class = PrunedLlamaConfig
 
 
-class PrunedMistralForCausalLM(_Pruned, MistralForCausalLM):
+class PrunedMistralForCausalLM(_Pruned, MistralForCausalLM, GenerationMixin):
     """Mistral for one strategy."""
 
     config: PrunedMistralConfig
