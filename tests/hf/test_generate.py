@@ -13,8 +13,11 @@ import torch
 from optimum.quanto.library.extensions import cpp as quanto_cpp
 from support.flash_on_cpu import give_to_transformers
 from support.hf_models import STRATEGIES, prompts, random_weights, reference_tokens, routed_model, shape_of
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 from torch import Tensor
-from transformers import Cache, CompileConfig, DynamicCache, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedTokenizerFast, StaticCache
 from transformers.cache_utils import CacheLayerMixin, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
 from skvr_dist.errors import UserError
@@ -218,6 +221,20 @@ def test_sampling_and_beams_need_no_cache(model: Any) -> None:
             options = {**options, "max_new_tokens": 16, "use_cache": use_cache}
             found.append(generate(model, prompts()[:3], **options).sequences)
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_stop_strings(model: Any, options: dict[str, Any]) -> None:
+    """For these `generate` takes the tokenizer, which it then gives to every forward pass."""
+    model.set_cache_strategy("every:2")
+    characters = Tokenizer(BPE({chr(33 + number): number for number in range(101)}, merges=[]))
+    characters.decoder = Fuse()
+    words = PreTrainedTokenizerFast(tokenizer_object=characters)
+    options = {**options, "max_new_tokens": 24}
+    wanted = generate(model, prompts()[:1], **options).sequences[0].tolist()
+    stop = wanted[PROMPT_LENGTH + 4]
+    found = generate(model, prompts()[:1], **options, tokenizer=words, stop_strings=[chr(33 + stop)]).sequences[0]
+    assert found.tolist() == wanted[: wanted.index(stop, PROMPT_LENGTH) + 1]
 
 
 def test_assisted_by_itself_at_a_smaller_cache(model: Any) -> None:

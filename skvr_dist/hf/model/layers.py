@@ -46,6 +46,8 @@ _KEYWORDS = (
     | (inspect.signature(ForCausalLMLoss).parameters.keys() - {"logits", "labels", "vocab_size", "kwargs"})
 )
 """Keywords that the installed transformers passes through models to layers, attention kernels and the loss."""
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""What `generate` takes for stop strings and drafts, and hands on to every forward pass, where nobody reads it."""
 
 
 def take_cache(given: Cache | PagedAttentionCache | None, kwargs: dict[str, Any]) -> Any:
@@ -55,6 +57,8 @@ def take_cache(given: Cache | PagedAttentionCache | None, kwargs: dict[str, Any]
         TypeError: two caches, one of another type, or a keyword that nobody reads: a cache under a name of another
             version would be lost silently, and tokens computed without what they follow.
     """
+    for name in _OF_GENERATE:
+        kwargs.pop(name, None)
     found = {"cache": given, "past_key_values": kwargs.pop("past_key_values", None)}
     found = {name: cache for name, cache in found.items() if cache is not None}
     if len(found) > 1:
