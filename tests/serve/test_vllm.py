@@ -383,9 +383,10 @@ def test_a_worker_that_died_is_told_of(exports: Mapping[str, Path], tmp_path: Pa
 
 
 def test_generation_is_timed(exports: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the form of what is timed of transformers, with the bytes per token that the engine holds."""
+    """In the form of what is timed of transformers, with the bytes per token that the engine holds; the model has 256
+    positions, and neither refuses a longer prompt."""
     figures = tmp_path / "figures.json"
-    words = ["--model", str(exports["qwen3"]), "--strategies", "every:4", "--prompt-tokens", "8", "--batch", "2"]
+    words = ["--model", str(exports["qwen3"]), "--strategies", "every:4", "--prompt-tokens", "300", "--batch", "2"]
     words += ["--new-tokens", "2", "--rounds", "2", "--memory-gib", "20", "--most-batch", "1", "--json", str(figures)]
     monkeypatch.setattr("sys.argv", ["bench", "generate", "--engine", "vllm", *words])
     with pytest.MonkeyPatch.context() as patch:

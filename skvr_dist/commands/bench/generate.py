@@ -177,6 +177,7 @@ def _vllm(options: Namespace, stack: ExitStack) -> Engine:
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
+        positions=config.max_position_embeddings,
     )
     return Engine(
         config,

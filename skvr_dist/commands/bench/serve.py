@@ -11,6 +11,7 @@ less than `--bound` times that at full retention, or the first token with the fi
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from argparse import ArgumentParser, Namespace
@@ -27,7 +28,7 @@ from skvr_dist.errors import UserError
 if TYPE_CHECKING:
     from skvr_dist.lab.bench.serve import Serving
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -60,12 +61,16 @@ def run(options: Namespace) -> int:
     tokens = options.full_requests * (options.prompt_tokens + options.new_tokens)
 
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read by vLLM when it is imported
+    from skvr_dist.lab.bench.generate_vllm import cache_tokens
     from skvr_dist.lab.bench.serve import Load, measure_serving
 
+    load = Load(options.requests, options.prompt_tokens, options.new_tokens, options.long_prompt_tokens)
+    _require_room(options, tokens, cache_tokens(load.longest))
     full, quarter, half = found = measure_serving(
         options.model,
-        ("full", "every:4", f"prefix:{layers // 2}"),
-        Load(options.requests, options.prompt_tokens, options.new_tokens, options.long_prompt_tokens),
+        ("full", "every:4", f"prefix:{max(1, layers // 2)}"),
+        load,
+        positions=shape["max_position_embeddings"],
         dtype=shape["dtype"],
         budget_bytes=tokens * elements * ELEMENT_BYTES[shape["dtype"]],
         rounds=options.rounds,
@@ -91,11 +96,23 @@ def run(options: Namespace) -> int:
     return conclude(figures, table=_table(found), record=record, json_file=options.json)
 
 
+def _require_room(options: Namespace, tokens: int, needed: int) -> None:
+    """Raises `UserError` if a cache of so many tokens is too small for the longest sequence alone."""
+    each = options.prompt_tokens + options.new_tokens
+    if tokens < needed:
+        raise UserError(
+            f"--full-requests {options.full_requests} of {each} tokens make a cache of {tokens:,} tokens, but the "
+            f"longest sequence takes {needed:,}; ask for --full-requests {math.ceil(needed / each)}, or for fewer "
+            f"--long-prompt-tokens than {options.long_prompt_tokens}"
+        )
+
+
 def _shape(model: Path) -> dict[str, Any]:
     """The `config.json` of an export, with all that the budget is counted from."""
     try:
         shape: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        _ = shape["num_hidden_layers"], shape["num_key_value_heads"], _head_size(shape), ELEMENT_BYTES[shape["dtype"]]
+        _ = [shape[name] for name in ("num_hidden_layers", "num_key_value_heads", "max_position_embeddings")]
+        _ = _head_size(shape), ELEMENT_BYTES[shape["dtype"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{model} is not an export ({error}); give the folder of one") from None
     return shape

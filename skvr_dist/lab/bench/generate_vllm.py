@@ -45,6 +45,8 @@ class Served:
     kv_heads: int
     head_dim: int
     vocab_size: int
+    positions: int
+    """That its configuration has; longer prompts are timed all the same."""
 
 
 def let_bytes_be_given() -> None:
@@ -122,11 +124,16 @@ class _Cache(NamedTuple):
 def _cache_blocks(served: Served, speed: Speed, new_tokens: int) -> _Cache:
     """As many blocks as a case needs."""
     longest, block = speed.prompt_tokens + new_tokens + 1, _BLOCK[device().type]
-    blocks = speed.batch * math.ceil(longest / block) + 1  # vLLM keeps one for itself
     per_token = served.strategies[speed.strategy].cache_bytes_per_token(
         kv_heads=served.kv_heads, head_dim=served.head_dim, bytes_per_element=getattr(torch, served.dtype).itemsize
     )
-    return _Cache(longest, block, blocks * block * per_token)
+    return _Cache(longest, block, cache_tokens(longest, speed.batch) * per_token)
+
+
+def cache_tokens(longest: int, sequences: int = 1) -> int:
+    """Tokens of the blocks that sequences of `longest` tokens take, and of the one that vLLM keeps for itself."""
+    block = _BLOCK[device().type]
+    return (sequences * math.ceil(longest / block) + 1) * block
 
 
 @contextmanager
@@ -147,7 +154,10 @@ def _engine(served: Served, speed: Speed, new_tokens: int, step_tokens: int | No
         block_size=cache.block,
         kv_cache_memory_bytes=cache.bytes,
         kv_sharing_fast_prefill=True,
-        hf_overrides={"kv_profile": speed.strategy},
+        hf_overrides={
+            "kv_profile": speed.strategy,
+            "max_position_embeddings": max(cache.longest, served.positions),
+        },
     )
     try:
         yield llm

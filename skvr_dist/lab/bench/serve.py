@@ -46,38 +46,43 @@ class Load:
     """Tokens of the long prompts, which are served one at a time and answered with one token."""
     long_prompts: int = 7
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.prompt_tokens + self.new_tokens, self.long_prompt_tokens + 1)
+
 
 def measure_serving(
-    model: Path, strategies: Sequence[str], load: Load, *, dtype: str, budget_bytes: int, rounds: int
+    model: Path, strategies: Sequence[str], load: Load, *, positions: int, dtype: str, budget_bytes: int, rounds: int
 ) -> list[Serving]:
     """Serve the same requests at each strategy in turn, with an engine of its own each time and fast prefill.
 
     Args:
         model: an export.
+        positions: that its configuration has; longer prompts are timed all the same.
         dtype: of weights and cache; left to itself vLLM makes bfloat16 of float32.
         budget_bytes: for the cache, whatever the strategy.
         rounds: of each strategy.
     """
     found = {spec: Serving(spec) for spec in strategies}
     for spec in tqdm(list(strategies) * rounds, desc="engines", disable=None):
-        _serve(model, found[spec], load, dtype, budget_bytes)
+        _serve(model, found[spec], load, positions, dtype, budget_bytes)
     return list(found.values())
 
 
-def _serve(model: Path, found: Serving, load: Load, dtype: str, budget_bytes: int) -> None:
+def _serve(model: Path, found: Serving, load: Load, positions: int, dtype: str, budget_bytes: int) -> None:
     let_bytes_be_given()
-    longest = max(load.prompt_tokens + load.new_tokens, load.long_prompt_tokens + 1)
     llm = LLM(
         str(model),
         dtype=dtype,
         enforce_eager=True,
         enable_prefix_caching=False,
-        max_model_len=longest,
-        max_num_batched_tokens=max(longest, 2048),
+        max_model_len=load.longest,
+        max_num_batched_tokens=max(load.longest, 2048),
         max_num_seqs=load.requests,
         kv_cache_memory_bytes=budget_bytes,
         kv_sharing_fast_prefill=True,
-        hf_overrides={"kv_profile": found.strategy},
+        hf_overrides={"kv_profile": found.strategy, "max_position_embeddings": max(load.longest, positions)},
     )
     try:
         vocabulary = llm.llm_engine.model_config.get_vocab_size()
