@@ -469,6 +469,11 @@ for folder in ("again", "third", "pruned again", "fourth"):
         "LlamaForCausalLM"]
     assert "kv_profile" not in json.load(open(f"{folder}/generation_config.json"))
 assert type(AutoModelForCausalLM.from_pretrained("third")) is LlamaForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained("third", kv_profile="two")  # trust_remote_code was forgotten
+    raise AssertionError("a profile was passed over")
+except TypeError as error:
+    assert "kv_profile" in str(error)
 print(small.num_parameters(), plain.num_parameters())
 assert not [name for name in sys.modules if name.startswith("skvr_dist")]
 """

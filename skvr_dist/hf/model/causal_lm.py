@@ -204,10 +204,12 @@ class RoutedForCausalLM:
         if Path(save_directory).is_file():
             raise UserError(f"cannot save to {save_directory}: it is a file; give the name of a folder")
         sources = self.model.kv_sources
-        shares = sources != tuple(range(len(sources)))
-        self.config.kv_profile, self.config.kv_source_layers = None, list(sources) if shares else None
-        for name in ("kv_profile", "kv_source_layers"):  # transformers takes arguments of loading for its own
-            vars(self.generation_config).pop(name, None)
+        for name in ("kv_profile", "kv_source_layers"):
+            # A plain class takes an argument that config.json has, and passes over it; of any other it says so.
+            vars(self.config).pop(name, None)
+            vars(self.generation_config).pop(name, None)  # transformers takes arguments of loading for its own
+        if sources != tuple(range(len(sources))):
+            self.config.kv_source_layers = list(sources)
         if self.add_code is not None and kwargs.get("is_main_process", True):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             self.add_code(Path(save_directory), self.config, type(self).__name__)
