@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.hf_models import edit_config, published, shape_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from skvr_dist.errors import UserError
 from skvr_dist.hf import disable_rcla, enable_rcla
@@ -42,6 +42,14 @@ def test_sources_of_any_kind(sources: Any, saved: Path, tmp_path: Path) -> None:
     assert model.retained_layers == (0, 2)
     model.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again/config.json").read_text())["kv_source_layers"] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("profile", [[0, 2], (0, 2), torch.tensor([0, 2]), "half"], ids=repr)
+def test_a_profile_may_list_the_retained_layers(profile: Any, saved: Path) -> None:
+    assert AutoModelForCausalLM.from_pretrained(saved, kv_profile=profile).retained_layers == (0, 2)
+    config = AutoConfig.from_pretrained(saved)
+    config.kv_profile = profile  # as the overrides of vLLM do
+    assert AutoModelForCausalLM.from_config(config).retained_layers == (0, 2)
 
 
 def test_a_range_is_full_retention(saved: Path) -> None:

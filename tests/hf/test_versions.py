@@ -236,7 +236,7 @@ def test_code_is_not_replaced_where_the_model_would_change(tmp_path: Path) -> No
     code = folder / "configuration_skvr.py"
     for change, failure in (
         (
-            "CacheStrategy.parse(str(kv_profile), layers, profiles)",
+            "CacheStrategy.parse(strategy_text(kv_profile), layers, profiles)",
             "strategy every:2 retains other layers than before",
         ),
         ("nothing", ""),

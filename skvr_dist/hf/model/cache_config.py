@@ -41,11 +41,19 @@ def sources_of(
         kv_source_layers = getattr(config, "kv_source_layers", None)
     layers = config.num_hidden_layers
     if kv_profile is not None:
-        sources = CacheStrategy.parse(str(kv_profile), layers, profiles).kv_source_layers
+        sources = CacheStrategy.parse(strategy_text(kv_profile), layers, profiles).kv_source_layers
     else:
         sources = tuple(range(layers)) if kv_source_layers is None else _checked(kv_source_layers, layers)
     _require_stored(config, sources)
     return sources
+
+
+def strategy_text(given: Any) -> str:
+    """A profile or a strategy as `CacheStrategy.parse` reads it, also of a list of the retained layers."""
+    try:
+        return ",".join(map(str, layer_numbers(given)))
+    except UserError:
+        return str(given)
 
 
 def _profiles(config: PreTrainedConfig) -> dict[str, str]:

@@ -32,6 +32,7 @@ from skvr_dist.hf.model.cache_config import (
     PrunedQwen3Config,
     Sources,
     sources_of,
+    strategy_text,
     warn_if_untrained,
 )
 from skvr_dist.hf.model.layers import CACHE, CACHE_NAMES, route, take_cache
@@ -109,7 +110,7 @@ class RoutedForCausalLM:
             UserError: they are no strategy of the model.
         """
         if kwargs.get("kv_profile") is not None:
-            kwargs["kv_profile"] = str(kwargs["kv_profile"])
+            kwargs["kv_profile"] = strategy_text(kwargs["kv_profile"])
         with suppress(UserError):  # `sources_of` refuses it with the number of layers
             if kwargs.get("kv_source_layers") is not None:
                 kwargs["kv_source_layers"] = list(layer_numbers(kwargs["kv_source_layers"]))
