@@ -7,6 +7,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,15 @@ def other_architecture(file: Path) -> None:
     writer.close()
 
 
+def one_part(file: Path) -> None:
+    """As llama.cpp cuts large models: the first part has the metadata, and some of the tensors."""
+    parts = partial(gguf.GGUFWriter, split_max_tensors=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", parts)
+        write(file, MODELS["llama"])
+    min(file.parent.glob("model-00001-of-*.gguf")).rename(file)
+
+
 def other_rope_table(file: Path) -> None:
     config = MODELS["llama"].model_copy(
         update={"rope_scaling": LLAMA3.model_copy(update={"original_max_position_embeddings": 500})}
@@ -148,6 +158,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"has qwen3.rope.scaling.type yarn and qwen3.rope.scaling.factor 4, which our decoder has not; choose another",
     ),
     "experts": (lambda f: write(f, MODELS["llama"], expert_count=8), r"has llama.expert_count 8, which our decoder"),
+    "part": (one_part, r"model.gguf is one of \d+ parts of a model; join them with `llama-gguf-split --merge` of"),
     "rope table": (other_rope_table, r"by a table \(rope_freqs.weight\) that is not Llama 3's; import the original"),
     "missing tensor": (one_tensor_less, r"1 missing \(layers.1.self_attn.q_norm.weight\); download .*model.gguf again"),
 }

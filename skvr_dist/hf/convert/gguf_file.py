@@ -40,6 +40,8 @@ _KNOWN = {*_REQUIRED, _KV_HEADS, _KEY_LENGTH, _VALUE_LENGTH, _ROTATED, _THETA, _
 _DEFAULT_THETA = 10000.0
 _ROPE_FACTORS = "rope_freqs.weight"
 """Tensor of the divisors of the rotary frequencies: all that a file keeps of Llama 3's scaling."""
+_PARTS = "split.count"
+"""In each file of a model that was cut into several, of which the first alone has the metadata."""
 _FAMILIES = {family.gguf_architecture: family for family in FAMILIES.values() if family.gguf_architecture}
 """Families by the architecture that files name."""
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,8 +55,8 @@ class GGUFFile:
         file: the file; what `transformers` can make of its tokenizer is taken from it, or from the folder around it.
 
     Raises:
-        UserError: the package `gguf` is missing; the file is damaged, or of another architecture, or its metadata
-            names a feature that our decoder lacks.
+        UserError: the package `gguf` is missing; the file is damaged, a part of a model, or of another architecture, or
+            its metadata names a feature that our decoder lacks.
     """
 
     def __init__(self, file: Path) -> None:
@@ -73,6 +75,11 @@ class GGUFFile:
         except (OSError, ValueError, KeyError, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{file} is not a whole GGUF file ({reason}); download it again") from None
+        if (parts := self._value(_PARTS)) and parts > 1:
+            raise UserError(
+                f"{file} is one of {parts} parts of a model; join them with `llama-gguf-split --merge` of llama.cpp, "
+                f"and import what it makes"
+            )
         if self.gguf_architecture not in _FAMILIES:
             *others, last = sorted(_FAMILIES)
             raise UserError(
