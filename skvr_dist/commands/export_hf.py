@@ -22,6 +22,7 @@ from skvr_dist.errors import EXIT_MISSED, UserError
 if TYPE_CHECKING:
     from skvr_dist.checkpoint.folder import Checkpoint
     from skvr_dist.hf.convert.export import ExportReport
+    from skvr_dist.routing import CacheStrategy
 
 DTYPES = ("float32", "bfloat16")
 
@@ -64,6 +65,7 @@ def run() -> int | None:
     training, layers = Training.of(checkpoint), checkpoint.model_config.num_hidden_layers
     training = replace(training, profiles={**training.profiles, **_profiles(options.profile, layers)})
     pruned_to = CacheStrategy.parse(options.prune, layers, training.profiles) if options.prune else None
+    _require_kept(_profiles(options.profile, layers), pruned_to)
     names, problem = checkpoint.weight_names(), None
     try:
         report = export_model(
@@ -119,6 +121,20 @@ def _profiles(texts: list[str], num_layers: int) -> dict[str, str]:
             raise UserError(f"--profile {name}={spec}: {name} is a strategy itself; give the profile another name")
         CacheStrategy.parse(spec, num_layers)
     return profiles
+
+
+def _require_kept(profiles: dict[str, str], pruned_to: CacheStrategy | None) -> None:
+    """Raises `UserError` if a profile that was asked for retains a layer that is pruned."""
+    from skvr_dist.hf.convert.bundle import servable
+
+    if pruned_to is None:
+        return
+    kept = servable(profiles, pruned_to.num_layers, pruned_to.retained)
+    for name in profiles.keys() - kept:
+        raise UserError(
+            f"--profile {name}={profiles[name]} retains layers that --prune leaves out, which keeps "
+            f"{list(pruned_to.retained)}; leave one of the two out"
+        )
 
 
 def _table(report: ExportReport) -> str:

@@ -421,8 +421,12 @@ def test_command_with_profiles_and_pruning(run: Path, tmp_path: Path, capsys: py
     assert "* `bulk`: every:3" in card and 'kv_profile="bulk"' in card
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", kv_profile="bulk").retained_layers == (0,)
 
-    assert export_command(run, tmp_path / "pruned", "--prune", "0,2", "--without-tokenizer") == 0
+    pruned = ("--prune", "0,2", "--without-tokenizer")
+    assert export_command(run, tmp_path / "pruned", *pruned, "--profile", "start=0") == 0
     assert "at layers 0,2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "pruned/config.json").read_text())["kv_profiles"] == {"start": "0"}
+    assert export_command(run, tmp_path / "other", *pruned, "--profile", "two=0,1") == 2
+    assert "--profile two=0,1 retains layers that --prune leaves out, which keeps [0, 2]" in capsys.readouterr().err
     assert export_command(run, tmp_path / "other", "--profile", "bulk") == 2
     assert "--profile bulk= must look like NAME=STRATEGY, such as half=every:2" in capsys.readouterr().err
     assert export_command(run, tmp_path / "other", "--profile", "bulk=0,7") == 2

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from support.hf_models import STRATEGIES, prompts, random_weights, reference_tokens, routed_model, shape_of
+from support.hf_models import STRATEGIES, edit_config, prompts, random_weights, reference_tokens, routed_model, shape_of
 from transformers import DynamicCache, GenerationConfig, dynamic_module_utils
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -171,7 +171,7 @@ def test_a_tested_transformers_is_not_tried() -> None:
     assert installed <= causal_lm.NEWEST_TESTED.release, "run all tests with it, then raise NEWEST_TESTED"
 
 
-def export_of(folder: Path) -> Path:
+def export_of(folder: Path, **options: Any) -> Path:
     weights = random_weights(CONFIG)
     export_model(
         CONFIG,
@@ -182,6 +182,7 @@ def export_of(folder: Path) -> Path:
         training=TRAINING,
         dtype=torch.float32,
         max_shard_size="40KB",
+        **options,
     )
     return folder
 
@@ -229,6 +230,15 @@ def test_old_code_of_an_export_is_replaced(
     assert code.read_text() == today
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file != code} == before
     assert decode(folder) == wanted
+
+
+def test_a_pruned_export_is_compared_at_the_profiles_that_it_has(tmp_path: Path) -> None:
+    """Earlier ones name profiles that retain pruned layers, too."""
+    folder = export_of(tmp_path / "out", pruned_to=CacheStrategy(8, (0, 4)))
+    assert json.loads((folder / "config.json").read_text())["kv_profiles"] == {}
+    edit_config(kv_profiles={"half": "every:2", "least": "0"})(folder)
+    report = update_code(folder)
+    assert (list(report.logit_differences), report.failures()) == (["0,4", "least"], [])
 
 
 def test_code_is_not_replaced_where_the_model_would_change(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 import skvr_dist
 from skvr_dist.hf.convert.card import Training
+from skvr_dist.routing import CacheStrategy
 
 # Our modules, and the files they become beside the weights. They import one another and nothing else of ours.
 _FILES = {
@@ -46,7 +48,15 @@ def add_code(folder: Path, config: PreTrainedConfig, architecture: str) -> None:
 
 def describe_routing(config: PreTrainedConfig, training: Training) -> None:
     """Write into a configuration which profiles it has, and how it was trained."""
-    config.kv_profiles = dict(training.profiles)
+    config.kv_profiles = servable(training.profiles, config.num_hidden_layers, getattr(config, "kv_pruned_to", None))
     config.kv_training = training.routing.model_dump(exclude_defaults=True)
     if training.retention_table:
         config.kv_training["retention_table"] = training.retention_table
+
+
+def servable(profiles: Mapping[str, str], num_layers: int, pruned_to: Collection[int] | None) -> dict[str, str]:
+    """Those of the profiles that retain none of the layers that were pruned."""
+    if pruned_to is None:
+        return dict(profiles)
+    strategies = CacheStrategy.parse_all(profiles.values(), num_layers)
+    return {name: spec for name, spec in profiles.items() if set(strategies[spec].retained) <= set(pruned_to)}

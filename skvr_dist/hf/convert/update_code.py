@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from skvr_dist.errors import UserError
 from skvr_dist.files import PARTIAL_SUFFIX, full_disk, naming_failure, naming_full_disk, prove_folder
-from skvr_dist.hf.convert.bundle import CODE_FILES, add_code
+from skvr_dist.hf.convert.bundle import CODE_FILES, add_code, servable
 from skvr_dist.hf.convert.check import ATTENTION, DECODED_TOKENS, DECODING_TOLERANCE, TOLERANCE
 from skvr_dist.hf.convert.weight_files import weight_files
 from skvr_dist.hf.model.causal_lm import decoding_error
@@ -153,13 +153,14 @@ def _load(folder: Path, reference: str) -> Any:
 
 
 def _strategies(model: Any) -> list[str]:
-    """Strategies to compare: the default, all that the model names, and full and half retention unless it is pruned."""
+    """Strategies to compare: the default, full and half retention unless it is pruned, and the profiles it has."""
     layers = model.config.num_hidden_layers
     shares = len(model.retained_layers) < layers
     own = [",".join(map(str, model.retained_layers))] if shares else []
-    pruned = getattr(model.config, "kv_pruned_to", None) is not None
-    whole = [] if pruned else ["full", "every:2", f"prefix:{(layers + 1) // 2}"]
-    return list(dict.fromkeys([*own, *whole, *(getattr(model.config, "kv_profiles", None) or {})]))
+    pruned_to = getattr(model.config, "kv_pruned_to", None)
+    whole = ["full", "every:2", f"prefix:{(layers + 1) // 2}"] if pruned_to is None else []
+    profiles = servable(getattr(model.config, "kv_profiles", None) or {}, layers, pruned_to)
+    return list(dict.fromkeys([*own, *whole, *profiles]))
 
 
 def _tokens(model: Any) -> Tensor:
