@@ -259,6 +259,9 @@ def test_code_is_not_replaced_where_the_model_would_change(tmp_path: Path) -> No
         assert (code.read_text() == text) == (not failure)
         code.write_text(text)
 
+    edit_config(kv_profile="quarter")(folder)
+    with pytest.raises(UserError, match=r"cannot be loaded \(cannot read .* 'quarter'; .*\); correct that, or"):
+        update_code(folder)
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]
     (folder / "config.json").write_text(json.dumps(config))

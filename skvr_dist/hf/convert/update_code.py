@@ -84,11 +84,13 @@ def update_code(folder: Path) -> CodeUpdate:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
             add_code(new, config, reference.partition(".")[2])
             report = _compare(folder, new, reference)
-        except (OSError, KeyError, SafetensorError) as error:
-            if full_disk(error):
+        except (OSError, KeyError, ValueError, SafetensorError) as error:  # its own code refuses with ValueErrors
+            if isinstance(error, UserError) or full_disk(error):
                 raise
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder} cannot be loaded ({reason}); export the checkpoint again") from None
+            raise UserError(
+                f"{folder} cannot be loaded ({reason}); correct that, or export the checkpoint again"
+            ) from None
         if not report.failures():
             with naming_failure(folder):
                 for name in CODE_FILES:
