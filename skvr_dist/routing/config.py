@@ -28,9 +28,9 @@ class RoutingConfig(Section):
     """What draws donors of its own: each micro-batch, or each sequence of it (with a cross_layer_prob only).
 
     With sequence, donors do not depend on train.micro_batch_size: they are those of micro-batches of one sequence."""
-    window: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=1, le=10**9)
     """Layers below the reader that may be its donor (policy `window`)."""
-    group_size: int | None = Field(default=None, ge=2)
+    group_size: int | None = Field(default=None, ge=2, le=10**9)
     """Consecutive layers that share the first one's keys and values (policies `cla` and `rd_cla`)."""
 
     @model_validator(mode="after")

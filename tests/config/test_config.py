@@ -126,6 +126,7 @@ def test_later_files_win(tmp_path: Path) -> None:
         ("routing.full_retention_share=1.5", "routing.full_retention_share is 1.5; .* less than or equal to 1"),
         ("routing.policy=none", "policy none takes no parameters, but cross_layer_prob is 0.5"),
         ("routing.policy=window", "policy window needs window"),
+        ("routing={policy: window, window: 9999999999}", "window is 9999999999; .* less than or equal to 1000000000"),
         ("parallel.pipeline=9", "parallel.pipeline is 9, but model.num_hidden_layers is 8"),
         ("parallel.stage_layers=[6, 5]", r"\[6, 5\] must be 2 positive counts .* add up to 8"),
         ("parallel.zero_stage=4", "zero_stage is 4; allowed are 0, 1, 2 or 3"),
