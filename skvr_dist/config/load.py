@@ -6,6 +6,7 @@ A file may `include:` others, which come before it. Mistakes are told in one sen
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,37 +108,54 @@ def validate_config(tree: Mapping[str, Any]) -> Config:
 
 def dump_config(config: Config) -> str:
     """A configuration as YAML, every key with its value, which `load_config` reads back to the same tree."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
+
+
+_TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the floats and booleans of YAML 1.2 (1e-4 is a number, not a text, and `off` is a text), whose keys are
-    texts, each given once."""
+    """YAML with the numbers and booleans of YAML 1.2 (1e-4 is a number, 010 is ten; 1:30, dates and `off` are texts),
+    whose keys are texts, each given once."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _TAG + "merge":
+                continue
+            if key.tag != _TAG + "str":
+                raise yaml.composer.ComposerError(None, None, f"key {key.value} is not a text", key.start_mark)
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"key {key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0 if text.lstrip("+-")[1:2] in ("x", "o") else 10)
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that are numbers to YAML 1.1 or to `_Loader`."""
+
+
+_NUMBERS = {
+    "int": r"[-+]?(\d+(_\d+)*|0o[0-7]+|0x[0-9a-fA-F]+)",
+    "float": r"[-+]?((\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in known if tag != _BOOL]
+    first: [(tag, form) for tag, form in known if tag not in {_TAG + kind for kind in (*_NUMBERS, "bool", "timestamp")}]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for _kind, _form in _NUMBERS.items():
+    for _reads_or_writes in (_Loader, _Dumper):
+        _reads_or_writes.add_implicit_resolver(_TAG + _kind, re.compile(f"^({_form})$"), list("-+.0123456789"))
+_Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
 
 
-def read_tree(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_tree(file: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """The plain tree of a YAML file, over those of the files that it includes; not validated.
 
     Args:
@@ -146,7 +164,8 @@ def read_tree(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is not YAML, or includes itself.
     """
-    if file.resolve() in seen:
+    place = os.path.realpath(file)  # `resolve` raises where links lead in a circle
+    if place in seen:
         raise UserError(f"configuration {file} includes itself")
     try:
         require_file(file)
@@ -167,7 +186,7 @@ def read_tree(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"configuration {file} includes {included!r}; give a file or a list of files")
     for name in names:
-        merged = _merge(merged, read_tree(file.parent / local_path(name), (*seen, file.resolve())))
+        merged = _merge(merged, read_tree(file.parent / local_path(name), (*seen, place)))
     return _merge(merged, tree)
 
 

@@ -43,6 +43,23 @@ def test_truth_values_are_true_and_false_alone(tmp_path: Path) -> None:
         quickstart("model.tie_word_embeddings=yes")
 
 
+def test_numbers_texts_and_merged_keys_are_those_of_files(tmp_path: Path) -> None:
+    """Numbers of YAML 1.1 read otherwise (010 as 8, 1:30 as 90, dates); what is written is read back all the same."""
+    file = tmp_path / "later.yaml"
+    file.write_text(
+        "train: {<<: {steps: 7, seed: 0o17}, steps: 0100, log_every_steps: 1_000, adam_eps: 1_0e-6, decay_steps: 0x10, "
+        "output_dir: 2026-11-22, resume: '1e-4', initial_weights: '08'}"
+    )
+    config = load_config([QUICKSTART, file])
+    train = config.train
+    assert (train.steps, train.seed, train.log_every_steps, train.adam_eps) == (100, 15, 1000, 1e-5)
+    assert (train.decay_steps, train.output_dir, train.resume) == (16, "2026-11-22", "1e-4")
+    file.write_text(dump_config(config))
+    assert load_config([file]) == config
+    with pytest.raises(UserError, match=r"train\.steps is '1:30'; input should be a valid integer"):
+        quickstart("train.steps=1:30")
+
+
 def test_held_out_questions_stand_as_in_training() -> None:
     """Unless they say otherwise, or have no namesake."""
     overrides = [
@@ -195,6 +212,9 @@ def test_missing_section_and_missing_file(tmp_path: Path) -> None:
     itself.write_text("include: [itself.yaml]")
     with pytest.raises(UserError, match="includes itself"):
         load_config([itself])
+    (tmp_path / "circle.yaml").symlink_to("circle.yaml")
+    with pytest.raises(UserError, match=r"cannot read configuration .*circle\.yaml: Too many levels of symbolic links"):
+        load_config([tmp_path / "circle.yaml"])
 
 
 @pytest.mark.parametrize(
