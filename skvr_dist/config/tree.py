@@ -93,7 +93,8 @@ class Config(Section):
         except UserError as error:
             raise ValueError(f"distillation.passes: {error}, or routed") from None
         wanted = distillation.share * self.num_micro_batches
-        if not math.isclose(wanted, round(wanted)) or round(wanted) < 1:
+        # Six digits of a share will do: that is what refusals name, here and in `data_parallel_size`.
+        if not math.isclose(wanted, round(wanted), rel_tol=1e-5) or round(wanted) < 1:
             raise ValueError(
                 f"distillation.share {distillation.share:g} of the {self.num_micro_batches} micro-batches of a step is "
                 f"{wanted:g}; give a share that makes a whole number, such as "

@@ -174,6 +174,16 @@ def test_replicas_must_share_distilled_micro_batches() -> None:
         data_parallel_size(config, 4)
 
 
+def test_shares_that_refusals_name_will_do() -> None:
+    batch = ["train.global_batch_size=12", "train.micro_batch_size=1", "parallel.pipeline=1"]
+    with pytest.raises(UserError, match=r"such as 1 / 12 = 0\.0833333"):
+        quickstart(*batch, "distillation={teacher: self, share: 0.1}")
+    assert quickstart(*batch, "distillation={teacher: self, share: 0.0833333}").num_distilled == 1
+    with pytest.raises(UserError, match=r"replicas .* such as 0\.333333"):
+        data_parallel_size(quickstart(*batch, "distillation={teacher: self, share: 0.25}"), 2)
+    assert data_parallel_size(quickstart(*batch, "distillation={teacher: self, share: 0.333333}"), 2) == 2
+
+
 def test_a_teacher_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path)
     case = Case("single").config()
