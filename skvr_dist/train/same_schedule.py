@@ -7,7 +7,7 @@ import math
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
-from skvr_dist.schedule import in_words
+from skvr_dist.schedule import in_words, value_at
 from skvr_dist.train.schedules import learning_rate_factor, routing_rates
 
 ROUTING_SCHEDULES = ("cross_layer_prob", "full_retention_share")
@@ -91,11 +91,12 @@ def _with_schedules_of(checkpoint: Checkpoint, config: Config) -> Config:
     stored = checkpoint.config
     train = config.train.model_copy(update={key: getattr(stored.train, key) for key in _TRAIN_KEYS})
     routing = config.routing.model_copy(update={key: getattr(stored.routing, key) for key in ROUTING_SCHEDULES})
-    return config.model_copy(update={"train": train, "routing": routing})
+    return config.model_copy(update={"train": train, "routing": routing, "distillation": stored.distillation})
 
 
 def _values(config: Config, step: int) -> dict[str, float]:
     """Every schedule at a step; the learning rate over its peak, which may change freely."""
     peak_share = learning_rate_factor(config.train, step)
     rates = {f"routing.{name}": value for name, value in routing_rates(config, step).items()}
-    return {"the learning rate over its peak": peak_share, **rates}
+    weight = 0.0 if config.distillation is None else value_at(config.distillation.weight, step, config.train.horizon)
+    return {"the learning rate over its peak": peak_share, **rates, "distillation.weight": weight}

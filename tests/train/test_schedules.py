@@ -161,6 +161,16 @@ def test_rates_that_jump_are_a_named_choice() -> None:
         require_same_schedule(checkpoint_of(quickstart(*level), 220), quickstart(*level, "train.steps=2200"))
 
 
+def test_a_weight_of_distillation_that_jumps_is_a_named_choice() -> None:
+    level = ["train.learning_rate_decay=constant", "distillation={teacher: self, weight: {points: [[0, 0], [1, 1]]}}"]
+    trunk = checkpoint_of(quickstart(*level), 1100)
+    with pytest.raises(UserError, match=r"at step 1101 that would move distillation\.weight from 1 to 0\.5;"):
+        require_same_schedule(trunk, quickstart(*level, "train.steps=2200"))
+    require_same_schedule(trunk, quickstart(*level, "train.steps=2200", "train.schedule_steps=1100"))
+    without = quickstart(level[0], "train.steps=2200", "train.on_resume=other_schedule")
+    assert schedule_jumps(trunk, without) == ["distillation.weight from 1 to 0"]
+
+
 def test_a_learning_rate_begins_no_later_than_the_run() -> None:
     config = quickstart("train.learning_rate_from_step=600")
     require_begun(config, 600)
