@@ -77,6 +77,10 @@ def require_passable(options: Mapping[str, Any], zero_stage: int) -> None:
             f"deepspeed.zero_optimization.offload_optimizer.ratio is {ratio!r}, but torch's AdamW, which runs train "
             f"with, takes its step where all of its state is; leave it out"
         )
+    if options.get("steps_per_print") == 0:
+        raise ValueError(
+            "deepspeed.steps_per_print is 0, by which DeepSpeed divides; leave it out, and DeepSpeed prints nothing"
+        )
     if options.get("zero_force_ds_cpu_optimizer"):
         raise ValueError(
             "deepspeed.zero_force_ds_cpu_optimizer true asks for DeepSpeed's own Adam, but runs train with torch's "

@@ -172,6 +172,7 @@ def test_later_files_win(tmp_path: Path) -> None:
         ("deepspeed.gradient_clipping=1.0", "cannot be passed through; set train.gradient_clipping"),
         ("deepspeed.zero_optimization={stage: 2}", "zero_optimization.stage cannot be .* set parallel.zero_stage"),
         ("deepspeed.zero_optimization={offload_optimizer: {device: nvme}}", "device is nvme, .* use cpu"),
+        ("deepspeed.steps_per_print=0", "steps_per_print is 0, by which DeepSpeed divides; leave it out"),
         ("deepspeed.zero_force_ds_cpu_optimizer=true", "runs train with torch's AdamW; leave it out"),
         ("train.micro_batch_size=8", "4 is not a multiple of train.micro_batch_size 8; near ones: 8"),
         ("deepspeed.zero_optimization.round_robin_gradients=true", "round_robin_gradients true makes DeepSpeed take"),
