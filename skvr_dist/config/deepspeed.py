@@ -27,6 +27,7 @@ _GENERATED_FROM = {
     "prescale_gradients": "gradients are means over the tokens of the global batch already",
     "gradient_predivide_factor": "gradients are means over the tokens of the global batch already",
     "gradient_allreduce_op": "gradients are means over the tokens of the global batch already",
+    "zero_optimization.compute_grad_norm": "every step reports the norm of its gradient",
     "zero_optimization.cpu_offload": "set deepspeed.zero_optimization.offload_optimizer={device: cpu}",
     "zero_optimization.cpu_offload_param": "set deepspeed.zero_optimization.offload_param={device: cpu}",
 }
