@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import traceback
+from pathlib import Path
 
 from skvr_dist.checkpoint.brought import NOTHING_BROUGHT, Brought
 from skvr_dist.checkpoint.facts import LayoutFacts
@@ -13,6 +15,7 @@ from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
 from skvr_dist.data.tokenizers.load import load_tokenizer
+from skvr_dist.errors import UserError
 from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
 from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
@@ -27,7 +30,24 @@ from skvr_dist.train.passes import passes_of_step
 
 
 def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
-    """This rank's stage, with initial weights, optimizer and schedule; collective."""
+    """This rank's stage, with initial weights, optimizer and schedule; collective.
+
+    Raises:
+        UserError: DeepSpeed refuses options of the `deepspeed` section that it has read without complaint.
+    """
+    try:
+        return _engine(config, mesh)
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not config.deepspeed or "deepspeed" not in place.parts:
+            raise
+        given = ", ".join(f"deepspeed.{key} {value!r}" for key, value in config.deepspeed.items())
+        raise UserError(
+            f"DeepSpeed cannot train with {given} ({' '.join(str(error).split())}); change that, or leave it out"
+        ) from error
+
+
+def _engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
     options = deepspeed_json(config, mesh.world_size)
     return RoutedPipelineEngine(
         StageModule(config.model, config.parallel, mesh, config.train.seed, options, config.train.only),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
+from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.cases import SEQUENCE, SHAPE, Case
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.train.plans import plan_of_step
@@ -80,3 +82,23 @@ def test_replicas_stay_the_same_without_a_pipeline() -> None:
     modes = [(0, "fp32", False), *((stage, precision, False) for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
     for ranks in zip(*run_ranks(REPLICAS, train, modes, 1), strict=True):
         require_same_bits(list(ranks))
+
+
+def refusal_of_deepspeed() -> str:
+    from skvr_dist.parallel.mesh import Mesh
+    from skvr_dist.train.build import build_engine
+
+    config = configured(1, 3, "fp32", persist=True)
+    quantized = {"zero_optimization": {"zero_quantized_weights": True}}
+    with pytest.raises(UserError) as refused:
+        build_engine(config.model_copy(update={"deepspeed": quantized}), Mesh.build(config.parallel, config.model))
+    return str(refused.value)
+
+
+def test_what_deepspeed_refuses_when_it_begins_is_told_with_the_options() -> None:
+    """It reads them without complaint; this one has no code for CPUs."""
+    (sentence,) = run_ranks(1, refusal_of_deepspeed)
+    assert sentence.startswith(
+        "DeepSpeed cannot train with deepspeed.zero_optimization {'zero_quantized_weights': True}"
+    )
+    assert "not been implemented on CPU backend" in sentence and sentence.endswith("change that, or leave it out")
