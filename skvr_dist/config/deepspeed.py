@@ -18,6 +18,7 @@ _GENERATED_FROM = {
     "bf16": "set train.precision",
     "fp16": "set train.precision",
     "data_types": "set train.precision",
+    "torch_autocast": "set train.precision",
     "optimizer": "set train.learning_rate and the keys beside it",
     "scheduler": "set train.warmup_steps and train.min_learning_rate_ratio",
     "pipeline": "the routed engine does not use it",

@@ -188,6 +188,7 @@ def test_later_files_win(tmp_path: Path) -> None:
             "deepspeed.zero_optimization.compute_grad_norm=false",
             "compute_grad_norm cannot be passed through; every step",
         ),
+        ("deepspeed.torch_autocast={enabled: true}", "torch_autocast cannot be passed through; set train.precision"),
         ("deepspeed.gradient_allreduce_op=sum", "gradient_allreduce_op cannot be passed through; gradients are means"),
         ("deepspeed.prescale_gradients=true", "prescale_gradients cannot be passed through; gradients are means"),
         ("deepspeed.tensor_parallel={autotp_size: 2}", "tensor_parallel cannot be passed through; set parallel.tensor"),
