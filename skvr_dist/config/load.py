@@ -203,7 +203,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not all(keys):
         raise UserError(f"override {_shown(text)} must look like section.key=value; a key is empty")
     for key in reversed(keys):
-        node = {key: node}
+        node = _Keys({key: node})
     return node
 
 
@@ -219,11 +219,19 @@ def _parse(text: str) -> Any:
         raise yaml.YAMLError(" ".join(str(error).split())) from None
 
 
+class _Keys(dict[str, Any]):
+    """What the dotted name of an override leads through: of a section or a schedule it changes that key alone."""
+
+
 def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in update.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+        # A schedule stands for a number: a whole one takes nothing of the one before, such as its unit.
+        is_whole = isinstance(value, Mapping) and isinstance(value.get("points"), list) and not isinstance(value, _Keys)
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and not is_whole:
             merged[key] = _merge(merged[key], value)
+        elif isinstance(value, _Keys):
+            merged[key] = _merge({}, value)
         else:
             merged[key] = value
     return merged

@@ -20,8 +20,9 @@ from skvr_dist.section import Section, section_in
 _HEAD = """# Configuration
 
 A run is configured by YAML files, later ones over earlier ones, and by `section.key=value` on the command line; a file
-may `include:` others, which come before it. `--print-config` prints what results. An unknown key, a value of another
-type or an impossible combination ends the command with one sentence per mistake, before anything starts.
+may `include:` others, which come before it. Sections are merged key by key, named ones too: `data.train=null` before
+`data.train={...}` takes away those that were there. `--print-config` prints what results. An unknown key, a value of
+another type or an impossible combination ends the command with one sentence per mistake, before anything starts.
 
 This page is made from the sections in `skvr_dist/config/`, `skvr_dist/routing/config.py` and `skvr_dist/schedule.py`;
 `make docs` writes it anew.

@@ -80,6 +80,19 @@ def test_later_files_win(tmp_path: Path) -> None:
     assert (config.train.steps, config.train.learning_rate) == (7, quickstart().train.learning_rate)
 
 
+def test_a_schedule_takes_nothing_of_the_one_before(tmp_path: Path) -> None:
+    """Its places would be in the other's unit."""
+    by_steps = "routing.cross_layer_prob={unit: steps, points: [[400, 0.0], [800, 0.5]]}"
+    by_share = "routing.cross_layer_prob={points: [[0.0, 0.0], [0.5, 0.5]]}"
+    later = tmp_path / "later.yaml"
+    later.write_text("routing: {cross_layer_prob: {points: [[0.0, 0.0], [0.5, 0.5]]}}\n")
+    earlier = tmp_path / "earlier.yaml"
+    earlier.write_text("routing: {cross_layer_prob: {unit: steps, points: [[400, 0.0], [800, 0.5]]}}\n")
+    assert quickstart(by_steps, by_share) == quickstart(by_share) == load_config([QUICKSTART, earlier, later])
+    one_key = quickstart(by_steps, "routing.cross_layer_prob.points=[[300, 0.5]]").routing.model_dump()
+    assert one_key["cross_layer_prob"] == {"unit": "steps", "points": [[300, 0.5]]}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
