@@ -9,6 +9,7 @@ next.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from skvr_dist.cluster.interrupt import SIGNALS, on_signals
 from skvr_dist.cluster.processes import end_marked_processes, in_words, marked_processes, ranks_among, say
@@ -79,6 +82,8 @@ class KeptRun:
             raise UserError(
                 f"cannot start {self._command[0]} ({error}); give the launcher's command after --"
             ) from None
+        if self._stopping:  # a signal has come since it was last asked for, when there was nobody to pass it on to
+            self._ask_to_end()
         code = launcher.wait()
         self._stopping = self._stopping or self._asked_of_others(code, interruption)
         # Ranks without a launcher would write to the same folder as the next attempt.
@@ -97,8 +102,12 @@ class KeptRun:
         return self._progress.asked_to_end(before)
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
-        """Ask the ranks of this host to save and end; before they exist, end the launcher."""
         self._stopping = signal.Signals(number).name
+        self._ask_to_end()
+
+    def _ask_to_end(self) -> None:
+        """Ask the ranks of this host to save and end; before they exist, end the launcher."""
         processes = marked_processes(_MARK, self._mark)
         for process in ranks_among(processes) or processes:
-            process.terminate()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since, perhaps by an earlier signal
+                process.terminate()

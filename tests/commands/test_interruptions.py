@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from skvr_dist.cluster import keep_running
 from skvr_dist.cluster.interrupt import SIGNALS, InterruptListener
 from skvr_dist.cluster.keep_running import KeptRun
 from skvr_dist.config.parallel import ParallelConfig
@@ -169,6 +171,27 @@ def test_a_signal_reaches_the_ranks_and_ends_the_keeping(run: Path) -> None:
     assert (
         "ended with code 75 before its last step; its latest checkpoint is step-00000001; not started again" in console
     )
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_signal_is_passed_on_to_what_starts_and_to_what_has_just_ended(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = subprocess.Popen(["sleep", "60"])
+    ended = psutil.Process(gone.pid)
+    found = keep_running.marked_processes
+
+    def with_one_that_ends_meanwhile(variable: str, value: str) -> list[psutil.Process]:
+        processes = [ended, *found(variable, value)]
+        gone.kill()
+        gone.wait()
+        return processes
+
+    monkeypatch.setattr(keep_running, "marked_processes", with_one_that_ends_meanwhile)
+    monkeypatch.setattr(keep_running, "ranks_among", lambda processes: [])
+    kept = KeptRun(["sleep", "60"], run, 1)
+    kept._pass_on(signal.SIGTERM, None)  # between two attempts, or before the first
+    assert kept.run() == 75
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
