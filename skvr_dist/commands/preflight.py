@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -40,6 +40,7 @@ def run() -> None:
         UserError: something has to be put right.
     """
     options = parse(_parser())
+    options.hostfile, options.port = _only(options, "hostfile"), _only(options, "port")
     hosts, slots, over, port = _hosts(options)
     words, folder = _configuration(options)
     settled = prove_folder(options.settle) if options.settle else None
@@ -68,7 +69,9 @@ def run() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
-    parser.add_argument("--hostfile", type=a_path, metavar="FILE", help="of deepspeed; by default Slurm's allocation")
+    parser.add_argument(
+        "--hostfile", action="append", type=a_path, metavar="FILE", help="of deepspeed; by default Slurm's allocation"
+    )
     parser.add_argument("--config", action="append", metavar="FILE", help="as of the run; without, hosts alone")
     parser.set_defaults(default_config=None)
     parser.add_argument(
@@ -76,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--port",
+        action="append",
         type=at_least(1, 2**16 - 1),
         metavar="N",
         help="where ranks meet (default: 29500, or Slurm's job has its own)",
@@ -87,6 +91,21 @@ def _parser() -> argparse.ArgumentParser:
     add_overrides(parser)
     add_json(parser, "write all that was found there")
     return parser
+
+
+def _only(options: argparse.Namespace, name: str) -> Any:
+    """What an option is given; twice is refused, for a script of launch/ gives one of the two to the launcher.
+
+    Raises:
+        UserError: it is given twice.
+    """
+    given = getattr(options, name) or [None]
+    if len(given) > 1:
+        raise UserError(
+            f"--{name} is {given[0]} and {given[-1]}; give one, to a script of launch/ as {name.upper()}={given[-1]} "
+            f"before it"
+        )
+    return given[0]
 
 
 def _hosts(options: argparse.Namespace) -> tuple[list[str], int, str, int]:

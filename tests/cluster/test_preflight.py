@@ -174,6 +174,10 @@ def test_a_probe_answers_and_ends_with_the_one_who_asks(tmp_path: Path) -> None:
         (["--hostfile", "{hostfile}", "train.steps=1"], "train.steps=1 overrides a key, but no --config is given"),
         (["--hostfile", "{hostfile}", "--from", "model"], "--from model is given, but no --config; give the run's"),
         (["--hostfile", "{hostfile}", "--settle", "/dev/null/x"], "/dev/null"),
+        (
+            ["--hostfile", "a", "--hostfile", "b"],
+            "--hostfile is a and b; give one, to a script of launch/ as HOSTFILE=b",
+        ),
     ],
 )
 def test_what_the_preflight_refuses_to_begin_with(tmp_path: Path, words: list[str], message: str) -> None:
