@@ -13,8 +13,17 @@ PROGRAM=${PROGRAM:-launch/pretrain.py}
 HOSTFILE=${HOSTFILE:-launch/hostfile}
 PORT=${PORT:-29500} # where the ranks meet, on the first host; another one for each run that shares that host
 
-settled=$HOME/.cache/skvr-launch/$HOSTNAME-$PORT
+for file in tools/preflight.py "$PROGRAM"; do
+    if ! [[ -f $file ]]; then
+        echo "error: there is no $file in $PWD; start this in the checkout, with a PROGRAM that is there" >&2
+        exit 2
+    fi
+done
+
+settled=~/.cache/skvr-launch/$HOSTNAME-$PORT
+rm -f "$settled/arguments"
 python tools/preflight.py --hostfile "$HOSTFILE" --port "$PORT" --settle "$settled" "$@"
+[[ -f $settled/arguments ]] || exit 0 # it was asked for its --help
 
 DS_ENV_FILE=$settled/environment exec deepspeed --hostfile "$HOSTFILE" --master_addr "$(cat "$settled/address")" \
     --master_port "$PORT" --log_level error "$PROGRAM" "$(cat "$settled/arguments")"

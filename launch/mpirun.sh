@@ -12,6 +12,12 @@ HOSTFILE=${HOSTFILE:-launch/hostfile}
 PASSED=${PASSED:-DS_ACCELERATOR OMP_NUM_THREADS PATH PYTHONPATH LD_LIBRARY_PATH}
 PORT=${PORT:-29500} # where the ranks meet, on the first host
 
+for file in tools/preflight.py "$PROGRAM"; do
+    if ! [[ -f $file ]]; then
+        echo "error: there is no $file in $PWD; start this in the checkout, with a PROGRAM that is there" >&2
+        exit 2
+    fi
+done
 python tools/preflight.py --hostfile "$HOSTFILE" --port "$PORT" "$@"
 
 export MASTER_PORT=$PORT

@@ -8,11 +8,19 @@
 set -euo pipefail
 
 PROGRAM=${PROGRAM:-launch/pretrain.py}
-FIRST=${FIRST:?the name of the host where all meet, the same on every host}
-HOSTS=${HOSTS:?how many hosts run this}
+FIRST=${FIRST:-} # the name of the host where all meet, the same on every host
+HOSTS=${HOSTS:-} # that run this
 RANKS=${RANKS:-$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU ' || true)} # of this host
 PORT=${PORT:-29400}                               # on the first host; another one for each run that shares it
 
+if ! [[ -f $PROGRAM ]]; then
+    echo "error: there is no $PROGRAM in $PWD; start this in the checkout, with a PROGRAM that is there" >&2
+    exit 2
+fi
+if [[ -z $FIRST ]]; then
+    echo "error: FIRST is empty; give the name of the host where all meet, the same on every host" >&2
+    exit 2
+fi
 if ! [[ $HOSTS =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
     echo "error: HOSTS is '$HOSTS'; give the number of hosts that run this" >&2
     exit 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,37 @@ def test_an_interface_that_the_user_named_stays(monkeypatch: pytest.MonkeyPatch)
 )
 def test_a_script_of_launch_is_one(script: Path) -> None:
     assert subprocess.run(["bash", "-n", script]).returncode == 0 and os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "message"),
+    [
+        ("deepspeed.sh", {}, "there is no tools/preflight.py in {here}; start this in the checkout"),
+        ("mpirun.sh", {}, "there is no tools/preflight.py in {here}; start this in the checkout"),
+        ("slurm.sbatch", {}, "there is no tools/preflight.py in {here}; start this in the checkout"),
+        ("torchrun.sh", {"FIRST": "a", "HOSTS": "1"}, "there is no launch/pretrain.py in {here}; start this in the"),
+        ("torchrun.sh", {"PROGRAM": __file__, "HOSTS": "1"}, "FIRST is empty; give the name of the host where all"),
+        ("torchrun.sh", {"PROGRAM": __file__, "FIRST": "a"}, "HOSTS is ''; give the number of hosts that run this"),
+    ],
+)
+def test_a_script_says_what_it_lacks(tmp_path: Path, script: str, variables: dict[str, str], message: str) -> None:
+    command = ["bash", str(ROOT / "launch" / script), "--config", "quickstart"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert done.returncode == 2 and f"error: {message.format(here=tmp_path)}" in done.stderr, done.stderr
+
+
+def test_asked_for_its_help_the_script_starts_nothing_of_an_earlier_call(tmp_path: Path) -> None:
+    settled = tmp_path / ".cache/skvr-launch/here-29500"
+    settled.mkdir(parents=True)
+    for name in ("address", "environment", "arguments"):
+        (settled / name).write_text("")
+    launcher = tmp_path / "deepspeed"
+    launcher.write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\n")
+    launcher.chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "HOME": str(tmp_path), "HOSTNAME": "here", "PATH": path}
+    done = subprocess.run(["launch/deepspeed.sh", "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: preflight.py" in done.stdout and not (tmp_path / "started").exists()
 
 
 @pytest.mark.parametrize("size", range(2, 9))
