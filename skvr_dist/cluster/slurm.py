@@ -14,7 +14,8 @@ from skvr_dist.errors import UserError
 
 _PORTS = range(10_000, 32_768)  # as `skvr_dist.cluster.launcher.free_port`
 _STEPS = 101  # of a job, more than most have; a prime, so that jobs' ports do not coincide in rows
-_SETTLED = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# MPICH's of a local rank: Slurm's own plugin pmi2 (`MpiDefault`) sets PMI_RANK too.
+_SETTLED = ("RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
 
 
 def tasks_as_ranks(environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -143,6 +143,7 @@ def test_tasks_of_slurm_are_ranks(variables: pytest.MonkeyPatch) -> None:
     # Two jobs may share the first host; and the user's choice is the user's.
     assert tasks_as_ranks({**SLURM_TASK, "SLURM_JOB_ID": "72"})["MASTER_PORT"] != ranks["MASTER_PORT"]
     assert tasks_as_ranks({**SLURM_TASK, "MASTER_PORT": "7"})["MASTER_PORT"] == "7"
+    assert tasks_as_ranks({**SLURM_TASK, "PMI_RANK": "3", "PMI_SIZE": "5"}) == ranks  # Slurm's plugin pmi2
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,7 @@ def test_tasks_of_slurm_are_ranks(variables: pytest.MonkeyPatch) -> None:
     [
         {**SLURM_TASK, "RANK": "0"},
         {**SLURM_TASK, "OMPI_COMM_WORLD_RANK": "0"},
+        {**SLURM_TASK, "PMI_RANK": "0", "PMI_SIZE": "5", "MPI_LOCALRANKID": "0"},
         {**SLURM_TASK, "SLURM_STEP_NUM_TASKS": "1"},
     ],
 )
