@@ -121,7 +121,7 @@ def hosts_of_file(file: Path) -> list[HostOfRun]:
         UserError: the file is wrong, or another host is the first.
     """
     names, slots = read_hostfile(file)
-    if not _is_this_host(names[0]):
+    if not is_this_host(names[0]):
         raise UserError(
             f"{file} names {names[0]} first, which is not this host ({socket.gethostname()}); start it there, or name "
             f"this host first"
@@ -129,7 +129,7 @@ def hosts_of_file(file: Path) -> list[HostOfRun]:
     return [HostOfRun(index, name, slots) for index, name in enumerate(names)]
 
 
-def _is_this_host(name: str) -> bool:
+def is_this_host(name: str) -> bool:
     """Whether an address of that name belongs to this host."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)[0]

@@ -134,10 +134,14 @@ def _supervise(options: argparse.Namespace) -> int:
 
 def _announced_hosts(ranks: int) -> list[HostOfRun]:
     """This host, and as many others as whatever started this command has announced."""
-    from skvr_dist.cluster.hosts_of_run import HostOfRun
+    from skvr_dist.cluster.hosts_of_run import HostOfRun, is_this_host
     from skvr_dist.cluster.launcher import announced_world_size
 
-    first = os.environ.get("MASTER_ADDR", socket.gethostname())
+    first = socket.gethostname()
+    if announced_world_size() > 1:
+        first = os.environ.get("MASTER_ADDR", first)
+    elif not is_this_host(first):  # containers may not know their own name
+        first = "localhost"
     others = [HostOfRun(index, "", ranks, started_by="others") for index in range(1, announced_world_size())]
     return [HostOfRun(0, first, ranks), *others]
 

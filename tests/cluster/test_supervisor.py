@@ -268,6 +268,18 @@ def test_a_launcher_of_several_hosts_is_not_kept(tmp_path: Path) -> None:
     )
 
 
+def test_an_address_that_is_left_over_is_not_that_of_a_host_alone(tmp_path: Path) -> None:
+    """Nor is a name that the host itself does not know."""
+    (tmp_path / "config.yaml").write_text("train: {steps: 4}")
+    (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
+    main = "import socket; from skvr_dist.commands.keep_running import main; "
+    main += "socket.gethostname = lambda: 'a.invalid'; main()"
+    keep = [sys.executable, "-c", main, "--output-dir", str(tmp_path), "--ranks", "1", "--", "true"]
+    environment = {**os.environ, "MASTER_ADDR": "b.invalid"}
+    done = subprocess.run(keep, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "attempt 1: 1 ranks on localhost (1)" in done.stderr, done.stderr
+
+
 def test_the_first_host_is_this_one(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("192.0.2.1 slots=1\n")
     with pytest.raises(UserError, match=r"hosts names 192.0.2.1 first, which is not this host \(.*\); start it there"):
