@@ -67,6 +67,16 @@ def address_towards(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
+def listen(port: int = 0) -> socket.socket:
+    """Listen at a port of this host, whichever kind of address others reach it by; 0: one that is free.
+
+    Raises:
+        OSError: the port is in use.
+    """
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
 def use_interface(name: str) -> dict[str, str]:
     """Have gloo and NCCL use an interface, each unless the user has named one; returns what was set."""
     chosen = {variable: name for variable in INTERFACE_VARIABLES if not os.environ.get(variable)}

@@ -25,6 +25,7 @@ from skvr_dist.cluster.hosts_of_run import HostOfRun
 from skvr_dist.cluster.interrupt import SIGNALS, on_signals
 from skvr_dist.cluster.launcher import HOSTS_VARIABLE, free_port
 from skvr_dist.cluster.messages import Connection, Message
+from skvr_dist.cluster.network import listen
 from skvr_dist.cluster.processes import in_words, say
 from skvr_dist.cluster.progress import Progress
 from skvr_dist.errors import EXIT_AGAIN, EXIT_USAGE, RunInterrupted, UserError
@@ -97,7 +98,7 @@ class Supervisor:
         self._strangers: list[Connection] = []
         self._attempt: Attempt | None = None
         self._stopping = ""
-        self._listener = socket.create_server(("", 0))
+        self._listener = listen()
 
     def run(self) -> int:
         """Run until the run has finished or must not go on; call it on the main thread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,15 @@ import pytest
 
 from skvr_dist.cluster.arguments import pack, unpack
 from skvr_dist.cluster.hostfile import read_hostfile
-from skvr_dist.cluster.network import address_towards, interface_of, leads_nowhere, use_interface, way_between
+from skvr_dist.cluster.network import (
+    address_towards,
+    addresses,
+    interface_of,
+    leads_nowhere,
+    listen,
+    use_interface,
+    way_between,
+)
 from skvr_dist.cluster.preflight.talk import _tournament
 from skvr_dist.cluster.variables import as_deepspeed_file, in_words, passed_variables
 from skvr_dist.errors import UserError
@@ -84,6 +93,10 @@ def test_values_survive_deepspeeds_file_and_a_shell() -> None:
     assert shown.stdout == odd and "%h" not in value.replace("%%", "")
 
 
+def _has_ipv6() -> bool:
+    return "::1" in addresses().get("lo", [])
+
+
 def test_the_address_that_others_can_mean_a_host_by() -> None:
     first = {"lo": ["127.0.0.1"], "docker0": ["172.17.0.1"], "eth0": ["fd00::1", "10.0.0.1"], "ib0": ["10.1.0.1"]}
     other = {"lo": ["127.0.0.1"], "docker0": ["172.17.0.1"], "eth0": ["10.0.0.2"]}
@@ -91,6 +104,11 @@ def test_the_address_that_others_can_mean_a_host_by() -> None:
     assert way_between({"br0": ["172.17.0.1"]}, [other]) is None  # the other one has it, too
     assert interface_of("10.1.0.1", first) == "ib0" and interface_of("10.1.0.9", first) is None
     assert address_towards("127.0.0.1") == "127.0.0.1"
+    with listen() as listening:
+        port = listening.getsockname()[1]
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))[: 1 + _has_ipv6()]:
+            with socket.socket(family) as caller:
+                caller.connect((address, port))
     assert leads_nowhere("docker0") and leads_nowhere("lo") and not leads_nowhere("eth0") and not leads_nowhere("br0")
 
 

@@ -148,8 +148,9 @@ def remove(folder: str, names: list[str], made: list[str]) -> Answer:
 
 def bind(port: int) -> Answer:
     """Listen at a port for a moment."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6):
+    from skvr_dist.cluster.network import listen
+
+    with listen(port):
         return {}
 
 
