@@ -14,6 +14,7 @@ from typing import Any
 from skvr_dist.cluster.agent import MARK, mark_of
 from skvr_dist.cluster.hostfile import read_hostfile
 from skvr_dist.cluster.messages import Connection, Message
+from skvr_dist.cluster.network import is_loopback
 from skvr_dist.errors import UserError
 
 _SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5"]
@@ -126,7 +127,19 @@ def hosts_of_file(file: Path) -> list[HostOfRun]:
             f"{file} names {names[0]} first, which is not this host ({socket.gethostname()}); start it there, or name "
             f"this host first"
         )
+    if _means_each_itself(names[0]) and not all(map(_means_each_itself, names)):
+        raise UserError(
+            f"{file} names {names[0]} first, which the other hosts take for themselves; give the name that they know "
+            f"this host by ({socket.gethostname()}?)"
+        )
     return [HostOfRun(index, name, slots) for index, name in enumerate(names)]
+
+
+def _means_each_itself(name: str) -> bool:
+    """Whether it is loopback by its spelling; what Debian's /etc/hosts says of a name, other hosts do not see."""
+    with suppress(ValueError):
+        return is_loopback(name)
+    return name == "localhost" or name.startswith("localhost.")
 
 
 def is_this_host(name: str) -> bool:

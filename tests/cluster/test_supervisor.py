@@ -284,6 +284,11 @@ def test_the_first_host_is_this_one(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("192.0.2.1 slots=1\n")
     with pytest.raises(UserError, match=r"hosts names 192.0.2.1 first, which is not this host \(.*\); start it there"):
         hosts_of_file(tmp_path / "hosts")
+    (tmp_path / "hosts").write_text("localhost slots=1\nhost2 slots=1\n")
+    with pytest.raises(
+        UserError, match=r"hosts names localhost first, which the other hosts take for themselves; give"
+    ):
+        hosts_of_file(tmp_path / "hosts")
 
 
 @pytest.mark.parametrize(
