@@ -32,6 +32,8 @@ from skvr_dist.files import local_path
 if TYPE_CHECKING:
     from skvr_dist.cluster.hosts_of_run import HostOfRun
 
+_LAUNCHERS = ("deepspeed", "ds", "torchrun", "mpirun", "mpiexec", "srun")
+
 
 def main() -> None:
     """Entry point."""
@@ -71,6 +73,7 @@ def run() -> int:
 
         _refuse_other_hosts(options.command)
         return KeptRun(options.command, options.output_dir, options.restarts).run()
+    _refuse_a_launcher(options)
     return _supervise(options)
 
 
@@ -101,6 +104,21 @@ def _refuse_other_hosts(command: Sequence[str]) -> None:
         raise UserError(
             f"{command[0]} --hostfile {given} starts ranks on {len(names)} hosts, of which only those of this one "
             f"would be kept; give --hostfile {given} before the --, and launch/pretrain.py after it"
+        )
+
+
+def _refuse_a_launcher(options: argparse.Namespace) -> None:
+    """Refuse a launcher where the ranks are started here: each of them would start all ranks of its own.
+
+    Raises:
+        UserError: the command is one, or a script of launch/ around it.
+    """
+    launcher = options.command[0]
+    if Path(launcher).stem in _LAUNCHERS:
+        given = f"--hostfile {options.hostfile}" if options.hostfile else f"--ranks {options.ranks}"
+        raise UserError(
+            f"{given} starts the ranks without a launcher, and {launcher} would start more on each of them; give "
+            f"launch/pretrain.py and its arguments after --, or leave {given} away"
         )
 
 

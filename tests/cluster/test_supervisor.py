@@ -258,6 +258,14 @@ def test_another_folder_than_the_command_trains_in_is_refused(tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("launcher", ["deepspeed", "/venv/bin/torchrun", "launch/deepspeed.sh"])
+def test_a_launcher_is_no_rank(tmp_path: Path, launcher: str) -> None:
+    keep = [sys.executable, "launch/keep_running.py", "--output-dir", str(tmp_path), "--ranks", "2", "--", launcher]
+    done = subprocess.run([*keep, "launch/pretrain.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert f"error: --ranks 2 starts the ranks without a launcher, and {launcher} would start more" in done.stderr
+
+
 def test_a_launcher_of_several_hosts_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     launcher = ["deepspeed", "--hostfile", str(tmp_path / "hosts"), "launch/pretrain.py"]
