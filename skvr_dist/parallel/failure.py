@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ def naming_the_operation(mesh: Mesh, operation: str, micro_batch: int | None = N
     except RuntimeError as error:  # torch's DistError is one, and gloo raises plain ones
         if not _is_of_a_collective(error):
             raise
+        _refuse_few_files(error)
         of = "" if micro_batch is None else f" of micro-batch {micro_batch}"
         _hang_up()
         signs = _call_the_roll(mesh, Sign(), _ROLL_CALL_SECONDS)
@@ -88,6 +90,7 @@ def naming_the_meeting(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_of_a_collective(error):
             raise
+        _refuse_few_files(error)
         reason = " ".join(str(error).split())[:200]
         raise RunInterrupted(
             f"rank {rank} could not connect to the others, of which one has ended or is stuck ({reason}); start the "
@@ -114,6 +117,20 @@ def ending_together(mesh: Mesh) -> Iterator[None]:
             _hang_up()
             _call_the_roll(mesh, Sign(sentence, is_for_user), _LAST_WORDS_SECONDS)
         raise
+
+
+def _refuse_few_files(error: RuntimeError) -> None:
+    """Refuse a limit of open files that connections to the other ranks do not fit in.
+
+    Raises:
+        UserError: that is what the collective has failed of; starting again would not help.
+    """
+    if "Too many open files" in str(error):
+        few, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise UserError(
+            f"a process on {socket.gethostname()} may have {few} files and connections open, and a rank needs more; "
+            f"raise that before the start: ulimit -n 65536"
+        ) from error
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch.distributed as dist
@@ -38,6 +39,14 @@ def disagree() -> None:
 def test_ranks_that_disagree_stop() -> None:
     with pytest.raises(RankError, match="ranks 0 and 2 disagree on the first step: 4 and 0"):
         run_ranks(3, disagree)
+
+
+def test_too_few_files_are_for_the_user_to_put_right() -> None:
+    error = RuntimeError("[enforce fail at gloo/transport/tcp/loop.cc:48] pipe: Too many open files")
+    for naming in (failure.naming_the_meeting(0), failure.naming_the_operation(cast(Mesh, None), "a sum")):
+        with pytest.raises(UserError, match="a rank needs more; raise that before the start") as raised, naming:
+            raise error
+        assert raised.value.exit_code == 2
 
 
 def receive_another_plan() -> str:
