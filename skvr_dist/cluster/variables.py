@@ -31,7 +31,7 @@ PASSED = (
 )
 """Beginnings of the names of the variables that are passed."""
 # What each host or launcher says for itself; and what belongs to nobody else on a host, whose `ps` shows it.
-_KEPT = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|TORCHELASTIC_|.*(TOKEN|SECRET|PASSWORD|_KEY)")
+_KEPT = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|TORCHELASTIC_|.*(TOKEN(?!IZERS_)|SECRET|PASSWORD|_KEY)")
 _SPECIAL = re.compile(r'([\\"$`])')
 _LONGEST_SHOWN = 80
 
