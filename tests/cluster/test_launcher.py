@@ -22,6 +22,7 @@ from skvr_dist.cluster.launcher import (
 )
 from skvr_dist.cluster.slurm import allocation, expand, port_of, tasks_as_ranks
 from skvr_dist.errors import OneRankError, UserError
+from skvr_dist.parallel.engine import process_group
 
 ROOT = Path(__file__).parents[2]
 PREFIXES = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI_", "MPI_", "SLURM_", "SKVR_HOSTS")
@@ -206,3 +207,11 @@ def test_a_hostfile_that_the_launcher_did_not_find_is_named(
         require_hostfile_of_launcher()
     (tmp_path / "hosts").touch()
     require_hostfile_of_launcher()
+
+
+def test_an_empty_number_of_threads_is_none(variables: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    variables.setattr(process_group.torch, "set_num_threads", taken.append)
+    announce(variables, {"OMP_NUM_THREADS": "", "LOCAL_WORLD_SIZE": "100000"})
+    process_group._share_cores()
+    assert taken == [1]

@@ -248,6 +248,6 @@ def _share_cores() -> None:
 
     By default every rank would start a thread per core, and the ranks would fight for them.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
+    if not os.environ.get("OMP_NUM_THREADS"):
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // announced_local_size()))
