@@ -351,9 +351,22 @@ class Supervisor:
 
 
 def _living_supervisor(file: Path) -> dict[str, Any] | None:
-    """What the file says of a supervisor that answers; None if there is none, or it does not."""
-    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or a file that is damaged
-        facts: dict[str, Any] = json.loads(file.read_bytes())
+    """What the file says of a supervisor that answers; None if there is none, or it does not.
+
+    Raises:
+        UserError: it is another user's, which cannot be asked.
+    """
+    try:
+        text = file.read_bytes()
+    except PermissionError:
+        raise UserError(
+            f"{file} is another user's, whose supervisor may keep this run running; let that user end it and remove "
+            f"the file, or give another train.output_dir"
+        ) from None
+    except OSError:  # there is none
+        return None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it has gone, or the file is damaged
+        facts: dict[str, Any] = json.loads(text)
         with socket.create_connection((facts["host"], facts["port"]), timeout=5.0) as connected:
             other = Connection(connected)
             other.send("who")

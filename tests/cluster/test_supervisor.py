@@ -310,3 +310,14 @@ def test_what_tells_of_no_supervisor_is_named(tmp_path: Path, content: str | Non
     with pytest.raises(RunInterrupted, match=rf"found no supervisor in {file} within 0 s \({why}\)"):
         agent._connect(RunFolder(tmp_path), "", 0.0)
     assert supervisor._living_supervisor(file) is None
+
+
+def test_another_users_supervisor_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "supervisor.json"
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root, who runs tests, reads all
+    with pytest.raises(UserError, match=rf"{file} is another user's, whose supervisor may keep this run running"):
+        supervisor._living_supervisor(file)
