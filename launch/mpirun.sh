@@ -4,12 +4,12 @@
 #     launch/mpirun.sh --config quickstart train.output_dir=runs/mine train.steps=100
 #     PROGRAM=launch/finetune.py launch/mpirun.sh --from runs/imported --config paper-finetune
 #
-# mpirun passes no variables by itself: name those of yours in PASSED. Ranks find each other through MPI (mpi4py).
+# mpirun passes no variables by itself: this passes those that the preflight prints, or those that you name in PASSED.
+# Ranks find each other through MPI (mpi4py).
 set -euo pipefail
 
 PROGRAM=${PROGRAM:-launch/pretrain.py}
 HOSTFILE=${HOSTFILE:-launch/hostfile}
-PASSED=${PASSED:-DS_ACCELERATOR OMP_NUM_THREADS PATH PYTHONPATH LD_LIBRARY_PATH}
 PORT=${PORT:-29500} # where the ranks meet, on the first host
 
 for file in tools/preflight.py "$PROGRAM"; do
@@ -20,10 +20,11 @@ for file in tools/preflight.py "$PROGRAM"; do
 done
 python tools/preflight.py --hostfile "$HOSTFILE" --port "$PORT" "$@"
 
+PASSED=${PASSED:-$(python -c 'from skvr_dist.cluster.variables import passed_variables as p; print(*p())')}
 export MASTER_PORT=$PORT
 passed=(-x MASTER_PORT)
 for name in $PASSED; do
-    [ -z "${!name:-}" ] || passed+=(-x "$name")
+    [ -z "${!name:-}" ] || [ "$name" = MASTER_PORT ] || passed+=(-x "$name")
 done
 # As many ranks as the hostfile has slots. As root, in a container: add --allow-run-as-root.
 exec mpirun --hostfile "$HOSTFILE" "${passed[@]}" ${MPIRUN_OPTIONS:-} python "$PROGRAM" "$@"

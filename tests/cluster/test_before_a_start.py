@@ -165,3 +165,22 @@ def test_every_two_hosts_meet_once(size: int) -> None:
     met = [pair for turn in turns for pair in turn]
     assert sorted(met) == [(a, b) for a in range(size) for b in range(a + 1, size)]
     assert all(len({host for pair in turn for host in pair}) == 2 * len(turn) for turn in turns)
+
+
+def test_mpirun_passes_what_the_preflight_prints(tmp_path: Path) -> None:
+    programs = {
+        "python": f'[ "$1" = tools/preflight.py ] || exec {sys.executable} "$@"',
+        "mpirun": 'echo "$@"',
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NCCL_DEBUG": "WARN", "MASTER_PORT": "7", "MINE": "1"}
+    shown = {
+        named: subprocess.run(
+            ["launch/mpirun.sh"], cwd=ROOT, env={**os.environ, **own, "PASSED": named}, capture_output=True, text=True
+        ).stdout
+        for named in ("", "MINE")
+    }
+    assert "-x MASTER_PORT" in shown[""] and shown[""].count("MASTER_PORT") == 1 and "-x NCCL_DEBUG" in shown[""]
+    assert "-x MASTER_PORT -x MINE python launch/pretrain.py" in shown["MINE"]
