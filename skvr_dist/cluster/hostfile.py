@@ -14,7 +14,7 @@ import psutil
 from skvr_dist.errors import UserError
 from skvr_dist.files import require_file
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
+_LINE = re.compile(r"([^\s\ufeff]+)\s+slots=(\d+)\s*(?:#.*)?")
 
 
 def read_hostfile(file: Path) -> tuple[list[str], int]:

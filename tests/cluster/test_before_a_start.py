@@ -43,6 +43,7 @@ def test_a_hostfile(tmp_path: Path) -> None:
         ("a slots=0\n", "line 1 of .* is 'a slots=0'"),
         ("a slots=1\nb\n", "line 2 of .* is 'b'; write a host's name"),
         ("a slot=1\n", "line 1 of .* is 'a slot=1'"),
+        ("\ufeffa slots=1\n", r"line 1 of .* is '\\ufeffa slots=1'"),  # which launchers take for a part of the name
     ],
 )
 def test_a_hostfile_with_a_mistake(tmp_path: Path, content: str, message: str) -> None:
