@@ -44,6 +44,7 @@ EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE
 
 _LOCAL_RANK_OPTIONS = ("--local_rank=", "--local-rank=")
 _SECONDS_FOR_THE_FIRST_RANK = 15.0
+_MOST = 1e9
 
 
 class Subcommand(Protocol):
@@ -183,21 +184,28 @@ def at_least(minimum: int, most: int = 10**6) -> Callable[[str], int]:
 
 
 def at_least_zero(text: str) -> float:
-    """An argparse type: a finite number that is not below 0."""
+    """An argparse type: a number from 0 to a billion."""
     number = _finite(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
+    return _within(number)
 
 
 def positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
+    """An argparse type: a number above 0, at most a billion."""
     try:
         number = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not (number > 0 and math.isfinite(number)):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return _within(number)
+
+
+def _within(number: float) -> float:
+    """Refuse what is no quantity: products of it would overflow."""
+    if number > _MOST:
+        raise argparse.ArgumentTypeError(f"{number:g} is more than {_MOST:g}, the most that makes sense")
     return number
 
 

@@ -73,9 +73,10 @@ def test_two_engines_hold_as_many_as_one_at_the_break_even(memory: int) -> None:
     assert break_even(server(memory), bulk, premium).share is None
 
 
-@pytest.mark.parametrize("gib", ["nan", "inf", "-5", "much"])
-def test_what_the_engine_takes_is_a_number(gib: str) -> None:
+@pytest.mark.parametrize("option", ["--memory-gib", "--other-gib"])
+@pytest.mark.parametrize("gib", ["nan", "inf", "-5", "much", "1e300"])
+def test_memory_is_a_number(option: str, gib: str) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_arguments(parser)
-    with pytest.raises(argparse.ArgumentError, match=r"--other-gib: .*(not a|below 0)"):
-        parser.parse_args(["tiny", "--memory-gib", "80", "--context", "16", f"--other-gib={gib}"])
+    with pytest.raises(argparse.ArgumentError, match=rf"{option}: .*(not a|below 0|more than 1e\+09)"):
+        parser.parse_args(["tiny", "--memory-gib", "80", "--context", "16", f"{option}={gib}"])
