@@ -15,6 +15,7 @@ from skvr_dist.files import as_json, write_whole
 if TYPE_CHECKING:
     from skvr_dist.checkpoint.folder import Checkpoint
     from skvr_dist.evaluate.cache_report.content import CacheReport, Memory
+    from skvr_dist.evaluate.curve import HeldOutData, Measurement
     from skvr_dist.routing import CacheStrategy
 
 _GIB = 2**30
@@ -32,7 +33,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     from skvr_dist.commands.retention import FAMILIES, of_families
     from skvr_dist.data.tokenizers.load import load_tokenizer
     from skvr_dist.evaluate.cache_report import content
-    from skvr_dist.evaluate.curve import HeldOutData, evaluate_checkpoint
+    from skvr_dist.evaluate.curve import HeldOutData
     from skvr_dist.evaluate.outputs import FULL
     from skvr_dist.evaluate.replay.report import read_report
     from skvr_dist.hf.convert.opened import open_model
@@ -50,9 +51,7 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
     held_out = HeldOutData.of(checkpoint, options.data, options.sequence_length)
     names = options.strategies or [*of_families(FAMILIES, layers, _SHARES), *profiles]
     strategies = CacheStrategy.parse_all(list(dict.fromkeys([FULL, *names])), layers, profiles)
-    measurement = evaluate_checkpoint(
-        checkpoint, held_out, list(strategies), sequences=options.sequences, batch_size=options.batch_size
-    )
+    measurement = _measured(options, checkpoint, held_out, list(strategies))
     recommended = content.recommended_point(measurement.points, options.most_rise)
     chosen = {name: strategies[name] for name in content.shown_strategies(measurement.points, recommended)}
     if options.file:
@@ -82,6 +81,19 @@ def write_cache_report(options: argparse.Namespace, output: Path) -> Path:
         commit=source_commit(),
     )
     return _write(report, output)
+
+
+def _measured(
+    options: argparse.Namespace, checkpoint: Checkpoint, held_out: HeldOutData, strategies: list[str]
+) -> Measurement:
+    """The curve of the strategies, of which full retention is the first."""
+    from skvr_dist.evaluate.curve import evaluate_checkpoint, require_losses
+
+    found = evaluate_checkpoint(
+        checkpoint, held_out, strategies, sequences=options.sequences, batch_size=options.batch_size
+    )
+    require_losses(checkpoint, {strategies[0]: found.points[0].loss})
+    return found
 
 
 def _write(report: CacheReport, output: Path) -> Path:

@@ -50,6 +50,7 @@ def run() -> int:
 
     from skvr_dist.checkpoint.folder import Checkpoint
     from skvr_dist.evaluate.cache_plan import PLAN_FILE, named_strategies, plan_caches
+    from skvr_dist.evaluate.curve import require_losses
     from skvr_dist.evaluate.kvsharer import against_plan
 
     checkpoint = Checkpoint(options.checkpoint)
@@ -73,6 +74,8 @@ def run() -> int:
         most_to_exhaust=options.exhaust_up_to,
         seed=options.seed,
     )
+    for full_loss in plan.full_loss.values():
+        require_losses(checkpoint, {"full": full_loss})
     record = {
         "checkpoint": str(checkpoint.folder),
         "step": checkpoint.step,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -175,3 +176,20 @@ def evaluate_checkpoint(
         tokens=sum(int((batch.labels != IGNORED).sum()) for batch in batches),
         points=retention_curve(checkpoint.load_decoder().to(device), batches, parsed),
     )
+
+
+def require_losses(checkpoint: Checkpoint, losses: Mapping[str, float]) -> None:
+    """Refuse a model that computes no numbers, from which nothing could be drawn.
+
+    Args:
+        losses: held-out ones, by cache strategy.
+
+    Raises:
+        UserError: it is one.
+    """
+    for strategy, loss in losses.items():
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{checkpoint.folder} has a held-out loss of {loss} at {strategy}; give a checkpoint from before the "
+                f"loss was lost"
+            )

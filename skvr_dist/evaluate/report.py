@@ -5,7 +5,6 @@ Both are runs on the same tokens; or one is an imported checkpoint, such as the 
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from skvr_dist.data.held_out import held_out_batches
 from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
-from skvr_dist.evaluate.curve import HeldOutData, Measurement, evaluate_checkpoint
+from skvr_dist.evaluate.curve import HeldOutData, Measurement, evaluate_checkpoint, require_losses
 from skvr_dist.evaluate.generate import cache_bytes, generate
 from skvr_dist.evaluate.retention import RetentionPoint, as_records, as_table, percent, plot
 from skvr_dist.files import as_json, write_whole
@@ -116,7 +115,8 @@ def write_report(
         )
         for label, checkpoint in checkpoints.items()
     ]
-    _require_losses(runs)
+    for run in runs:
+        require_losses(run.checkpoint, {point.strategy: point.loss for point in run.curve})
     samples = [sample for run in runs for sample in _samples(run, tokenizer, start, new_tokens)]
     output.mkdir(parents=True, exist_ok=True)
     plot({run.label: run.curve for run in runs}, output / PICTURE)
@@ -181,17 +181,6 @@ def _tokenizer(checkpoints: Sequence[Checkpoint]) -> Tokenizer:
             f"text with; compare checkpoints that have one"
         )
     return load_tokenizer(files[0])
-
-
-def _require_losses(runs: Sequence[RunSummary]) -> None:
-    """Raises `UserError` if a model computes no numbers, from which nothing could be drawn."""
-    for run in runs:
-        for point in run.curve:
-            if not math.isfinite(point.loss):
-                raise UserError(
-                    f"{run.checkpoint.folder} has a held-out loss of {point.loss} at {point.strategy}; compare "
-                    f"checkpoints from before the loss was lost"
-                )
 
 
 def _prompt(text: str | None, tokenizer: Tokenizer, held_out: HeldOutData, most: int, new_tokens: int) -> torch.Tensor:

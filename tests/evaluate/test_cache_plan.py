@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -203,3 +204,7 @@ def test_the_command_takes_budgets_and_keeps_every_profile(
     )
     with pytest.raises(UserError, match="--profile a=1: there is another profile a; give one of both another name"):
         planned("--profile", "a=0.5", "--profile", "a=1")
+    monkeypatch.setattr("skvr_dist.evaluate.cache_plan._Text.loss", lambda *_: math.nan)
+    with pytest.raises(UserError, match="step-00000000 has a held-out loss of nan at full; give a checkpoint"):
+        planned("--json", f"{tmp_path}/none.json")
+    assert not (tmp_path / "none.json").exists()

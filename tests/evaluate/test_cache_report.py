@@ -131,6 +131,18 @@ def import_with_data(folder: Path, tokens: int) -> None:
     write_dataset(folder / "data", [drawn], tokenizer)
 
 
+def lose_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models compute no numbers from now on."""
+
+    def broken(checkpoint: Checkpoint) -> Decoder:
+        decoder = load(checkpoint)
+        torch.nn.init.constant_(next(iter(decoder.parameters())), math.nan)
+        return decoder
+
+    load = Checkpoint.load_decoder
+    monkeypatch.setattr(Checkpoint, "load_decoder", broken)
+
+
 def test_two_models_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import_with_data(tmp_path, 7)  # and its end: in sequences of 8 the last token never has a label
     words = ["--data", f"{tmp_path}/data", "--sequence-length", "8", "--sequences", "8"]
@@ -152,14 +164,8 @@ def test_two_models_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "NaN" not in text and record["runs"]["standard"]["curve"][0]["loss_by_position"][-1] is None
     assert set(lengths) == {Checkpoint(tmp_path / "model").model_config.max_position_embeddings}
 
-    def broken(checkpoint: Checkpoint) -> Decoder:
-        decoder = load(checkpoint)
-        torch.nn.init.constant_(next(iter(decoder.parameters())), math.nan)
-        return decoder
-
-    load = Checkpoint.load_decoder
-    monkeypatch.setattr(Checkpoint, "load_decoder", broken)
-    with pytest.raises(UserError, match=r"has a held-out loss of nan at full; compare checkpoints from before the"):
+    lose_the_loss(monkeypatch)
+    with pytest.raises(UserError, match=r"has a held-out loss of nan at full; give a checkpoint from before the loss"):
         report.run()
 
 
@@ -217,3 +223,6 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         started(*words, "--standard", "x")
     with pytest.raises(UserError, match="give --work FILE, or leave it out"):
         started("--model", "x", "--output", str(tmp_path / "out"), "--question-first-prob", "1")
+    lose_the_loss(monkeypatch)
+    with pytest.raises(UserError, match="has a held-out loss of nan at full; give"):
+        started(*words)
