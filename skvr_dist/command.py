@@ -134,7 +134,7 @@ def add_json(parser: argparse.ArgumentParser, what: str = "write the figures the
 
 def add_bound(parser: argparse.ArgumentParser, default: float, what: str, name: str = "--bound") -> None:
     """Add the option for the bound that decides between exit code 0 and 1."""
-    parser.add_argument(name, type=_finite, default=default, metavar="X", help=f"{what} (default: {default})")
+    parser.add_argument(name, type=finite, default=default, metavar="X", help=f"{what} (default: {default})")
 
 
 def add_configs(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -155,7 +155,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; value in YAML")
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
     """An argparse type: a number, neither infinite nor NaN, which no figure would be compared with."""
     try:
         number = float(text)
@@ -185,7 +185,7 @@ def at_least(minimum: int, most: int = 10**6) -> Callable[[str], int]:
 
 def at_least_zero(text: str) -> float:
     """An argparse type: a number from 0 to a billion."""
-    number = _finite(text)
+    number = finite(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return _within(number)

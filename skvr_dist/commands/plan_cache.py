@@ -18,11 +18,12 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from skvr_dist.command import Figure, a_path, add_json, at_least, conclude, new_parser, parse, run_command
+from skvr_dist.command import Figure, a_path, add_json, at_least, conclude, finite, new_parser, parse, run_command
 from skvr_dist.commands import kvsharer
 from skvr_dist.errors import UserError
 from skvr_dist.files import prove_writable
@@ -125,7 +126,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the random sets beside the plan (default: 0)")
     parser.add_argument(
-        "--most-rise", type=float, metavar="NATS", help="a profile that costs more on a test text misses its figure"
+        "--most-rise", type=finite, metavar="NATS", help="a profile that costs more on a test text misses its figure"
     )
     kvsharer.add_kvsharer(parser)
     add_json(parser, "default: cache-plan.json in the checkpoint")
@@ -195,6 +196,8 @@ def _texts(checkpoint: Checkpoint, given: list[str | None], length: int | None) 
     texts: dict[str, HeldOutData] = {}
     for text in given:
         name, named, folder = (text or "").partition("=")
+        if named and ("/" in name or Path(text or "").is_dir()):  # a path may hold the sign too
+            named = ""
         held_out = HeldOutData.of(checkpoint, (folder if named else text), length)
         held_out.require_fits(checkpoint)
         name = name if named else held_out.location.rstrip("/").rpartition("/")[2]

@@ -204,6 +204,16 @@ def test_the_command_takes_budgets_and_keeps_every_profile(
     )
     with pytest.raises(UserError, match="--profile a=1: there is another profile a; give one of both another name"):
         planned("--profile", "a=0.5", "--profile", "a=1")
+    (tmp_path / "one").rename(tmp_path / "rate=1")
+    again = ["--budget", "1000000", "--json", f"{tmp_path}/none.json", "--calibrate"]
+    for name, text in (("rate=1", f"{tmp_path}/rate=1"), ("code", f"code={tmp_path}/rate=1")):
+        assert f"searched on {name}:" in planned(*again, text)
+    monkeypatch.chdir(tmp_path)
+    assert "searched on rate=1:" in planned(*again, "rate=1")
+    with pytest.raises(SystemExit):
+        planned("--most-rise", "nan")
+    (tmp_path / "none.json").unlink()
+    (tmp_path / "rate=1").rename(tmp_path / "one")
     monkeypatch.setattr("skvr_dist.evaluate.cache_plan._Text.loss", lambda *_: math.nan)
     with pytest.raises(UserError, match="step-00000000 has a held-out loss of nan at full; give a checkpoint"):
         planned("--json", f"{tmp_path}/none.json")
