@@ -71,18 +71,20 @@ def decode_all(
 ) -> list[str]:
     """What greedy decoding gives after each prompt, up to a token that ends it, as `generate` takes them.
 
+    A text ends where the model can read no further too.
+
     Args:
         prompts: int [S] each.
         name: of the strategy, for the progress bar.
     """
-    device = next(decoder.parameters()).device
+    device, longest = next(decoder.parameters()).device, decoder.config.max_position_embeddings
     texts = []
     for prompt in tqdm(prompts, desc=f"decoding at {name}", unit="answer", disable=None, leave=False):
         new, _ = generate(
             decoder,
             prompt.to(device),
             strategy,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, longest - len(prompt)),
             stop_tokens=stop_tokens,
             last_tokens=last_tokens,
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.datasets import TOKENIZER
 
+from skvr_dist.config.model import ModelConfig
 from skvr_dist.data.prepare.corpus import Document, hash_fraction
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.completion import (
@@ -17,7 +18,9 @@ from skvr_dist.evaluate.completion import (
     held_out_lines,
     same_words,
 )
-from skvr_dist.evaluate.generate import generate
+from skvr_dist.evaluate.generate import decode_all, generate
+from skvr_dist.lab.verify.cases import Case
+from skvr_dist.model.decoder import Decoder, initialize
 from skvr_dist.routing import CacheStrategy
 
 TEXTS = ["\n".join(f"value_{name}_{n} = {n}" for n in range(20)) + "\n# done\n" for name in range(40)]
@@ -76,3 +79,15 @@ def test_decoding_ends_with_the_line() -> None:
         decoder: Any = Scripted(script)
         new, _ = generate(decoder, torch.tensor([0]), CacheStrategy.full(2), max_new_tokens=5, last_tokens={7, 8})
         assert new.tolist() == given
+
+
+def test_decoding_ends_where_the_model_can_read_no_further() -> None:
+    shape = Case("single").shape | {"max_position_embeddings": 12, "vocab_size": TOKENIZER.vocab_size}
+    decoder = Decoder(ModelConfig.model_validate(shape))
+    initialize(decoder, seed=0)
+    strategy = CacheStrategy.full(decoder.config.num_hidden_layers)
+    prompts = [torch.arange(length) for length in (3, 10)]
+    texts = decode_all(decoder, prompts, strategy, TOKENIZER, max_new_tokens=20, stop_tokens=[], name="full")
+    for prompt, text in zip(prompts, texts, strict=True):
+        new, _ = generate(decoder, prompt, strategy, max_new_tokens=12 - len(prompt))
+        assert text == TOKENIZER.decode(new.tolist())
