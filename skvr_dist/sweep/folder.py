@@ -10,6 +10,7 @@ NAME/             a run (`skvr_dist.run.folder`); its config.yaml is there befor
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from skvr_dist.config.load import dump_config, load_config
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, naming_failure, prove_folder, write_whole
-from skvr_dist.sweep.plan import PlannedRun
+from skvr_dist.sweep.plan import DECIDED_HERE, PlannedRun
 
 
 class SweepFolder:
@@ -92,7 +93,10 @@ def _changes(before: Config, now: Config) -> Iterator[str]:
     """What is set otherwise in two configurations, in words."""
     old, new = (dict(_leaves(config.model_dump())) for config in (before, now))
     for key in [*old, *(key for key in new if key not in old)]:
-        if old.get(key) != new.get(key):
+        values = [old.get(key), new.get(key)]
+        if key in DECIDED_HERE:  # the same place may be written in several ways
+            values = [value and os.path.realpath(value) for value in values]
+        if values[0] != values[1]:
             yield f"{key} was {old.get(key)} and is {new.get(key)} now"
 
 

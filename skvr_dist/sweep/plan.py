@@ -23,10 +23,11 @@ from skvr_dist.sweep.experiment import Branch, Experiment
 
 RESERVED = ("results.jsonl", "sweep.json", "lock", "slurm")
 """What an experiment's folder holds beside its runs."""
+DECIDED_HERE = ("train.output_dir", "train.resume")
+"""Paths of a run that an experiment gives it."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _UNFIT = re.compile(r"[^A-Za-z0-9.+-]+")
 _LONGEST_VALUE = 40
-_DECIDED_HERE = ("train.output_dir", "train.resume")
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _require_kept(trunk: PlannedRun, step: int, branch: str) -> None:
 
 def _require_own_keys(overrides: Sequence[str], where: str) -> None:
     for key in _keys(overrides):
-        if key in _DECIDED_HERE:
+        if key in DECIDED_HERE:
             raise UserError(f"{where} of the experiment sets {key}, which the experiment decides; remove it")
 
 

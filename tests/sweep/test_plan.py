@@ -119,13 +119,15 @@ def test_refused_with_a_sentence(tmp_path: Path, keys: dict[str, Any], sentence:
         planned(tmp_path, **keys)
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = SweepFolder(tmp_path / "out")
     runs = planned(tmp_path, runs={"a": []}, output_dir=str(folder.path))
     folder.require_of("mine", runs)
     folder.prepare("mine", runs)
     more = planned(tmp_path, runs={"a": [], "b": []}, output_dir=str(folder.path))
     folder.require_of("mine", more)
+    monkeypatch.chdir(tmp_path)
+    SweepFolder("out").require_of("mine", planned(tmp_path, runs={"a": []}, output_dir="out"))
     with pytest.raises(UserError, match="out holds the experiment mine, not the experiment yours; give another output"):
         folder.require_of("yours", runs)
     changed = planned(tmp_path, "train.steps=90", runs={"a": []}, output_dir=str(folder.path))
