@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class Results:
     def write(self, runs: Sequence[PlannedRun], errors: Mapping[str, str]) -> None:
         """Write a line for each run, in their order; the file is replaced as a whole.
 
+        Lines that it has of other seeds of the same runs stay, after the others, as long as their folders are there.
+
         Args:
             errors: sentences of the runs that failed, by name.
 
@@ -59,7 +62,21 @@ class Results:
                     continue
                 self._of_finished[run.name] = line
             lines.append(self._of_finished[run.name])
+        lines += self._of_other_seeds(runs)
         write_whole(self._file, "".join(f"{line}\n" for line in lines))
+
+    def _of_other_seeds(self, runs: Sequence[PlannedRun]) -> list[str]:
+        """The lines of seeds that are not run this time."""
+        names = {run.name for run in runs}
+        titles = {run.name.removesuffix(f"seed-{run.config.train.seed}") for run in runs}
+        found = []
+        for text in self._file.read_text("utf-8", "replace").splitlines() if self._file.exists() else ():
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # one that is damaged is written anew
+                line = json.loads(text)
+                name, title = line["name"], line["name"].removesuffix(f"seed-{line['seed']}")
+                if name not in names and title in titles and (self._file.parent / name).is_dir():
+                    found.append(text)
+        return found
 
 
 def result_of(run: PlannedRun, error: str | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -72,8 +73,9 @@ class PlayedMachine:
         return self.jobs[-1]
 
 
-def planned(folder: Path, name: str, trunk: PlannedRun | None = None, step: int = 0) -> PlannedRun:
+def planned(folder: Path, name: str, trunk: PlannedRun | None = None, step: int = 0, seed: int = 0) -> PlannedRun:
     overrides = [f"train.steps={STEPS}", "train.warmup_steps=0", f"train.output_dir={folder / name}"]
+    overrides.append(f"train.seed={seed}")
     (folder / name).mkdir()
     config = load_config([find_config("quickstart")], overrides)
     if trunk is None:
@@ -256,3 +258,18 @@ def test_slurm_without_submitit_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"submitit is missing; install skvr-dist\[slurm\], or give --place"):
         Slurm(Place(kind="slurm"), tmp_path)
+
+
+def test_results_of_other_seeds_stay(tmp_path: Path) -> None:
+    def written(title: str, seed: int) -> list[str]:
+        run = planned(tmp_path, f"{title}_seed-{seed}", seed=seed)
+        Results(tmp_path / "results.jsonl").write([run], {})
+        return [json.loads(line)["name"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+
+    assert written("a", 0) == ["a_seed-0"]
+    assert written("a", 1) == ["a_seed-1", "a_seed-0"]
+    shutil.rmtree(tmp_path / "a_seed-0")
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"name": 1}\n{"na')
+    assert written("a", 2) == ["a_seed-2", "a_seed-1"]
+    assert written("b", 2) == ["b_seed-2"]  # a is no run of the file any more
