@@ -110,7 +110,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     with naming_failure(path):
-        if _is_stream(path):
+        if is_stream(path):
             path.write_bytes(data)
             return
         path = Path(os.path.realpath(path))
@@ -147,7 +147,7 @@ def prove_writable(file: str | Path, *, make_folder: bool = False) -> Path:
     """
     named = local_path(file)
     with naming_failure(named):
-        if _is_stream(named):
+        if is_stream(named):
             return named
         path = Path(os.path.realpath(named))
         if path.is_dir():
@@ -276,7 +276,7 @@ def _probe(folder: Path, name: str, make_folder: bool) -> None:
                 parent.rmdir()
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Whether a path is to be written in place: renaming a file over a device or a pipe would replace it."""
     in_place = path.absolute().parent in (Path("/dev"), Path("/dev/fd"))  # /dev/stdout may be a file, and open
     return path.exists() and (in_place or not (path.is_file() or path.is_dir()))

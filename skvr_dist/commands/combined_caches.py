@@ -48,8 +48,7 @@ def measure_combinations(options: argparse.Namespace, checkpoint: Checkpoint, na
     names = list(dict.fromkeys([FULL, *names]))
     bits = list(dict.fromkeys([FULL_BITS, *(options.bits or ())]))
     windows = list(dict.fromkeys([None, *(options.windows or ())]))
-    gates = dict(options.gate)
-    _require_measured(gates, [label(*each) for each in product(names, bits, windows)])
+    _require_measured(options.gate, [label(*each) for each in product(names, bits, windows)])
     layers, profiles = checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
     model = _load(checkpoint, device)
     points = combined_curve(
@@ -68,7 +67,7 @@ def measure_combinations(options: argparse.Namespace, checkpoint: Checkpoint, na
         "recent": options.recent,
         "points": points,
     }
-    figures = _figures({label(p.strategy, p.bits, p.window): p for p in points}, gates)
+    figures = _figures({label(p.strategy, p.bits, p.window): p for p in points}, options.gate)
     table = f"{_table(points)}\n\n{_about_bytes(points)}"
     return conclude(figures, table=table, record=record, json_file=options.json)
 
@@ -80,8 +79,8 @@ def label(strategy: str, bits: int, window: int | None) -> str:
     return "+".join([strategy, *parts])
 
 
-def _require_measured(gates: Mapping[str, float], labels: Sequence[str]) -> None:
-    if unknown := next((name for name in gates if name not in labels), None):
+def _require_measured(gates: Sequence[tuple[str, float]], labels: Sequence[str]) -> None:
+    if unknown := next((name for name, _ in gates if name not in labels), None):
         raise UserError(f"--gate {unknown} is on no combination that is measured; name one of {', '.join(labels)}")
 
 
@@ -135,14 +134,14 @@ def _about_bytes(points: Sequence[CombinedPoint]) -> str:
     return f"Scales and zero points come on top: {', '.join(more)} the bytes that tools/estimate.py serve counts."
 
 
-def _figures(points: Mapping[str, CombinedPoint], gates: Mapping[str, float]) -> list[Figure]:
+def _figures(points: Mapping[str, CombinedPoint], gates: Sequence[tuple[str, float]]) -> list[Figure]:
     return [
         Figure(
             f"{name} costs {points[name].rise.mean:+.4f} nats per token",
             f"<= {most:+.4f}",
             points[name].rise.mean <= most,
         )
-        for name, most in gates.items()
+        for name, most in gates
     ]
 
 

@@ -34,7 +34,7 @@ from skvr_dist.command import (
 )
 from skvr_dist.commands.combined_caches import add_combinations, measure_combinations
 from skvr_dist.errors import UserError
-from skvr_dist.files import prove_writable
+from skvr_dist.files import is_stream, prove_writable
 
 FAMILIES = ("even", "prefix", "suffix", "sandwich")
 _SHARES = tuple(Fraction(1, part) for part in (2, 3, 4, 8))
@@ -102,10 +102,11 @@ def run() -> int:
         option = f"--{others[0].replace('_', '-')}"
         raise UserError(f"{option} needs --json: the checkpoint keeps the curve over its own held-out data")
     json_file = prove_writable(options.json or checkpoint.folder / RETENTION_FILE)
-    png_file = prove_writable(options.png or json_file.with_suffix(".png"))
-    gates = dict(options.gate)
-    if gates:  # rises are over the first one
-        strategies = list(dict.fromkeys(["full", *strategies, *gates]))
+    beside = None if is_stream(json_file) else json_file.with_suffix(".png")
+    png = options.png or beside
+    png_file = None if png is None else prove_writable(png)
+    if options.gate:  # rises are over the first one
+        strategies = list(dict.fromkeys(["full", *strategies, *(name for name, _ in options.gate)]))
     measurement = evaluate_checkpoint(
         checkpoint,
         HeldOutData.of(checkpoint, options.data, options.sequence_length, options.documents),
@@ -117,17 +118,18 @@ def run() -> int:
     curves = {f"step {checkpoint.step}": measurement.points}
     record = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, **measurement.record()}
     write_json(json_file, record)
-    plot(curves, png_file)
+    if png_file is not None:
+        plot(curves, png_file)
     print(as_table(curves))
     print(
         f"over {measurement.tokens:,} tokens: {measurement.sequences} sequences of {measurement.sequence_length} from "
         f"{measurement.data} ({measurement.data_fingerprint}), documents {measurement.documents}"
     )
-    print(f"written: {json_file}, {png_file}")
+    print(f"written: {json_file}{f', {png_file}' if png_file else ''}")
     rises = {point.strategy: point.loss - measurement.points[0].loss for point in measurement.points}
     figures = [
         Figure(f"{name} costs {rises[name]:+.4f} nats per token", f"<= {most:+.4f}", rises[name] <= most)
-        for name, most in gates.items()
+        for name, most in options.gate
     ]
     for figure in figures:
         print(figure)

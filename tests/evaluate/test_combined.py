@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     words = [str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--sequence-length", "16", "--sequences", "2"]
     words += ["--batch-size", "2", "--strategies", "every:2", "--bits", "4", "--windows", "8", "--recent", "4"]
 
-    def started(*more: str) -> int:
+    def started(*more: str, words: Sequence[str] = words) -> int:
         monkeypatch.setattr(sys, "argv", ["skvr-retention", *words, *more])
         return retention.run()
 
@@ -116,7 +118,12 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         ("every:2", 16, None),
         ("every:2", 16, 8),
     ]
-    assert started("--gate", "every:2=-9") == 1
+    twice = ("--gate", "every:2=-9", "--gate", "every:2=9")
+    assert started(*twice) == started(*twice, "--json", str(found), words=words[:11]) == 1
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # whose folder is no place for a picture
+    assert started("--json", str(tmp_path / "pipe"), words=words[:11]) == 0 and os.read(reader, 1) == b"{"
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".json", ".png"]
     with pytest.raises(UserError, match="--gate every:3 is on no combination that is measured; name one of full,"):
         started("--gate", "every:3=1")
     with pytest.raises(UserError, match="leave out --png"):
