@@ -47,6 +47,9 @@ def run() -> int | None:
     add_corpus_arguments(parser)
     options = parse(parser)
     if options.check:
+        for name, value in vars(options).items():
+            if name not in ("check", "json") and value != parser.get_default(name):
+                parser.error(f"--check reads data sets as they are; leave out --{name.replace('_', '-')}")
         return _check(options.check, options.json)
     if not (options.tokenizer and options.output):
         parser.error("--input needs --tokenizer and --output")

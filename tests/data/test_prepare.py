@@ -603,6 +603,8 @@ def test_the_commands_refuse_bad_input(
         ("prepare_data.py", ["--input", tmp_path / "bad.txt", *prepared_with], "bad.txt at byte 0 is not valid UTF-8"),
         ("prepare_data.py", ["--input", "stdlib", *output], "--input needs --tokenizer and --output"),
         ("prepare_data.py", ["--check", tmp_path / "data"], "holds no complete data set"),
+        ("prepare_data.py", ["--check", tmp_path, "--validation-share", ".1"], "leave out --validation-share"),
+        ("prepare_data.py", ["--check", tmp_path, "--tokenizer", "x"], "sets as they are; leave out --tokenizer"),
         ("prepare_data.py", ["--check", tmp_path, "--json", missing], f"cannot write {missing}: No such file or dire"),
         ("prepare_data.py", ["--check", tmp_path, "--json", "s3://bucket/x"], "s3://bucket/x is a URL"),
         ("prepare_data.py", ["--check", tmp_path, "--json", tmp_path], f"cannot write {tmp_path}: it is a folder"),
