@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from skvr_dist.command import add_json, new_parser, parse, run_command, write_json
-from skvr_dist.data.prepare.corpus import INPUT_HELP, add_corpus_arguments, corpus_from
+from skvr_dist.data.prepare.corpus import INPUT_HELP, LEFT_OUT_FILE, add_corpus_arguments, corpus_from
 from skvr_dist.errors import EXIT_MISSED
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def run() -> int | None:
     if not (options.tokenizer and options.output):
         parser.error("--input needs --tokenizer and --output")
 
-    from skvr_dist.data.prepare.prepare import LEFT_OUT_FILE, prepare
+    from skvr_dist.data.prepare.prepare import prepare
     from skvr_dist.data.shards import TRAIN
     from skvr_dist.data.tokenizers.load import load_tokenizer
 

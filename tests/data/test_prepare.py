@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 
 from skvr_dist.data.format import smallest_token_type
 from skvr_dist.data.prepare import writer
-from skvr_dist.data.prepare.corpus import Corpus, hash_fraction, open_corpus
+from skvr_dist.data.prepare.corpus import LEFT_OUT_FILE, Corpus, hash_fraction, open_corpus
 from skvr_dist.data.prepare.formats import FilePart, holds_records
-from skvr_dist.data.prepare.prepare import LEFT_OUT_FILE, Prepared, deal, prepare
+from skvr_dist.data.prepare.prepare import Prepared, deal, prepare
 from skvr_dist.data.prepare.writer import ShardWriter, write_manifest
 from skvr_dist.data.shards import Dataset, check_dataset, find_datasets
 from skvr_dist.data.tokenizers.base import Tokenizer
@@ -202,7 +202,9 @@ def test_what_is_left_out_is_named_and_counted(tmp_path: Path) -> None:
     for inside in ("source/data", "source/data", "link/../source/data", "link/data"):
         again = prepare(corpus, TOKENIZER, tmp_path / inside, num_shards=2, workers=1)
         assert again.datasets["train"].manifest == made.manifest
-    assert not again.written
+    assert not again.written and [part.name for part in corpus.files()] == [f"{name}.txt" for name in "abcde"]
+    (tmp_path / "source" / LEFT_OUT_FILE).write_text("one of the user's")
+    assert LEFT_OUT_FILE in [part.name for part in corpus.files()]
     with pytest.raises(UserError, match=r"c.txt at byte 0 is not valid UTF-8; convert it, or leave such"):
         prepare(Corpus(tmp_path / "source"), TOKENIZER, tmp_path / "other", num_shards=2, workers=2)
 

@@ -17,6 +17,7 @@ from typing import Literal, NoReturn, get_args
 
 from tqdm import tqdm
 
+from skvr_dist.data.format import MANIFEST
 from skvr_dist.data.prepare.formats import (
     COMPRESSIONS,
     EMPTY,
@@ -31,7 +32,7 @@ from skvr_dist.data.prepare.formats import (
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, require_file
 
-__all__ = ["Corpus", "Document", "add_corpus_arguments", "corpus_from", "hash_fraction", "open_corpus"]
+__all__ = ["LEFT_OUT_FILE", "Corpus", "Document", "add_corpus_arguments", "corpus_from", "hash_fraction", "open_corpus"]
 
 InvalidText = Literal["stop", "skip"]
 
@@ -42,6 +43,8 @@ DEFAULT_SUFFIXES = _PLAIN_SUFFIXES + tuple(
 )
 _DEFAULT_SHOWN = f"{', '.join(_PLAIN_SUFFIXES)}, compressed ({', '.join(COMPRESSIONS)}) or not"
 
+LEFT_OUT_FILE = "left-out.txt"
+"""File beside data sets that names the documents of their corpus which are in none of them."""
 STDLIB = "stdlib"
 """Input name of the running Python's own standard library."""
 INPUT_HELP = f"a file, a folder, or {STDLIB}: the running Python's own standard library"
@@ -163,6 +166,8 @@ class Corpus:
             relative = PurePosixPath(Path(folder).relative_to(self.root))
             subfolders[:] = sorted(name for name in subfolders if self._wanted(relative / name))
             for name in sorted(files):
+                if name == LEFT_OUT_FILE and any(Path(folder).glob(f"*/{MANIFEST}")):
+                    continue  # a preparation wrote it beside its data sets
                 if name.lower().endswith(self._lower_suffixes) and self._wanted(relative / name):
                     yield str(relative / name), Path(folder, name), _size(Path(folder, name))
 

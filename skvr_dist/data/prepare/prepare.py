@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from skvr_dist.data.cores import require_few_processes
 from skvr_dist.data.format import MANIFEST, TOKENIZER_FILE
-from skvr_dist.data.prepare.corpus import Corpus, hash_fraction
+from skvr_dist.data.prepare.corpus import LEFT_OUT_FILE, Corpus, hash_fraction
 from skvr_dist.data.prepare.formats import Advance, Document, FilePart, holds_records, reading
 from skvr_dist.data.prepare.pool import run_tasks
 from skvr_dist.data.prepare.writer import ShardWriter, write_manifest
@@ -38,7 +38,6 @@ from skvr_dist.data.tokenizers.load import tokenizer_from_bytes
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, naming_failure, prove_folder, write_whole
 
-LEFT_OUT_FILE = "left-out.txt"
 _JOB_FILE = "job.json"
 _LOCK_FILE = "lock"
 
