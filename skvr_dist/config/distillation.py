@@ -21,7 +21,7 @@ class DistillationConfig(Section):
 
     teacher: str = Field(min_length=1)
     """`self`: the model's own pass at full retention (in-place distillation); else a checkpoint or an imported model
-    with the same vocabulary, which is held beside the model and read by no optimizer."""
+    with the same tokenizer, which is held beside the model and read by no optimizer."""
     weight: Share = 0.5
     """Share of the divergence in the loss of a token of `passes`; the cross entropy with its label has the rest."""
     temperature: float = Field(default=1.0, gt=0, le=1000)

@@ -20,7 +20,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.model.attention_choice import require_installed
 from skvr_dist.model.trained import is_trained, module_names, parameter_names
 from skvr_dist.parallel.engine.deepspeed_json import require_accepted
-from skvr_dist.parallel.engine.teacher import open_teacher
+from skvr_dist.parallel.engine.teacher import open_teacher, require_teachers_tokenizer
 from skvr_dist.parallel.split import stage_bounds
 from skvr_dist.schedule import Schedule, first_step_at, jumps_of
 
@@ -60,6 +60,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         cache=data.examples_cache,
     )
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+    require_teachers_tokenizer(config, tokenizer)
     held_out_shards = [each for each in held_out if isinstance(each, Dataset)]
     for dataset in held_out_shards:
         dataset.require_vocabulary(config.model.vocab_size)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from support.datasets import CODE, TOKENIZER
 
 from skvr_dist.checkpoint.facts import Facts
 from skvr_dist.checkpoint.folder import Checkpoint, partial_folder, publish, step_folder, write_facts
@@ -18,13 +19,14 @@ from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.load import dump_config, load_config, validate_config
 from skvr_dist.config.stored import StoredConfig
 from skvr_dist.config.tree import Config
+from skvr_dist.data.tokenizers.train import train_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify import draws, reference
 from skvr_dist.lab.verify.cases import LAYOUTS, MICRO_BATCHES, SEED, Case
 from skvr_dist.lab.verify.compare import how_to_train
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.lab.verify.reshard import Trainer, checkpoint_of
-from skvr_dist.parallel.engine.teacher import open_teacher
+from skvr_dist.parallel.engine.teacher import open_teacher, require_teachers_tokenizer
 from skvr_dist.parallel.pipeline.passes import Role
 from skvr_dist.train.passes import passes_of_step
 from skvr_dist.train.resume import _require_same_distillation
@@ -184,7 +186,7 @@ def test_shares_that_refusals_name_will_do() -> None:
     assert data_parallel_size(quickstart(*batch, "distillation={teacher: self, share: 0.333333}"), 2) == 2
 
 
-def test_a_teacher_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = write_teacher(tmp_path)
     case = Case("single").config()
 
@@ -203,6 +205,13 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         open_teacher(deep)
     with pytest.raises(UserError, match="nowhere"):
         open_teacher(case.model_copy(update={"distillation": DistillationConfig(teacher="nowhere")}))
+    require_teachers_tokenizer(config(), TOKENIZER)  # it has none
+    monkeypatch.setattr(Checkpoint, "tokenizer_file", tmp_path / "tokenizer.model")
+    TOKENIZER.save(tmp_path / "tokenizer.model")
+    require_teachers_tokenizer(config(), TOKENIZER)
+    other = train_tokenizer(CODE[:2], vocab_size=500)
+    with pytest.raises(UserError, match=r"to which tokens of data\.tokenizer .* are other texts; give a teacher"):
+        require_teachers_tokenizer(config(), other)
 
 
 def test_resuming_with_another_loss_is_a_named_choice() -> None:

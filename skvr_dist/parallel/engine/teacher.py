@@ -18,6 +18,8 @@ from skvr_dist.config.layouts import require_possible
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.config.tree import Config
+from skvr_dist.data.tokenizers.base import Tokenizer, spell_alike
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.model.attention_choice import resolve, resolve_beside
 from skvr_dist.model.decoder import Decoder
@@ -55,6 +57,30 @@ def open_teacher(config: Config) -> Checkpoint | None:
     except ValueError as error:
         raise UserError(f"{where} cannot be laid out as the model is: {error}") from None
     return checkpoint
+
+
+def require_teachers_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuse a frozen teacher, where there is one, to which the ids of the data mean other texts.
+
+    Args:
+        tokenizer: that of the data.
+
+    Raises:
+        UserError: it is one.
+    """
+    teacher = open_teacher(config)
+    if teacher is None or teacher.tokenizer_file is None:
+        return
+    try:
+        theirs = load_tokenizer(teacher.tokenizer_file)
+    except UserError:  # it came along with an import, and no data set can be made with it
+        return
+    if not spell_alike(theirs, tokenizer):
+        raise UserError(
+            f"distillation.teacher {teacher.folder} has tokenizer {theirs.sha256[:12]}, to which tokens of "
+            f"data.tokenizer {config.data.tokenizer} ({tokenizer.sha256[:12]}) are other texts; give a teacher with "
+            f"the model's own tokenizer"
+        )
 
 
 def _layout(config: Config, model: ModelConfig) -> ParallelConfig:
