@@ -47,6 +47,12 @@ def measure_combinations(options: argparse.Namespace, checkpoint: Checkpoint, na
         raise UserError(f"--png {options.png}: combinations are a table only; leave out --png, or --bits and --windows")
     names = list(dict.fromkeys([FULL, *names]))
     bits = list(dict.fromkeys([FULL_BITS, *(options.bits or ())]))
+    length = held_out.sequence_length
+    if min(bits) < FULL_BITS and options.recent >= length:
+        raise UserError(
+            f"--recent {options.recent} quantizes nothing of sequences of {length} tokens before it is read last; give "
+            f"a smaller one, or a larger --sequence-length"
+        )
     windows = list(dict.fromkeys([None, *(options.windows or ())]))
     _require_measured(options.gate, [label(*each) for each in product(names, bits, windows)])
     layers, profiles = checkpoint.model_config.num_hidden_layers, checkpoint.config.evaluate.profiles
@@ -63,12 +69,12 @@ def measure_combinations(options: argparse.Namespace, checkpoint: Checkpoint, na
         "model": str(checkpoint.folder),
         "data": held_out.location,
         "data_fingerprint": held_out.fingerprint,
-        "sequence_length": held_out.sequence_length,
+        "sequence_length": length,
         "recent": options.recent,
         "points": points,
     }
     figures = _figures({label(p.strategy, p.bits, p.window): p for p in points}, options.gate)
-    table = f"{_table(points)}\n\n{_about_bytes(points)}"
+    table = f"{_table(points)}\n\n{_about_bytes(points, length % options.recent)}"
     return conclude(figures, table=table, record=record, json_file=options.json)
 
 
@@ -125,13 +131,22 @@ def _table(points: Sequence[CombinedPoint]) -> str:
     return tabulate(rows, headers=headers, tablefmt="github", stralign="right", disable_numparse=True)
 
 
-def _about_bytes(points: Sequence[CombinedPoint]) -> str:
-    """Where the bytes that are held are not those that an engine counts."""
-    factors = {point.bits: point.held_bytes / point.counted_bytes for point in points}
+def _about_bytes(points: Sequence[CombinedPoint], unquantized: int) -> str:
+    """Where the bytes that are held are not those that an engine counts.
+
+    Args:
+        unquantized: tokens at the end of a sequence that wait for the next quantization.
+    """
+    factors: dict[int, float] = {}
+    for point in points:
+        factors[point.bits] = max(factors.get(point.bits, 0.0), point.held_bytes / point.counted_bytes)
     more = [f"int{bits} caches hold {factor:.3f} times" for bits, factor in factors.items() if factor > 1.0005]
     if not more:
         return "Every cache holds the bytes that tools/estimate.py serve counts."
-    return f"Scales and zero points come on top: {', '.join(more)} the bytes that tools/estimate.py serve counts."
+    what, at_most = "Scales and zero points", ""
+    if unquantized:
+        what, at_most = f"{what}, and the last {unquantized} tokens, which are not quantized yet,", "at most "
+    return f"{what} come on top: {at_most}{', '.join(more)} the bytes that tools/estimate.py serve counts."
 
 
 def _figures(points: Mapping[str, CombinedPoint], gates: Sequence[tuple[str, float]]) -> list[Figure]:

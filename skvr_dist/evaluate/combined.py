@@ -48,7 +48,7 @@ class CombinedPoint:
     counted_bytes: float
     """Of the cache per token of context, as an engine's counter has it: elements times bits, and nothing else."""
     held_bytes: float
-    """Measured, scales and zero points included, right after the last tokens were quantized."""
+    """Measured at the end of a sequence, scales and zero points included, and tokens that are not quantized yet."""
     loss: float
     """Nats per token."""
     rise: Interval

@@ -124,6 +124,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # whose folder is no place for a picture
     assert started("--json", str(tmp_path / "pipe"), words=words[:11]) == 0 and os.read(reader, 1) == b"{"
     assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".json", ".png"]
+    assert started("--recent", "5") == 0
+    assert ", and the last 1 tokens, which are not quantized yet, come on top: at most int4" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--recent 16 quantizes nothing of sequences of 16 tokens before it is read"):
+        started("--recent", "16")
     with pytest.raises(UserError, match="--gate every:3 is on no combination that is measured; name one of full,"):
         started("--gate", "every:3=1")
     with pytest.raises(UserError, match="leave out --png"):
