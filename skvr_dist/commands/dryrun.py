@@ -72,7 +72,8 @@ def run() -> int:
     )
     records = {trace.rank: [*trace.start, *trace.steps] for trace in traces}
     wrong = play(records, first_use=False) or play(records, first_use=True)
-    rows = [_row(trace, options.steps, options.gpus if replicas > 1 else None) for trace in traces]
+    of_all = options.gpus if 1 < replicas < options.gpus else None
+    rows = [_row(trace, options.steps, of_all) for trace in traces]
     seconds = time.monotonic() - started
     layout = f"{config.parallel.pipeline} stages x {replicas} replicas x {config.parallel.tensor} tensor-parallel"
     figure = Figure(

@@ -140,6 +140,8 @@ def test_the_command(tmp_path: Path) -> None:
     # The plan, and everything that is summed; a grid of 8 x 8, twice, the other tensor-parallel rank and the store.
     assert {row["world collectives a step"] for row in record["ranks"]} == {2}
     assert {row["sockets"] for row in record["ranks"]} == {2 * (7 + 7) + 1 + 1}
+    replicas = run_here(*command[:3], "parallel.pipeline=1", "--gpus", "2", "--steps", "1")
+    assert "2 collectives of all ranks a step; bound 2: met" in replicas  # gradients are those of replicas
     refused = run_here(*command, "--gpus", "60", code=2)
     assert "error: --gpus 60 cannot be laid out as parallel.pipeline 4 x parallel.tensor 2" in refused
     assert refused.strip().endswith("the nearest that can: 32 and 64")

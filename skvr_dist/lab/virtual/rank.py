@@ -39,7 +39,7 @@ class Trace:
         """What all ranks take part in, in all steps: over the grid of the host group, or one group of all.
 
         Args:
-            world_size: ranks; None if a group of all of them is that of the only replica.
+            world_size: ranks; None if a group of all of them is that of the only replica, or of all replicas.
         """
         asked = [event for event in self.steps if isinstance(event, Operation) and event.peer is None]
         return sum(event.group == self.host_line or len(event.ranks) == world_size for event in asked)
