@@ -24,6 +24,7 @@ PASSED=${PASSED:-$(python -c 'from skvr_dist.cluster.variables import passed_var
 export MASTER_PORT=$PORT
 passed=(-x MASTER_PORT)
 for name in $PASSED; do
+    [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || continue # no shell could name it
     [ -z "${!name:-}" ] || [ "$name" = MASTER_PORT ] || passed+=(-x "$name")
 done
 # As many ranks as the hostfile has slots. As root, in a container: add --allow-run-as-root.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,11 +33,16 @@ def section_in(annotation: Any) -> type[Section] | None:
     return next((found for inner in get_args(annotation) if (found := section_in(inner)) is not None), None)
 
 
+def dotted(keys: Iterable[int | str]) -> str:
+    """The path of a key, in one line whatever a key is called."""
+    return ".".join(text if (text := str(key)).isprintable() else repr(text) for key in keys)
+
+
 def in_words(error: ValidationError) -> str:
     """What is wrong with the values of a model, in one line."""
     found = []
     for item in error.errors():
-        where = ".".join(map(str, item["loc"]))
+        where = dotted(item["loc"])
         what = item["msg"].removeprefix("Value error, ")
         found.append(f"{where}: {what}" if where else what)
     return "; ".join(found)

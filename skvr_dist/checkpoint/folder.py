@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def publish(partial: Path, final: Path, digests: dict[str, str]) -> None:
     manifest = json.dumps({"files": files}, indent=1).encode()
     (partial / MANIFEST_FILE).write_bytes(manifest)
     (partial / DIGEST_FILE).write_bytes(hashlib.sha256(manifest).hexdigest().encode())
-    if final.exists():
+    if os.path.lexists(final):  # or a link to one that is gone
         set_aside(final)
     partial.rename(final)
     point_latest(final.parent)
@@ -116,7 +117,7 @@ def set_aside(checkpoint: Path) -> Path:
     aside = checkpoint.parent / ASIDE_FOLDER
     aside.mkdir(exist_ok=True)
     target, number = aside / checkpoint.name, 1
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = aside / f"{checkpoint.name}.{number}"
     if not checkpoint.is_symlink():

@@ -51,7 +51,7 @@ def run() -> int:
     if experiment.place.kind == "print":
         _print_commands(runs, experiment.place.ranks)
     else:
-        code = _sweep(experiment, runs, folder)
+        code = _sweep(experiment, runs, folder, keeps_other_seeds=bool(options.seed))
     lock.release()
     return code
 
@@ -94,7 +94,7 @@ def _print_commands(runs: Sequence[PlannedRun], ranks: int) -> None:
             print(shlex.join([*launcher, *module]))
 
 
-def _sweep(experiment: Experiment, runs: Sequence[PlannedRun], folder: SweepFolder) -> int:
+def _sweep(experiment: Experiment, runs: Sequence[PlannedRun], folder: SweepFolder, *, keeps_other_seeds: bool) -> int:
     """Run what is not finished; returns the exit code.
 
     Raises:
@@ -108,7 +108,7 @@ def _sweep(experiment: Experiment, runs: Sequence[PlannedRun], folder: SweepFold
     sweep = Sweep(
         runs,
         machine,
-        Results(folder.results),
+        Results(folder.results, keeps_other_seeds=keeps_other_seeds),
         retries=experiment.place.retries,
         commit=source_commit(),
         show=board.show,

@@ -23,7 +23,7 @@ from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path, require_file
 from skvr_dist.schedule import FORMS
-from skvr_dist.section import Section, section_in
+from skvr_dist.section import Section, dotted, section_in
 
 _LONGEST_VALUE = 80
 
@@ -115,8 +115,10 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers and booleans of YAML 1.2 (1e-4 is a number, 010 is ten; 1:30, dates and `off` are texts),
-    whose keys are texts, each given once."""
+    """YAML with the numbers and booleans of YAML 1.2 and with 1_000 for a thousand; keys are texts, each given once.
+
+    So 1e-4 is a number and 010 is ten; 1:30, dates and `off` are texts.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -245,7 +247,7 @@ def sentences(mistakes: Iterable[ErrorDetails], root: type[Section] = Config) ->
     """
     for item in mistakes:
         keys = tuple(part for part in item["loc"] if part not in FORMS)
-        path = ".".join(map(str, keys))
+        path = dotted(keys)
         kind, value = item["type"], item["input"]
         if kind == "extra_forbidden":
             known = _known_keys(keys[:-1], root)

@@ -36,7 +36,9 @@ IGNORED = -100
 CHUNK_ELEMENTS = 2**26
 """Logits that are held at once, in float32: 256 MiB."""
 COMPILED_CHUNK_BYTES = 2**29
-"""Of logits where a compiler fuses what is done with them; more are held of many tokens (`compiled_elements`)."""
+"""Of logits where a compiler fuses what is done with them, if tokens are not many (`compiled_elements`)."""
+MOST_CHUNK_BYTES = 5 * 2**28
+"""Of them if tokens are many: 4,096 tokens of Qwen3's vocabulary in bf16 are 1.16 GiB."""
 TILE = 256
 """Tokens that a GPU's product of matrices takes at once; chunks of a few tiles are whole ones."""
 
@@ -195,7 +197,8 @@ def compiled_elements(tokens: int, rows: int, element_size: int) -> int:
     eight, of at most 4,096. With hidden states of 2,048 and tiles of 128 x 256 these have 256 tiles, two rounds of the
     132 multiprocessors of an H100; 1,536 tokens, which fit into 512 MiB, have 96.
     """
-    return max(COMPILED_CHUNK_BYTES // element_size, min(tokens // 8, 4096) * rows)
+    most = min(min(tokens // 8, 4096) * rows, MOST_CHUNK_BYTES // element_size)
+    return max(COMPILED_CHUNK_BYTES // element_size, most)
 
 
 def chunks(tokens: int, rows: int, tensors: int = 1, elements: int = CHUNK_ELEMENTS) -> list[slice]:

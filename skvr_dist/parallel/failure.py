@@ -125,7 +125,7 @@ def _refuse_few_files(error: RuntimeError) -> None:
     Raises:
         UserError: that is what the collective has failed of; starting again would not help.
     """
-    if "Too many open files" in str(error):
+    if "Too many open files" in str(error) and "in system" not in str(error):  # that would be the host's own limit
         few, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise UserError(
             f"a process on {socket.gethostname()} may have {few} files and connections open, and a rank needs more; "

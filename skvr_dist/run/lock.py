@@ -113,7 +113,7 @@ class RunLock:
             UserError: it lives.
         """
         found = self._read(number)
-        deadline, watched = time.monotonic() + self._patience_seconds, False
+        began, patience, watched = time.monotonic(), self._patience_seconds, False
         while True:
             holder = _parsed(found)
             if holder.get("state") == "free":
@@ -121,16 +121,18 @@ class RunLock:
             if holder and holder["processes"] and holder["processes"] == self._record["processes"]:
                 if _process_start(holder["pid"]) != holder["process_start"]:
                     return
-                if holder.get("folder", self._record["folder"]) != self._record["folder"]:
-                    return  # it holds the folder that this one was copied from
-                raise UserError(self._refusal(holder))
-            if time.monotonic() > deadline:
+                if holder.get("folder", self._record["folder"]) == self._record["folder"]:
+                    raise UserError(self._refusal(holder))
+                # It holds the folder that this one was copied from, unless it goes on writing here: some file systems
+                # number a folder anew.
+                patience = min(patience, 3 * self._beat_seconds)
+            if time.monotonic() > began + patience:
                 return
             if not watched and holder:
                 watched = True
                 print(
                     f"{self._run_folder} was in use by process {holder['pid']} on {holder['host']}; waiting up to "
-                    f"{self._patience_seconds:.0f} s for a sign of life",
+                    f"{patience:.0f} s for a sign of life",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -102,10 +102,12 @@ def require_no_axis(experiment: Experiment, more: Sequence[str]) -> None:
     Raises:
         UserError: one is of a key of the grid, or of the seed where the experiment has several.
     """
-    for key in _keys(more):
-        if key in experiment.grid or (key == "train.seed" and experiment.seeds):
-            way = "give --seed" if key == "train.seed" and experiment.seeds else f"change grid.{key} in the file"
-            raise UserError(f"the command line sets {key}, which is an axis of the experiment; {way} instead")
+    axes = {key: f"change grid.{key} in the file" for key in experiment.grid}
+    if experiment.seeds:
+        axes["train.seed"] = "give --seed"
+    for key, (axis, way) in itertools.product(_keys(more), axes.items()):
+        if f"{axis}.".startswith(f"{key}.") or f"{key}.".startswith(f"{axis}."):
+            raise UserError(f"the command line sets {key}, but {axis} is an axis of the experiment; {way} instead")
 
 
 def _drafts(experiment: Experiment) -> Iterator[_Draft]:
@@ -228,17 +230,17 @@ def _value_names(values: Mapping[str, Any]) -> list[str]:
 
 
 def _as_yaml(value: Any) -> str:
-    """A value as overrides have it: JSON, where dates, which only YAML has, are texts.
+    """A value as overrides have it: JSON, with letters as they are.
 
-    Letters stay as they are: JSON would write those beyond the first 65,536 as two halves, which YAML does not join.
+    JSON would write those beyond the first 65,536 as two halves, which YAML does not join.
     """
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _value_name(value: Any) -> str:
     """A value as a part of a name; with a digest if it cannot be told from the part."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json.dumps(value)
     name = _UNFIT.sub("-", text).strip("-")
     if name == text and len(name) <= _LONGEST_VALUE:
         return name
-    return f"{name[:_LONGEST_VALUE]}-{hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:8]}"
+    return f"{name[:_LONGEST_VALUE]}-{hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]}"

@@ -36,16 +36,17 @@ class Results:
 
     Args:
         file: results.jsonl.
+        keeps_other_seeds: whether its lines of seeds that are not run this time stay.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, *, keeps_other_seeds: bool = False) -> None:
+        self._file, self._keeps_other_seeds = file, keeps_other_seeds
         self._of_finished: dict[str, str] = {}
 
     def write(self, runs: Sequence[PlannedRun], errors: Mapping[str, str]) -> None:
         """Write a line for each run, in their order; the file is replaced as a whole.
 
-        Lines that it has of other seeds of the same runs stay, after the others, as long as their folders are there.
+        Where lines of other seeds of the same runs stay, they follow the others, as long as their folders are there.
 
         Args:
             errors: sentences of the runs that failed, by name.
@@ -62,7 +63,8 @@ class Results:
                     continue
                 self._of_finished[run.name] = line
             lines.append(self._of_finished[run.name])
-        lines += self._of_other_seeds(runs)
+        if self._keeps_other_seeds:
+            lines += self._of_other_seeds(runs)
         write_whole(self._file, "".join(f"{line}\n" for line in lines))
 
     def _of_other_seeds(self, runs: Sequence[PlannedRun]) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import traceback
-from pathlib import Path
 
 from skvr_dist.checkpoint.brought import NOTHING_BROUGHT, Brought
 from skvr_dist.checkpoint.facts import LayoutFacts
@@ -15,8 +13,7 @@ from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.load import dump_config
 from skvr_dist.config.tree import Config
 from skvr_dist.data.tokenizers.load import load_tokenizer
-from skvr_dist.errors import UserError
-from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
+from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json, naming_refused_options
 from skvr_dist.parallel.engine.distillation import Distillation
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
 from skvr_dist.parallel.engine.stage import StageModule
@@ -35,16 +32,8 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
     Raises:
         UserError: DeepSpeed refuses options of the `deepspeed` section that it has read without complaint.
     """
-    try:
+    with naming_refused_options(config.deepspeed):
         return _engine(config, mesh)
-    except (ValueError, AssertionError, NotImplementedError) as error:
-        place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not config.deepspeed or "deepspeed" not in place.parts:
-            raise
-        given = ", ".join(f"deepspeed.{key} {value!r}" for key, value in config.deepspeed.items())
-        raise UserError(
-            f"DeepSpeed cannot train with {given} ({' '.join(str(error).split())}); change that, or leave it out"
-        ) from error
 
 
 def _engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:

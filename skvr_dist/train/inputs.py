@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skvr_dist.cluster.launcher import is_other_rank
 from skvr_dist.config.data import DataConfig
 from skvr_dist.config.layouts import data_parallel_size
 from skvr_dist.config.train import TrainConfig
@@ -60,7 +61,8 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         cache=data.examples_cache,
     )
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
-    require_teachers_tokenizer(config, tokenizer)
+    if not is_other_rank():  # one per host reads it, and tells the others
+        require_teachers_tokenizer(config, tokenizer)
     held_out_shards = [each for each in held_out if isinstance(each, Dataset)]
     for dataset in held_out_shards:
         dataset.require_vocabulary(config.model.vocab_size)

@@ -178,11 +178,7 @@ def _require_same_distillation(checkpoint: Checkpoint, config: Config) -> None:
 def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:
     """Refuse data in which the number of sequences read would mean another place than when it was saved."""
     trained = checkpoint.facts.data_fingerprint or {}
-    different = [
-        f"{key} ({trained.get(key)} there, {value} here)"
-        for key, value in reads.items()
-        if trained.get(key) != value or _order(trained.get(key)) != _order(value)
-    ]
+    different = [text for key, value in reads.items() if (text := _difference(key, trained.get(key), value))]
     if different:
         raise UserError(
             f"checkpoint {checkpoint.folder} was trained on other data than this configuration reads: they differ in "
@@ -191,9 +187,14 @@ def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:
         )
 
 
-def _order(fact: Any) -> list[str]:
-    """The order of sources, which decides which of them a sequence comes from as their weights do."""
-    return list(fact) if isinstance(fact, dict) else []
+def _difference(key: str, there: Any, here: Any) -> str:
+    """How a fact about the data differs, in words; empty if it is the same."""
+    if there != here:
+        return f"{key} ({there} there, {here} here)"
+    # Of sources it decides which of them a sequence comes from, as their weights do.
+    if isinstance(here, dict) and list(there) != list(here):
+        return f"the order of {key} ({', '.join(there)} there, {', '.join(here)} here)"
+    return ""
 
 
 def _require_same(checkpoint: Checkpoint, section: str, asked: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ def one_rank_is_told() -> list[str | None]:
     from skvr_dist.config.model import ModelConfig
 
     mesh = Mesh.build(ParallelConfig(), ModelConfig.model_validate(SHAPE))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
     listener = InterruptListener()
 
     def received() -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args, get_origin
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
@@ -75,6 +75,7 @@ def test_there_are_many_keys() -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(path=st.sampled_from(sorted(LEAVES)), value=ANY)
+@example(path="distillation.weight", value='{"\\n": null}')
 def test_any_value_is_taken_or_refused_by_the_name_of_its_key(path: str, value: str) -> None:
     sentence = load(path, value)
     assert sentence is None or path.rpartition(".")[2] in sentence, sentence

@@ -163,8 +163,18 @@ def test_chats_and_our_own_examples(tmp_path: Path) -> None:
     chat = {**CHAT, "tools": [], "id": 1}
     assert read(tmp_path / "a.jsonl", "chat", chat) == [Chat(tuple(CHAT["messages"]), place)]
     chat = {"messages": [{**CHAT["messages"][0], "weight": 0}, call], "tools": [{"type": "function"}]}
-    [found] = read(tmp_path / "a.jsonl", "chat", chat)
-    assert found == Chat((CHAT["messages"][0], {**call, "content": ""}), place, ({"type": "function"},))
+    right = Chat((CHAT["messages"][0], {**call, "content": ""}), place, ({"type": "function"},))
+    assert read(tmp_path / "a.jsonl", "chat", chat) == [right]
+    assert read(tmp_path / "a.jsonl", "chat", {**chat, "tools": '[{"type": "function"}]'}) == [right]
+    said = {"tool_calls": [{"function": {"arguments": '{"x": 1}'}}], "function_call": {"arguments": "no JSON"}}
+    [found] = read(tmp_path / "a.jsonl", "chat", {"messages": [{"role": "assistant", **said}]})
+    assert isinstance(found, Chat)
+    assert found.messages[0] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"arguments": {"x": 1}}}],
+        "function_call": {"arguments": "no JSON"},
+    }
     ours = {"context": "", "question": "q", "answer": "a", "n": "number"}
     lines = codecs.BOM_UTF8.decode() + "\r\n\r\n" + json.dumps(ours).replace('"number"', "7" * 5000)
     assert read(tmp_path / "b.jsonl.gz", "examples", lines)[0].question == "q"

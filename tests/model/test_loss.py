@@ -22,7 +22,16 @@ from skvr_dist.commands.bench import loss as command
 from skvr_dist.lab.bench.loss import Sizes, in_chunks, memory_of
 from skvr_dist.lab.verify.ranks import run_ranks
 from skvr_dist.model import loss as module
-from skvr_dist.model.loss import IGNORED, Objective, Rows, Teacher, chunks, compiled_elements, linear_loss
+from skvr_dist.model.loss import (
+    IGNORED,
+    MOST_CHUNK_BYTES,
+    Objective,
+    Rows,
+    Teacher,
+    chunks,
+    compiled_elements,
+    linear_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -241,6 +250,7 @@ def test_chunks_of_a_few_tiles_are_whole_tiles() -> None:
 )
 def test_many_tokens_have_few_chunks_where_they_are_compiled(tokens: int, sizes: list[int]) -> None:
     rows = 151_936
+    assert 2 * compiled_elements(10**6, 2 * rows, 2) == MOST_CHUNK_BYTES
     found = chunks(tokens, rows, elements=compiled_elements(tokens, rows, 2))
     assert [part.stop - part.start for part in found] == sizes
 

@@ -53,7 +53,8 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, capsys: p
         assert f"{tmp_path} is in use: process {holder.pid} on {socket.gethostname()} trains run first there" in said
         assert " since 20" in said and "give another train.output_dir" in said
         copied = shutil.copytree(tmp_path, tmp_path / "copied")  # of a run that lives on, to branch off
-        RunLock(copied, "branch").release()
+        RunLock(copied, "branch", beat_seconds=0.2).release()
+        assert "waiting up to 1 s for a sign of life" in capsys.readouterr().err
     finally:
         holder.kill()
         holder.wait()

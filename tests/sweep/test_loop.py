@@ -261,9 +261,9 @@ def test_slurm_without_submitit_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_results_of_other_seeds_stay(tmp_path: Path) -> None:
-    def written(title: str, seed: int) -> list[str]:
+    def written(title: str, seed: int, keeps_other_seeds: bool = True) -> list[str]:
         run = planned(tmp_path, f"{title}_seed-{seed}", seed=seed)
-        Results(tmp_path / "results.jsonl").write([run], {})
+        Results(tmp_path / "results.jsonl", keeps_other_seeds=keeps_other_seeds).write([run], {})
         return [json.loads(line)["name"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
 
     assert written("a", 0) == ["a_seed-0"]
@@ -272,4 +272,5 @@ def test_results_of_other_seeds_stay(tmp_path: Path) -> None:
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"name": 1}\n{"na')
     assert written("a", 2) == ["a_seed-2", "a_seed-1"]
-    assert written("b", 2) == ["b_seed-2"]  # a is no run of the file any more
+    assert written("a", 3, keeps_other_seeds=False) == ["a_seed-3"]  # 1 and 2 are no seeds of the file any more
+    assert written("b", 2) == ["b_seed-2"]  # a is no run of it

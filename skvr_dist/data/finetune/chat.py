@@ -88,7 +88,9 @@ class ChatTemplate:
             found = self._whole(chat, ends[:kept])
             if found is None:
                 break
-            if (size := len(found[0])) <= longest:
+            size = max(size, len(found[0]))
+            if len(found[0]) <= longest and (found[1].any() or kept == len(ends)):
+                self._require_learned(chat, found)
                 yield found, kept < len(ends)
                 return
         else:
@@ -98,6 +100,13 @@ class ChatTemplate:
             if len(turn[0]) > longest:
                 self._refuse(chat, len(turn[0]), longest)
             yield turn, kept < len(ends)
+
+    def _require_learned(self, chat: Chat, whole: Tokens) -> None:
+        if not whole[1].any():
+            raise UserError(
+                f"{chat.place}: the chat template of {self.name} marks no part of the chat with {{% generation %}}, so "
+                f"nothing of it would be learned; mend the template"
+            )
 
     def _refuse(self, chat: Chat, size: int, longest: int) -> NoReturn:
         raise UserError(
@@ -109,11 +118,6 @@ class ChatTemplate:
         """The chat up to its last turn of the assistant, with loss on all its turns; None if it is not one text."""
         if _MARKS_TURNS.search(self.text):
             text, spans = self._render(chat, ends[-1], marked=True)
-            if not spans:
-                raise UserError(
-                    f"{chat.place}: the chat template of {self.name} marks no part of the chat with "
-                    f"{{% generation %}}, so nothing of it would be learned; mend the template"
-                )
             return self._tokens(text, spans)
         turns = [self._last_turn(chat, end) for end in ends]
         text = turns[-1][0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import pyarrow.parquet
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from skvr_dist.config.data import Format
 from skvr_dist.data.finetune.examples import SAID_BESIDE, Chat, ExampleError, QuestionAnswer
@@ -202,6 +202,14 @@ def _read_repliqa(path: Path) -> Examples:
         yield QuestionAnswer((found.document,), found.question, found.answer, place)
 
 
+def _read(value: Any) -> Any:
+    """A value that may be written as the JSON of it."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 class _Message(Part):
     role: str = Field(min_length=1)
     content: str | None = None
@@ -209,12 +217,12 @@ class _Message(Part):
     function_call: dict[str, Any] | None = None
     reasoning_content: str | None = None
     thinking: str | None = None
-    name: str | None = None
-    tool_call_id: str | None = None
+    name: Any = None
+    tool_call_id: Any = None
     weight: float | None = None
 
     @model_validator(mode="after")
-    def _is_learned(self) -> _Message:
+    def _can_be_learned(self) -> _Message:
         if self.content is None and not any(getattr(self, key) for key in SAID_BESIDE):
             raise ValueError("has no content")
         if self.role == "assistant" and self.weight not in (None, 1):
@@ -224,12 +232,17 @@ class _Message(Part):
     def written(self) -> dict[str, Any]:
         """What a template is given of it."""
         said = {key: value for key, value in self.model_dump(exclude={"weight"}).items() if value}
+        # Interfaces have arguments as a text, of which templates would write the JSON: a text in quotes.
+        calls = [call.get("function", call) for call in said.get("tool_calls", ())]
+        for function in [*calls, said.get("function_call")]:
+            if isinstance(function, dict) and "arguments" in function:
+                function["arguments"] = _read(function["arguments"])
         return {"role": self.role, "content": "", **said}
 
 
 class _ChatRecord(Part):
     messages: list[_Message]
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_read)] = None
     functions: list[dict[str, Any]] | None = None
 
     @model_validator(mode="after")
@@ -244,7 +257,7 @@ class _ChatRecord(Part):
 
 def _read_chat(path: Path) -> Examples:
     """Chats: jsonl, a line {messages: [{role, content}]}, perhaps with tools and what else a chat template writes."""
-    expected = "messages[] of {role, content}, one of them at least with the role assistant"
+    expected = "messages[] of {role, content}, also tool_calls, one of them at least the assistant's; also tools[]"
     for place, record in _json_lines(path, "chats", expected):
         chat = parsed(_ChatRecord, record, place, "chats", expected)
         yield Chat(tuple(message.written() for message in chat.messages), place, tuple(chat.tools or ()))

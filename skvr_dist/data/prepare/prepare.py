@@ -82,11 +82,7 @@ def prepare(
     partial = output / "partial"
     files = _without_own(corpus, output, partial)
     tasks = deal(files, num_shards)
-    asked = {
-        "tokenizer": tokenizer.sha256[:12],
-        "number of shards": num_shards,
-        "validation share": validation_share,
-    }
+    asked = {"tokenizer": tokenizer.sha256[:12], "number of shards": num_shards, "validation share": validation_share}
     with naming_failure(output):
         is_there = (output / TRAIN / MANIFEST).exists()
     if is_there:
@@ -99,6 +95,9 @@ def prepare(
     tokenizer.save(output / TOKENIZER_FILE)
     try:
         with _alone_in(partial):
+            if (output / TRAIN / MANIFEST).exists():  # another process has made it since
+                shutil.rmtree(partial, ignore_errors=True)
+                return Prepared(_existing(output, corpus, tasks, asked, workers), written=False)
             _start_or_continue(partial, {**asked, "text key": corpus.text_key, "list of files": _fingerprint(tasks)})
             if not is_made:
                 making = _Making(corpus, tokenizer.model, partial, validation_share)
@@ -106,7 +105,7 @@ def prepare(
                 _make_shards(making, files, todo, workers)
                 _write_manifests(partial, tokenizer, validation_share)
             _publish(partial, output)
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)  # not before the lock is let go: NFS keeps a file that is open
     except OSError as error:
         raise UserError(
             f"cannot write data set {output}: {error}; its finished shards are kept, and the same command continues"

@@ -64,9 +64,6 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.model).hexdigest()
 
 
-_FEW = 0.01
-
-
 def mean_the_same(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether token ids mean the same to two tokenizers, whatever their files look like.
 
@@ -84,10 +81,10 @@ def mean_the_same(one: Tokenizer, other: Tokenizer) -> bool:
 
 
 def spell_alike(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether ids stand for the same texts, but for a few: releases of a tokenizer differ in their special tokens."""
+    """Whether ids stand for the same texts, but for 1 %: releases of a tokenizer differ in their special tokens."""
     if one.sha256 == other.sha256:
         return True
     ids = range(min(one.vocab_size, other.vocab_size))
     texts = ((one.decode([token]), other.decode([token])) for token in ids)
     different = sum(mine != others for mine, others in texts if mine and others)
-    return different <= _FEW * len(ids)
+    return different <= 0.01 * len(ids)

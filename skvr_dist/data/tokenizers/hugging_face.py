@@ -56,14 +56,16 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tell_names_from_tokens()
 
     def _tell_names_from_tokens(self) -> None:
-        """Have the name of a special token in a text never become the token: it would end a document in its middle.
+        """Have the name of a special token in a text not become the token: it would end a document in its middle.
 
         The end-of-sequence token may not be called special in the file. And models of whole pieces or words, unigram
         above all, find a name that is in their vocabulary, so it is divided after its first character.
         """
         added = self._tokenizer.get_added_tokens_decoder()
-        if self._eos_id not in added or not added[self._eos_id].special:
-            self._tokenizer.add_special_tokens([self.eos_token])
+        eos = added.get(self._eos_id, tokenizers.AddedToken(self.eos_token, special=True, normalized=False))
+        if self._eos_id not in added or not eos.special:
+            eos.special = True
+            self._tokenizer.add_special_tokens([eos])
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         if names := [name for name in special if name[1:] and _finds(self._tokenizer, name)]:
             starts = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)

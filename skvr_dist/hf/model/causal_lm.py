@@ -211,6 +211,8 @@ class RoutedForCausalLM:
             vars(self.generation_config).pop(name, None)  # transformers takes arguments of loading for its own
         if sources != tuple(range(len(sources))):
             self.config.kv_source_layers = list(sources)
+        # By which `AutoModelForCausalLM` knows a model of ours (`skvr_dist.hf.model.auto`).
+        self.config.kv_profiles = getattr(self.config, "kv_profiles", None) or {}
         if self.add_code is not None and kwargs.get("is_main_process", True):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             self.add_code(Path(save_directory), self.config, type(self).__name__)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
+import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,6 +15,7 @@ from pydantic import ValidationError
 from skvr_dist.config.layouts import data_parallel_size, zero_stage_in_use
 from skvr_dist.config.tree import Config
 from skvr_dist.errors import UserError
+from skvr_dist.section import dotted
 
 
 def deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
@@ -49,6 +53,27 @@ def deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
     passed = {**defaults, **config.deepspeed}
     zero = {**passed.pop("zero_optimization", {}), **generated.pop("zero_optimization")}
     return {**passed, **generated, "zero_optimization": zero}
+
+
+@contextlib.contextmanager
+def naming_refused_options(given: Mapping[str, Any]) -> Iterator[None]:
+    """Say in a sentence that DeepSpeed refuses options when an engine is made, which it has read without complaint.
+
+    Args:
+        given: the `deepspeed` section.
+    """
+    try:
+        yield
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        import deepspeed
+
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not given or Path(deepspeed.__file__).parent not in raised_in.parents:
+            raise
+        options = ", ".join(f"deepspeed.{key} {value!r}" for key, value in given.items())
+        raise UserError(
+            f"DeepSpeed cannot train with {options} ({' '.join(str(error).split())}); change that, or leave it out"
+        ) from error
 
 
 def require_accepted(config: Config, world_size: int) -> None:
@@ -139,7 +164,7 @@ class _Watched(dict[str, Any]):
             if key not in self.asked:
                 near = difflib.get_close_matches(key, self.asked, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(self.asked))}"
-                yield f"unknown key {path}.{key}; {hint}"
+                yield f"unknown key {path}.{dotted([key])}; {hint}"
             elif isinstance(value, _Watched):
                 if value.asked and not value.taken_whole:  # else a model has taken it in its own way
                     yield from value.complaints(f"{path}.{key}")
@@ -167,7 +192,7 @@ def _sentences(error: ValidationError, options: Mapping[str, Any]) -> Iterator[s
             continue
         name = str(item["loc"][0])
         sections = [key for key, value in options.items() if isinstance(value, Mapping) and name in value]
-        path = ".".join(["deepspeed", *sections[:1], *map(str, item["loc"])])
+        path = dotted(["deepspeed", *sections[:1], *item["loc"]])
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, known, n=1)
             yield f"unknown key {path}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
