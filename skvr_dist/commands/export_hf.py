@@ -63,9 +63,10 @@ def run() -> int | None:
 
     checkpoint = Checkpoint(options.checkpoint)
     training, layers = Training.of(checkpoint), checkpoint.model_config.num_hidden_layers
-    training = replace(training, profiles={**training.profiles, **_profiles(options.profile, layers)})
+    asked = _profiles(options.profile, layers)
+    training = replace(training, profiles={**training.profiles, **asked})
     pruned_to = CacheStrategy.parse(options.prune, layers, training.profiles) if options.prune else None
-    _require_kept(_profiles(options.profile, layers), pruned_to)
+    _require_kept(asked, pruned_to)
     names, problem = checkpoint.weight_names(), None
     try:
         report = export_model(

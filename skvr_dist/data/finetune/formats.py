@@ -249,8 +249,8 @@ class _ChatRecord(Part):
     def _assistant_speaks(self) -> _ChatRecord:
         if self.functions:  # else a model would silently learn to answer without them
             raise ValueError("has functions, which would not be learned; name them as tools")
-        said = [message.written() for message in self.messages if message.role == "assistant"]
-        if not any(message.get(key) for message in said for key in ("content", *SAID_BESIDE)):
+        answers = [message for message in self.messages if message.role == "assistant"]
+        if not any(getattr(message, key) for message in answers for key in ("content", *SAID_BESIDE)):
             raise ValueError("no message is the assistant's")
         return self
 
