@@ -7,10 +7,11 @@ can fail is shown on rules that are a little wrong.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from skvr_dist.config.model import ModelConfig
 from skvr_dist.lab.verify import draws
 from skvr_dist.lab.verify.cases import Case
 from skvr_dist.model.decoder import Decoder, initialize
-from skvr_dist.routing import POLICIES, RoutingConfig, draw_plan
+from skvr_dist.routing import POLICIES, RoutingConfig, draw_plan, plan
 from skvr_dist.schedule import Schedule
 
 Rows = NDArray[np.int64]
@@ -47,6 +48,14 @@ ELSEWHERE: dict[str, Callable[[int, tuple[int, ...]], list[int]]] = {
     "cla": lambda layer, row: [layer // GROUP * GROUP],
     "rd_cla": lambda layer, row: [layer // GROUP * GROUP],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _numbers_are_drawn_once() -> Iterator[None]:
+    """100,000 rows take seconds, and policies draw the same numbers: a pure function's, so the test is no other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_uniforms", functools.lru_cache(4 * ROWS)(plan._uniforms))
+        yield
 
 
 def chi_square(counts: NDArray[Any], probabilities: NDArray[Any]) -> float:
