@@ -80,14 +80,14 @@ newest-env:
 	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/pip install --quiet --upgrade pip
 	$(NEWEST_VENV)/bin/python -c "import torch" 2> /dev/null || $(NEWEST_VENV)/bin/pip install --quiet --no-compile "$(TORCH)"
-	$(ONE_AT_A_TIME) $(NEWEST_VENV)/bin/pip install --quiet --no-compile --upgrade --upgrade-strategy eager --editable ".[dev]" "$(TORCH)"
+	$(ONE_AT_A_TIME) $(NEWEST_VENV)/bin/pip install --quiet --no-compile --upgrade --upgrade-strategy eager --editable ".[dev,gpu]" "$(TORCH)"
 	$(call compile,$(NEWEST_VENV))
 
 # What stands in for parts of other packages, or reads their files: transformers, DeepSpeed, torch, webdataset,
-# sentencepiece, tokenizers, safetensors; and Triton, whose tests are in kernels/.
+# sentencepiece, tokenizers, safetensors, flash-attn-4; and Triton, whose tests are in kernels/.
 FOREIGN := tests/hf/test_versions.py tests/hf/test_generate.py tests/hf/test_layers.py tests/hf/test_exported_tokenizer.py \
     tests/evaluate/test_combined.py tests/lab/test_verify.py tests/checkpoint/test_checkpoint.py tests/data/test_reader.py \
-    tests/data/test_tokenizers.py
+    tests/data/test_tokenizers.py tests/model/test_fa4.py
 # Of the slow ones, the layouts with the most of DeepSpeed in them.
 FOREIGN_CASES := not test_verify and not test_checkpoint or quick_matrix and PP2xDP2 and not TP2x or in_any_other and single
 test-newest: export OMP_NUM_THREADS := 1

@@ -13,7 +13,9 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.nn import attention as torch_attention
+from torch.nn.attention._fa4 import register_flash_attention_fa4
 
 from skvr_dist.config.model import FLASH_KERNELS, AttentionName
 from skvr_dist.errors import UserError
@@ -25,6 +27,8 @@ LARGEST_HEAD_OF_FA4 = 128
 LONGEST_FROM_ARENA = 1024
 """Positions of a sequence up to which our kernel is taken for donors of each sequence: up to there it is the fastest on
 an H100 (docs/attention.md)."""
+_MOST_ERROR = 0.05
+"""Of a flash kernel that is tried, relative: many times what rounding to bf16 makes."""
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
@@ -228,6 +232,9 @@ def _put_in_force(wanted: str | None) -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel of PyTorch is overridden, which is what is wanted
+        if wanted == "FA4":
+            by_way_of_ours = functools.partial(register_flash_attention_fa4, "skvr_dist.model.fa4")
+            torch_attention.register_flash_attention_impl(wanted, register_fn=by_way_of_ours)
         if wanted:
             torch_attention.activate_flash_attention_impl(wanted)
         else:
@@ -291,21 +298,42 @@ def _obstacle_of_fa2(capability: tuple[int, int], on: str, head_dim: int) -> _Ob
 def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> _Obstacle | None:
     """What comes of running a kernel forwards and backwards on a few tokens, if it is not what it should be.
 
-    These packages compile when they are first run, with whatever driver and compiler are there: better now than in the
-    first step.
+    These packages compile when they are first run, with whatever driver and compiler are there, and change from one
+    pre-release to the next: better now than in the first step.
     """
     before = torch_attention.current_flash_attention_impl()
     try:
         activate(name)
-        with torch.inference_mode(False), torch.enable_grad():
-            q = torch.zeros(1, 128, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
-            out, *_ = torch.ops.aten._flash_attention_forward(q, q, q, None, None, 128, 128, 0.0, True, False)
-            out.sum().backward()
+        _try_flash(device, dtype, head_dim)
     except Exception as error:  # of any kind: of imports, of the compiler, of the driver
         _put_in_force(before)
         way_out = _PACKAGES[name].install if isinstance(error, ImportError) else ""
         return _Obstacle(f"{_version(name)} does not run here ({_first_line(error)})", way_out)
     return None
+
+
+def _try_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Run the kernel in force on a few tokens, two query heads on one, and compare it with the formula in float32.
+
+    Raises:
+        ArithmeticError: it computes something else.
+    """
+    tokens, generator = 128, torch.Generator(device).manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad():
+        *inputs, gradient = (
+            torch.randn(1, tokens, heads, head_dim, generator=generator, device=device).to(dtype).requires_grad_()
+            for heads in (2, 1, 1, 2)
+        )
+        out, *_ = torch.ops.aten._flash_attention_forward(*inputs, None, None, tokens, tokens, 0.0, True, False)
+        found = [out, *torch.autograd.grad(out, inputs, gradient)]
+        q, k, v = (x.float().expand(-1, -1, 2, -1).transpose(1, 2) for x in inputs)
+        with torch_attention.sdpa_kernel(torch_attention.SDPBackend.MATH):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        wanted = [out, *torch.autograd.grad(out, inputs, gradient.float())]
+    for name, one, other in zip(("output", "dq", "dk", "dv"), found, wanted, strict=True):
+        error = ((one.float() - other.float()).norm() / other.float().norm()).item()
+        if not error <= _MOST_ERROR:
+            raise ArithmeticError(f"{name} differs by {error:.1%} from the formula's")
 
 
 def _package_obstacle(package: _Package) -> _Obstacle | None:

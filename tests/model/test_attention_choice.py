@@ -6,10 +6,13 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from support import flash_on_cpu
+from torch.nn.attention import _fa4
 
 from skvr_dist.errors import UserError
 from skvr_dist.model import attention_choice
@@ -188,6 +191,60 @@ def test_what_a_package_needs_and_lacks_comes_with_the_way_to_get_it(machine: Ma
         "model.attention is fa4, but fa4 of a test does not run here (ModuleNotFoundError: No module named 'cutlass'); "
         "install it with `pip install --pre flash-attn-4`, or use auto or sdpa"
     )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({}, "None"),
+        ({0: 1.1}, "fa4 of a test does not run here (ArithmeticError: output differs by 10.0% from the formula's)"),
+        ({1: 0.0}, "fa4 of a test does not run here (ArithmeticError: dq differs by 100.0% from the formula's)"),
+        ({3: float("nan")}, "fa4 of a test does not run here (ArithmeticError: dv differs by nan% from the formula's)"),
+    ],
+)
+def test_a_flash_kernel_is_compared_with_the_formula_before_it_is_taken(
+    wrong: dict[int, float], said: str, machine: Machine
+) -> None:
+    forward, backward = flash_on_cpu._forward, flash_on_cpu._backward
+
+    def wrong_forward(*arguments: Any) -> tuple[Any, ...]:
+        out, *others = forward(*arguments)
+        return out * wrong.get(0, 1.0), *others
+
+    def wrong_backward(*arguments: Any, **also: Any) -> tuple[Any, ...]:
+        return tuple(x * wrong.get(place, 1.0) for place, x in enumerate(backward(*arguments, **also), start=1))
+
+    machine.patch.setattr(flash_on_cpu, "_forward", wrong_forward)
+    machine.patch.setattr(flash_on_cpu, "_backward", wrong_backward)
+    flash_on_cpu.give_to_torch(machine.patch)
+    machine.have(H100)
+    machine.patch.setattr(attention_choice, "activate", lambda name: None)
+    assert str(FAILURE("fa4", torch.device("cpu"), BF16, 64)) == said
+
+
+@pytest.mark.parametrize("results", [2, 4, 5])
+def test_torch_takes_the_output_and_its_sums_from_any_release_of_fa4(
+    results: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 4.0.0b19 there are two results, then four, then five; PyTorch before 2.14 unpacks two."""
+    interface = ModuleType("flash_attn.cute.interface")
+    interface._flash_attn_fwd = lambda q, k, v, **options: (q, k[..., 0], *[None] * (results - 2))  # type: ignore[attr-defined]
+    interface._flash_attn_bwd = lambda q, k, v, *others, **options: (q, k, v)  # type: ignore[attr-defined]
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.delitem(sys.modules, "skvr_dist.model.fa4", raising=False)
+    _fa4._fa4_import_module.cache_clear()
+    try:
+        activate("fa4")
+        q, k, v = torch.rand(3, 1, 4, 2, 8).unbind()
+        out, sums = _fa4._fa4_run_forward(q, k, v, None, None, 4, 4, None, True, None, None, None)
+        assert out is q and torch.equal(sums, k[..., 0])
+        assert _fa4._fa4_run_backward(q, q, k, v, out, sums, None, None, None, True, None, None) == (q, k, v)
+    finally:
+        activate("fa2")
+        _fa4._fa4_import_module.cache_clear()
+        sys.modules.pop("skvr_dist.model.fa4", None)
 
 
 @pytest.mark.parametrize(
