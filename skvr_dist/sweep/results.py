@@ -103,7 +103,7 @@ def result_of(run: PlannedRun, error: str | None = None) -> dict[str, Any]:
         "error": error,
         "step": last,
         "steps": config.train.steps,
-        "tokens": last * step_tokens,
+        "tokens": steps[-1].get("train/tokens_seen", last * step_tokens) if steps else 0,  # a branch's with its trunk's
         "seconds": sum(step_tokens / record["train/tokens_per_second"] for record in steps),
         "train_loss": steps[-1]["train/loss"] if steps else None,
         "held_out": evaluations[-1][1] if evaluations else None,

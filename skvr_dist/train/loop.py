@@ -137,6 +137,8 @@ class Run:
     utilisation: UtilisationMeter
     first_step: int
     """Steps that are done already."""
+    first_tokens: int
+    """Tokens that those have seen: they may have been of other sequences (`data.on_resume`)."""
     evaluation_due: bool
     """Whether the run was preempted before the evaluation of that step."""
     facts: dict[str, Any]
@@ -208,6 +210,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
         gradient_norms=LayerGradientNorms(engine, config, config.metrics.layer_gradient_norms_every_steps),
         utilisation=UtilisationMeter(config, mesh, engine.teacher_model),
         first_step=first_step,
+        first_tokens=resumed.facts.tokens_seen if resumed else 0,
         evaluation_due=bool(resumed and resumed.facts.evaluation_due),
         facts={
             "data_fingerprint": fingerprint,
@@ -279,6 +282,7 @@ def train_step(run: Run, step: int) -> None:
         "train/gradient_norm": engine.gradient_norm,
         "train/predicted_tokens": engine.predicted_tokens,
         "train/skipped_steps": engine.guard.skipped_steps,
+        "train/tokens_seen": tokens_seen(run, step),
         "train/tokens_per_second": tokens_per_step(run.config) / seconds,
         **run.gradient_norms.values(),
         **run.utilisation.values(step, plan, seconds, run.counts.document_pairs),
@@ -325,7 +329,7 @@ def save(run: Run, step: int, *, evaluation_due: bool) -> None:
     facts = progress_facts(
         run.engine,
         step,
-        tokens_seen=step * tokens_per_step(run.config),
+        tokens_seen=tokens_seen(run, step),
         evaluation_due=evaluation_due,
         layout=layout_of(run.config, run.mesh.world_size),
         routing=run.config.routing.model_dump(),
@@ -349,6 +353,11 @@ def finish(run: Run) -> None:
     finish_save(run)
     run.plans.close()
     dist.destroy_process_group()
+
+
+def tokens_seen(run: Run, step: int) -> int:
+    """Tokens of all steps up to one of this training."""
+    return run.first_tokens + (step - run.first_step) * tokens_per_step(run.config)
 
 
 def tokens_per_step(config: Config) -> int:

@@ -103,6 +103,14 @@ def test_curves_are_over_tokens(tmp_path: Path) -> None:
     assert [row[2:4] for row in rows_of(figure, "constant-16", "full")] == [["137", "561,152"], ["275", "1,126,400"]]
 
 
+def test_a_branch_of_other_sequences_has_its_trunks_tokens_before(tmp_path: Path) -> None:
+    file = results(tmp_path / "recipes", "recipes")
+    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**line, "tokens": line["tokens"] - 2048}) + "\n" for line in lines))
+    rows = rows_of(figure_of("curves", file), "constant-16", "full")
+    assert [row[3] for row in rows] == ["559,104", "1,124,352"]
+
+
 def test_sizes_are_fitted_with_intervals(tmp_path: Path) -> None:
     figure = figure_of("scaling", results(tmp_path / "scaling", "scaling"))
     labels = {series.label for panel in figure.panels for series in panel.series}

@@ -23,6 +23,7 @@ from skvr_dist.sweep.places import MARK
 
 ROOT = Path(__file__).parents[2]
 STEPS, BRANCH_STEP = 160, 40
+LONGER = ["train.steps=42", "data.sequence_length=48", "data.on_resume=other_data"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,10 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         "runs": {"trunk": []},
         "seeds": [3],
-        "branches": {"branch": {"trunk": "trunk", "step": BRANCH_STEP, "overrides": ["train.steps=60"]}},
+        "branches": {
+            "branch": {"trunk": "trunk", "step": BRANCH_STEP, "overrides": ["train.steps=60"]},
+            "longer": {"trunk": "trunk", "step": BRANCH_STEP, "overrides": LONGER},
+        },
         "place": {"at_once": 2},
     }
     (folder / "small.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -95,7 +99,7 @@ def test_a_sweep_that_is_killed_goes_on_and_repeats_nothing_finished(experiment:
     interrupted.send_signal(signal.SIGINT)
     output = interrupted.communicate(timeout=120)[0]
     assert interrupted.returncode == 75, output
-    assert "error: SIGINT ended the sweep with 0 of 2 runs finished; start it again, it goes on" in output
+    assert "error: SIGINT ended the sweep with 0 of 3 runs finished; start it again, it goes on" in output
     held = results(experiment)
     assert held["trunk_seed-3"]["state"] == "unfinished" and held["trunk_seed-3"]["step"] >= step
     saved = trunk.checkpoints / f"step-{held['trunk_seed-3']['step']:08d}"
@@ -109,6 +113,7 @@ def test_a_sweep_that_is_killed_goes_on_and_repeats_nothing_finished(experiment:
     assert {name: line["state"] for name, line in held.items()} == dict.fromkeys(held, "finished")
     trunk_line, branch_line = held["trunk_seed-3"], held["branch_seed-3"]
     assert (trunk_line["step"], trunk_line["tokens"], trunk_line["seed"]) == (STEPS, STEPS * 4 * 16, 3)
+    assert held["longer_seed-3"]["tokens"] == BRANCH_STEP * 4 * 16 + 2 * 4 * 48  # as read, whatever is read now
     assert trunk_line["held_out"].keys() == {"full", "every:2"} and trunk_line["seconds"] > 0
     assert [step for step, _ in trunk_line["held_out_by_step"]] == [60, 120, 160]
     assert [step for step, _ in branch_line["held_out_by_step"]] == [60]
@@ -121,7 +126,7 @@ def test_a_sweep_that_is_killed_goes_on_and_repeats_nothing_finished(experiment:
     again = start(experiment)
     output = again.communicate(timeout=120)[0]
     assert again.returncode == 1 and "failed: broken_seed-3: exit code 2: " in output and "absent" in output, output
-    assert len(consoles) == 2 and all(path.read_bytes() == content for path, content in consoles.items())
+    assert len(consoles) == 3 and all(path.read_bytes() == content for path, content in consoles.items())
     assert results(experiment)["trunk_seed-3"] == trunk_line
     assert results(experiment)["broken_seed-3"]["state"] == "failed"
 

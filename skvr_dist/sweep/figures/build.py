@@ -100,7 +100,7 @@ def curves_figure(methods: Sequence[Method]) -> Figure:
             panel.series.append(
                 Series(
                     method.label,
-                    [step * method.tokens_per_step / 1e6 for step in means],
+                    [method.tokens_at(step) / 1e6 for step in means],
                     [mean.value for mean in means.values()],
                     [mean.half for mean in means.values()],
                     kind="band",
@@ -108,7 +108,7 @@ def curves_figure(methods: Sequence[Method]) -> Figure:
                 )
             )
             rows += [
-                [method.label, strategy, str(step), f"{step * method.tokens_per_step:,}", str(mean)]
+                [method.label, strategy, str(step), f"{method.tokens_at(step):,}", str(mean)]
                 for step, mean in means.items()
             ]
         if panel.series:

@@ -81,10 +81,10 @@ class Method:
                     found.setdefault(int(step), []).append(float(losses[strategy]))
         return {step: losses for step, losses in sorted(found.items()) if len(losses) == len(self.runs)}
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Of the global batch."""
-        return int(self.config["train"]["global_batch_size"]) * int(self.config["data"]["sequence_length"])
+    def tokens_at(self, step: int) -> int:
+        """Tokens seen up to a step: counted from the end, since a branch's trunk may have had other sequences."""
+        per_step = int(self.config["train"]["global_batch_size"]) * int(self.config["data"]["sequence_length"])
+        return int(self.runs[0]["tokens"]) - (int(self.config["train"]["steps"]) - step) * per_step
 
     @cached_property
     def parameters(self) -> int:
