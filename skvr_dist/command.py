@@ -45,6 +45,8 @@ EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE
 _LOCAL_RANK_OPTIONS = ("--local_rank=", "--local-rank=")
 _SECONDS_FOR_THE_FIRST_RANK = 15.0
 _MOST = 1e9
+_WRITTEN = ("json", "output")
+"""Options that name files to write."""
 
 
 class Subcommand(Protocol):
@@ -99,7 +101,34 @@ def parse(
     if getattr(options, "json", None) is not None:  # empty is a mistake too
         is_written = not over_ranks or announced_world_size() == 1 or announced_rank() == 0
         options.json = prove_writable(options.json) if is_written else Path(options.json)
+    _require_unread(options)
     return options
+
+
+def _require_unread(options: argparse.Namespace) -> None:
+    """Refuse to write over a file that the command is to read.
+
+    Raises:
+        UserError: the file of `--json` or `--output` is named by another argument, too.
+    """
+    for name in _WRITTEN:
+        written = getattr(options, name, None)
+        if not written or not Path(written).is_file():
+            continue
+        for value in (value for other, value in vars(options).items() if other not in _WRITTEN):
+            for word in value if isinstance(value, list | tuple) else [value]:
+                texts = [str(word), str(word).partition("=")[2]] if isinstance(word, str | Path) else []
+                if any(_is_same_file(written, text) for text in texts):
+                    raise UserError(
+                        f"--{name} {written} is what {word} names, too, and would be lost; name another file"
+                    )
+
+
+def _is_same_file(file: str | Path, text: str) -> bool:
+    try:
+        return Path(file).samefile(local_path(text))
+    except (OSError, ValueError, UserError):
+        return False
 
 
 def launcher_free(words: Sequence[str]) -> list[str]:

@@ -22,6 +22,8 @@ from typing import Any
 
 from skvr_dist.errors import UserError
 
+MANIFEST_FILE = "manifest.json"
+"""What lists the files of a checkpoint or a data set, which are damaged if one of them is another."""
 PARTIAL_SUFFIX = ".partial"
 """Suffix of the names of files and folders that are not complete yet."""
 
@@ -145,6 +147,8 @@ def prove_writable(file: str | Path, *, make_folder: bool = False) -> Path:
     Raises:
         UserError: it could not be written.
     """
+    if str(file) == "-":
+        raise UserError("cannot write -: it would be a file of that name; for the standard output give /dev/stdout")
     named = local_path(file)
     with naming_failure(named):
         if is_stream(named):
@@ -154,8 +158,18 @@ def prove_writable(file: str | Path, *, make_folder: bool = False) -> Path:
             raise OSError(None, "it is a folder")
         if path.exists() and not os.access(path, os.W_OK):
             raise OSError(None, "it is write-protected")
+        if path.exists() and _is_listed(path):
+            raise UserError(f"{named} is part of what {path.with_name(MANIFEST_FILE)} lists; write to another file")
         _probe(path.parent, path.name + PARTIAL_SUFFIX, make_folder)
     return named
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether a file belongs to the manifest beside it; an index of a shard goes with the shard's name."""
+    manifest = path.with_name(MANIFEST_FILE)
+    if not manifest.is_file():
+        return False
+    return path.stem == manifest.stem or f'"{path.stem}.'.encode() in manifest.read_bytes()
 
 
 def prove_folder(folder: str | Path) -> Path:

@@ -70,6 +70,11 @@ def test_what_stands_in_the_way_is_named(tmp_path: Path, prove: object) -> None:
     assert everything(tmp_path) == ["file"]
 
 
+def test_a_dash_is_no_name_of_a_file() -> None:
+    with pytest.raises(UserError, match=r"cannot write -: .*; for the standard output give /dev/stdout"):
+        prove_writable("-")
+
+
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write .*: it is a folder"):
         prove_writable(tmp_path)

@@ -232,6 +232,35 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_work(tmp_path: Pat
     assert one_sentence(stderr).startswith(f"cannot write {file}: No such file or directory")
 
 
+def test_what_a_command_reads_is_not_written_over(tmp_path: Path) -> None:
+    """Nor is a part of a checkpoint or a data set."""
+    config = tmp_path / "mine.yaml"
+    config.write_text("include: [tiny.yaml]\n")
+    link = tmp_path / "link"
+    link.symlink_to(config)
+    estimate = [sys.executable, "tools/estimate.py", "train", "--gpus", "8", "--config", str(config), "--json"]
+    code, _, stderr = ended([*estimate, str(link)])
+    assert code == 2
+    assert one_sentence(stderr) == f"--json {link} is what {config} names, too, and would be lost; name another file"
+    code, _, stderr = ended([*estimate, str(link), f"data.tokenizer={config}"])
+    assert code == 2 and "names, too" in stderr
+    listed = {"manifest.json": '{"files": {"checkpoint.json": {}, "shard-00000.tar": {}}}'}
+    for name in ("manifest.json", "manifest.sha256", "checkpoint.json", "shard-00000.json"):
+        (tmp_path / name).write_text(listed.get(name, "{}"))
+        code, _, stderr = ended(
+            [sys.executable, "tools/inspect_checkpoint.py", str(tmp_path), "--json", f"{tmp_path}/{name}"]
+        )
+        assert (code, one_sentence(stderr)) == (
+            2,
+            f"{tmp_path}/{name} is part of what {tmp_path}/manifest.json lists; write to another file",
+        )
+    filler = tmp_path / "text.txt"
+    filler.write_text("some text " * 100)
+    needle = [sys.executable, "tools/make_retrieval.py", "needle", "--filler", str(filler), "--output", str(filler)]
+    code, _, stderr = ended(needle)
+    assert code == 2 and one_sentence(stderr).startswith(f"--output {filler} is what {filler} names, too")
+
+
 def test_numbers_that_json_does_not_have_become_null(tmp_path: Path) -> None:
     @dataclass
     class Speed:
