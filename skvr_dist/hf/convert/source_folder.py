@@ -93,10 +93,10 @@ class SourceFolder:
         copied = copy_brought(self.folder, folder)
         if GENERATION_FILE not in copied:
             write_generation(folder, self._tree)
-        if not copied:
-            return "none"
+        if copied in ([], [GENERATION_FILE]):
+            return f"none; {GENERATION_FILE} as it is" if copied else "none"
         said = f"{', '.join(copied)}, as they are"
-        is_slow = IMPORTED_TOKENIZER_FILE not in copied and copied != [GENERATION_FILE]
+        is_slow = IMPORTED_TOKENIZER_FILE not in copied
         return f"{said}, {add_fast_tokenizer(self.folder, folder)}" if is_slow else said
 
 
