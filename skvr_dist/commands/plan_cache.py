@@ -16,8 +16,8 @@ more.
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from skvr_dist.evaluate.cache_plan import CachePlan, PlannedProfile, Profile
     from skvr_dist.evaluate.curve import HeldOutData
 
-USUAL_PROFILES = ("premium=0.5", "standard=0.33", "bulk=0.2", "fast-prefill=0.33@half")
+USUAL_PROFILES = ("premium=1/2", "standard=1/3", "bulk=1/5", "fast-prefill=1/3@half")
 _MOST_OVERLAP = 0.05
 
 
@@ -104,7 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--test", nargs="+", metavar="[NAME=]FOLDER", help="texts to judge on")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--profile", action="append", metavar="NAME=SHARE", help=f"default: {' '.join(USUAL_PROFILES)}")
-    size.add_argument("--retention", type=float, metavar="R", help="one profile: this share of the layers")
+    size.add_argument("--retention", metavar="R", help="one profile: this share of the layers")
     size.add_argument("--budget", type=at_least(1, 10**9), metavar="BYTES", help="one profile: cache bytes per token")
     parser.add_argument(
         "--last", type=at_least(0), metavar="LAYER", help="with --retention or --budget: the highest one"
@@ -157,7 +157,7 @@ def _profiles(options: argparse.Namespace, checkpoint: Checkpoint) -> list[Profi
         allowed = layers if options.last is None else options.last + 1
         return [Profile("budget", min(allowed, options.budget // per_layer), options.last)]
     if options.retention is not None:
-        return [_profile("retention", str(options.retention), layers, options.last)]
+        return [profile_of("retention", options.retention, layers, options.last)]
     profiles = {}
     for text in options.profile or USUAL_PROFILES:
         name, _, size = text.partition("=")
@@ -168,25 +168,30 @@ def _profiles(options: argparse.Namespace, checkpoint: Checkpoint) -> list[Profi
             raise UserError(f"--profile {text}: {last!r} is no layer; write NAME=SHARE@LAST") from None
         if name in profiles:
             raise UserError(f"--profile {text}: there is another profile {name}; give one of both another name")
-        profiles[name] = _profile(name, share, layers, highest)
+        profiles[name] = profile_of(name, share, layers, highest)
     return list(profiles.values())
 
 
-def _profile(name: str, share: str, layers: int, last: int | None) -> Profile:
+def profile_of(name: str, share: str, layers: int, last: int | None) -> Profile:
+    """The profile of a share of the layers, with none above `last`.
+
+    Raises:
+        UserError: there is no such share, or the name means something else.
+    """
     from skvr_dist.evaluate.cache_plan import Profile
     from skvr_dist.routing import CacheStrategy
 
     try:
-        of_layers = float(share)
-    except ValueError:
-        of_layers = math.nan
+        of_layers = Fraction(share)
+    except (ValueError, ZeroDivisionError):
+        of_layers = Fraction(0)
     if not 0 < of_layers <= 1:
-        raise UserError(f"profile {name}={share} must name a share of the layers, above 0 and at most 1, such as 0.33")
+        raise UserError(f"profile {name}={share} must name a share of the layers, above 0 and at most 1, such as 1/3")
     if not name or CacheStrategy.is_spec(name):
         raise UserError(f"a profile cannot be called {name!r}; write NAME=SHARE, such as bulk=0.2")
     highest = layers - 1 if last is None else last
     # A share is a budget; it is not rounded up, but one layer is the least.
-    return Profile(name, max(1, min(int(of_layers * layers + 1e-9), highest + 1)), last)
+    return Profile(name, max(1, min(int(of_layers * layers + Fraction(1, 10**9)), highest + 1)), last)
 
 
 def _texts(checkpoint: Checkpoint, given: list[str | None], length: int | None) -> dict[str, HeldOutData]:

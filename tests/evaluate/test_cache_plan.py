@@ -178,6 +178,16 @@ def test_the_profiles_of_a_checkpoint_are_the_runs_own_before_its_plans(tmp_path
             profiles_of(tmp_path, {})
 
 
+@pytest.mark.parametrize("layers", [6, 12, 24, 30, 36])
+def test_a_third_of_the_layers_is_one(layers: int) -> None:
+    shares = dict(text.split("=") for text in plan_cache.USUAL_PROFILES)
+    assert plan_cache.profile_of("standard", shares["standard"], layers, None).size == layers // 3
+    assert plan_cache.profile_of("mine", "0.2", layers, None).size == layers // 5
+    for wrong in ("1/0", "nan", "third", "4/3", "0"):
+        with pytest.raises(UserError, match=f"profile mine={wrong} must name a share"):
+            plan_cache.profile_of("mine", wrong, layers, None)
+
+
 def test_the_command_takes_budgets_and_keeps_every_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
