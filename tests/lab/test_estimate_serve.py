@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from skvr_dist.commands.estimate.serve import add_arguments
+from skvr_dist.commands.estimate.serve import add_arguments, run
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.errors import UserError
 from skvr_dist.evaluate.generate import cache_bytes, generate
@@ -80,3 +80,11 @@ def test_memory_is_a_number(option: str, gib: str) -> None:
     add_arguments(parser)
     with pytest.raises(argparse.ArgumentError, match=rf"{option}: .*(not a|below 0|more than 1e\+09)"):
         parser.parse_args(["tiny", "--memory-gib", "80", "--context", "16", f"{option}={gib}"])
+
+
+def test_what_does_not_fit_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a small model it is not its weights."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args(["tiny", "--memory-gib", "1", "--context", "16"])) == 1
+    assert "| weights and 2 GiB beside do not fit |" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         "strategies": [asdict(fit) | {"kv_source_layers": fit.strategy.kv_source_layers} for fit in fits],
         "break_even": both,
     }
-    table = _table(fits, options.sequences) + (f"\n\n{_in_words(pair)}" if pair else "")
+    table = _table(fits, options.sequences, options.other_gib) + (f"\n\n{_in_words(pair)}" if pair else "")
     return conclude(figures, table=table, record=record, json_file=options.json)
 
 
@@ -100,7 +100,7 @@ def _model(text: str) -> tuple[ModelConfig, dict[str, str]]:
     return checkpoint.model_config, dict(checkpoint.config.evaluate.profiles)
 
 
-def _table(fits: list[Fit], wanted: int | None) -> str:
+def _table(fits: list[Fit], wanted: int | None, other: float) -> str:
     rows = []
     for fit in fits:
         row = [
@@ -108,7 +108,7 @@ def _table(fits: list[Fit], wanted: int | None) -> str:
             f"{len(fit.strategy.retained)} of {fit.strategy.num_layers}",
             f"{fit.weights / _GIB:.2f}",
             f"{fit.cache_bytes_per_token:,}",
-            f"{max(0, fit.tokens):,}" if fit.tokens >= 0 else "the weights do not fit",
+            f"{fit.tokens:,}" if fit.tokens >= 0 else f"weights and {other:g} GiB beside do not fit",
             f"{fit.sequences:,}",
         ]
         rows.append(row if wanted is None else [*row, "yes" if fit.sequences >= wanted else "no"])
