@@ -169,7 +169,8 @@ def ask(
         asked = asked_lines(lines, tokenizer, length, options.decode)
         decode = Decoding(tokenizer, options.decode, completion.METRICS, ends_of_line(tokenizer))
     else:
-        template = ChatTemplate.of(str(checkpoint.folder), tokenizer) if options.format == "chat" else None
+        is_chat = options.format == "chat"
+        template = ChatTemplate.of(str(checkpoint.folder), tokenizer, is_model=True) if is_chat else None
         encoder = Encoder(tokenizer, longest=length + 1, seed=0, question_first_prob=first or 0.0, template=template)
         asked = Asked.of(read_examples(options.file, options.format), encoder, options.count)
         decode = Decoding(tokenizer, options.decode, METRICS[options.format]) if options.decode else None

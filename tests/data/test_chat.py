@@ -147,6 +147,8 @@ def test_bad_templates_are_refused(folder: Path) -> None:
     alone.write_bytes(read_hf_files(folder))
     with pytest.raises(UserError, match=r"data.tokenizer .*tokenizer.model has no chat template, .*; give the folder"):
         ChatTemplate.of(str(alone), load_tokenizer(alone))
+    with pytest.raises(UserError, match=r"^model .*tokenizer.model has .*; give an export of it .* --tokenizer FOLDER"):
+        ChatTemplate.of(str(alone), load_tokenizer(alone), is_model=True)
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"data.tokenizer .*hf has no chat template, .*; give the folder of a Hugging"):
         ChatTemplate.of(str(folder), load_tokenizer(folder))

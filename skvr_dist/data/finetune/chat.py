@@ -51,18 +51,23 @@ class ChatTemplate:
     name: str
 
     @classmethod
-    def of(cls, path: str, tokenizer: Tokenizer) -> ChatTemplate:
-        """The template beside a tokenizer (`data.tokenizer`).
+    def of(cls, path: str, tokenizer: Tokenizer, *, is_model: bool = False) -> ChatTemplate:
+        """The template beside a tokenizer.
+
+        Args:
+            is_model: the path is that of a model to evaluate; else it is `data.tokenizer`.
 
         Raises:
             UserError: there is none.
         """
         found = read_chat_template(Path(path)) if isinstance(tokenizer, HuggingFaceTokenizer) else None
         if found is None or not isinstance(tokenizer, HuggingFaceTokenizer):
-            raise UserError(
-                f"data.tokenizer {path} has no chat template, which chats are written with; give the folder of a "
-                f"Hugging Face tokenizer with chat_template.jinja, or with a chat_template in tokenizer_config.json"
-            )
+            folder = "Hugging Face tokenizer with chat_template.jinja, or with a chat_template in tokenizer_config.json"
+            way = f"give the folder of a {folder}"
+            if is_model:  # a data set's own file of the tokenizer has none
+                way = f"give an export of it by tools/export_hf.py with --tokenizer FOLDER, that of its {folder}"
+            whose = "model" if is_model else "data.tokenizer"
+            raise UserError(f"{whose} {path} has no chat template, which chats are written with; {way}")
         text, special_tokens = found
         return cls(_FIXED_DATE * ("strftime_now" in text) + text, special_tokens, tokenizer, path)
 

@@ -83,7 +83,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, template_folder: str) -> Iter
         if record.prompt:
             yield Prompt(record.prompt, tokenizer.encode(record.prompt), place)
             continue
-        template = template or ChatTemplate.of(template_folder, tokenizer)
+        template = template or ChatTemplate.of(template_folder, tokenizer, is_model=True)
         tokens = template.ask(record.messages, record.tools, place)
         yield Prompt(str(record.messages[-1].get("content") or ""), tokens, place, schemas)
 
