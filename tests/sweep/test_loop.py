@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,7 +23,7 @@ from skvr_dist.config.load import load_config
 from skvr_dist.config.presets import find_config
 from skvr_dist.errors import UserError
 from skvr_dist.run.folder import RunFolder
-from skvr_dist.sweep import ranks
+from skvr_dist.sweep import ranks, slurm
 from skvr_dist.sweep.board import Board
 from skvr_dist.sweep.experiment import Place
 from skvr_dist.sweep.loop import Status, Sweep
@@ -258,6 +261,74 @@ def test_slurm_without_submitit_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"submitit is missing; install skvr-dist\[slurm\], or give --place"):
         Slurm(Place(kind="slurm"), tmp_path)
+
+
+class Submitted(SimpleNamespace):
+    """A job of submitit's, whose accounts say nothing of it."""
+
+    def __init__(self, folder: Path, job_id: str = "7") -> None:
+        super().__init__(job_id=job_id, paths=SimpleNamespace(result_pickle=folder / f"{job_id}_0_result.pkl"))
+
+    def result(self) -> int:
+        return int(self.paths.result_pickle.read_text())
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets what `squeue` does, in the words of a shell."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("_ASK_SECONDS", "_LOOK_SECONDS"):
+        monkeypatch.setattr(slurm, name, -1.0)
+
+    def does(script: str) -> None:
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "squeue").chmod(0o755)
+
+    return does
+
+
+def test_a_job_that_slurm_ended_is_over_without_a_result(
+    tmp_path: Path, squeue: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = slurm.SlurmJob(Submitted(tmp_path), slurm.Queue(), since=0.0)
+    for script in ("echo 7 PENDING", "echo 7 COMPLETING", "echo no answer >&2; exit 1"):
+        squeue(script)
+        assert not job.is_over() and job.poll() is None
+    for script in ("echo 7 CANCELLED", "echo 70 RUNNING", "true"):
+        squeue(script)
+        assert job.is_over() and job.poll() is None  # a node's file may yet be seen
+    monkeypatch.setattr(slurm, "_SECONDS_TO_SEE", 0.0)
+    assert job.poll() == 75
+    (tmp_path / "7_0_result.pkl").write_text("2")
+    squeue("echo 7 COMPLETING")
+    assert job.poll() == 2
+
+
+def test_slurm_leaves_starting_again_to_the_sweep(
+    tmp_path: Path, squeue: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def submit(*_: object) -> Submitted:
+        if given["slurm_partition"] == "none":
+            raise RuntimeError("sbatch: error: Invalid partition name specified")
+        return Submitted(tmp_path, str(next(numbers)))
+
+    numbers = itertools.count(1)
+    executor = SimpleNamespace(update_parameters=lambda **parameters: given.update(parameters), submit=submit)
+    fake = SimpleNamespace(AutoExecutor=lambda *_, **__: executor, SlurmJob=Submitted, LocalJob=Submitted)
+    monkeypatch.setitem(sys.modules, "submitit", fake)
+    run, place = planned(tmp_path, "a"), Place(kind="slurm", slurm={"slurm_partition": "all"})
+    squeue("echo 1 PENDING")
+    for _ in range(2):  # the second sweep finds the job of the first
+        Slurm(place, tmp_path).start(run)
+        assert run.folder.notes()["slurm_job"] == "1"
+    assert given["slurm_additional_parameters"] == {"no-requeue": True}
+    squeue("true")
+    Slurm(place, tmp_path).start(run)
+    assert run.folder.notes()["slurm_job"] == "2"
+    with pytest.raises(UserError, match=r"does not take the job of a .*Invalid partition.*correct place\.slurm"):
+        Slurm(Place(kind="slurm", slurm={"slurm_partition": "none"}), tmp_path).start(run)
 
 
 def test_results_of_other_seeds_stay(tmp_path: Path) -> None:
