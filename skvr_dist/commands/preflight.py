@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pass", dest="passed", action="append", default=[], metavar="NAME", help="pass this variable too"
     )
-    parser.add_argument("--settle", metavar="FOLDER", help="write what launch/deepspeed.sh gives to the launcher there")
+    parser.add_argument("--settle", metavar="FOLDER", help="write what the scripts of launch/ need there")
     add_overrides(parser)
     add_json(parser, "write all that was found there")
     return parser
@@ -164,13 +164,14 @@ def _print(found: Findings) -> None:
 
 
 def _settle(folder: Path, found: Findings, variables: dict[str, str], options: argparse.Namespace) -> None:
-    """Write what the launcher is to be given: where to meet, the variables, and the arguments as one word."""
+    """Write where to meet and the run's folder, and what the launcher is given: variables, and arguments as a word."""
     from skvr_dist.cluster.arguments import pack
     from skvr_dist.cluster.variables import as_deepspeed_file
 
     folder.mkdir(parents=True, exist_ok=True)
     configs = [word for file in options.config for word in ("--config", str(file))]
     write_whole(folder / "address", found.address + "\n")
+    write_whole(folder / "run", found.facts[found.hosts[0]]["folder"] + "\n")
     write_whole(folder / "environment", as_deepspeed_file(variables))
     write_whole(folder / "arguments", pack([*_start(options), *configs, *options.overrides]) + "\n")
 
