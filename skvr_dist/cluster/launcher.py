@@ -10,7 +10,7 @@ import os
 import random
 import socket
 
-from skvr_dist.cluster.slurm import expand, tasks_as_ranks
+from skvr_dist.cluster.slurm import expand, hosts_of_tasks, tasks_as_ranks
 from skvr_dist.errors import OneRankError, UserError
 
 # Launchers announce ranks and their number under different names: torchrun and deepspeed, Open MPI, MPICH.
@@ -103,6 +103,9 @@ def announced_local_size() -> int:
 
 def host_of(rank: int) -> str:
     """A rank's host in words: its name, where the launcher named the hosts, or its number, counted from 1."""
+    of_tasks = hosts_of_tasks()
+    if len(of_tasks) == _first_number(_WORLD_SIZE_VARIABLES, 1):  # a task is a rank; else it has started several
+        return of_tasks[rank]
     number = rank // max(1, announced_local_size())
     names = os.environ.get(HOSTS_VARIABLE, "").split(",")
     if names == [""] and "SLURM_STEP_NODELIST" in os.environ:

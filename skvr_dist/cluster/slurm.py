@@ -48,6 +48,22 @@ def tasks_as_ranks(environment: Mapping[str, str] = os.environ) -> dict[str, str
     return ranks | {name: environment.get(name, value) for name, value in meeting.items()}
 
 
+def hosts_of_tasks(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The host of each task of the step, by its number; none outside of a step, or where they are dealt otherwise.
+
+    Raises:
+        ValueError: Slurm's variables make no sense.
+    """
+    names, counts = environment.get("SLURM_STEP_NODELIST"), environment.get("SLURM_STEP_TASKS_PER_NODE")
+    dealt = environment.get("SLURM_DISTRIBUTION", "block").partition(":")[0]
+    if names is None or counts is None or dealt not in ("block", "cyclic"):
+        return []
+    hosts = list(zip(expand(names), tasks_per_host(counts), strict=True))
+    if dealt == "block":
+        return [host for host, tasks in hosts for _ in range(tasks)]
+    return [host for turn in range(max(tasks for _, tasks in hosts)) for host, tasks in hosts if turn < tasks]
+
+
 def port_of(job: int, step: int) -> int:
     """Where the ranks of a step meet."""
     return _PORTS[(job * _STEPS + step) % len(_PORTS)]

@@ -141,6 +141,12 @@ def test_tasks_of_slurm_are_ranks(variables: pytest.MonkeyPatch) -> None:
     assert (announced_world_size(), announced_rank(), was_launched(), is_other_rank()) == (5, 3, True, True)
     assert ranks["MASTER_ADDR"] == "gpu08" and announced_local_size() == 2
     assert [host_of(rank) for rank in (0, 3, 4)] == ["gpu08", "gpu09", "login"]
+    announce(variables, {"LOCAL_WORLD_SIZE": "1"})  # of the last host
+    assert [host_of(rank) for rank in range(5)] == ["gpu08", "gpu08", "gpu09", "gpu09", "login"]
+    announce(variables, {"SLURM_DISTRIBUTION": "cyclic"})
+    assert [host_of(rank) for rank in range(5)] == ["gpu08", "gpu09", "login", "gpu08", "gpu09"]
+    announce(variables, {"SLURM_STEP_TASKS_PER_NODE": "1(x3)", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"})  # torchrun
+    assert [host_of(rank) for rank in (0, 1, 5)] == ["gpu08", "gpu08", "login"]
     # Two jobs may share the first host; and the user's choice is the user's.
     assert tasks_as_ranks({**SLURM_TASK, "SLURM_JOB_ID": "72"})["MASTER_PORT"] != ranks["MASTER_PORT"]
     assert tasks_as_ranks({**SLURM_TASK, "MASTER_PORT": "7"})["MASTER_PORT"] == "7"
