@@ -39,7 +39,15 @@ def build_engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
 def _engine(config: Config, mesh: Mesh) -> RoutedPipelineEngine:
     options = deepspeed_json(config, mesh.world_size)
     return RoutedPipelineEngine(
-        StageModule(config.model, config.parallel, mesh, config.train.seed, options, config.train.only),
+        StageModule(
+            config.model,
+            config.parallel,
+            mesh,
+            config.train.seed,
+            options,
+            config.data.sequence_length,
+            config.train.only,
+        ),
         mesh,
         guard=UpdateGuard(
             max_loss_ratio=config.train.max_loss_ratio,
@@ -86,7 +94,9 @@ def build_saver(config: Config, brought: Brought = NOTHING_BROUGHT) -> Saver:
 def layout_of(config: Config, world_size: int) -> LayoutFacts:
     """The layout of a run, for the record."""
     return LayoutFacts(
-        pipeline=[stop - start for start, stop in stage_bounds(config.model, config.parallel)],
+        pipeline=[
+            stop - start for start, stop in stage_bounds(config.model, config.parallel, config.data.sequence_length)
+        ],
         tensor=config.parallel.tensor,
         replicas=data_parallel_size(config, world_size),
         zero_stage=config.parallel.zero_stage,

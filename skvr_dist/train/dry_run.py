@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from statistics import mean
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tabulate import tabulate
 
 from skvr_dist.config.layouts import data_parallel_size, zero_stage_in_use
 from skvr_dist.config.tree import Config
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
-from skvr_dist.parallel.split import stage_bounds
+from skvr_dist.parallel.split import Bounds, stage_bounds
 from skvr_dist.routing import crossing_elements, crossing_layers
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.train.inputs import open_inputs
@@ -34,26 +37,11 @@ def describe(config: Config, world_size: int) -> str:
     RunFolder(config.train.output_dir).prove_writable()
     require_writers(config.metrics)
     resumed = preview_resume(config, inputs.sequences.fingerprint())
-    bounds, layers = stage_bounds(config.model, config.parallel), config.model.num_hidden_layers
-    most_rows = max(1, min(_ROWS, _READS // (layers * len(bounds))))
+    bounds = stage_bounds(config.model, config.parallel, config.data.sequence_length)
+    most_rows = max(1, min(_ROWS, _READS // (config.model.num_hidden_layers * len(bounds))))
     drawn = max(1, most_rows // config.num_micro_batches)
     plans = [plan_of_step(config, number * config.train.steps // drawn) for number in range(drawn)]
     rows_of_plans = [donors for plan in plans for donors in plan.donors][:most_rows]
-    rows = []
-    for stage, (start, stop) in enumerate(bounds):
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in Decoder(config.model, start, stop).parameters())
-        crossing = "-"
-        if stop < layers:
-            layers_crossing = mean(len(crossing_layers(donors, stop)) for donors in rows_of_plans)
-            per_token = mean(
-                crossing_elements(
-                    donors, stop, tokens=1, hidden_size=config.model.hidden_size, kv_size=config.model.kv_size
-                )
-                for donors in rows_of_plans
-            )
-            crossing = f"{layers_crossing:.2f} ({per_token / config.model.hidden_size:.2f})"
-        rows.append([stage, f"{start} to {stop - 1}", f"{parameters:,}", crossing])
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length
     total_tokens = tokens_per_step * config.train.steps
     tokens_on_disk = inputs.sequences.tokens_on_disk
@@ -80,7 +68,25 @@ def describe(config: Config, world_size: int) -> str:
     return "\n\n".join(
         [
             tabulate(facts, tablefmt="plain"),
-            tabulate(rows, headers=header, tablefmt="github"),
+            tabulate(_rows_of_stages(config, bounds, rows_of_plans), headers=header, tablefmt="github"),
             "DeepSpeed configuration:\n" + json.dumps(deepspeed_json(config, world_size), indent=2),
         ]
     )
+
+
+def _rows_of_stages(
+    config: Config, bounds: Sequence[Bounds], rows_of_plans: Sequence[NDArray[np.int64]]
+) -> list[list[object]]:
+    """Number, layers, parameters and crossing traffic of each stage, in the mean over rows of plans."""
+    rows: list[list[object]] = []
+    for stage, (start, stop) in enumerate(bounds):
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Decoder(config.model, start, stop).parameters())
+        crossing = "-"
+        if stop < config.model.num_hidden_layers:
+            layers_crossing = mean(len(crossing_layers(donors, stop)) for donors in rows_of_plans)
+            sizes = {"hidden_size": config.model.hidden_size, "kv_size": config.model.kv_size}
+            per_token = mean(crossing_elements(donors, stop, tokens=1, **sizes) for donors in rows_of_plans)
+            crossing = f"{layers_crossing:.2f} ({per_token / config.model.hidden_size:.2f})"
+        rows.append([stage, f"{start} to {stop - 1}", f"{parameters:,}", crossing])
+    return rows

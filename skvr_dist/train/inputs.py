@@ -121,7 +121,7 @@ def require_trainable(config: Config) -> None:
     for name in only:
         if name not in known:
             raise UserError(f"train.only names {name}, but the modules of the model are {', '.join(known)}")
-    for stage, bounds in enumerate(stage_bounds(config.model, config.parallel)):
+    for stage, bounds in enumerate(stage_bounds(config.model, config.parallel, config.data.sequence_length)):
         names = parameter_names(config.model, *bounds)
         if not any(is_trained(name, only) for name in names):
             raise UserError(

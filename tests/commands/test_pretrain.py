@@ -147,7 +147,7 @@ def test_crossing_bytes_in_the_log_are_the_liveness_bound(routed: Path) -> None:
     from skvr_dist.train.plans import plan_of_step
 
     config = load_config([routed / "config.yaml"])
-    boundary = stage_bounds(config.model, config.parallel)[0][1]
+    boundary = stage_bounds(config.model, config.parallel, config.data.sequence_length)[0][1]
     size = {"tokens": 2 * SEQUENCE, "hidden_size": config.model.hidden_size, "kv_size": config.model.kv_size}
     for record in records(routed):
         if "train/loss" in record:

@@ -16,7 +16,7 @@ from skvr_dist.evaluate.generate import cache_bytes, generate
 from skvr_dist.model.attention import BACKENDS, AttentionScope, attend
 from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize, next_token_loss
 from skvr_dist.model.rope import inverse_frequencies, rope_tables, rotate
-from skvr_dist.parallel.split import head_cost, layer_cost, stage_bounds
+from skvr_dist.parallel.split import costs, stage_bounds
 from skvr_dist.routing import CacheStrategy
 
 LAYERS = 6
@@ -195,13 +195,14 @@ def test_initial_weights_depend_on_the_seed_and_the_name() -> None:
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 6])
-@pytest.mark.parametrize("vocab_size", [8, 500, 20_000])
-def test_the_split_makes_the_dearest_stage_as_cheap_as_possible(stages: int, vocab_size: int) -> None:
+@pytest.mark.parametrize(("vocab_size", "sequence"), [(8, 16), (500, 16), (20_000, 16), (20_000, 100_000)])
+def test_the_split_makes_the_dearest_stage_as_cheap_as_possible(stages: int, vocab_size: int, sequence: int) -> None:
     model = config(vocab_size=vocab_size)
 
     def dearest(bounds: list[tuple[int, int]]) -> int:
-        costs = [(stop - start) * layer_cost(model) for start, stop in bounds]
-        return max([*costs[:-1], costs[-1] + head_cost(model)])
+        layer, head = costs(model, sequence)
+        stages = [(stop - start) * layer for start, stop in bounds]
+        return max([*stages[:-1], stages[-1] + head])
 
     def splits(first: int, count: int) -> list[list[tuple[int, int]]]:
         if count == 1:
@@ -210,16 +211,16 @@ def test_the_split_makes_the_dearest_stage_as_cheap_as_possible(stages: int, voc
             [(first, stop), *rest] for stop in range(first + 1, LAYERS - count + 2) for rest in splits(stop, count - 1)
         ]
 
-    bounds = stage_bounds(model, ParallelConfig(pipeline=stages))
+    bounds = stage_bounds(model, ParallelConfig(pipeline=stages), sequence)
     assert bounds[0][0] == 0 and bounds[-1][1] == LAYERS and all(start < stop for start, stop in bounds)
     assert dearest(bounds) == min(dearest(split) for split in splits(0, stages))
 
 
 def test_thousands_of_stages_are_split() -> None:
     model = config().model_copy(update={"num_hidden_layers": 10_000})
-    bounds = stage_bounds(model, ParallelConfig(pipeline=5_000))
+    bounds = stage_bounds(model, ParallelConfig(pipeline=5_000), 16)
     assert len(bounds) == 5_000 and bounds[-1][1] == 10_000
 
 
 def test_stages_by_hand() -> None:
-    assert stage_bounds(config(), ParallelConfig(pipeline=3, stage_layers=[1, 4, 1])) == [(0, 1), (1, 5), (5, 6)]
+    assert stage_bounds(config(), ParallelConfig(pipeline=3, stage_layers=[1, 4, 1]), 16) == [(0, 1), (1, 5), (5, 6)]

@@ -31,7 +31,7 @@ def bytes_while_building(precision: str) -> dict[str, int]:
     mesh = Mesh.build(config.parallel, model)
     options = deepspeed_json(config, mesh.world_size)
     with LiveMemory() as memory:
-        stage = StageModule(model, config.parallel, mesh, config.train.seed, options)
+        stage = StageModule(model, config.parallel, mesh, config.train.seed, options, config.data.sequence_length)
         mesh.host_group.sum([0.0])  # gloo's threads let go of what they sent before
         gc.collect()
     elements = [parameter.ds_numel for parameter in stage.parameters()]

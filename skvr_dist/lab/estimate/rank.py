@@ -74,7 +74,7 @@ class RankSizes:
     @cached_property
     def bounds(self) -> tuple[int, int]:
         """The stage's first layer, and the first one after it."""
-        return stage_bounds(self.model, self.config.parallel)[self.stage]
+        return stage_bounds(self.model, self.config.parallel, self.config.data.sequence_length)[self.stage]
 
     @cached_property
     def layers(self) -> range:

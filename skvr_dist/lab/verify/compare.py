@@ -301,7 +301,7 @@ def _crossing_ratio(case: Case, results: Sequence[RankResult]) -> float:
     config = case.config()
     model, kv_copies = config.model, max(config.parallel.tensor // config.model.num_key_value_heads, 1)
     size = {"hidden_size": model.hidden_size, "kv_size": model.kv_size * kv_copies}
-    cuts = [stop for _, stop in stage_bounds(model, config.parallel)[:-1]]
+    cuts = [stop for _, stop in stage_bounds(model, config.parallel, config.data.sequence_length)[:-1]]
     bound = sum(
         crossing_elements(donors, cut, tokens=BATCH * case.sequence // len(rows), **size)
         for cut in cuts

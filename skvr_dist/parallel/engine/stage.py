@@ -63,19 +63,21 @@ class StageModule(PipelineModule):
         mesh: Mesh,
         seed: int,
         deepspeed_json: dict[str, Any],
+        sequence_length: int,
         only: Collection[str] | None = None,
     ) -> None:
         """Build the slice, with initial weights in the precision of the run; with ZeRO-3 only this rank's part of them.
 
         Args:
             deepspeed_json: DeepSpeed's configuration.
+            sequence_length: of the run's data, by which layers are shared out.
             only: modules whose parameters are trained, by their names; None: all.
         """
         self.model_config = model
         self.sequence_parallel = parallel.sequence_parallel
         self._parallel = parallel
         self._mesh = mesh
-        self._bounds = stage_bounds(model, parallel)
+        self._bounds = stage_bounds(model, parallel, sequence_length)
         self._seed = seed
         self._deepspeed_json = deepspeed_json
         self._only = only

@@ -107,7 +107,7 @@ class FrozenTeacher:
         modules = None
         if mesh.tp_size > 1:
             modules = TensorParallelModules(self.model_config, mesh, parallel.sequence_parallel)
-        start, stop = stage_bounds(self.model_config, parallel)[mesh.pp_rank]
+        start, stop = stage_bounds(self.model_config, parallel, config.data.sequence_length)[mesh.pp_rank]
         with torch.device("meta"):
             decoder = Decoder(self.model_config, start, stop, modules=modules)
         decoder = decoder.to_empty(device="cpu").requires_grad_(False)
