@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from skvr_dist.commands.verify.gpu_dry import figures_of, figures_of_orders, table_of_orders, tables_of
 from skvr_dist.config.load import validate_config
 from skvr_dist.errors import UserError
-from skvr_dist.lab.gpu_dry import library
-from skvr_dist.lab.gpu_dry.measure import measurements
+from skvr_dist.lab.gpu_dry import library, measure
+from skvr_dist.lab.gpu_dry.measure import failure, measurements
 from skvr_dist.lab.gpu_dry.order import RankLog, order_of
 
 WAIT = {"where": "skvr_dist/model/loss.py:1", "package": "skvr_dist", "called_from": "", "in_update": False, "times": 2}
@@ -53,6 +54,19 @@ def test_every_row_can_be_configured() -> None:
     assert len({each.name for each in rows}) == len(rows)
     for each in rows:
         assert validate_config(each.asked("auto")["config"]).num_micro_batches == each.micro_batches
+
+
+def test_what_a_row_refuses_is_said_in_its_own_sentence() -> None:
+    refused = "Traceback (most recent call last):\n  ...\nskvr_dist.errors.UserError: no fa4; use auto\nWARNING: left\n"
+    assert str(failure("a row ended with code 1", refused)) == "no fa4; use auto"
+    assert str(failure("a row ended with code 1", "KeyError: 3\n")).startswith("a row ended with code 1: KeyError: 3; ")
+
+
+def test_a_row_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "environment", lambda _: dict(os.environ))
+    monkeypatch.setattr(measure, "_SECONDS", 0)
+    with pytest.raises(UserError, match="eager has not ended in 0 seconds; run it again"):
+        next(measure.measure(measurements()[:1], tmp_path))
 
 
 def test_a_pytorch_without_cuda_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

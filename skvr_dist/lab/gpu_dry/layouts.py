@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from skvr_dist.cluster.launcher import free_port
-from skvr_dist.errors import UserError
-from skvr_dist.lab.gpu_dry.measure import environment
+from skvr_dist.lab.gpu_dry.measure import environment, failure
 from skvr_dist.lab.gpu_dry.order import RankLog, order_of
 from skvr_dist.lab.verify.cases import LAYOUTS, Case, quick_matrix, varied
 
 _SECONDS = 600
 """The longest that a layout's ranks may take; who has not ended then waits for another one."""
-_TRUNCATED = 2000  # letters of what a process that failed has said
 
 
 def layouts() -> list[str]:
@@ -70,11 +68,8 @@ def _run(name: str, folder: Path, logs: Path) -> list[int]:
             process.wait()
     for rank, process in enumerate(processes):
         if rank not in late and process.returncode:
-            text = _said(logs, rank).read_text(errors="replace").strip()[-_TRUNCATED:]
-            raise UserError(
-                f"rank {rank} of {name} ended with code {process.returncode}: {text}; is this PyTorch one of those in "
-                f"docs/gpu-dry.md?"
-            )
+            said = _said(logs, rank).read_text(errors="replace")
+            raise failure(f"rank {rank} of {name} ended with code {process.returncode}", said)
     return late
 
 

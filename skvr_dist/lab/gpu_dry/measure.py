@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -120,13 +121,27 @@ def _in_process_of_its_own(row: Measurement, folder: Path, attention: str) -> di
         asked, found = Path(exchange) / "asked.json", Path(exchange) / "found.json"
         asked.write_text(json.dumps(row.asked(attention)))
         command = [sys.executable, "-m", "skvr_dist.lab.gpu_dry.step", str(asked), str(found)]
-        said = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=_SECONDS)
-        if not found.exists():
+        try:
+            said = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
             raise UserError(
-                f"{row.name} ended with code {said.returncode} and no figures: {said.stderr.strip()[-_TRUNCATED:]}; "
-                f"is this PyTorch one of those in docs/gpu-dry.md?"
-            )
+                f"{row.name} has not ended in {_SECONDS} seconds; run it again when the machine has less to do"
+            ) from None
+        if not found.exists():
+            raise failure(f"{row.name} ended with code {said.returncode} and no figures", said.stderr)
         return json.loads(found.read_text())
+
+
+def failure(what: str, said: str) -> UserError:
+    """That of a process, in its own sentence where it has refused what it was asked for.
+
+    Args:
+        said: what it has printed.
+    """
+    refusals = re.findall(rf"^{re.escape(UserError.__module__)}\.UserError: (.+)$", said, re.MULTILINE)
+    if refusals:
+        return UserError(refusals[-1])
+    return UserError(f"{what}: {said.strip()[-_TRUNCATED:]}; is this PyTorch one of those in docs/gpu-dry.md?")
 
 
 def environment(folder: Path) -> dict[str, str]:
