@@ -40,16 +40,18 @@ def attention_notices(config: Config, choice: Choice, device: torch.device) -> l
         return [f"attention: routed (sequences of {config.data.sequence_length:,} tokens have donors each); {others}"]
     if why := why_no_arena(*_passes(config, device)):
         choice = Choice(choice.name, f"{choice.reason}; not routed, made for short sequences with donors each: {why}")
-    warning = _sdpa_warning(config, choice) if choice.name == "sdpa" and device.type == "cuda" else None
+    warning = _warning(config, choice) if device.type == "cuda" else None
     return [str(choice), *([warning] if warning else [])]
 
 
-def _sdpa_warning(config: Config, choice: Choice) -> str | None:
-    """What SDPA costs on a GPU where documents are separate, for which it takes a mask; None: nothing worth a word."""
+def _warning(config: Config, choice: Choice) -> str | None:
+    """What attention costs on a GPU that is no flash kernel; None: nothing worth a word."""
     model, sequence = config.model, config.data.sequence_length
     if sequence < _SHORT:
         return None
-    if config.data.documents == "joined":
+    if choice.name == "eager":
+        return f"WARNING: attention takes the formula, {_all_scores(config, 4)}; set model.attention to auto"
+    if choice.name != "sdpa" or config.data.documents == "joined":
         return None  # a flash kernel of its own, or the memory-efficient one
     if config.train.precision == "fp32" or model.head_dim % 8 == 0:
         cost = (
@@ -57,12 +59,18 @@ def _sdpa_warning(config: Config, choice: Choice) -> str | None:
             f"between documents too"
         )
     else:  # the memory-efficient kernel takes no mask in bf16 for such heads
-        batch, heads = config.train.micro_batch_size, model.num_attention_heads // config.parallel.tensor
-        cost = (
-            f"PyTorch's math path, which keeps all scores: {batch} x {heads} heads x {sequence:,} x {sequence:,}, "
-            f"{batch * heads * sequence**2 * 2 / 2**30:.1f} GiB for each of several copies in a layer"
-        )
+        cost = f"PyTorch's math path, {_all_scores(config, 2)}"
     return f"WARNING: attention takes {cost}; {_way_out(config, choice)}"
+
+
+def _all_scores(config: Config, element_size: int) -> str:
+    """What one rank keeps of a layer's scores, in words."""
+    batch, sequence = config.train.micro_batch_size, config.data.sequence_length
+    heads = config.model.num_attention_heads // config.parallel.tensor
+    return (
+        f"which keeps all scores: {batch} x {heads} heads x {sequence:,} x {sequence:,}, "
+        f"{batch * heads * sequence**2 * element_size / 2**20:,.0f} MiB for each of several copies in a layer"
+    )
 
 
 def _way_out(config: Config, choice: Choice) -> str:

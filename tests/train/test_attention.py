@@ -77,4 +77,8 @@ def test_our_kernel_is_named_where_short_sequences_have_donors_each(monkeypatch:
 
 def test_the_cost_of_scores_is_named() -> None:
     _, warning = attention_notices(config(head_dim=100), Choice("sdpa", ""), CUDA)
-    assert "2 x 4 heads x 2,048 x 2,048, 0.1 GiB for each of several copies" in warning
+    assert "2 x 4 heads x 2,048 x 2,048, 64 MiB for each of several copies" in warning
+    _, warning = attention_notices(config(1024, documents="joined"), Choice("eager", ""), CUDA)
+    assert "takes the formula, which keeps all scores: 2 x 4 heads x 1,024 x 1,024, 32 MiB for each" in warning
+    assert warning.endswith("set model.attention to auto")
+    assert len(attention_notices(config(1023), Choice("eager", ""), CUDA)) == 1
