@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -135,7 +136,7 @@ def find_callable(dotted: str) -> Callable[[int, Values], Any]:
     """The callable of a dotted name.
 
     Raises:
-        UserError: its module cannot be imported, or has no such callable.
+        UserError: its module cannot be imported, has no such callable, or one that takes no records.
     """
     module, _, name = dotted.rpartition(".")
     try:
@@ -148,7 +149,24 @@ def find_callable(dotted: str) -> Callable[[int, Values], Any]:
     if not callable(found):
         what = f"{module} has nothing of that name" if found is None else f"that is no callable, but {found!r}"
         raise UserError(f"metrics.writers names {dotted}, but {what}; name a callable of {module}")
+    if why := _why_it_takes_no_records(found):
+        raise UserError(f"metrics.writers names {dotted}, {why}; name one that is called with (step, values)")
     return found
+
+
+def _why_it_takes_no_records(found: Callable[..., Any]) -> str | None:
+    """What is wrong with how a callable is declared, if anything is."""
+    if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__):
+        return "which is async, and nobody would await it"
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # of what is not written in Python it may not be known
+        return None
+    try:
+        signature.bind(0, {})
+    except TypeError as error:
+        return f"which cannot take a record ({error})"
+    return None
 
 
 def open_writer(name: str, settings: MetricsConfig, folder: RunFolder, first_step: int) -> Writer:

@@ -30,6 +30,12 @@ def breaks(step, values):
     if step == 2:
         raise RuntimeError("two\\nlines")
 number = 5
+def nothing():
+    pass
+class Writer:
+    async def __call__(self, step, values):
+        pass
+awaited = Writer()
 """
 SHOWN = ("loss", "predicted_tokens", "learning_rate", "gradient_norm", "tokens_per_second")
 VALUES = {f"train/{name}": 2.0 for name in SHOWN} | {"routing/cross_layer_share": 0.5, "routing/skipped_kv_share": 0.25}
@@ -125,9 +131,12 @@ def test_one_that_would_end_the_process_is_left_out_too(tmp_path: Path, monkeypa
         ("broken.write", r"but broken cannot be imported \(ZeroDivisionError: division by zero\); put its folder on"),
         ("of_user.absent", r"names of_user\.absent, but of_user has nothing of that name; name a callable of of_user"),
         ("of_user.number", "but that is no callable, but 5; name a callable of of_user"),
+        ("of_user.nothing", r"which cannot take a record \(too many positional arguments\); name one that is"),
+        ("of_user.Writer", r"which cannot take a record"),
+        ("of_user.awaited", r"names of_user\.awaited, which is async, and nobody would await it; name one that is"),
     ],
 )
-def test_missing_callables_are_refused(name: str, sentence: str) -> None:
+def test_callables_that_are_missing_or_take_no_records_are_refused(name: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         require_writers(MetricsConfig(writers=["jsonl", name]))
 
