@@ -123,13 +123,19 @@ def require_writers(settings: MetricsConfig) -> None:
         UserError: a package is not installed, or there is no such callable.
     """
     for name in settings.writers:
-        if name == "wandb" and importlib.util.find_spec("wandb") is None:
+        if name == "wandb" and not _is_installed("wandb"):
             raise UserError(
                 "metrics.writers names wandb, but the package wandb is not installed here; install it (pip install "
                 "wandb), or leave it out"
             )
         if name not in WRITERS:
             find_callable(name)
+
+
+def _is_installed(package: str) -> bool:
+    """Whether it can be imported; a folder of that name, such as the one of offline runs, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def find_callable(dotted: str) -> Callable[[int, Values], Any]:

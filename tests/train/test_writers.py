@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -154,8 +155,9 @@ def test_wrong_lists_are_refused(names: str, sentence: str) -> None:
     assert sentence in str(refused.value)
 
 
-def test_without_wandb_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("found", [None, ModuleSpec("wandb", None, is_package=True)], ids=["nothing", "a folder"])
+def test_without_wandb_it_is_refused(found: ModuleSpec | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     with pytest.raises(UserError, match=r"the package wandb is not installed here; install it \(pip install wandb\)"):
         require_writers(MetricsConfig(writers=["jsonl", "wandb"]))
 
