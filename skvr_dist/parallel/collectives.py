@@ -82,8 +82,12 @@ class LinearsOfSequence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, *used: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases = used[0::2], used[1::2]
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, weight: Tensor, *used: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        # `weight` has a name of its own for the compiler's sake: without gradients it passes no ctx where there are as
+        # many arguments as names, which are five here and never as many as weights and biases in pairs.
+        weights, biases = (weight, *used[1::2]), used[0::2]
         ctx.group = group
         ctx.save_for_backward(x, *weights)
         whole = _sequence(all_gather(x, group), x)

@@ -67,10 +67,10 @@ def test_labels_that_are_ignored_cost_nothing() -> None:
     assert next_token_loss(logits, torch.full_like(labels, -100)) == 0
 
 
-def losses_and_gradients(layout: str, attention: str, checkpointing: str) -> dict[str, Any]:
+def losses_and_gradients(layout: str, attention: str, checkpointing: str, compiled: str) -> dict[str, Any]:
     if attention == "fa2":
         flash_on_cpu.give_to_torch(pytest.MonkeyPatch())  # this process is of this test alone
-    config = Case(layout, "none", checkpointing).config()
+    config = Case(layout, "none", checkpointing, compile=compiled).config()
     config = config.model_copy(
         update={
             "model": config.model.model_copy(update={"attention": attention}),
@@ -94,12 +94,19 @@ def losses_and_gradients(layout: str, attention: str, checkpointing: str) -> dic
 
 
 @pytest.mark.parametrize(
-    ("layout", "attention", "checkpointing"),
-    [("single", "sdpa", "none"), ("PP4 uneven", "fa2", "none"), ("TP2 SP", "fa2", "attention")],
+    ("layout", "attention", "checkpointing", "compiled"),
+    [
+        ("single", "sdpa", "none", "off"),
+        ("PP4 uneven", "fa2", "none", "off"),
+        ("TP2 SP", "fa2", "attention", "off"),
+        ("TP2 SP", "sdpa", "none", "aot_eager"),
+    ],
 )
-def test_every_layout_trains_on_separate_documents(layout: str, attention: str, checkpointing: str) -> None:
+def test_every_layout_trains_on_separate_documents(
+    layout: str, attention: str, checkpointing: str, compiled: str
+) -> None:
     """Against a plain decoder; with four stages those in the middle read documents too."""
-    results = run_ranks(LAYOUTS[layout].ranks, losses_and_gradients, layout, attention, checkpointing)
+    results = run_ranks(LAYOUTS[layout].ranks, losses_and_gradients, layout, attention, checkpointing, compiled)
     decoder = Decoder(ModelConfig.model_validate(SHAPE))
     initialize(decoder, SEED)
     batches = micro_batches(4)
