@@ -94,14 +94,15 @@ def fp32_results() -> tuple[Case, list[RankResult]]:
 
 
 def test_the_comparison_sees_a_wrong_gradient() -> None:
-    """A relative error of 1e-4 in one gradient of one rank, and a rank that holds a byte too much for its share."""
+    """A relative error of 1e-4 in one gradient and of 1e-5 in an evaluation, and twice a share of bytes, on one rank."""
     case, results = fp32_results()
     assert not compare(case, results).misses
     results = copy.deepcopy(results)
     results[1].gradients[0]["layers.2.self_attn.k_proj.weight"][1].mul_(1 + 1e-4)
+    results[1].evaluation *= 1 + 1e-5
     results[1].bytes["optimizer"] *= 2
     outcome = compare(case, results)
-    assert outcome.misses == ["gradient", "bytes of optimizer"]
+    assert outcome.misses == ["evaluation", "gradient", "bytes of optimizer"]
     assert outcome.worst_gradient == "layers.2.self_attn.k_proj.weight"
     assert outcome.bytes_ratio["optimizer"] == pytest.approx(2.0, rel=0.05)
 

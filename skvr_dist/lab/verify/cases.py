@@ -309,6 +309,11 @@ class Case:
             masks.append(torch.arange(self.sequence) < labels)
         return masks
 
+    @property
+    def evaluated(self) -> list[int]:
+        """Donors of the cache strategy that is evaluated before the first step: every other layer keeps a cache."""
+        return [layer // 2 * 2 for layer in range(self.shape["num_hidden_layers"])]
+
     def micro_batches(self) -> list[list[MicroBatch]]:
         """The Q micro-batches of every step, as the data path hands them over."""
         steps = []

@@ -71,6 +71,8 @@ class Outcome:
     same_donors: bool
     """Whether every rank used the donors that the reference drew."""
     initial: float
+    evaluation: float
+    """Error of the loss at a cache strategy, with the initial weights."""
     loss: float
     gradient: float
     """Error of the first step's gradients."""
@@ -100,6 +102,7 @@ class Outcome:
         right = {
             "donors": self.same_donors,
             "initial weights": self.initial == 0.0,
+            "evaluation": self.evaluation <= tolerance.loss,
             "loss": self.loss <= tolerance.loss,
             "gradient": self.gradient <= tolerance.gradient,
             "later gradients": self.later_gradients <= tolerance.later_gradients,
@@ -174,20 +177,24 @@ def expected(case: Case) -> dict[str, Any]:
     ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on tensors this small threads only wait for each other
+    batches, labelled = [_by_row(case, batch) for batch in case.batches()], [_by_row(case, m) for m in case.labelled()]
     trained = reference.train(
         initial,
         case.shape,
-        [_by_row(case, batch) for batch in case.batches()],
+        batches,
         plans,
-        labelled=[_by_row(case, mask) for mask in case.labelled()],
+        labelled=labelled,
         separate_at=case.separate_at,
         dtype=dtype,
         distillation=how_to_distil(case),
         distilled=[[mark for mark in marks for _ in range(case.rows)] for marks in case.distilled()],
         **how_to_train(case),
     )
+    evaluation = reference.evaluation_loss(
+        initial, case.shape, batches[0], case.evaluated, labelled=labelled[0], separate_at=case.separate_at
+    )
     torch.set_num_threads(threads)
-    return {**trained, "initial": initial, "donors": plans}
+    return {**trained, "evaluation": evaluation, "initial": initial, "donors": plans}
 
 
 def _by_row(case: Case, batch: Tensor) -> Tensor:
@@ -211,6 +218,7 @@ def compare(case: Case, results: Sequence[RankResult]) -> Outcome:
         case=case,
         same_donors=all(result.donors == wanted["donors"] for result in results),
         initial=max(_errors([r.initial for r in results], wanted["initial"]).values()),
+        evaluation=max(_relative([r.evaluation], [wanted["evaluation"]]) for r in results),
         loss=max(_relative(r.losses, wanted["losses"]) for r in results),
         gradient=first[worst],
         worst_gradient=worst,

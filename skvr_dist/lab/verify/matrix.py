@@ -33,7 +33,7 @@ def run_matrix(cases: Iterable[Case], *, first_use: bool = False) -> Iterator[Ou
 
 def as_table(outcomes: Iterable[Outcome]) -> str:
     """A line per case, in Markdown; what a case has beyond the plainest one is in the column `also`."""
-    header = ["layout", "policy", "checkpointing", "tied", "also", "initial", "loss", "gradient"]
+    header = ["layout", "policy", "checkpointing", "tied", "also", "initial", "evaluation", "loss", "gradient"]
     header += ["later gradients", "gradient scale", "norm", "update", "weights"]
     header += ["bytes: parameters", "gradients", "optimizer", "sent / bound", "verdict"]
     return tabulate([_row(outcome) for outcome in outcomes], headers=header, tablefmt="github", disable_numparse=True)
@@ -41,8 +41,8 @@ def as_table(outcomes: Iterable[Outcome]) -> str:
 
 def _row(outcome: Outcome) -> list[str]:
     case = outcome.case
-    errors = [outcome.initial, outcome.loss, outcome.gradient, outcome.later_gradients, outcome.gradient_scale]
-    errors += [outcome.norm, outcome.update, outcome.weights]
+    errors = [outcome.initial, outcome.evaluation, outcome.loss, outcome.gradient, outcome.later_gradients]
+    errors += [outcome.gradient_scale, outcome.norm, outcome.update, outcome.weights]
     return [
         case.layout,
         case.policy,

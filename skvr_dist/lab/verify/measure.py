@@ -38,6 +38,8 @@ class RankResult:
     """What one rank saw in one case."""
 
     stage: int
+    evaluation: float
+    """Mean loss of the first step's batch before training, at `Case.evaluated`."""
     losses: list[float]
     norms: list[float]
     donors: list[list[list[int]]]
@@ -80,10 +82,13 @@ def run_case(case: Case) -> RankResult:
             sizes["gradients"] = _bytes(gradient_tensors(engine.optimizer, engine.stage))
         gradients.append(_held(stage.shards, {name: gather_gradient(p) for name, p in parameters.items()}))
 
+    batches = case.micro_batches()
+    evaluation = engine.evaluate(batches[0][mesh.dp_rank :: mesh.dp_size], case.evaluated)
+    sent_before = engine.sent_bytes
     engine.before_update = look
     plans = plan_stream(config, mesh, first_step=0)
     result: dict[str, list[Any]] = {"losses": [], "norms": [], "donors": []}
-    for batch in case.micro_batches():
+    for batch in batches:
         plan = plans.next()
         result["donors"].append(plan.donors.tolist())
         result["losses"].append(engine.train_step(iter(batch[mesh.dp_rank :: mesh.dp_size]), plan))
@@ -98,12 +103,13 @@ def run_case(case: Case) -> RankResult:
     sizes["optimizer"] = _bytes(states)
     measured = RankResult(
         stage=mesh.pp_rank,
+        evaluation=evaluation,
         **result,
         initial=_held(stage.shards, initial),
         gradients=gradients,
         weights=_held(stage.shards, weights),
         masters=_held(stage.shards, masters),
-        sent_bytes=engine.sent_bytes,
+        sent_bytes=engine.sent_bytes - sent_before,
         backward_passes=engine.backward_passes,
         bytes=sizes,
         expected_bytes=expected_bytes(case, mesh, sum(t.numel() for t in initial.values())),

@@ -11,6 +11,7 @@ Shapes: Q micro-batches of B sequences of S + 1 tokens, L layers, E head_dim, V 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,6 +172,26 @@ def loss(w: Weights, shape: dict, tokens: Tensor, donors: list[int]) -> Tensor:
     return token_losses(w, shape, tokens, donors).mean()
 
 
+def evaluation_loss(
+    weights: Weights,
+    shape: dict,
+    batch: Tensor,
+    donors: list[int],
+    *,
+    labelled: Tensor | None = None,
+    separate_at: int | None = None,
+) -> float:
+    """Mean loss of a batch [Q, B, S + 1] with the same donors [L] in all of it, over what `train` counts."""
+    losses = torch.stack([token_losses(weights, shape, tokens, donors, separate_at) for tokens in batch])
+    return losses[_counted(batch, labelled, separate_at)].mean().item()
+
+
+def _counted(batch: Tensor, labelled: Tensor | None, separate_at: int | None) -> Tensor:
+    """Which tokens of a batch [Q, B, S + 1] are predicted, bool [Q, B, S]."""
+    mask = torch.ones_like(batch[..., 1:], dtype=torch.bool) if labelled is None else labelled
+    return mask if separate_at is None else mask & (batch[..., :-1] != separate_at)
+
+
 def learning_rate(
     step: int,
     *,
@@ -253,7 +274,7 @@ def train(
     """
     adamw = AdamW(weights, clip=clip, **optimizer)
     rates = learning_rates or [adamw.lr] * len(batches)
-    masks = labelled or [torch.ones_like(batch[..., 1:], dtype=torch.bool) for batch in batches]
+    masks: Sequence[Tensor | None] = labelled or [None] * len(batches)
     result: dict = {"losses": [], "norms": [], "gradients": []}
     which = distilled or [[False] * len(batch) for batch in batches]
     for batch, mask, plan, rate, marks in zip(batches, masks, plans, rates, which, strict=True):
@@ -264,9 +285,7 @@ def train(
             else token_losses(w, shape, tokens, row, separate_at)
             for tokens, row, mark in zip(batch, plan, marks, strict=True)
         ]
-        if separate_at is not None:
-            mask = mask & (batch[..., :-1] != separate_at)
-        total = torch.stack(losses)[mask].mean()
+        total = torch.stack(losses)[_counted(batch, mask, separate_at)].mean()
         # A weight that no micro-batch used has a gradient of zero, not none: AdamW must still decay it.
         found = torch.autograd.grad(total, list(w.values()), allow_unused=True, materialize_grads=True)
         gradients = dict(zip(w, found, strict=True))
