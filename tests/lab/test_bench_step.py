@@ -57,6 +57,10 @@ def test_a_plain_loop_beside_ours(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--against", "hf", "parallel.pipeline=2"], r"parallel\.pipeline is 2 and parallel\.tensor 1; set both to 1"),
+        (
+            ["--against", "hf", "parallel.activation_checkpointing.recompute=layer"],
+            r"recomputes nothing, but parallel\.activation_checkpointing\.recompute is layer; set it to none",
+        ),
         (["--against", "hf", "train.only=[norm]"], r"trains all weights on joined documents; leave train\.only out"),
         (["train.only=[nonsense]"], "train.only names nonsense, but the modules of the model are"),
         (["deepspeed.foo=1"], "unknown key deepspeed.foo"),

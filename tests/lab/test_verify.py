@@ -94,7 +94,7 @@ def fp32_results() -> tuple[Case, list[RankResult]]:
 
 
 def test_the_comparison_sees_a_wrong_gradient() -> None:
-    """A relative error of 1e-4 in one gradient and of 1e-5 in an evaluation, and twice a share of bytes, on one rank."""
+    """An error of 1e-4 in one gradient and of 1e-5 in an evaluation, and twice a share of bytes, on one rank."""
     case, results = fp32_results()
     assert not compare(case, results).misses
     results = copy.deepcopy(results)

@@ -36,6 +36,7 @@ from skvr_dist.command import (
 from skvr_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from skvr_dist.config.tree import Config
     from skvr_dist.lab.bench.step import StepTimes
     from skvr_dist.parallel.mesh import Mesh
 
@@ -54,6 +55,31 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_overrides(parser)
 
 
+def _require_of_a_plain_loop(config: Config) -> None:
+    """Refuse what the plain loop does not do, so that both do the same.
+
+    Raises:
+        UserError: the configuration asks for it.
+    """
+    recomputed = config.parallel.activation_checkpointing.recompute
+    if config.distillation:
+        raise UserError("--against hf has one pass for each micro-batch, but the configuration distils; leave one out")
+    if config.parallel.pipeline > 1 or config.parallel.tensor > 1:
+        raise UserError(
+            f"--against hf has data-parallel replicas alone, but parallel.pipeline is {config.parallel.pipeline} and "
+            f"parallel.tensor {config.parallel.tensor}; set both to 1"
+        )
+    if config.train.only is not None or config.data.documents == "separate":
+        raise UserError(
+            "--against hf trains all weights on joined documents; leave train.only out and set data.documents to joined"
+        )
+    if recomputed != "none":
+        raise UserError(
+            f"--against hf recomputes nothing, but parallel.activation_checkpointing.recompute is {recomputed}; set it "
+            f"to none"
+        )
+
+
 def run(options: Namespace) -> int:
     """Measure, over all ranks; returns the exit code."""
     import torch
@@ -64,17 +90,8 @@ def run(options: Namespace) -> int:
     from skvr_dist.train.inputs import require_startable
 
     config = load_config(options.config, options.overrides)
-    if options.against and config.distillation:
-        raise UserError("--against hf has one pass for each micro-batch, but the configuration distils; leave one out")
-    if options.against and (config.parallel.pipeline > 1 or config.parallel.tensor > 1):
-        raise UserError(
-            f"--against hf has data-parallel replicas alone, but parallel.pipeline is {config.parallel.pipeline} and "
-            f"parallel.tensor {config.parallel.tensor}; set both to 1"
-        )
-    if options.against and (config.train.only is not None or config.data.documents == "separate"):
-        raise UserError(
-            "--against hf trains all weights on joined documents; leave train.only out and set data.documents to joined"
-        )
+    if options.against:
+        _require_of_a_plain_loop(config)
     require_startable(config, announced_world_size())
     from skvr_dist.lab.bench.step import Kind, interleaved_step_times
     from skvr_dist.parallel.mesh import Mesh

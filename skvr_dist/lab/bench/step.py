@@ -65,7 +65,7 @@ class Ratio:
     @classmethod
     def between(cls, ratios: Sequence[float]) -> Ratio:
         """Median and quartiles of ratios of pairs."""
-        lower, median, upper = statistics.quantiles(ratios, n=4)
+        lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         return cls(median, lower, upper)
 
 
