@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.layouts import data_parallel_size, zero_stage_in_use
 from skvr_dist.config.tree import Config
+from skvr_dist.data.reader import SequenceStream
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.parallel.engine.deepspeed_json import deepspeed_json
 from skvr_dist.parallel.split import Bounds, stage_bounds
@@ -43,8 +45,6 @@ def describe(config: Config, world_size: int) -> str:
     plans = [plan_of_step(config, number * config.train.steps // drawn) for number in range(drawn)]
     rows_of_plans = [donors for plan in plans for donors in plan.donors][:most_rows]
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length
-    total_tokens = tokens_per_step * config.train.steps
-    tokens_on_disk = inputs.sequences.tokens_on_disk
     facts = [
         [
             "ranks",
@@ -53,8 +53,7 @@ def describe(config: Config, world_size: int) -> str:
         ["ZeRO stage, precision", f"{zero_stage_in_use(config, replicas)}, {config.train.precision}"],
         ["micro-batches per step", f"{config.num_micro_batches}, {config.num_micro_batches // replicas} per replica"],
         ["passes per step", f"{config.num_passes}, {config.num_passes // replicas} per replica"],
-        ["tokens per step, in all", f"{tokens_per_step:,}, {total_tokens:,}"],
-        ["training data", f"{tokens_on_disk:,} tokens ({total_tokens / tokens_on_disk:.2f} epochs)"],
+        *_tokens(config, tokens_per_step, inputs.sequences, resumed),
         *[["examples", words] for words in inputs.examples],
         ["held-out sequences", f"{len(inputs.held_out) * config.train.micro_batch_size} per evaluation"],
         [
@@ -90,3 +89,18 @@ def _rows_of_stages(
             crossing = f"{layers_crossing:.2f} ({per_token / config.model.hidden_size:.2f})"
         rows.append([stage, f"{start} to {stop - 1}", f"{parameters:,}", crossing])
     return rows
+
+
+def _tokens(config: Config, per_step: int, sequences: SequenceStream, resumed: Checkpoint | None) -> list[list[str]]:
+    """Tokens of the run, and how often the data is read; steps before a checkpoint may have seen others."""
+    on_disk, done, seen, since = sequences.tokens_on_disk, 0, 0, ""
+    if resumed:
+        done, seen = resumed.step, resumed.facts.tokens_seen
+    left = per_step * (config.train.steps - done)
+    of_this_data = seen + left
+    if resumed and resumed.facts.data_fingerprint != sequences.fingerprint():  # data.on_resume is other_data
+        of_this_data, since = left, f" from step {done} on"
+    return [
+        ["tokens per step, in all", f"{per_step:,}, {seen + left:,}"],
+        ["training data", f"{on_disk:,} tokens ({of_this_data / on_disk:.2f} epochs{since})"],
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from skvr_dist.errors import UserError
 from skvr_dist.routing import CacheStrategy
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.run.lock import RunLock
+from skvr_dist.train.dry_run import describe
 from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.resume import preview_resume
 
@@ -323,6 +325,16 @@ def test_dry_run_and_print_config(data: Path, tmp_path: Path) -> None:
     printed = run_here("launch/pretrain.py", *keys, "--print-config")
     assert yaml.safe_load(printed)["train"]["steps"] == STEPS
     assert not (tmp_path / "new").exists()
+
+
+def test_dry_run_counts_the_tokens_of_a_resumed_run(routed: Path, data: Path) -> None:
+    """The steps before the checkpoint have seen sequences of their own length."""
+    shorter = ["data.sequence_length=32", "data.on_resume=other_data", "train.on_resume=other_schedule"]
+    keys = [*SMALL[2:], *data_keys(data), f"train.output_dir={routed}", f"train.steps={STEPS + 2}"]
+    text = describe(load_config([ROOT / SMALL[1]], [*keys, *shorter]), world_size=4)
+    assert f"{BATCH * 32}, {STEPS * BATCH * SEQUENCE + 2 * BATCH * 32:,}\n" in text
+    (epochs,) = re.findall(rf"(\d\.\d\d) epochs from step {STEPS} on", text)
+    assert float(epochs) < 0.05
 
 
 def test_retention_export_and_report(routed: Path, data: Path, tmp_path: Path) -> None:
