@@ -38,7 +38,7 @@ def describe(config: Config, world_size: int) -> str:
     inputs = open_inputs(config, world_size)
     RunFolder(config.train.output_dir).prove_writable()
     require_writers(config.metrics)
-    resumed = preview_resume(config, inputs.sequences.fingerprint())
+    resumed = preview_resume(config, inputs.sequences.fingerprint(), inputs.tokenizer)
     bounds = stage_bounds(config.model, config.parallel, config.data.sequence_length)
     most_rows = max(1, min(_ROWS, _READS // (config.model.num_hidden_layers * len(bounds))))
     drawn = max(1, most_rows // config.num_micro_batches)

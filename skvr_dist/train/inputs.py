@@ -36,6 +36,8 @@ class Inputs:
     """The held-out micro-batches of each evaluation, as many for every replica."""
     examples: list[str]
     """What became of each file of fine-tuning examples, in words."""
+    tokenizer: Tokenizer
+    """That of all of them."""
 
 
 def open_inputs(config: Config, world_size: int) -> Inputs:
@@ -86,7 +88,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     told += sources_in_words(
         {f"data.validation.{name}": each for name, each in zip(data.validation, held_out, strict=True)}
     )
-    return Inputs(sequences, micro_batches, told)
+    return Inputs(sequences, micro_batches, told, tokenizer)
 
 
 def require_startable(config: Config, world_size: int) -> int:

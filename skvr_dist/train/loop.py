@@ -159,7 +159,7 @@ def prepare(config: Config, inputs: Inputs) -> str:
         folder.prove_writable()
         require_writers(config.metrics)
     if not is_other_rank():  # one per host looks at the checkpoints
-        preview_resume(config, inputs.sequences.fingerprint())
+        preview_resume(config, inputs.sequences.fingerprint(), inputs.tokenizer)
     if announced_rank() > 0:
         return ""
     run = str(folder.notes().get("id") or uuid.uuid4().hex)

@@ -8,6 +8,8 @@ from typing import Any
 from skvr_dist.checkpoint.folder import Checkpoint, candidates, point_latest, set_aside
 from skvr_dist.checkpoint.together import open_together
 from skvr_dist.config.tree import Config
+from skvr_dist.data.tokenizers.base import Tokenizer, spell_alike
+from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
@@ -71,8 +73,13 @@ def _as_noted(checkpoint: str) -> str:
     return str(local_path(checkpoint).resolve())
 
 
-def preview_resume(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoint | None:
+def preview_resume(
+    config: Config, data_fingerprint: dict[str, Any], tokenizer: Tokenizer | None = None
+) -> Checkpoint | None:
     """The checkpoint that a run would resume from, as far as one process can tell without reading its tensors.
+
+    Args:
+        tokenizer: that of the data; None compares none.
 
     Raises:
         UserError: none is left, or it does not fit the configuration; or the initial weights of a new run do not.
@@ -85,12 +92,28 @@ def preview_resume(config: Config, data_fingerprint: dict[str, Any]) -> Checkpoi
             problems.append(str(error))
             continue
         require_same_training(checkpoint, config, data_fingerprint)
+        _require_same_tokenizer(checkpoint, config, tokenizer)
         return checkpoint
     _require_one(problems)
     require_begun(config, 0)
     if config.train.initial_weights:
-        require_weights_fit(Checkpoint(config.train.initial_weights), config.model)
+        weights = Checkpoint(config.train.initial_weights)
+        require_weights_fit(weights, config.model)
+        _require_same_tokenizer(weights, config, tokenizer)
     return None
+
+
+def _require_same_tokenizer(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer | None) -> None:
+    """Refuse weights that were trained here on other texts for the ids of the data; an import leaves its own behind."""
+    if tokenizer is None or checkpoint.tokenizer_file is None or not checkpoint.is_trained:
+        return
+    theirs = load_tokenizer(checkpoint.tokenizer_file)
+    if not spell_alike(theirs, tokenizer):
+        raise UserError(
+            f"checkpoint {checkpoint.folder} was trained with tokenizer {theirs.sha256[:12]}, to which tokens of "
+            f"data.tokenizer {config.data.tokenizer} ({tokenizer.sha256[:12]}) are other texts; prepare the data with "
+            f"{checkpoint.tokenizer_file}, or give other weights"
+        )
 
 
 def _require_one(problems: list[str]) -> None:

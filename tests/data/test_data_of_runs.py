@@ -83,7 +83,7 @@ def start(data: Path, output: Path, *overrides: str) -> None:
     """What a run checks before its first step."""
     config = load_config([QUICKSTART], [*arguments(data, output), *overrides])
     inputs = open_inputs(config, world_size=1)
-    preview_resume(config, inputs.sequences.fingerprint())
+    preview_resume(config, inputs.sequences.fingerprint(), inputs.tokenizer)
 
 
 def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(data: Path, tmp_path: Path) -> None:
@@ -122,6 +122,21 @@ def test_damage_is_skipped_counted_and_logged_and_a_resume_tells_what_differs(da
     config = load_config([QUICKSTART], [swapped, *rest, *longer])
     with pytest.raises(UserError, match=r"the order of sources \(code, mail there, mail, code here\)"):
         preview_resume(config, open_inputs(config, world_size=1).sequences.fingerprint())
+
+
+@pytest.mark.parametrize("key", ["initial_weights", "resume"])
+def test_weights_of_another_tokenizer_are_refused(data: Path, tmp_path: Path, key: str) -> None:
+    """Of as many tokens, too: ids would be other texts."""
+    trained, other = tmp_path / "trained", tmp_path / "other"
+    pretrain(data, trained, "train.steps=1")
+    documents = [d for d in open_corpus("stdlib") if d.id.startswith("email/")]
+    tokenizer = train_tokenizer(documents, vocab_size=500)
+    prepare(Corpus(data / "email.jsonl"), tokenizer, other, num_shards=4, validation_share=0.2, workers=1)
+    sets = {"train": other / "train", "validation": other / "validation", "tokenizer": other / "tokenizer.model"}
+    mine = [f"train.{key}={trained}", "data.on_resume=other_data", "train.on_resume=other_schedule"]
+    start(data, tmp_path / "run", *mine)
+    said = refusal(data, tmp_path / "run", *mine, *(f"data.{name}={path}" for name, path in sets.items()))
+    assert f"are other texts; prepare the data with {trained}/checkpoints/" in said
 
 
 def test_the_documented_offload(data: Path, tmp_path: Path) -> None:
