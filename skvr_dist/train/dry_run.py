@@ -55,6 +55,7 @@ def describe(config: Config, world_size: int) -> str:
         ["passes per step", f"{config.num_passes}, {config.num_passes // replicas} per replica"],
         *_tokens(config, tokens_per_step, inputs.sequences, resumed),
         *[["examples", words] for words in inputs.examples],
+        *[["notice", words] for words in inputs.notices],
         ["held-out sequences", f"{len(inputs.held_out) * config.train.micro_batch_size} per evaluation"],
         [
             "starts from",

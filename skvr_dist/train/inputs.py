@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from skvr_dist.cluster.launcher import is_other_rank
@@ -12,7 +14,7 @@ from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.data.cores import require_few_processes
 from skvr_dist.data.finetune.sequences import FinetuneSequences, sources_in_words
-from skvr_dist.data.held_out import held_out_batches, open_held_out
+from skvr_dist.data.held_out import HeldOutSet, held_out_batches, open_held_out
 from skvr_dist.data.reader import ExampleSet, SequenceStream, SourceData
 from skvr_dist.data.shards import Dataset
 from skvr_dist.data.tokenizers.base import Tokenizer
@@ -38,6 +40,8 @@ class Inputs:
     """What became of each file of fine-tuning examples, in words."""
     tokenizer: Tokenizer
     """That of all of them."""
+    notices: list[str]
+    """What is said of them at the start, though the run goes on."""
 
 
 def open_inputs(config: Config, world_size: int) -> Inputs:
@@ -88,7 +92,19 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     told += sources_in_words(
         {f"data.validation.{name}": each for name, each in zip(data.validation, held_out, strict=True)}
     )
-    return Inputs(sequences, micro_batches, told, tokenizer)
+    return Inputs(sequences, micro_batches, told, tokenizer, _trained_on(data, sequences, held_out))
+
+
+def _trained_on(data: DataConfig, sequences: SequenceStream, held_out: Sequence[HeldOutSet]) -> list[str]:
+    """Which held-out sets are trained on, too, a sentence each: a trial of a few texts may want that, no other run."""
+    return [
+        f"data.validation.{name} is also trained on, as data.train.{trained}: held-out losses say what the model has "
+        f"learnt by heart; hold out other data"
+        for (name, held), opened in zip(data.validation.items(), held_out, strict=True)
+        for trained, source in data.train.items()
+        if opened.fingerprint == sequences.sources[trained].dataset.fingerprint
+        or (held.has_examples and source.has_examples and os.path.realpath(held.path) == os.path.realpath(source.path))
+    ]
 
 
 def require_startable(config: Config, world_size: int) -> int:

@@ -221,7 +221,7 @@ def start(config: Config, inputs: Inputs, mesh: Mesh) -> Run:
     jumps = schedule_jumps(resumed, config) if resumed else []
     notices = [f"{problem} (left out)" for problem in left_out] + [f"set aside: {path}" for path in aside]
     notices += [f"moved, as train.on_resume allows: {jump}" for jump in jumps]
-    report_start(run, resumed, notices + inputs.examples + ([lost] if lost else []))
+    report_start(run, resumed, notices + inputs.examples + inputs.notices + ([lost] if lost else []))
     return run
 
 

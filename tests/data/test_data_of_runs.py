@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,23 @@ def test_weights_of_another_tokenizer_are_refused(data: Path, tmp_path: Path, ke
     start(data, tmp_path / "run", *mine)
     said = refusal(data, tmp_path / "run", *mine, *(f"data.{name}={path}" for name, path in sets.items()))
     assert f"are other texts; prepare the data with {trained}/checkpoints/" in said
+
+
+def test_held_out_data_that_is_trained_on_is_said(data: Path, tmp_path: Path) -> None:
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(json.dumps({"context": "a", "question": "b", "answer": "c"}) + "\n")
+    asked = f"{{path: {examples}, format: examples}}"
+    shutil.copytree(data / "json/train", tmp_path / "copied")
+    words = [
+        f"data.train={{code: {{path: {data}/json/train}}, asked: {asked}}}",
+        f"data.validation={{same: {{path: {tmp_path}/copied}}, mail: {{path: {data}/email/validation}}, ask: {asked}}}",
+        *("data.documents=separate", "train.seed=3", "evaluate.sequences=3", "train.micro_batch_size=1"),
+    ]
+    notices = open_inputs(load_config([QUICKSTART], [*arguments(data, tmp_path), *words]), world_size=1).notices
+    assert [notice.split(":")[0] for notice in notices] == [
+        "data.validation.same is also trained on, as data.train.code",
+        "data.validation.ask is also trained on, as data.train.asked",
+    ]
 
 
 def test_the_documented_offload(data: Path, tmp_path: Path) -> None:
