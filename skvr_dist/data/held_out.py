@@ -82,7 +82,8 @@ def validation_sequences(dataset: Dataset, *, sequence_length: int, num_sequence
     if available < num_sequences:
         raise UserError(
             f"data set {dataset.location} holds {available} sequences of {sequence_length} tokens, but "
-            f"{num_sequences} are asked for; lower evaluate.sequences or hold out a larger share"
+            f"{num_sequences} are asked for; lower evaluate.sequences (of a tool --sequences or --batch-size), or hold "
+            f"out a larger share"
         )
     tokens = _StoredTokens(dataset)
     starts = [number * available // num_sequences * sequence_length for number in range(num_sequences)]
@@ -131,7 +132,8 @@ def _take(held_out: HeldOutSet, count: int, sequence_length: int, separate_docum
     if available < count:
         raise UserError(
             f"the held-out examples in {held_out.location} fill {available} sequences of {sequence_length} tokens, but "
-            f"{count} are asked for; lower evaluate.sequences or hold out more of them"
+            f"{count} are asked for; lower evaluate.sequences (of a tool --sequences or --batch-size), or hold out "
+            f"more of them"
         )
     taken = [held_out.read(number * available // count, 1) for number in range(count)]
     tokens, labels = np.concatenate([rows.tokens for rows in taken]), np.concatenate([rows.labels for rows in taken])

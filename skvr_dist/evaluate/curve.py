@@ -91,10 +91,11 @@ class HeldOutData:
     def batches(self, sequences: int | None, batch_size: int, device: str) -> list[MicroBatch]:
         """Held-out sequences, spread over the data set, their number rounded up to whole batches.
 
-        Without a number: `USUAL_SEQUENCES`, or the whole batches that the data set holds.
+        Without a number: `USUAL_SEQUENCES`, or the whole batches that the data set holds, or all in one smaller batch.
         """
         if sequences is None:
             there = len(self.sets) * min(available_sequences(each, self.sequence_length) for each in self.sets)
+            batch_size = max(1, min(batch_size, there))
             sequences = max(1, min(USUAL_SEQUENCES, there // batch_size * batch_size))
         batches = held_out_batches(
             self.sets,
