@@ -331,8 +331,11 @@ class Checkpoint:
 
     @property
     def has_moments(self) -> bool:
-        """Whether training can resume from it: a checkpoint of weights alone can only start a run."""
-        return any(not name.startswith(WEIGHTS) for name in self.index.names())
+        """Whether training can resume from it: a checkpoint of weights alone can only start a run.
+
+        A run all of whose updates were skipped may have none yet, and knows that.
+        """
+        return self.facts.adam_steps == 0 or any(not name.startswith(WEIGHTS) for name in self.index.names())
 
     def weight_names(self) -> list[str]:
         """Canonical names of all weights."""

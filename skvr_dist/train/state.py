@@ -71,9 +71,11 @@ def load_state(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:
 
 
 def _begins_anew(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether something is a moment of a weight that was not trained before the checkpoint, and so begins at zero."""
+    """Whether something is a moment of a weight that was not updated before the checkpoint, and so begins at zero."""
     kind, _, weight = name.partition(".")
-    return kind in MOMENTS and not is_trained(weight, checkpoint.config.train.only)
+    if kind not in MOMENTS:
+        return False
+    return checkpoint.facts.adam_steps == 0 or not is_trained(weight, checkpoint.config.train.only)
 
 
 def load_weights(engine: RoutedPipelineEngine, checkpoint: Checkpoint) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.config.tree import Config
 from skvr_dist.data.batch import MicroBatch
 from skvr_dist.errors import UserError
 from skvr_dist.lab.verify.cases import LAYOUTS, Case, batches
 from skvr_dist.lab.verify.ranks import run_ranks
+from skvr_dist.lab.verify.reshard import Trainer, checkpoint_of
 from skvr_dist.parallel.guard import UpdateGuard
 from skvr_dist.train.plans import plan_of_step
+from skvr_dist.train.state import load_state
 
 STEPS = 3
 BAD_STEP = 1
@@ -144,6 +148,27 @@ def test_a_spike_is_skipped_where_that_is_asked_for() -> None:
     assert (guarded["state"]["skipped_steps"], guarded["state"]["skipped_in_a_row"]) == (1, 0)
     off = run_ranks(1, spike, configured("single"))[0]
     assert off["reasons"] == [None] * 4
+
+
+def go_on_from_no_update(layouts: tuple[str, str], folder: str) -> list[float]:
+    """Save before any update was applied, as after steps that were all skipped, and train on from there."""
+    losses: list[float] = []
+    for layout, steps in zip(layouts, (range(0), range(STEPS)), strict=True):
+        trainer = Trainer(Case(layout, tied=True), folder)
+        if not losses and steps:
+            checkpoint = Checkpoint(checkpoint_of(folder, 0))
+            assert checkpoint.has_moments
+            load_state(trainer.engine, checkpoint)
+        losses += trainer.train(steps)
+        trainer.save(len(steps))
+    return losses
+
+
+@pytest.mark.parametrize("layouts", [("DP2 ZeRO-0", "DP2 ZeRO-3"), ("DP2 ZeRO-1", "PP2")])
+def test_a_run_resumes_before_its_first_update(layouts: tuple[str, str], tmp_path: Path) -> None:
+    wanted = run_ranks(1, go_on_from_no_update, ("single", "single"), str(tmp_path / "one"))[0]
+    for found in run_ranks(2, go_on_from_no_update, layouts, str(tmp_path / "two")):
+        assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_run_of_refused_updates_ends() -> None:
