@@ -118,7 +118,8 @@ def _require_unread(options: argparse.Namespace) -> None:
         for value in (value for other, value in vars(options).items() if other not in _WRITTEN):
             for word in value if isinstance(value, list | tuple) else [value]:
                 texts = [str(word), str(word).partition("=")[2]] if isinstance(word, str | Path) else []
-                if any(_is_same_file(written, text) for text in texts):
+                # A word without a dot or a slash is a name, of a matrix say.
+                if any(_is_same_file(written, text) for text in texts if "." in text or "/" in text):
                     raise UserError(
                         f"--{name} {written} is what {word} names, too, and would be lost; name another file"
                     )

@@ -167,9 +167,10 @@ def prove_writable(file: str | Path, *, make_folder: bool = False) -> Path:
 def _is_listed(path: Path) -> bool:
     """Whether a file belongs to the manifest beside it; an index of a shard goes with the shard's name."""
     manifest = path.with_name(MANIFEST_FILE)
-    if not manifest.is_file():
+    listed = manifest.read_bytes() if manifest.is_file() else b""
+    if b'sha256"' not in listed:  # some other program's
         return False
-    return path.stem == manifest.stem or f'"{path.stem}.'.encode() in manifest.read_bytes()
+    return path.stem == manifest.stem or f'"{path.stem}.'.encode() in listed
 
 
 def prove_folder(folder: str | Path) -> Path:

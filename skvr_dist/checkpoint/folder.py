@@ -43,7 +43,7 @@ from skvr_dist.checkpoint.storage import INDEX_FILE, TENSORS_SUFFIX, Index
 from skvr_dist.config.model import FLASH_KERNELS
 from skvr_dist.config.stored import StoredConfig
 from skvr_dist.errors import UserError
-from skvr_dist.files import local_path, sha256_of, write_whole
+from skvr_dist.files import MANIFEST_FILE, local_path, sha256_of, write_whole
 from skvr_dist.host_group import HostGroup
 from skvr_dist.model.decoder import Decoder
 from skvr_dist.run.folder import RunFolder
@@ -53,7 +53,7 @@ CONFIG_FILE, FACTS_FILE, TOKENIZER_FILE, LATEST_FILE = "config.yaml", "checkpoin
 IMPORTED_TOKENIZER_FILE = "tokenizer.json"
 ASIDE_FOLDER = "set-aside"
 """Folder among a run's checkpoints for those of a branch that the run has left."""
-MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
+DIGEST_FILE = "manifest.sha256"
 # What files raise that are not what they were: a ValidationError and a JSONDecodeError are ValueErrors.
 _WRONG_CONTENT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 

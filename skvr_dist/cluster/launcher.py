@@ -103,7 +103,10 @@ def announced_local_size() -> int:
 
 def host_of(rank: int) -> str:
     """A rank's host in words: its name, where the launcher named the hosts, or its number, counted from 1."""
-    of_tasks = hosts_of_tasks()
+    try:
+        of_tasks = hosts_of_tasks()
+    except ValueError:  # left-over variables; this words another error
+        of_tasks = []
     if len(of_tasks) == _first_number(_WORLD_SIZE_VARIABLES, 1):  # a task is a rank; else it has started several
         return of_tasks[rank]
     number = rank // max(1, announced_local_size())

@@ -18,10 +18,11 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from skvr_dist.errors import UserError
+from skvr_dist.files import MANIFEST_FILE
 from skvr_dist.section import Section
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+MANIFEST = MANIFEST_FILE
 TOKENIZER_FILE = "tokenizer.model"
 RESTORE = "copy it again from its source, or prepare the data set anew"
 

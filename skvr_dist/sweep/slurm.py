@@ -19,13 +19,13 @@ from skvr_dist.sweep.plan import PlannedRun
 from skvr_dist.sweep.ranks import Ranks
 
 _LOOK_SECONDS = 1.0
-_ASK_SECONDS = 5.0
+_ASK_SECONDS = 15.0
 """Between two questions to Slurm; one is about all jobs."""
 _SECONDS_TO_SEE = 15.0  # what a node has written; a network's file system may take a moment
 _MOST_JOBS = 10**4
 _OVER = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
-    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"),
 }
 
 
@@ -52,12 +52,15 @@ class Queue:
 
 def _live_jobs() -> set[str] | None:
     """Jobs of this user that are not over; None if Slurm does not say."""
-    command = ["squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%A %T"]
+    command = ["squeue", "--noheader", "--all", "--states=all", f"--user={os.getuid()}", "--format=%A %T"]
+    # The user's own defaults, of SQUEUE_PARTITION and others, would leave jobs out.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return {job for job, state in (line.split() for line in told.splitlines()) if state not in _OVER}
+    told = (line.split() for line in done.stdout.splitlines())
+    return {words[0] for words in told if len(words) == 2 and words[1] not in _OVER}
 
 
 class SlurmJob:
@@ -80,6 +83,7 @@ class SlurmJob:
             return None
         self._look_at = time.monotonic() + _LOOK_SECONDS
         if not self.is_over():
+            self._over_since = None
             return None
         if not self._has_result():
             self._over_since = self._over_since or time.monotonic()

@@ -99,7 +99,8 @@ def _tokens(config: Config, per_step: int, sequences: SequenceStream, resumed: C
         done, seen = resumed.step, resumed.facts.tokens_seen
     left = per_step * (config.train.steps - done)
     of_this_data = seen + left
-    if resumed and resumed.facts.data_fingerprint != sequences.fingerprint():  # data.on_resume is other_data
+    trained = (resumed and resumed.facts.data_fingerprint) or {}
+    if resumed and any(trained.get(key) != value for key, value in sequences.fingerprint().items()):
         of_this_data, since = left, f" from step {done} on"
     return [
         ["tokens per step, in all", f"{per_step:,}, {seen + left:,}"],

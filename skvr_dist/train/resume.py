@@ -107,7 +107,10 @@ def _require_same_tokenizer(checkpoint: Checkpoint, config: Config, tokenizer: T
     """Refuse weights that were trained here on other texts for the ids of the data; an import leaves its own behind."""
     if tokenizer is None or checkpoint.tokenizer_file is None or not checkpoint.is_trained:
         return
-    theirs = load_tokenizer(checkpoint.tokenizer_file)
+    try:
+        theirs = load_tokenizer(checkpoint.tokenizer_file)
+    except UserError:  # of a damaged checkpoint, which is found when it is read
+        return
     if not spell_alike(theirs, tokenizer):
         raise UserError(
             f"checkpoint {checkpoint.folder} was trained with tokenizer {theirs.sha256[:12]}, to which tokens of "

@@ -188,23 +188,27 @@ def test_mpirun_passes_what_the_preflight_prints(tmp_path: Path) -> None:
 
 
 def test_a_job_of_slurm_is_requeued_while_it_saves(tmp_path: Path) -> None:
-    run, settled = tmp_path / "my run", tmp_path / ".cache/skvr-launch/job-7"
+    run, settled = tmp_path / "my run", tmp_path / "checkout/.skvr-job-7"
     stubs = {
         "python": f"mkdir -p '{settled}'; echo '{run}' > '{settled}/run'",
         "srun": f'[ -z "$SAVES" ] || mkdir -p "{run}/checkpoints/step-0000000$SAVES"; exit $CODE',
         "scontrol": f'echo "$@" >> "{tmp_path}/asked"',
     }
+    for each in ("tools/preflight.py", "launch/pretrain.py"):
+        (settled.parent / each).parent.mkdir(parents=True)
+        (settled.parent / each).touch()
     for name, script in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    own = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     own["SLURM_RESTART_COUNT"] = "9"  # most of them by Slurm itself
 
     def start(code: int, saves: str = "") -> bool:
         """Whether the job is requeued."""
         (tmp_path / "asked").write_text("")
         env = {**os.environ, **own, "CODE": str(code), "SAVES": saves}
-        done = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, env=env, capture_output=True, text=True)
+        script = ["bash", str(ROOT / "launch/slurm.sbatch")]
+        done = subprocess.run(script, cwd=settled.parent, env=env, capture_output=True, text=True)
         assert done.returncode == code
         is_requeued = (tmp_path / "asked").read_text() == "requeue 7\n"
         assert is_requeued or code in (0, 2) or "without a new checkpoint" in done.stderr

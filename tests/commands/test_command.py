@@ -244,7 +244,7 @@ def test_what_a_command_reads_is_not_written_over(tmp_path: Path) -> None:
     assert one_sentence(stderr) == f"--json {link} is what {config} names, too, and would be lost; name another file"
     code, _, stderr = ended([*estimate, str(link), f"data.tokenizer={config}"])
     assert code == 2 and "names, too" in stderr
-    listed = {"manifest.json": '{"files": {"checkpoint.json": {}, "shard-00000.tar": {}}}'}
+    listed = {"manifest.json": '{"files": {"checkpoint.json": {"sha256": ""}, "shard-00000.tar": {}}}'}
     for name in ("manifest.json", "manifest.sha256", "checkpoint.json", "shard-00000.json"):
         (tmp_path / name).write_text(listed.get(name, "{}"))
         code, _, stderr = ended(

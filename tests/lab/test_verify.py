@@ -99,7 +99,7 @@ def test_the_comparison_sees_a_wrong_gradient() -> None:
     assert not compare(case, results).misses
     results = copy.deepcopy(results)
     results[1].gradients[0]["layers.2.self_attn.k_proj.weight"][1].mul_(1 + 1e-4)
-    results[1].evaluation *= 1 + 1e-5
+    results[1].evaluation = (results[1].evaluation or 0.0) * (1 + 1e-5)
     results[1].bytes["optimizer"] *= 2
     outcome = compare(case, results)
     assert outcome.misses == ["evaluation", "gradient", "bytes of optimizer"]

@@ -218,7 +218,10 @@ def compare(case: Case, results: Sequence[RankResult]) -> Outcome:
         case=case,
         same_donors=all(result.donors == wanted["donors"] for result in results),
         initial=max(_errors([r.initial for r in results], wanted["initial"]).values()),
-        evaluation=max(_relative([r.evaluation], [wanted["evaluation"]]) for r in results),
+        evaluation=max(
+            (_relative([r.evaluation], [wanted["evaluation"]]) for r in results if r.evaluation is not None),
+            default=0.0,
+        ),
         loss=max(_relative(r.losses, wanted["losses"]) for r in results),
         gradient=first[worst],
         worst_gradient=worst,

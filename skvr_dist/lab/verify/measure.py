@@ -38,7 +38,7 @@ class RankResult:
     """What one rank saw in one case."""
 
     stage: int
-    evaluation: float
+    evaluation: float | None
     """Mean loss of the first step's batch before training, at `Case.evaluated`."""
     losses: list[float]
     norms: list[float]
@@ -63,11 +63,15 @@ class RankResult:
 def run_cases(cases: list[Case], first_use: bool = False) -> list[RankResult]:
     """Train every case on this rank, one after the other; they are of one layout."""
     with first_use_blocks() if first_use else contextlib.nullcontext():
-        return [run_case(case) for case in cases]
+        return [run_case(case, evaluates=not first_use) for case in cases]
 
 
-def run_case(case: Case) -> RankResult:
-    """Train a case on this rank's place of its layout; collective over the layout's ranks."""
+def run_case(case: Case, evaluates: bool = True) -> RankResult:
+    """Train a case on this rank's place of its layout; collective over the layout's ranks.
+
+    Args:
+        evaluates: whether an evaluation comes first; then training is not what uses groups and channels first.
+    """
     config = case.config()
     mesh = Mesh.build(config.parallel, config.model)
     engine = build_engine(config, mesh)
@@ -83,7 +87,7 @@ def run_case(case: Case) -> RankResult:
         gradients.append(_held(stage.shards, {name: gather_gradient(p) for name, p in parameters.items()}))
 
     batches = case.micro_batches()
-    evaluation = engine.evaluate(batches[0][mesh.dp_rank :: mesh.dp_size], case.evaluated)
+    evaluation = engine.evaluate(batches[0][mesh.dp_rank :: mesh.dp_size], case.evaluated) if evaluates else None
     sent_before = engine.sent_bytes
     engine.before_update = look
     plans = plan_stream(config, mesh, first_step=0)
