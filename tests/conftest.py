@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import pytest
+
+with contextlib.suppress(ModuleNotFoundError):  # on machines with GPUs and beside vLLM
+    from hypothesis import settings
+
+    # How long an example takes depends on who shares the cores.
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has what it runs in the background ignore Ctrl-C, and the programs that tests start would inherit that.
