@@ -96,7 +96,7 @@ test-newest: newest-env
 	newer="$$($(NEWEST_VENV)/bin/python .ci/newer.py requirements.txt)" || exit 1; \
 	    echo "newer than requirements.txt: $${newer:-nothing}"; \
 	    [ -z "$$newer" ] || $(NEWEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(FOREIGN) -k "$(FOREIGN_CASES)"
-	$(NEWEST_VENV)/bin/python -m pytest tests/model/test_fa4.py
+	$(NEWEST_VENV)/bin/python -m pytest -m newest tests/model/test_fa4.py
 	$(NEWEST_VENV)/bin/python -m pytest -n 2 kernels/tests
 
 # vLLM for the CPU pins libraries of its own, so it has an environment of its own.

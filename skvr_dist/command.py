@@ -14,6 +14,7 @@ arguments are answered at once, and Ctrl-C during those imports ends with a sent
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import math
@@ -111,25 +112,23 @@ def _require_unread(options: argparse.Namespace) -> None:
     Raises:
         UserError: the file of `--json` or `--output` is named by another argument, too.
     """
+    values = [value for name, value in vars(options).items() if name not in _WRITTEN]
+    words = [word for value in values for word in (value if isinstance(value, list | tuple) else [value])]
     for name in _WRITTEN:
-        written = getattr(options, name, None)
-        if not written or not Path(written).is_file():
-            continue
-        for value in (value for other, value in vars(options).items() if other not in _WRITTEN):
-            for word in value if isinstance(value, list | tuple) else [value]:
-                texts = [str(word), str(word).partition("=")[2]] if isinstance(word, str | Path) else []
-                # A word without a dot or a slash is a name, of a matrix say.
-                if any(_is_same_file(written, text) for text in texts if "." in text or "/" in text):
-                    raise UserError(
-                        f"--{name} {written} is what {word} names, too, and would be lost; name another file"
-                    )
+        written = Path(getattr(options, name, None) or ".")
+        for word in words if written.is_file() else []:
+            if isinstance(word, str | Path) and _names(str(word), written):
+                raise UserError(f"--{name} {written} is what {word} names, too, and would be lost; name another file")
 
 
-def _is_same_file(file: str | Path, text: str) -> bool:
-    try:
-        return Path(file).samefile(local_path(text))
-    except (OSError, ValueError, UserError):
-        return False
+def _names(word: str, file: Path) -> bool:
+    """Whether a word of the command line, or its part after `=`, is a path of an existing file."""
+    for text in (word, word.partition("=")[2]):
+        if "." in text or "/" in text:  # else it is a name, of a matrix say
+            with contextlib.suppress(OSError, ValueError, UserError):
+                if file.samefile(local_path(text)):
+                    return True
+    return False
 
 
 def launcher_free(words: Sequence[str]) -> list[str]:

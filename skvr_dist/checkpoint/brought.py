@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skvr_dist.checkpoint.folder import IMPORTED_TOKENIZER_FILE, TOKENIZER_FILE, Checkpoint
-from skvr_dist.data.tokenizers.base import Tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer, spell_alike
 from skvr_dist.data.tokenizers.load import load_tokenizer
 from skvr_dist.errors import UserError
 
@@ -61,6 +61,21 @@ def brought_by(checkpoint: Checkpoint) -> Brought:
 
 def _is_brought(name: str) -> bool:
     return name in (*TOKENIZER_FILES, GENERATION_FILE) or name.startswith(f"{TEMPLATES_FOLDER}/")
+
+
+def tokenizer_of_other_texts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Tokenizer | None:
+    """A checkpoint's tokenizer, if ids of the data mean other texts to it; None too if no data is made with its own.
+
+    Args:
+        tokenizer: that of the data.
+    """
+    if checkpoint.tokenizer_file is None:
+        return None
+    try:
+        theirs = load_tokenizer(checkpoint.tokenizer_file)
+    except UserError:  # it came along with an import, or is damaged, which is found when the checkpoint is read
+        return None
+    return None if spell_alike(theirs, tokenizer) else theirs
 
 
 def to_travel_on(checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> tuple[Brought, str | None]:

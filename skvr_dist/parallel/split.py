@@ -18,7 +18,7 @@ def stage_bounds(model: ModelConfig, parallel: ParallelConfig, sequence_length: 
     return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
 
 
-def costs(model: ModelConfig, sequence_length: int) -> tuple[int, int]:
+def layer_and_head_operations(model: ModelConfig, sequence_length: int) -> tuple[int, int]:
     """Operations on a sequence of one layer, and of the output head; the embedding is a look-up and costs none.
 
     Of attention those of causal pairs, half of all, as if the sequence were one document.
@@ -37,7 +37,7 @@ def _balanced(model: ModelConfig, stages: int, sequence_length: int) -> list[int
     layers = model.num_hidden_layers
     if stages == 1:
         return [layers]
-    per_layer, head = costs(model, sequence_length)
+    per_layer, head = layer_and_head_operations(model, sequence_length)
 
     def dearest(last: int) -> int:
         return max(-(-(layers - last) // (stages - 1)) * per_layer, last * per_layer + head)

@@ -68,7 +68,7 @@ class SlurmJob:
 
     Args:
         job: submitit's.
-        queue: what knows whether it is over; None for a job that submitit itself plays here.
+        queue: what knows whether it is over; None for a job here or on another cluster, of which submitit is asked.
         since: when it was known to be there.
     """
 
@@ -140,9 +140,11 @@ class Slurm:
         parameters = dict(place.slurm)
         cluster = parameters.pop("cluster", "slurm")
         self._job_class = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
-        self._queue = Queue() if cluster == "slurm" else None
+        self._queue: Queue | None = None
         if cluster == "slurm":  # the sweep submits a preempted run again; Slurm would start it a second time
             more = dict(parameters.get("slurm_additional_parameters") or {})
+            if not {"clusters", "M"} & more.keys():  # squeue tells of this cluster
+                self._queue = Queue()
             parameters["slurm_additional_parameters"] = {"no-requeue": True, **more}
         try:
             self._executor = submitit.AutoExecutor(folder, cluster=cluster)

@@ -22,7 +22,7 @@ from skvr_dist.routing import crossing_elements, crossing_layers
 from skvr_dist.run.folder import RunFolder
 from skvr_dist.train.inputs import open_inputs
 from skvr_dist.train.plans import plan_of_step
-from skvr_dist.train.resume import preview_resume
+from skvr_dist.train.resume import data_differences, preview_resume
 from skvr_dist.train.writers import require_writers
 
 _ROWS = 4096  # micro-batches whose donors are drawn for the averages, in whole steps from all over the run
@@ -99,8 +99,7 @@ def _tokens(config: Config, per_step: int, sequences: SequenceStream, resumed: C
         done, seen = resumed.step, resumed.facts.tokens_seen
     left = per_step * (config.train.steps - done)
     of_this_data = seen + left
-    trained = (resumed and resumed.facts.data_fingerprint) or {}
-    if resumed and any(trained.get(key) != value for key, value in sequences.fingerprint().items()):
+    if resumed and data_differences(resumed, sequences.fingerprint()):
         of_this_data, since = left, f" from step {done} on"
     return [
         ["tokens per step, in all", f"{per_step:,}, {seen + left:,}"],

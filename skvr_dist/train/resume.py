@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from skvr_dist.checkpoint.brought import tokenizer_of_other_texts
 from skvr_dist.checkpoint.folder import Checkpoint, candidates, point_latest, set_aside
 from skvr_dist.checkpoint.together import open_together
 from skvr_dist.config.tree import Config
-from skvr_dist.data.tokenizers.base import Tokenizer, spell_alike
-from skvr_dist.data.tokenizers.load import load_tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.files import local_path
 from skvr_dist.parallel.engine.engine import RoutedPipelineEngine
@@ -105,13 +105,9 @@ def preview_resume(
 
 def _require_same_tokenizer(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer | None) -> None:
     """Refuse weights that were trained here on other texts for the ids of the data; an import leaves its own behind."""
-    if tokenizer is None or checkpoint.tokenizer_file is None or not checkpoint.is_trained:
+    if tokenizer is None or not checkpoint.is_trained:
         return
-    try:
-        theirs = load_tokenizer(checkpoint.tokenizer_file)
-    except UserError:  # of a damaged checkpoint, which is found when it is read
-        return
-    if not spell_alike(theirs, tokenizer):
+    if theirs := tokenizer_of_other_texts(checkpoint, tokenizer):
         raise UserError(
             f"checkpoint {checkpoint.folder} was trained with tokenizer {theirs.sha256[:12]}, to which tokens of "
             f"data.tokenizer {config.data.tokenizer} ({tokenizer.sha256[:12]}) are other texts; prepare the data with "
@@ -203,14 +199,18 @@ def _require_same_distillation(checkpoint: Checkpoint, config: Config) -> None:
 
 def _require_same_data(checkpoint: Checkpoint, reads: dict[str, Any]) -> None:
     """Refuse data in which the number of sequences read would mean another place than when it was saved."""
-    trained = checkpoint.facts.data_fingerprint or {}
-    different = [text for key, value in reads.items() if (text := _difference(key, trained.get(key), value))]
-    if different:
+    if different := data_differences(checkpoint, reads):
         raise UserError(
             f"checkpoint {checkpoint.folder} was trained on other data than this configuration reads: they differ in "
             f"{', '.join(different)}; put it back, start a new run with another train.output_dir, or resume with the "
             f"other data with data.on_resume=other_data"
         )
+
+
+def data_differences(checkpoint: Checkpoint, reads: dict[str, Any]) -> list[str]:
+    """How the data that a checkpoint was trained on differs from what a run reads, in words."""
+    trained = checkpoint.facts.data_fingerprint or {}
+    return [text for key, value in reads.items() if (text := _difference(key, trained.get(key), value))]
 
 
 def _difference(key: str, there: Any, here: Any) -> str:

@@ -5,7 +5,6 @@ Where the package is: in the environment of the newest versions (`make test-newe
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import pytest
@@ -16,7 +15,7 @@ from torch.nn.attention import _fa4
 from skvr_dist.lab.verify.ranks import run_alone
 from skvr_dist.model.attention_choice import activate
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn-4 is not installed")
+pytestmark = pytest.mark.newest
 
 # It compiles for these instead of asking a driver; under fake tensors it runs nothing.
 H100 = {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"}

@@ -16,7 +16,7 @@ from skvr_dist.evaluate.generate import cache_bytes, generate
 from skvr_dist.model.attention import BACKENDS, AttentionScope, attend
 from skvr_dist.model.decoder import Decoder, DecoderLayer, initialize, next_token_loss
 from skvr_dist.model.rope import inverse_frequencies, rope_tables, rotate
-from skvr_dist.parallel.split import costs, stage_bounds
+from skvr_dist.parallel.split import layer_and_head_operations, stage_bounds
 from skvr_dist.routing import CacheStrategy
 
 LAYERS = 6
@@ -200,7 +200,7 @@ def test_the_split_makes_the_dearest_stage_as_cheap_as_possible(stages: int, voc
     model = config(vocab_size=vocab_size)
 
     def dearest(bounds: list[tuple[int, int]]) -> int:
-        layer, head = costs(model, sequence)
+        layer, head = layer_and_head_operations(model, sequence)
         stages = [(stop - start) * layer for start, stop in bounds]
         return max([*stages[:-1], stages[-1] + head])
 

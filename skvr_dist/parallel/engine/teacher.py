@@ -12,14 +12,14 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from skvr_dist.checkpoint.brought import tokenizer_of_other_texts
 from skvr_dist.checkpoint.folder import Checkpoint
 from skvr_dist.checkpoint.pieces import WEIGHTS, pieces_of
 from skvr_dist.config.layouts import require_possible
 from skvr_dist.config.model import ModelConfig
 from skvr_dist.config.parallel import ParallelConfig
 from skvr_dist.config.tree import Config
-from skvr_dist.data.tokenizers.base import Tokenizer, spell_alike
-from skvr_dist.data.tokenizers.load import load_tokenizer
+from skvr_dist.data.tokenizers.base import Tokenizer
 from skvr_dist.errors import UserError
 from skvr_dist.model.attention_choice import resolve, resolve_beside
 from skvr_dist.model.decoder import Decoder
@@ -69,13 +69,7 @@ def require_teachers_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         UserError: it is one.
     """
     teacher = open_teacher(config)
-    if teacher is None or teacher.tokenizer_file is None:
-        return
-    try:
-        theirs = load_tokenizer(teacher.tokenizer_file)
-    except UserError:  # it came along with an import, and no data set can be made with it
-        return
-    if not spell_alike(theirs, tokenizer):
+    if teacher and (theirs := tokenizer_of_other_texts(teacher, tokenizer)):
         raise UserError(
             f"distillation.teacher {teacher.folder} has tokenizer {theirs.sha256[:12]}, to which tokens of "
             f"data.tokenizer {config.data.tokenizer} ({tokenizer.sha256[:12]}) are other texts; give a teacher with "
